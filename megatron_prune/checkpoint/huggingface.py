@@ -1,0 +1,237 @@
+"""Hugging Face directories: ``config.json``, safetensors (or ``.bin``) files with an optional index, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.sharding import Block
+from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
+from megatron_prune.checkpoint import safetensors_file, torch_archive
+from megatron_prune.checkpoint.region import Region
+from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.errors import CheckpointError, InputError, raise_all
+from megatron_prune.families.family import BUFFERS, Family, family_of
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_SIDE_FOLDERS = ("additional_chat_templates",)
+
+
+@dataclass
+class HuggingFaceModel:
+    """An opened directory.
+
+    Attributes:
+        tensors: where the role tensors lie; a stored copy of a tied output layer is a replica of the embedding.
+        buffers: rotary tables some old checkpoints store, by name.
+    """
+
+    path: Path
+    hf_config: dict[str, Any]
+    family: Family
+    config: ModelConfig
+    tensors: TensorMap
+    buffers: dict[str, tuple[Region, tuple[int, ...]]] = field(default_factory=dict)
+
+    @property
+    def tied_head_stored(self) -> bool:
+        return bool(self.tensors.replicas)
+
+
+def is_huggingface(path: Path) -> bool:
+    """Whether ``path`` looks like a Hugging Face model directory."""
+    return (path / CONFIG).is_file()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """``config.json`` as it stands.
+
+    Raises:
+        CheckpointError: if it is missing or not a JSON object.
+    """
+    try:
+        data = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no {CONFIG}", needed="a Hugging Face model directory") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / CONFIG} is not JSON", got=str(error)) from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path / CONFIG} is not a JSON object")
+    return data
+
+
+def open_model(path: Path) -> HuggingFaceModel:
+    """Open a directory and check it against its configuration.
+
+    Raises:
+        CheckpointError: naming each tensor that is missing, extra or of the wrong shape, and each damaged file.
+    """
+    hf_config = read_config(path)
+    family = family_of(hf_config)
+    config = family.model_config(hf_config)
+    stored = _stored_tensors(path)
+    tensors, problems, buffers = TensorMap(config), [], {}
+    for tensor in tensor_ids(config):
+        name = family.tensor_name(tensor)
+        if name not in stored:
+            problems.append(f"{name}: missing")
+            continue
+        region, shape = stored.pop(name)
+        problems += _add(tensors, tensor, name, region, shape, replica=False)
+    head = family.names["output"]
+    if config.tie_embeddings and head in stored:
+        region, shape = stored.pop(head)
+        problems += _add(tensors, TensorId("embedding"), head, region, shape, replica=True)
+    for name in sorted(stored):
+        if BUFFERS.fullmatch(name):
+            buffers[name] = stored[name]
+        else:
+            problems.append(f"{name}: not a tensor of a {family.name} model with this config.json")
+    raise_all(CheckpointError, f"{path} does not hold the model that its config.json describes", problems)
+    return HuggingFaceModel(path, hf_config, family, config, tensors.validate(path), buffers)
+
+
+def _add(
+    tensors: TensorMap, tensor: TensorId, name: str, region: Region, shape: tuple[int, ...], *, replica: bool
+) -> list[str]:
+    needed = tensor_shape(tensor.role, tensors.config)
+    if shape != needed:
+        return [f"{name}: shape {shape}, needed {needed}"]
+    tensors.add(tensor.layer, region, [Block(tensor.role, 0, 0, 0, region.rows, region.cols)], replica=replica)
+    return []
+
+
+def _stored_tensors(path: Path) -> dict[str, tuple[Region, tuple[int, ...]]]:
+    """Name → (region, shape) over all weight files."""
+    for single, index, read in (
+        (SINGLE, INDEX, safetensors_file.read_header),
+        (_BIN, _BIN_INDEX, _read_bin),
+    ):
+        if (path / index).is_file():
+            return _read_indexed(path, index, read)
+        if (path / single).is_file():
+            return read(path / single)
+    raise CheckpointError(f"{path} has no weights", needed=f"{SINGLE}, or {INDEX} and the files it names")
+
+
+def _read_indexed(path: Path, index: str, read) -> dict[str, tuple[Region, tuple[int, ...]]]:
+    try:
+        weight_map = json.loads((path / index).read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / index} is damaged", got=repr(error)) from None
+    for name in files:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise CheckpointError(f"{path / index} names a file outside its directory", got=repr(name))
+    raise_all(
+        CheckpointError,
+        f"{path} lacks files that its index names",
+        [f"{name}: missing" for name in files if not (path / name).is_file()],
+        do="fetch the model again",
+    )
+    stored, problems = {}, []
+    for file in files:
+        for name, found in read(path / file).items():
+            if weight_map.get(name) == file:
+                stored[name] = found
+            else:
+                problems.append(f"{name}: in {file}, but the index says {weight_map.get(name, 'nothing of it')}")
+    problems += [f"{name}: not in {file}, where the index says it is" for name, file in weight_map.items() if name not in stored]
+    raise_all(CheckpointError, f"{path / index} and the files do not agree", problems)
+    return stored
+
+
+def _read_bin(path: Path) -> dict[str, tuple[Region, tuple[int, ...]]]:
+    content = torch_archive.read_objects(path)
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise CheckpointError(f"{path} is not a state dict")
+    return {name: (torch_archive.region_of(value, path), tuple(value.shape)) for name, value in content.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def lay_out(
+    path: Path,
+    config: ModelConfig,
+    family: Family,
+    hf_config: dict[str, Any],
+    dtypes: dict[TensorId, torch.dtype],
+    *,
+    max_shard_bytes: int,
+    tied_head_stored: bool = False,
+    config_text: str | None = None,
+) -> None:
+    """Create ``config.json`` and weight files with every tensor zero; bytes are filled in through :func:`open_model`.
+
+    Args:
+        dtypes: element type of every role tensor.
+        max_shard_bytes: files larger than this are split, as transformers does (a tensor is never split).
+        tied_head_stored: store the tied output layer a second time.
+        config_text: the file's exact text, where ``hf_config`` is unchanged from one that was read.
+    """
+    tensors = {
+        family.tensor_name(tensor): (dtypes[tensor], tensor_shape(tensor.role, config)) for tensor in tensor_ids(config)
+    }
+    if tied_head_stored and config.tie_embeddings:
+        tensors[family.names["output"]] = tensors[family.names["embedding"]]
+    shards: list[dict] = [{}]
+    used = 0
+    for name, (dtype, shape) in tensors.items():
+        size = prod(shape) * dtype.itemsize
+        if shards[-1] and used + size > max_shard_bytes:
+            shards.append({})
+            used = 0
+        shards[-1][name] = (dtype, shape)
+        used += size
+    files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, content in zip(files, shards):
+        safetensors_file.lay_out(path / file, content)
+    if len(shards) > 1:
+        total = sum(prod(shape) * dtype.itemsize for dtype, shape in tensors.values())
+        weight_map = {name: file for file, content in zip(files, shards) for name in content}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (path / CONFIG).write_text(config_text or json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy what is not weights: configuration, tokenizer, chat templates, licence (links are followed)."""
+    for entry in sorted(source.iterdir()):
+        if entry.name.startswith(".") or entry.name.endswith(_WEIGHTS):
+            continue
+        if entry.is_file():
+            shutil.copyfile(entry, target / entry.name)
+        elif entry.is_dir() and entry.name in _SIDE_FOLDERS:
+            shutil.copytree(entry, target / entry.name, dirs_exist_ok=True)
+
+
+def resolve(name_or_path: str) -> Path:
+    """A local directory, or the snapshot of a hub id (fetched on first use).
+
+    Raises:
+        InputError: if it is neither.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+        raise InputError(f"no such model directory: {name_or_path}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name_or_path, ignore_patterns=["original/*", "*.gguf", "*.pth", "*.onnx", "*.msgpack", "*.h5"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise InputError(
+            f"{name_or_path} is neither a directory nor a model that can be fetched from the hub", got=str(error).split("\n")[0]
+        ) from None

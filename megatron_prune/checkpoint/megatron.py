@@ -1,0 +1,162 @@
+"""Megatron checkpoint directories: tracker file, iteration directory, ``args``, and this project's manifest beside them.
+
+    ROOT/latest_checkpointed_iteration.txt       "release", or an iteration number
+    ROOT/release/  or  ROOT/iter_0000100/        torch_dist files, or mp_rank_XX folders
+        megatron_prune.json                      manifest, written last
+        plan.json                                the plan it was pruned by, if it was
+        hf/                                      config.json, tokenizer and the like, for the way back
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
+from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.arch.tensors import TensorId, tensor_ids
+from megatron_prune.checkpoint import legacy, manifest, torch_dist
+from megatron_prune.checkpoint.manifest import Manifest
+from megatron_prune.checkpoint.megatron_args import megatron_args, read_args
+from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.errors import CheckpointError
+from megatron_prune.families.family import family_for
+
+TRACKER, RELEASE, HF_FOLDER, PLAN_FILE = "latest_checkpointed_iteration.txt", "release", "hf", "plan.json"
+FORMATS = ["torch_dist", "torch"]
+_FORMATS = {"torch_dist": torch_dist, "torch": legacy}
+
+
+@dataclass
+class MegatronCheckpoint:
+    """An opened checkpoint.
+
+    Attributes:
+        path: its iteration directory.
+        format: ``"torch_dist"`` or ``"torch"``.
+        layout: the parallel layout it was written in.
+        manifest: this project's; made up from ``args`` for a checkpoint of Megatron-LM.
+        own: whether this project wrote it.
+    """
+
+    path: Path
+    format: str
+    config: ModelConfig
+    layout: ParallelLayout
+    tensors: TensorMap
+    manifest: Manifest
+    own: bool
+
+    @property
+    def hf_folder(self) -> Path | None:
+        """Configuration and tokenizer kept for the way back, if any."""
+        folder = self.path / HF_FOLDER
+        return folder if folder.is_dir() else None
+
+    def hf_template(self) -> dict | None:
+        """``config.json`` of the model this one came from, if it is known."""
+        file = self.path / HF_FOLDER / "config.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def iteration_directory(path: Path) -> Path:
+    """The directory that holds the checkpoint which ``path`` (a root or the directory itself) means.
+
+    Raises:
+        CheckpointError: if there is none, or the tracker names one that does not exist.
+    """
+    if torch_dist.is_torch_dist(path) or legacy.is_legacy(path):
+        return path
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        raise CheckpointError(
+            f"{path} is not a Megatron checkpoint",
+            got=f"no {TRACKER}" if path.is_dir() else "no such directory",
+            needed="a checkpoint root, or one of its iteration directories",
+        )
+    text = tracker.read_text(encoding="utf-8").strip()
+    if text != RELEASE and not re.fullmatch(r"\d+", text):
+        raise CheckpointError(f"{tracker}", got=repr(text[:40]), needed="an iteration number, or 'release'")
+    folder = path / (text if text == RELEASE else f"iter_{int(text):07d}")
+    if not (torch_dist.is_torch_dist(folder) or legacy.is_legacy(folder)):
+        raise CheckpointError(f"{tracker} names {folder.name}, which holds no checkpoint", do="restore it, or correct the tracker")
+    return folder
+
+
+def open_checkpoint(path: Path) -> MegatronCheckpoint:
+    """Open a checkpoint of either format and check it against its own description.
+
+    Raises:
+        CheckpointError: if it is incomplete, damaged, or holds other tensors than it describes.
+    """
+    folder = iteration_directory(path)
+    name = "torch_dist" if torch_dist.is_torch_dist(folder) else "torch"
+    room = _FORMATS[name]
+    config, layout = read_args(room.read_args(folder), folder)
+    own = (folder / manifest.FILE).is_file()
+    if own:
+        described = Manifest.load(folder / manifest.FILE)
+        differing = [f for f in SHAPE_FIELDS if f != "vocab_size" and getattr(described.model, f) != getattr(config, f)]
+        if differing:
+            raise CheckpointError(f"{folder}: {manifest.FILE} and the stored args disagree on " + ", ".join(differing))
+        config, layout = described.model, described.layout
+    elif _written_by_us(folder):
+        raise CheckpointError(f"{folder} has no {manifest.FILE}: its writing was never finished", do="make it again")
+    else:
+        described = Manifest(family=family_for(config).name, model=config, layout=layout)
+    tensors = room.open_map(folder, config, layout)
+    return MegatronCheckpoint(folder, name, config, layout, tensors, described, own)
+
+
+def _written_by_us(folder: Path) -> bool:
+    return (folder / HF_FOLDER).is_dir() or any(part.endswith(".partial") for part in folder.parts)
+
+
+def lay_out(
+    root: Path,
+    final_root: Path,
+    config: ModelConfig,
+    layout: ParallelLayout,
+    dtypes: dict[TensorId, torch.dtype],
+    *,
+    ckpt_format: str,
+    sizes: dict[tuple[str, int], list[int]] | None = None,
+) -> Path:
+    """Create an unfinished checkpoint with every tensor zero.
+
+    Args:
+        root: an existing empty directory (the partial output).
+        final_root: where it will stand, for paths inside ``args``.
+        dtypes: element type of every role tensor.
+        sizes: (axis, layer) → units of every rank, where shards are of unequal size.
+
+    Returns:
+        Its iteration directory. It becomes a checkpoint with :func:`finish`.
+    """
+    folder = root / RELEASE
+    folder.mkdir()
+    tokenizer = str(final_root.absolute() / RELEASE / HF_FOLDER)
+    args: Namespace = megatron_args(config, layout, dtypes[TensorId("embedding")], tokenizer)
+    _FORMATS[ckpt_format].lay_out(folder, config, layout, dtypes, args, sizes or {})
+    return folder
+
+
+def open_target(folder: Path, config: ModelConfig, layout: ParallelLayout, ckpt_format: str) -> TensorMap:
+    """Where the tensors of an unfinished checkpoint are to be written."""
+    return _FORMATS[ckpt_format].open_map(folder, config, layout)
+
+
+def finish(folder: Path, described: Manifest) -> None:
+    """Write the manifest and the tracker of a checkpoint whose tensors are all in place."""
+    (folder / manifest.FILE).write_text(described.dumps(), encoding="utf-8")
+    (folder.parent / TRACKER).write_text(folder.name)
+
+
+def stored_dtypes(tensors: TensorMap) -> dict[TensorId, torch.dtype]:
+    """Element type of every tensor of a map."""
+    return {tensor: tensors.dtype(tensor) for tensor in tensor_ids(tensors.config)}

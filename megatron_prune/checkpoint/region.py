@@ -1,0 +1,101 @@
+"""A tensor's bytes in a file, read and written in whole rows without mapping or loading the file.
+
+Mapped pages would count towards a process's memory as they are touched; positioned reads and writes into one buffer
+do not, and are as fast.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_prune.errors import CheckpointError
+
+
+@functools.lru_cache(maxsize=256)
+class _Handle:
+    """An open file, closed when it falls out of the cache."""
+
+    def __init__(self, path: str, writable: bool):
+        self.number = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+
+    def __del__(self):
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+def close_files() -> None:
+    """Close every file this module holds open."""
+    _Handle.cache_clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A row-major matrix in a file (a vector has one column).
+
+    Attributes:
+        offset: first byte of the matrix in the file.
+        rows, cols: in elements.
+    """
+
+    path: Path
+    offset: int
+    rows: int
+    cols: int
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return self.cols * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.row_bytes
+
+    def part(self, row: int, rows: int) -> Region:
+        """The region of ``rows`` rows from ``row`` on."""
+        return Region(self.path, self.offset + row * self.row_bytes, rows, self.cols, self.dtype)
+
+    def read_into(self, out: torch.Tensor) -> None:
+        """Fill ``out`` (contiguous, this region's dtype and number of elements).
+
+        Raises:
+            CheckpointError: if the file ends early.
+        """
+        handle = _Handle(str(self.path), False)
+        view, done = _bytes(out), 0
+        while done < self.nbytes:
+            count = os.preadv(handle.number, [view[done : done + (1 << 30)]], self.offset + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{self.path} ends early", got=f"{self.offset + done} bytes", needed=f"{self.offset + self.nbytes}"
+                )
+            done += count
+
+    def write_from(self, data: torch.Tensor) -> None:
+        """Write ``data`` (contiguous, this region's dtype and number of elements)."""
+        handle = _Handle(str(self.path), True)
+        view, done = _bytes(data), 0
+        while done < self.nbytes:
+            done += os.pwrite(handle.number, view[done : done + (1 << 30)], self.offset + done)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's own memory, without a copy (numpy has no bfloat16, so by way of bytes)."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+class Scratch(dict):
+    """Buffers that are kept between tensors: memory fresh from the system costs more than the copy into it."""
+
+    def take(self, slot: str, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised flat tensor, valid until the same slot is taken again."""
+        needed = elements * dtype.itemsize
+        if slot not in self or self[slot].numel() < needed:
+            self.pop(slot, None)
+            self[slot] = torch.empty(needed, dtype=torch.uint8)
+        return self[slot][:needed].view(dtype)

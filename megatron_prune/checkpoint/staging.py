@@ -1,0 +1,104 @@
+"""Output directories that appear whole or not at all.
+
+Everything is written to a hidden sibling, synced, and put in place by one rename. An existing directory is exchanged
+for the new one in one step (``renameat2`` with ``RENAME_EXCHANGE``) and then removed, so a run killed at any moment
+leaves either the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from pathlib import Path
+
+from megatron_prune.errors import InputError
+
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Refuse an output path that is taken or cannot be made.
+
+    Raises:
+        InputError: if ``path`` exists and ``overwrite`` is not set, is a file, or its parent is not writable.
+    """
+    path = path.absolute()
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(f"output {path}", got="a file or a link", needed="a directory, or a name that is free")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise InputError(f"output {path} exists", do="name another directory, or pass --overwrite to replace it")
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"output {path}: {parent} cannot be written to", do="name a directory that you may write to")
+
+
+def partial_path(path: Path) -> Path:
+    """The hidden sibling that ``path`` is written as until it is whole."""
+    path = path.absolute()
+    return path.with_name(f".{path.name}.partial")
+
+
+def begin(path: Path) -> Path:
+    """Make an empty :func:`partial_path`, removing what an interrupted run left there."""
+    partial = partial_path(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def abandon(path: Path) -> None:
+    """Remove the partial output of ``path``."""
+    shutil.rmtree(partial_path(path), ignore_errors=True)
+
+
+def commit(path: Path) -> None:
+    """Sync the partial output and put it in place of ``path``."""
+    path, partial = path.absolute(), partial_path(path)
+    for folder, _, files in os.walk(partial):
+        for name in files:
+            _sync(os.path.join(folder, name))
+        _sync(folder)
+    if path.exists():
+        if not _exchange(partial, path):
+            old = path.with_name(f".{path.name}.replaced")
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(path, old)
+            os.rename(partial, path)
+            shutil.rmtree(old)
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        os.rename(partial, path)
+    _sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically: a temporary sibling, synced, then renamed."""
+    path = path.absolute()
+    temporary = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: str | Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step; False where the file system or the C library cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0

@@ -1,0 +1,289 @@
+"""``torch_dist``: megatron-core's distributed checkpoint, readable at any TP × PP.
+
+Files: ``.metadata`` (a pickle of ``torch.distributed.checkpoint.metadata.Metadata``), ``__{rank}_{n}.distcp`` (one
+``torch.save`` archive after another, one per chunk of a tensor), ``common.pt`` (``args`` and the like) and
+``metadata.json``. Layers are stacked: key ``decoder.layers.mlp.linear_fc2.weight`` has shape [L, h, F]; checkpoints
+with one key per layer are read too. ``linear_fc1`` is gate then up over all ranks, whatever the TP size.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+from torch.distributed.checkpoint import filesystem, planner
+from torch.distributed.checkpoint import metadata as dcp
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.sharding import MegatronTensor, ParallelLayout, Shard, blocks, layer_tensors, outer_tensors, shard
+from megatron_prune.arch.tensors import TensorId
+from megatron_prune.checkpoint import torch_archive
+from megatron_prune.checkpoint.region import Region
+from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.errors import CheckpointError, raise_all
+
+COMMON, METADATA, VERSION_FILE = "common.pt", ".metadata", "metadata.json"
+_LAYER_KEY = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
+_EXTRA_STATES = (
+    "self_attention.linear_qkv._extra_state",
+    "self_attention.linear_proj._extra_state",
+    "self_attention.core_attention._extra_state",
+    "mlp.linear_fc1._extra_state",
+    "mlp.linear_fc2._extra_state",
+)
+"""Objects that megatron-core's layers look for at load; empty without FP8."""
+
+
+def is_torch_dist(path: Path) -> bool:
+    """Whether ``path`` looks like a distributed checkpoint (whole or not)."""
+    return (path / METADATA).exists() or (path / VERSION_FILE).exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickles the classes of a checkpoint's ``.metadata`` and nothing else."""
+
+    _CLASSES = {
+        **{
+            (module.__name__, name): getattr(module, name)
+            for module, names in (
+                (
+                    dcp,
+                    "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties "
+                    "MetadataIndex StorageMeta _MEM_FORMAT_ENCODING",
+                ),
+                (filesystem, "_StorageInfo"),
+                (planner, "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData"),
+            )
+            for name in names.split()
+            if hasattr(module, name)
+        },
+        ("torch", "Size"): torch.Size,
+        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+        ("collections", "OrderedDict"): dict,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._CLASSES:
+            return self._CLASSES[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module.startswith("megatron.core.dist_checkpointing.") and name.startswith("MCore"):
+            return type(name, (), {})  # bookkeeping of megatron-core's own; an empty class holds it
+        raise CheckpointError(
+            f"{METADATA} names {module}.{name}, which no distributed checkpoint needs",
+            do="do not use this checkpoint unless you trust where it comes from",
+        )
+
+
+def _read_metadata(path: Path) -> dcp.Metadata:
+    try:
+        with open(path / METADATA, "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        metadata.state_dict_metadata, metadata.storage_data
+        return metadata
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} lacks {METADATA}: the checkpoint was never finished") from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise CheckpointError(f"{path / METADATA} is damaged", got=f"{type(error).__name__}: {error}") from None
+
+
+def read_args(path: Path) -> Namespace:
+    """The ``args`` in ``common.pt``.
+
+    Raises:
+        CheckpointError: if the checkpoint is not whole or holds none.
+    """
+    for name in (VERSION_FILE, COMMON):
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path} lacks {name}: the checkpoint was never finished")
+    common = torch_archive.read_objects(path / COMMON)
+    if not isinstance(common, dict) or not isinstance(common.get("args"), Namespace):
+        raise CheckpointError(f"{path / COMMON} holds no args")
+    return common["args"]
+
+
+def open_map(path: Path, config: ModelConfig, layout: ParallelLayout) -> TensorMap:
+    """Where every role tensor lies.
+
+    Raises:
+        CheckpointError: if a file is missing or truncated, or a tensor is missing, extra or of another shape.
+    """
+    metadata = _read_metadata(path)
+    _check_files(path, metadata)
+    known_inner = {tensor.name: tensor for tensor in layer_tensors(config)}
+    known_outer = {tensor.name: tensor for tensor in outer_tensors(config)}
+    found, problems = TensorMap(config), []
+    for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, dcp.TensorStorageMetadata) or key.startswith(("optimizer.", "rng_state", "chained_")):
+            continue
+        match = _LAYER_KEY.fullmatch(key)
+        name, half = (match[2], None) if match else (key, None)
+        if name.endswith(("linear_fc1.weight_w", "linear_fc1.weight_v")):
+            name, half = name[:-2], name[-1]
+        tensor = (known_inner if match else known_outer).get(name)
+        if tensor is None:
+            problems.append(f"{key}: not a tensor of this model")
+            continue
+        full = tensor.full_shape(config, layout)
+        expected = (full[0] // 2, *full[1:]) if half else full
+        stacked = match is not None and match[1] is None
+        if tuple(entry.size) != ((config.num_layers, *expected) if stacked else expected):
+            problems.append(f"{key}: shape {tuple(entry.size)}, needed {(config.num_layers, *expected) if stacked else expected}")
+            continue
+        base = full[0] // 2 if half == "v" else 0
+        for layer, region, held in _chunks(path, metadata, key, entry, stacked, base):
+            layer = layer if stacked or not match else int(match[1])
+            found.add(layer, region, blocks(tensor, config, full[0], held))
+    raise_all(CheckpointError, f"{path} does not hold the model that its args describe", problems)
+    return found.validate(path)
+
+
+def _check_files(path: Path, metadata: dcp.Metadata) -> None:
+    ends: dict[str, int] = {}
+    for info in metadata.storage_data.values():
+        if Path(info.relative_path).name != info.relative_path:
+            raise CheckpointError(f"{path / METADATA} names a file outside the checkpoint", got=info.relative_path)
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    problems = []
+    for name, end in sorted(ends.items()):
+        size = (path / name).stat().st_size if (path / name).is_file() else -1
+        if size < end:
+            problems.append(f"{name}: " + ("missing" if size < 0 else f"{size} bytes, needed {end}"))
+    raise_all(CheckpointError, f"{path} is not whole", problems)
+
+
+def _chunks(
+    path: Path, metadata: dcp.Metadata, key: str, entry: dcp.TensorStorageMetadata, stacked: bool, base: int
+) -> Iterator[tuple[int | None, Region, Shard]]:
+    """Every chunk of a tensor, one layer at a time: (layer or None, its bytes, what it holds of the full tensor)."""
+    for chunk in entry.chunks:
+        info = metadata.storage_data[dcp.MetadataIndex(key, chunk.offsets)]
+        stored = torch_archive.read_objects(path / info.relative_path, offset=info.offset, length=info.length)
+        if tuple(stored.shape) != tuple(chunk.sizes) or stored.dtype != entry.properties.dtype:
+            raise CheckpointError(f"{path / info.relative_path}: {key}", got=(stored.shape, stored.dtype), needed=chunk)
+        whole = torch_archive.region_of(stored, path / info.relative_path, info.offset)
+        offsets, sizes, layers = list(chunk.offsets), list(chunk.sizes), [None]
+        if stacked:
+            first, count = offsets.pop(0), sizes.pop(0)
+            layers = range(first, first + count)
+        rows, cols = sizes[0], sizes[1] if len(sizes) > 1 else 1
+        left = offsets[1] if len(offsets) > 1 else 0
+        held = Shard((range(base + offsets[0], base + offsets[0] + rows),), range(left, left + cols))
+        for position, layer in enumerate(layers):
+            start = whole.offset + position * rows * cols * whole.dtype.itemsize
+            yield layer, Region(whole.path, start, rows, cols, whole.dtype), held
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def lay_out(
+    path: Path,
+    config: ModelConfig,
+    layout: ParallelLayout,
+    dtypes: dict[TensorId, torch.dtype],
+    args: Namespace,
+    sizes: dict[tuple[str, int], list[int]],
+) -> None:
+    """Create the files of a checkpoint with every tensor zero; the bytes are filled in through :func:`open_map`.
+
+    Args:
+        path: an existing empty directory.
+        dtypes: element type of every role tensor.
+        args: what ``common.pt`` is to hold.
+        sizes: (axis, layer) → units of every rank, where shards are of unequal size.
+    """
+    metadata = dcp.Metadata(state_dict_metadata={}, planner_data=None, storage_data={})
+    files = {
+        (rank, stage): open(path / f"__{stage * layout.tensor + rank}_0.distcp", "wb")
+        for rank in range(layout.tensor)
+        for stage in range(layout.pipeline)
+    }
+    try:
+        for key, layer, rank, part, full in _parts(config, layout, sizes):
+            dtype = dtypes[TensorId(part[0].roles[0], layer)]
+            entry = metadata.state_dict_metadata.setdefault(key, _entry(full, dtype))
+            stage = layout.stage_of(layer, config.num_layers) if layer is not None else _outer_stage(part[0], layout)
+            for chunk in _chunk_rects(part, layer, len(full)):
+                entry.chunks.append(chunk)
+                index = dcp.MetadataIndex(key, chunk.offsets)
+                content = torch_archive.empty_tensor(tuple(chunk.sizes), dtype)
+                metadata.storage_data[index] = _append(files[rank, stage], content)
+        for layer in range(config.num_layers):
+            for name in _EXTRA_STATES:
+                key = f"decoder.layers.{name}/shard_{layer}_{config.num_layers}"
+                metadata.state_dict_metadata[key] = dcp.BytesStorageMetadata()
+                file = files[0, layout.stage_of(layer, config.num_layers)]
+                metadata.storage_data[dcp.MetadataIndex(key)] = _append(file, [None])
+    finally:
+        for file in files.values():
+            file.close()
+    (path / METADATA).write_bytes(pickle.dumps(metadata))
+    torch.save({"args": args, "checkpoint_version": 3.0, "iteration": 0}, path / COMMON)
+    version = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+    (path / VERSION_FILE).write_text(json.dumps(version))
+
+
+def _parts(
+    config: ModelConfig, layout: ParallelLayout, sizes: dict[tuple[str, int], list[int]]
+) -> Iterator[tuple[str, int | None, int, tuple[MegatronTensor, Shard], tuple[int, ...]]]:
+    """(key, layer, rank, (tensor, what the rank holds), full shape with the layer dimension) in writing order."""
+    outer = [(None, tensor) for tensor in outer_tensors(config)]
+    inner = [(layer, tensor) for layer in range(config.num_layers) for tensor in layer_tensors(config)]
+    for layer, tensor in outer + inner:
+        full = tensor.full_shape(config, layout)
+        key = tensor.name if layer is None else f"decoder.layers.{tensor.name}"
+        shape = full if layer is None else (config.num_layers, *full)
+        split = shard_sizes(tensor, layer, config, sizes)
+        for rank in range(layout.tensor if tensor.split != "none" else 1):
+            yield key, layer, rank, (tensor, shard(tensor, full, layout.tensor, rank, split)), shape
+
+
+def shard_sizes(
+    tensor: MegatronTensor, layer: int | None, config: ModelConfig, sizes: dict[tuple[str, int], list[int]]
+) -> list[int] | None:
+    """Rows or columns of every rank from its units, for shards of unequal size; ``None`` for equal shares."""
+    units = sizes.get((tensor.unit, layer))
+    if units is None:
+        return None
+    n, d = config.heads_per_group, config.kv_channels
+    each = {("kv_head", "rows"): (n + 2) * d, ("kv_head", "cols"): n * d}.get((tensor.unit, tensor.split), 1)
+    return [count * each for count in units]
+
+
+def _outer_stage(tensor: MegatronTensor, layout: ParallelLayout) -> int:
+    return 0 if tensor.roles[0] == "embedding" else layout.pipeline - 1
+
+
+def _entry(size: tuple[int, ...], dtype: torch.dtype) -> dcp.TensorStorageMetadata:
+    return dcp.TensorStorageMetadata(properties=dcp.TensorProperties(dtype=dtype), size=torch.Size(size), chunks=[])
+
+
+def _chunk_rects(part: tuple[MegatronTensor, Shard], layer: int | None, dims: int) -> Iterator[dcp.ChunkStorageMetadata]:
+    tensor, held = part
+    vector = dims - (layer is not None) == 1
+    for rows in held.rows:
+        if not len(rows) or not len(held.cols):
+            continue
+        offsets = [rows.start] if vector else [rows.start, held.cols.start]
+        lengths = [len(rows)] if vector else [len(rows), len(held.cols)]
+        if layer is not None:
+            offsets, lengths = [layer, *offsets], [1, *lengths]
+        yield dcp.ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(lengths))
+
+
+def _append(file: io.BufferedWriter, content: Any) -> filesystem._StorageInfo:
+    start = file.tell()
+    length = torch_archive.lay_out(content, file)
+    return filesystem._StorageInfo(Path(file.name).name, start, length)

@@ -1,0 +1,90 @@
+"""``megatron-prune <verb>``: parse, run one step, turn errors into messages and exit codes.
+
+Exit codes: 0 done; 1 a check failed or something broke; 2 bad input, with nothing written.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import time
+import traceback
+
+from megatron_prune import __version__
+from megatron_prune.config import parse
+from megatron_prune.errors import InputError, PruneError
+
+VERBS = {
+    "convert": "Hugging Face → Megatron",
+    "export": "Megatron → Hugging Face",
+    "transfer": "change TP, PP, format or dtype of a Megatron checkpoint",
+    "verify": "compare logits of a Megatron checkpoint under TP with the Hugging Face model",
+    "prune": "score, plan and cut a Megatron checkpoint",
+    "evaluate": "perplexity of a Megatron checkpoint under TP × PP",
+    "compare": "before/after table of two Hugging Face models",
+    "inspect": "shape, layout, parameters, bytes, recipe of a checkpoint",
+    "estimate": "memory per rank and disk of a conversion, a pruning and a recovery",
+}
+"""verb → one line of help; the module and the function of that name in ``steps/`` run it."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``megatron-prune`` and ``python -m megatron_prune``."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_usage())
+        raise SystemExit(0 if argv else 2)
+    if argv[0] in ("-V", "--version"):
+        print(f"megatron-prune {__version__}")
+        return
+    if argv[0] not in VERBS:
+        print(f"megatron-prune: unknown verb {argv[0]!r}\n\n{_usage()}", file=sys.stderr)
+        raise SystemExit(2)
+    run_verb(argv[0], argv[1:], prog=f"megatron-prune {argv[0]}")
+
+
+def run_verb(verb: str, argv: list[str], *, prog: str) -> None:
+    """Parse ``argv`` for ``verb``, run it on all processes, and exit with its code if it is not 0."""
+    from megatron_prune.runtime.world import World
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    world = World.of_environment()
+    try:
+        step = importlib.import_module(f"megatron_prune.steps.{verb}")
+        parser = getattr(step, "parse", None)
+        kind = getattr(step, f"{verb.capitalize()}Options")
+        options = parser(argv, prog) if parser else parse(kind, argv, prog=prog, description=kind.__doc__)
+        world.connect()
+        code = getattr(step, verb)(options, world)
+        world.disconnect()
+    except InputError as error:
+        _fail(world, f"{prog}: {error}", 2)
+    except PruneError as error:
+        _fail(world, f"{prog}: {error}", 1)
+    except KeyboardInterrupt:
+        _fail(world, f"{prog}: interrupted", 130)
+    except Exception:
+        _fail(world, traceback.format_exc(), 1)
+    if code:
+        raise SystemExit(code)
+
+
+def _fail(world, message: str, code: int) -> None:
+    """Print and leave at once. Bad input is seen alike by all ranks: the others give rank 0 time to say it alone."""
+    if world.size > 1:
+        if not world.is_main:
+            time.sleep(1.0)  # torchrun ends this process as soon as another has failed
+        message = "\n".join(f"[rank {world.rank}] {line}" for line in message.split("\n"))
+    print(message, file=sys.stderr, flush=True)
+    if world.size > 1:
+        os._exit(code)  # a process group with dead peers must not be torn down politely: that can hang
+    raise SystemExit(code)
+
+
+def _usage() -> str:
+    lines = ["usage: megatron-prune <verb> [options]      megatron-prune <verb> --help", ""]
+    lines += [f"  {verb:10} {text}" for verb, text in VERBS.items()]
+    lines += ["", "Under torchrun: torchrun --nproc-per-node N -m megatron_prune <verb> [options]"]
+    return "\n".join(lines)

@@ -1,0 +1,92 @@
+"""Command-line options as frozen dataclasses: one field, one flag, one default, one help text.
+
+A flag may be written with dashes or underscores (``--load-dir``, ``--load_dir``); unknown flags are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from dataclasses import MISSING, Field, field, fields
+from typing import Any, TypeVar
+
+from megatron_prune.errors import InputError
+
+Options = TypeVar("Options")
+
+
+def option(help: str, default: Any = MISSING, *, choices: list[str] | None = None) -> Any:
+    """A dataclass field that becomes a flag; required when it has no default."""
+    metadata = {"help": help, "choices": choices}
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """``"7,13"`` → ``(7, 13)``; an empty text is an empty tuple."""
+    try:
+        return tuple(int(part) for part in text.replace(" ", "").split(",") if part)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 7,13") from None
+
+
+_TYPES = {"int": int, "float": float, "str": str, "tuple": integers}
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
+    """Give ``parser`` a flag for every field of a dataclass."""
+    hints = typing.get_type_hints(kind)
+    for item in fields(kind):
+        annotation = hints[item.name]
+        if isinstance(annotation, types.UnionType):
+            annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+        name = (typing.get_origin(annotation) or annotation).__name__
+        spellings = _spellings(item)
+        common = {"dest": item.name, "help": item.metadata["help"] + _default_text(item)}
+        if name == "bool":
+            parser.add_argument(*spellings, action="store_true", **common)
+        else:
+            parser.add_argument(
+                *spellings,
+                type=_TYPES[name],
+                choices=item.metadata["choices"],
+                required=item.default is MISSING,
+                default=None if item.default is MISSING else item.default,
+                metavar=None if item.metadata["choices"] else {"int": "N", "float": "X", "tuple": "N,N"}.get(name, item.name.upper()),
+                **common,
+            )
+
+
+def _spellings(item: Field) -> list[str]:
+    return list(dict.fromkeys([f"--{item.name.replace('_', '-')}", f"--{item.name}"]))
+
+
+def _default_text(item: Field) -> str:
+    if item.default in (MISSING, None, False, ()):
+        return ""
+    return f" (default: {item.default})"
+
+
+def parse(kind: type[Options], argv: list[str], *, prog: str, description: str) -> Options:
+    """Read ``argv`` into ``kind``; argparse exits with code 2 on a bad flag."""
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    add_options(parser, kind)
+    return kind(**vars(parser.parse_args(argv)))
+
+
+def require_positive(options: Any, *names: str) -> None:
+    """Refuse options that are given and not positive.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name}", got=value, needed="a positive number")
+
+
+def given(options: Any) -> dict[str, Any]:
+    """Options that differ from their defaults: what a recipe records."""
+    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if getattr(options, f.name) != f.default}

@@ -1,0 +1,28 @@
+"""``README.md`` of an exported model: its shape, and the recipe that made it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
+from megatron_prune.arch.tensors import parameter_count
+
+
+def model_card(config: ModelConfig, recipe: list[dict[str, Any]], *, name: str, family: str) -> str:
+    """The card's text.
+
+    Args:
+        recipe: the manifest's entries, oldest first.
+        name: what to call the model.
+        family: its Hugging Face ``model_type``.
+    """
+    lines = ["---", "library_name: transformers", "tags: [pruned, megatron-prune]", "---", "", f"# {name}", ""]
+    lines += [f"A {family} model of {parameter_count(config):,} parameters, pruned with megatron-prune.", ""]
+    lines += ["| size | |", "|---|---|"]
+    lines += [f"| {field} | {getattr(config, field)} |" for field in SHAPE_FIELDS]
+    lines += ["", "## Recipe", ""]
+    for number, entry in enumerate(recipe, 1):
+        rest = {key: value for key, value in entry.items() if key != "step"}
+        lines.append(f"{number}. **{entry['step']}** `{json.dumps(rest)}`")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,17 @@
+"""Mistral (arXiv 2310.06825): Llama's architecture with an optional sliding window and a free head dimension."""
+
+from megatron_prune.families.family import FAMILIES, Family
+
+FAMILIES.register("mistral")(
+    Family(
+        name="mistral",
+        architecture="MistralForCausalLM",
+        defaults={
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 131072,
+            "tie_word_embeddings": False,
+            "num_key_value_heads": 8,
+        },
+        window=lambda config: config.get("sliding_window", 4096),
+    )
+)

@@ -1,0 +1,1 @@
+"""torchrun and megatron-core: processes, device, layer specs, and the model built from a checkpoint."""

@@ -1,0 +1,66 @@
+"""The processes of this run, as torchrun started them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process's place among all of them. A plain ``python`` run is a world of one, without a process group."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def of_environment(cls) -> World:
+        """Read torchrun's variables; starts nothing."""
+        env = os.environ
+        return cls(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for all (prints, writes manifests)."""
+        return self.rank == 0
+
+    def connect(self, *, always: bool = False) -> None:
+        """Start the process group: gloo for host memory, NCCL beside it where there is CUDA.
+
+        Args:
+            always: also for a world of one (megatron-core needs a group).
+        """
+        if dist.is_initialized() or (self.size == 1 and not always):
+            return
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0" if self.size == 1 else "29500")
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(
+            backend, rank=self.rank, world_size=self.size, timeout=datetime.timedelta(minutes=30)
+        )
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        self.all_gather(None)
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Every process's ``value``, by rank."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def disconnect(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,114 @@
+"""Hugging Face → Megatron, for any TP × PP, from any number of processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.arch.tensors import TensorId
+from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.checkpoint.huggingface import HuggingFaceModel
+from megatron_prune.checkpoint.manifest import Manifest
+from megatron_prune.checkpoint.region import Scratch
+from megatron_prune.checkpoint.stream import StreamReport, content_id
+from megatron_prune.config import option, require_positive
+from megatron_prune.errors import CheckpointError
+from megatron_prune.runtime.world import World
+from megatron_prune.steps.output import Source, write_megatron
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Turn a Hugging Face model into a Megatron checkpoint."""
+
+    load_dir: str = option("Hugging Face model: a directory, or a hub id")
+    save_dir: str = option("Megatron checkpoint to write")
+    target_tensor_parallel_size: int = option("tensor-parallel ranks it is written for", 1)
+    target_pipeline_parallel_size: int = option("pipeline stages it is written for", 1)
+    target_params_dtype: str | None = option("element type (default: as stored)", None, choices=["fp32", "bf16", "fp16"])
+    ckpt_format: str = option("checkpoint layout", "torch_dist", choices=megatron.FORMATS)
+    make_vocab_size_divisible_by: int = option("the padded vocabulary is a multiple of this × the tensor-parallel size", 128)
+    overwrite: bool = option("replace an existing output directory", False)
+    strict: bool = option("refuse weights that hold NaN or infinity instead of warning", False)
+
+
+def convert(options: ConvertOptions, world: World) -> None:
+    """Run the step; every process takes part.
+
+    Raises:
+        InputError: on an argument, layout or checkpoint that does not fit; nothing is written.
+    """
+    require_positive(
+        options, "target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by"
+    )
+    layout = ParallelLayout(
+        tensor=options.target_tensor_parallel_size,
+        pipeline=options.target_pipeline_parallel_size,
+        vocab_divisible_by=options.make_vocab_size_divisible_by,
+    )
+    save = Path(options.save_dir)
+    staging.check_output(save, overwrite=options.overwrite)
+    model = huggingface.open_model(huggingface.resolve(options.load_dir))
+    layout.check(model.config)
+    check_tied_copy(model)
+    source = Source(tensors=model.tensors)
+
+    def manifest(report: StreamReport) -> Manifest:
+        return Manifest(
+            family=model.family.name,
+            model=model.config,
+            layout=layout,
+            content_id=content_id(report.digests),
+            hf_dtypes=describe_dtypes(megatron.stored_dtypes(model.tensors)),
+            tied_head_stored=model.tied_head_stored,
+            recipe=[{"step": "convert", "from": Path(options.load_dir).name}],
+        )
+
+    write_megatron(
+        world,
+        save,
+        source,
+        config=model.config,
+        layout=layout,
+        dtypes=source.dtypes(model.config, options.target_params_dtype),
+        ckpt_format=options.ckpt_format,
+        manifest=manifest,
+        side_files=model.path,
+        overwrite=options.overwrite,
+        strict=options.strict,
+    )
+
+
+def describe_dtypes(dtypes: dict[TensorId, torch.dtype]) -> dict[str, str]:
+    """``{"default": the commonest, str(tensor): another, …}`` for a manifest."""
+    names = {tensor: str(dtype).removeprefix("torch.") for tensor, dtype in dtypes.items()}
+    default = max(set(names.values()), key=list(names.values()).count)
+    return {"default": default, **{str(tensor): name for tensor, name in names.items() if name != default}}
+
+
+def check_tied_copy(model: HuggingFaceModel) -> None:
+    """Refuse a stored copy of a tied output layer that differs from the embedding.
+
+    Raises:
+        CheckpointError: if it does: one of the two would be lost.
+    """
+    embedding = TensorId("embedding")
+    for (copy, _, _), (original, _, _) in zip(model.tensors.replicas.get(embedding, ()), model.tensors.tiles[embedding]):
+        step = max(1, (64 << 20) // original.row_bytes)
+        first, second = Scratch(), Scratch()
+        for row in range(0, original.rows, step):
+            rows = min(step, original.rows - row)
+            left, right = (
+                buffer.take("rows", rows * region.cols, region.dtype)
+                for buffer, region in ((first, original), (second, copy))
+            )
+            original.part(row, rows).read_into(left)
+            copy.part(row, rows).read_into(right)
+            if copy.dtype != original.dtype or not torch.equal(left.view(torch.uint8), right.view(torch.uint8)):
+                raise CheckpointError(
+                    f"{model.path} ties its embeddings but stores an output layer that differs from them",
+                    do='set "tie_word_embeddings" to false in config.json if the stored output layer is meant',
+                )

@@ -1,0 +1,124 @@
+"""Megatron → Hugging Face: the way back, bit for bit where nothing was pruned."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_prune.arch.tensors import TensorId, tensor_ids
+from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.checkpoint.megatron import MegatronCheckpoint
+from megatron_prune.config import option
+from megatron_prune.errors import InputError
+from megatron_prune.evaluation.model_card import model_card
+from megatron_prune.families.family import FAMILIES, Family
+from megatron_prune.runtime.world import World
+from megatron_prune.steps.output import PARAM_DTYPES, Source, log, write_huggingface
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Turn a Megatron checkpoint into a Hugging Face model that stock transformers loads."""
+
+    load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
+    save_dir: str = option("Hugging Face directory to write")
+    hf_dir: str | None = option("take config.json and tokenizer from here (default: those kept in the checkpoint)", None)
+    target_params_dtype: str | None = option(
+        "element type (default: that of the Hugging Face model it came from)", None, choices=["fp32", "bf16", "fp16"]
+    )
+    target_family: str | None = option("write as another family of the same architecture, such as mistral", None)
+    max_shard_size: str = option("split weight files larger than this", "5GB")
+    overwrite: bool = option("replace an existing output directory", False)
+    strict: bool = option("refuse weights that hold NaN or infinity instead of warning", False)
+
+
+def export(options: ExportOptions, world: World) -> None:
+    """Run the step; every process takes part.
+
+    Raises:
+        InputError: on an argument or checkpoint that does not fit; nothing is written.
+    """
+    save = Path(options.save_dir)
+    staging.check_output(save, overwrite=options.overwrite)
+    shard_bytes = parse_size(options.max_shard_size)
+    checkpoint = megatron.open_checkpoint(Path(options.load_dir))
+    side = huggingface.resolve(options.hf_dir) if options.hf_dir else checkpoint.hf_folder
+    template = huggingface.read_config(side) if side else None
+    family = choose_family(checkpoint.manifest.family, options.target_family)
+    config = checkpoint.config
+    hf_config = family.hf_config(config, template, checkpoint.manifest.kept_layers)
+    dtypes = _dtypes(checkpoint, options.target_params_dtype)
+    name_dtype(hf_config, dtypes[TensorId("embedding")], checkpoint.manifest.hf_dtypes.get("default") if template else None)
+    unchanged = template is not None and hf_config == template
+    if side is None and world.is_main:
+        log.warning("no tokenizer is kept in %s; pass --hf-dir to add one", checkpoint.path)
+    pruned = any(entry["step"] == "prune" for entry in checkpoint.manifest.recipe)
+    plan = checkpoint.path / megatron.PLAN_FILE
+    files = {megatron.PLAN_FILE: plan.read_text(encoding="utf-8")} if plan.is_file() else {}
+    if pruned:
+        files["README.md"] = model_card(config, checkpoint.manifest.recipe, name=save.name, family=family.name)
+    write_huggingface(
+        world,
+        save,
+        Source(tensors=checkpoint.tensors),
+        config=config,
+        family=family,
+        hf_config=hf_config,
+        config_text=(side / "config.json").read_text(encoding="utf-8") if unchanged else None,
+        dtypes=dtypes,
+        max_shard_bytes=shard_bytes,
+        side_files=side,
+        tied_head_stored=checkpoint.manifest.tied_head_stored,
+        files=files,
+        overwrite=options.overwrite,
+        strict=options.strict,
+    )
+
+
+def choose_family(recorded: str, asked: str | None) -> Family:
+    """The family to write: the recorded one, or another of the same architecture.
+
+    Raises:
+        InputError: if ``asked`` is of another architecture.
+    """
+    family = FAMILIES.get(asked or recorded)
+    if family.name != recorded and family.name not in FAMILIES.get(recorded).kin():
+        raise InputError(
+            f"--target-family {asked}", got=f"a {recorded} model", needed="one of " + ", ".join(FAMILIES.get(recorded).kin())
+        )
+    return family
+
+
+def name_dtype(hf_config: dict, dtype: torch.dtype, recorded: str | None) -> None:
+    """Make ``config.json`` name the element type that is written (transformers 5: ``dtype``; before: ``torch_dtype``).
+
+    A configuration that names none is left so while the type is still the ``recorded`` one.
+    """
+    name = str(dtype).removeprefix("torch.")
+    keys = [key for key in ("dtype", "torch_dtype") if hf_config.get(key)]
+    if not keys and name != recorded:
+        keys = ["torch_dtype"]
+    for key in keys:
+        hf_config[key] = name if name != recorded else hf_config[key]
+
+
+def parse_size(text: str) -> int:
+    """``"5GB"``, ``"500MB"`` → bytes (decimal, as transformers reads them).
+
+    Raises:
+        InputError: if it is not such a size.
+    """
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?)B?", text.strip().upper())
+    if not match or int(match[1]) == 0:
+        raise InputError("--max-shard-size", got=repr(text), needed="a size such as 5GB or 500MB")
+    return int(match[1]) * 10 ** (3 * " KMGT".index(match[2] or " "))
+
+
+def _dtypes(checkpoint: MegatronCheckpoint, asked: str | None) -> dict[TensorId, torch.dtype]:
+    if asked or not checkpoint.manifest.hf_dtypes:
+        return Source(tensors=checkpoint.tensors).dtypes(checkpoint.config, asked)
+    recorded = checkpoint.manifest.hf_dtypes
+    return {t: getattr(torch, recorded.get(str(t), recorded["default"])) for t in tensor_ids(checkpoint.config)}

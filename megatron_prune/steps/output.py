@@ -1,0 +1,201 @@
+"""What every writing step does alike: check the output, stage it, stream tensors over all processes, put it in place."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Callable, Iterator
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
+from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.checkpoint.manifest import Manifest
+from megatron_prune.checkpoint.stream import StreamReport, Transform, share, stream
+from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.errors import CheckpointError, InputError
+from megatron_prune.families.family import Family
+from megatron_prune.runtime.world import World
+
+log = logging.getLogger("megatron_prune")
+
+PARAM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What is read and how it becomes the target's tensors (see ``checkpoint/stream.py``)."""
+
+    tensors: TensorMap
+    origin: Callable[[TensorId], TensorId] = lambda tensor: tensor
+    transform: Transform | None = None
+
+    def dtypes(self, config: ModelConfig, dtype: str | None) -> dict[TensorId, torch.dtype]:
+        """Element type of every target tensor: the one asked for, else as stored."""
+        asked = PARAM_DTYPES[dtype] if dtype else None
+        return {tensor: asked or self.tensors.dtype(self.origin(tensor)) for tensor in tensor_ids(config)}
+
+
+def write_megatron(
+    world: World,
+    save: Path,
+    source: Source,
+    *,
+    config: ModelConfig,
+    layout: ParallelLayout,
+    dtypes: dict[TensorId, torch.dtype],
+    ckpt_format: str,
+    manifest: Callable[[StreamReport], Manifest],
+    side_files: Path | None,
+    sizes: dict[tuple[str, int], list[int]] | None = None,
+    plan_text: str | None = None,
+    overwrite: bool = False,
+    strict: bool = False,
+) -> None:
+    """Write a Megatron checkpoint at ``save``; every process takes part.
+
+    Args:
+        manifest: makes the manifest from what all processes saw.
+        side_files: directory whose configuration and tokenizer files go along.
+        sizes: (axis, layer) → units of every rank, where shards are of unequal size.
+        plan_text: the plan that made it.
+    """
+    with staged(world, save, needed=_bytes(config, dtypes), overwrite=overwrite) as partial:
+        if world.is_main:
+            folder = megatron.lay_out(
+                partial, save, config, layout, dtypes, ckpt_format=ckpt_format, sizes=sizes
+            )
+            if side_files:
+                (folder / megatron.HF_FOLDER).mkdir()
+                huggingface.copy_side_files(side_files, folder / megatron.HF_FOLDER)
+            if plan_text:
+                (folder / megatron.PLAN_FILE).write_text(plan_text, encoding="utf-8")
+        world.barrier()
+        folder = partial / megatron.RELEASE
+        target = megatron.open_target(folder, config, layout, ckpt_format)
+        report = run(world, source, target, label="writing", strict=strict)
+        if world.is_main:
+            megatron.finish(folder, manifest(report))
+
+
+def write_huggingface(
+    world: World,
+    save: Path,
+    source: Source,
+    *,
+    config: ModelConfig,
+    family: Family,
+    hf_config: dict,
+    config_text: str | None,
+    dtypes: dict[TensorId, torch.dtype],
+    max_shard_bytes: int,
+    side_files: Path | None,
+    tied_head_stored: bool = False,
+    files: dict[str, str] | None = None,
+    overwrite: bool = False,
+    strict: bool = False,
+) -> StreamReport:
+    """Write a Hugging Face directory at ``save``; every process takes part.
+
+    Args:
+        files: further text files by name (model card, plan).
+    """
+    with staged(world, save, needed=_bytes(config, dtypes), overwrite=overwrite) as partial:
+        if world.is_main:
+            if side_files:
+                huggingface.copy_side_files(side_files, partial)
+            huggingface.lay_out(
+                partial,
+                config,
+                family,
+                hf_config,
+                dtypes,
+                max_shard_bytes=max_shard_bytes,
+                tied_head_stored=tied_head_stored,
+                config_text=config_text,
+            )
+            for name, text in (files or {}).items():
+                (partial / name).write_text(text, encoding="utf-8")
+        world.barrier()
+        return run(world, source, huggingface.open_model(partial).tensors, label="writing", strict=strict)
+
+
+@contextlib.contextmanager
+def staged(world: World, save: Path, *, needed: int, overwrite: bool) -> Iterator[Path]:
+    """A partial output directory that is put in place at the end, or removed on an error."""
+    _check_room(save, needed)
+    partial = staging.partial_path(save)
+    if world.is_main:
+        staging.begin(save)
+    try:
+        yield partial
+        world.barrier()
+        if world.is_main:
+            staging.commit(save)
+        world.barrier()
+    except BaseException:
+        if world.is_main:
+            staging.abandon(save)
+        raise
+
+
+def run(world: World, source: Source, target: TensorMap | None, *, label: str, strict: bool) -> StreamReport:
+    """Stream all tensors over all processes; warn of values that are not sound, or refuse them.
+
+    Raises:
+        CheckpointError: if ``strict`` and there are any.
+    """
+    wanted = tensor_ids((target or source.tensors).config)
+    weights = {tensor: source.tensors.nbytes(source.origin(tensor)) for tensor in wanted}
+    mine = sum(weights[tensor] for tensor in share(weights, world.rank, world.size))
+    with progress_bar(label, mine, shown=world.is_main) as advance:
+        report = stream(
+            source.tensors,
+            target,
+            origin=source.origin,
+            transform=source.transform,
+            rank=world.rank,
+            ranks=world.size,
+            progress=advance,
+        )
+    whole = StreamReport()
+    for part in world.all_gather(report):
+        whole.merge(part)
+    if whole.troubled:
+        listed = [f"{tensor} holds {trouble}" for tensor, trouble in sorted(whole.troubled.items())]
+        if strict:
+            raise CheckpointError("the weights are not sound: " + "; ".join(listed[:20]), do="mend them, or leave out --strict")
+        if world.is_main:
+            for line in listed:
+                log.warning("%s", line)
+    return whole
+
+
+@contextlib.contextmanager
+def progress_bar(label: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A bar in bytes on standard error, on one process."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def _bytes(config: ModelConfig, dtypes: dict[TensorId, torch.dtype]) -> int:
+    return sum(prod(tensor_shape(tensor.role, config)) * dtypes[tensor].itemsize for tensor in tensor_ids(config))
+
+
+def _check_room(save: Path, needed: int) -> None:
+    parent = save.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(f"not enough room for {save}", got=f"{free / 1e9:.1f} GB free", needed=f"{needed / 1e9:.1f} GB")
