@@ -22,6 +22,7 @@ VERBS = {
     "transfer": "change TP, PP, format or dtype of a Megatron checkpoint",
     "verify": "compare logits of a Megatron checkpoint under TP with the Hugging Face model",
     "prune": "score, plan and cut a Megatron checkpoint",
+    "prune-hf": "the same cuts on a Hugging Face model, single process, without Megatron",
     "evaluate": "perplexity of a Megatron checkpoint under TP × PP",
     "compare": "before/after table of two Hugging Face models",
     "inspect": "shape, layout, parameters, bytes, recipe of a checkpoint",
@@ -52,12 +53,13 @@ def run_verb(verb: str, argv: list[str], *, prog: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     world = World.of_environment()
     try:
-        step = importlib.import_module(f"megatron_prune.steps.{verb}")
+        name = verb.replace("-", "_")
+        step = importlib.import_module(f"megatron_prune.steps.{name}")
         parser = getattr(step, "parse", None)
-        kind = getattr(step, f"{verb.capitalize()}Options")
+        kind = getattr(step, "".join(part.capitalize() for part in name.split("_")) + "Options")
         options = parser(argv, prog) if parser else parse(kind, argv, prog=prog, description=kind.__doc__)
         world.connect()
-        code = getattr(step, verb)(options, world)
+        code = getattr(step, name)(options, world)
         world.disconnect()
     except InputError as error:
         _fail(world, f"{prog}: {error}", 2)

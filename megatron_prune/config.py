@@ -34,10 +34,10 @@ def integers(text: str) -> tuple[int, ...]:
 _TYPES = {"int": int, "float": float, "str": str, "tuple": integers}
 
 
-def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
-    """Give ``parser`` a flag for every field of a dataclass."""
+def add_options(parser: argparse.ArgumentParser, kind: type, chosen: list[Field] | None = None) -> None:
+    """Give ``parser`` a flag for every field of a dataclass (or for the ``chosen`` ones)."""
     hints = typing.get_type_hints(kind)
-    for item in fields(kind):
+    for item in fields(kind) if chosen is None else chosen:
         annotation = hints[item.name]
         if isinstance(annotation, types.UnionType):
             annotation = next(part for part in typing.get_args(annotation) if part is not type(None))

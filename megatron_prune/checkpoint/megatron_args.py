@@ -7,7 +7,6 @@ of another shape needs new ones; ``kv_channels`` must be explicit, since hidden 
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import Any
 
 import torch
 
@@ -131,10 +130,3 @@ def read_args(args: Namespace, where: object) -> tuple[ModelConfig, ParallelLayo
     return config, layout
 
 
-def describe_mismatch(config: ModelConfig, given: dict[str, Any]) -> list[str]:
-    """Differences between ``config`` and shape arguments that a user gave (``None``: not given)."""
-    return [
-        f"--{name.replace('_', '-')} {value}, but the checkpoint has {getattr(config, name)}"
-        for name, value in given.items()
-        if value is not None and getattr(config, name) != value
-    ]

@@ -36,6 +36,19 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         raise InputError(f"output {path}: {parent} cannot be written to", do="name a directory that you may write to")
 
 
+def check_file(path: Path) -> None:
+    """Refuse a file path that cannot be written.
+
+    Raises:
+        InputError: if it is a directory or its parent cannot be written to.
+    """
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{path} cannot be written", do="name a file in a directory that you may write to")
+
+
 def partial_path(path: Path) -> Path:
     """The hidden sibling that ``path`` is written as until it is whole."""
     path = path.absolute()

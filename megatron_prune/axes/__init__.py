@@ -1,0 +1,1 @@
+"""The prunable directions: one file each, found by :data:`axis.AXES`."""

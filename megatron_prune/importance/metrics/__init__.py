@@ -1,0 +1,1 @@
+"""Metrics: one file each, found by :data:`megatron_prune.importance.metric.METRICS`."""

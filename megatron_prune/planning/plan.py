@@ -1,0 +1,254 @@
+"""The plan: which units stay, in which order, on which rank. A JSON file that a person can read and edit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
+from megatron_prune.errors import PlanError, raise_all
+from megatron_prune.planning.selection import Scores, keep_heads, keep_units, shard_counts
+from megatron_prune.planning.target import Target
+
+FORMAT, VERSION = "megatron-prune plan", 1
+ALL = "all"
+_LAYER_AXES = {"ffn": "ffn_hidden_size", "kv_head": "num_query_groups", "head": "num_attention_heads"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """One layer that stays. Units are ids of the model before pruning, in their new order; ``None`` keeps them all.
+
+    Attributes:
+        layer: its 0-based number before pruning.
+        ffn, kv_head, head: kept units. ``head`` lists query heads, grouped as ``kv_head`` lists their groups.
+        shards: axis → kept units of every tensor-parallel rank, only where these differ (``unbalance``).
+    """
+
+    layer: int
+    ffn: list[int] | None = None
+    kv_head: list[int] | None = None
+    head: list[int] | None = None
+    shards: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Attributes:
+        old, new: the sizes in :data:`SHAPE_FIELDS` before and after.
+        hidden: kept channels of the residual stream, ``None`` for all.
+        layers: the layers that stay, ascending.
+        made_by: how it was made (metric, prune_type, seed, parallel sizes …).
+        content_id: digest of the model it was made from; ``None`` fits any model of the old shape.
+    """
+
+    old: dict[str, int]
+    new: dict[str, int]
+    hidden: list[int] | None
+    layers: list[LayerPlan]
+    made_by: dict[str, Any] = field(default_factory=dict)
+    content_id: str | None = None
+
+    def dumps(self) -> str:
+        """The file's text: one line per list of units."""
+        keep = lambda units: ALL if units is None else units
+        layers = []
+        for entry in self.layers:
+            body = {"layer": entry.layer, **{axis: keep(getattr(entry, axis)) for axis in _LAYER_AXES}}
+            layers.append({**body, **({"shards": entry.shards} if entry.shards else {})})
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "made_by": self.made_by,
+            "content_id": self.content_id,
+            "old": self.old,
+            "new": self.new,
+            "hidden": keep(self.hidden),
+        }
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+        rows = []
+        for body in layers:
+            inner = [f"      {json.dumps(key)}: {json.dumps(value)}" for key, value in body.items()]
+            rows.append("    {\n" + ",\n".join(inner) + "\n    }")
+        lines.append('  "layers": [\n' + ",\n".join(rows) + "\n  ]")
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    @classmethod
+    def loads(cls, text: str, where: object) -> Plan:
+        """Read a plan file.
+
+        Raises:
+            PlanError: if it is not a plan, of another version, or has unknown or missing keys.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("format") != FORMAT:
+                raise ValueError("another format")
+            version = data.pop("version")
+            if version != VERSION:
+                raise PlanError(f"{where}", got=f"plan version {version!r}", needed=f"version {VERSION}")
+            units = lambda value: None if value == ALL else _unit_list(value)
+            layers = []
+            for entry in data.pop("layers"):
+                kept = {axis: units(entry.pop(axis)) for axis in _LAYER_AXES}
+                shards = {axis: _unit_list(counts) for axis, counts in entry.pop("shards", {}).items()}
+                layers.append(LayerPlan(layer=_unit_list([entry.pop("layer")])[0], **kept, shards=shards))
+                if entry:
+                    raise ValueError(f"unknown keys {sorted(entry)} in a layer")
+            return cls(hidden=units(data.pop("hidden")), layers=layers, **data)
+        except PlanError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"{where} is not a plan", got=f"{type(error).__name__}: {error}") from None
+
+    def shard_sizes(self) -> dict[tuple[str, int], list[int]]:
+        """(axis, new layer number) → kept units of every rank, where these differ."""
+        return {(axis, new): counts for new, entry in enumerate(self.layers) for axis, counts in entry.shards.items()}
+
+    def summary(self) -> str:
+        """The sizes that change, for a person."""
+        changes = [f"{name} {self.old[name]} → {self.new[name]}" for name in SHAPE_FIELDS if self.old[name] != self.new[name]]
+        return ", ".join(changes) or "nothing changed"
+
+    def new_config(self, config: ModelConfig) -> ModelConfig:
+        """``config`` (the model's before pruning) with the sizes after it."""
+        return ModelConfig.from_json({**config.to_json(), **self.new})
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan file.
+
+    Raises:
+        PlanError: if it cannot be read or is not a plan.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"plan {path} cannot be read", got=str(error)) from None
+    return Plan.loads(text, path)
+
+
+def _unit_list(value: Any) -> list[int]:
+    if not isinstance(value, list) or any(isinstance(unit, bool) or not isinstance(unit, int) for unit in value):
+        raise ValueError(f'a list of unit ids or "{ALL}" is needed, got {str(value)[:60]}')
+    return value
+
+
+def shape_of(config: ModelConfig) -> dict[str, int]:
+    """The sizes that a plan records."""
+    return {name: getattr(config, name) for name in SHAPE_FIELDS}
+
+
+def make_plan(
+    config: ModelConfig,
+    target: Target,
+    scores: Scores,
+    *,
+    prune_type: str,
+    ranks: int,
+    made_by: dict[str, Any],
+    content_id: str | None,
+) -> Plan:
+    """Choose units by their scores.
+
+    Args:
+        scores: for every pair of :func:`selection.needed_scores`.
+        ranks: tensor-parallel ranks that hold the model.
+    """
+    new = target.config
+    choose = lambda axis, layer, keep: keep_units(axis, scores[axis, layer], keep, config, ranks, prune_type)
+    hidden = choose("hidden", None, new.hidden_size) if new.hidden_size != config.hidden_size else None
+    if target.drop_layers is None:
+        kept = choose("layer", None, new.num_layers)
+    else:
+        kept = [layer for layer in range(config.num_layers) if layer not in target.drop_layers]
+    layers = []
+    for layer in kept:
+        ffn = kv_head = head = None
+        shards: dict[str, list[int]] = {}
+        if new.ffn_hidden_size != config.ffn_hidden_size:
+            ffn = choose("ffn", layer, new.ffn_hidden_size)
+        groups = list(range(config.num_query_groups))
+        if new.num_query_groups != config.num_query_groups:
+            groups = kv_head = choose("kv_head", layer, new.num_query_groups)
+        if new.heads_per_group != config.heads_per_group:
+            head = keep_heads(scores["head", layer], groups, new.heads_per_group, config)
+        elif kv_head is not None:
+            n = config.heads_per_group
+            head = [group * n + position for group in kv_head for position in range(n)]
+        if prune_type == "unbalance":
+            for axis, units in (("ffn", ffn), ("kv_head", kv_head)):
+                if units is not None:
+                    shards[axis] = shard_counts(axis, units, config, ranks)
+        layers.append(LayerPlan(layer=layer, ffn=ffn, kv_head=kv_head, head=head, shards=shards))
+    return Plan(
+        old=shape_of(config), new=shape_of(new), hidden=hidden, layers=layers, made_by=made_by, content_id=content_id
+    )
+
+
+def check_plan(plan: Plan, config: ModelConfig, where: object) -> None:
+    """Refuse a plan that does not fit a model of shape ``config``.
+
+    Raises:
+        PlanError: naming everything that does not fit.
+    """
+    problems = []
+    for name, value in shape_of(config).items():
+        if plan.old.get(name) != value:
+            problems.append(f"it was made for {name} {plan.old.get(name)}, the checkpoint has {value}")
+    if set(plan.new) != set(SHAPE_FIELDS):
+        problems.append(f"its new shape must name exactly {', '.join(SHAPE_FIELDS)}")
+    raise_all(PlanError, f"{where} does not fit the checkpoint", problems)
+    new = plan.new
+    problems += [f"{name} cannot change" for name in ("kv_channels", "vocab_size") if new[name] != getattr(config, name)]
+    problems += _unit_problems("hidden", plan.hidden, config.hidden_size, new["hidden_size"])
+    numbers = [entry.layer for entry in plan.layers]
+    problems += _unit_problems("layers", numbers, config.num_layers, new["num_layers"])
+    if numbers != sorted(numbers):
+        problems.append("layers must stand in ascending order")
+    for entry in plan.layers:
+        for axis, size in _LAYER_AXES.items():
+            units = getattr(entry, axis)
+            problems += _unit_problems(f"layer {entry.layer}: {axis}", units, getattr(config, size), new[size])
+        problems += _head_problems(entry, config, new)
+        problems += _shard_problems(entry, new)
+    raise_all(PlanError, f"{where} does not fit the checkpoint", problems)
+    plan.new_config(config)
+
+
+def _unit_problems(what: str, units: list[int] | None, count: int, keep: int) -> list[str]:
+    if units is None:
+        return [] if count == keep else [f'{what}: "{ALL}" keeps {count} units, the new shape says {keep}']
+    problems = []
+    if len(units) != keep:
+        problems.append(f"{what}: {len(units)} units, the new shape says {keep}")
+    outside = [unit for unit in units if not 0 <= unit < count]
+    if outside:
+        problems.append(f"{what}: {outside[:5]} out of range 0 to {count - 1}")
+    if len(set(units)) != len(units):
+        problems.append(f"{what}: a unit stands twice")
+    return problems
+
+
+def _head_problems(entry: LayerPlan, config: ModelConfig, new: dict[str, int]) -> list[str]:
+    if new["num_attention_heads"] % new["num_query_groups"]:
+        return [f"{new['num_attention_heads']} heads do not divide over {new['num_query_groups']} KV groups"]
+    per_group = new["num_attention_heads"] // new["num_query_groups"]
+    heads = entry.head if entry.head is not None else list(range(config.num_attention_heads))
+    groups = entry.kv_head if entry.kv_head is not None else list(range(config.num_query_groups))
+    expected = [group for group in groups for _ in range(per_group)]
+    if [head // config.heads_per_group for head in heads] != expected:
+        return [f"layer {entry.layer}: head must list {per_group} query heads of each KV group in kv_head, in that order"]
+    return []
+
+
+def _shard_problems(entry: LayerPlan, new: dict[str, int]) -> list[str]:
+    problems = []
+    for axis, counts in entry.shards.items():
+        if axis not in ("ffn", "kv_head"):
+            problems.append(f"layer {entry.layer}: shards of {axis}: only ffn and kv_head have shards")
+        elif min(counts, default=-1) < 0 or sum(counts) != new[_LAYER_AXES[axis]]:
+            problems.append(f"layer {entry.layer}: shards of {axis} {counts} do not add up to {new[_LAYER_AXES[axis]]}")
+    return problems

@@ -1,0 +1,147 @@
+"""The requested shape, completed and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.errors import InputError, raise_all
+
+PRUNE_TYPES = ["balance", "global", "unbalance"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """The shape to reach.
+
+    Attributes:
+        config: the model after pruning.
+        drop_layers: layers named to go, ascending; ``None`` where scores choose them.
+    """
+
+    config: ModelConfig
+    drop_layers: tuple[int, ...] | None = None
+
+
+def resolve_target(
+    config: ModelConfig,
+    *,
+    hidden_size: int | None = None,
+    ffn_hidden_size: int | None = None,
+    num_attention_heads: int | None = None,
+    num_query_groups: int | None = None,
+    num_layers: int | None = None,
+    drop_layers: tuple[int, ...] | None = None,
+) -> Target:
+    """Complete a request from the model's own shape (``None``: as it is) and check it.
+
+    Query heads alone: cut inside every KV group where they divide over the groups, else by whole groups. KV groups
+    alone: each takes its query heads along.
+
+    Raises:
+        InputError: naming every size that is not positive, larger than the model's, or does not divide.
+    """
+    problems = []
+    asked = {
+        "hidden_size": hidden_size,
+        "ffn_hidden_size": ffn_hidden_size,
+        "num_attention_heads": num_attention_heads,
+        "num_query_groups": num_query_groups,
+        "num_layers": num_layers,
+    }
+    for name, value in asked.items():
+        if value is not None and value < 1:
+            problems.append(f"{name}_remain {value} is not a positive number")
+        elif value is not None and value > getattr(config, name):
+            problems.append(f"{name}_remain {value} is larger than the model's {getattr(config, name)}")
+    problems += _layer_problems(config, drop_layers, num_layers)
+    raise_all(InputError, "the requested shape does not fit the model", problems)
+    heads, groups = _heads_and_groups(config, num_attention_heads, num_query_groups)
+    layers = num_layers or config.num_layers - len(drop_layers or ())
+    new = replace(
+        config,
+        hidden_size=hidden_size or config.hidden_size,
+        ffn_hidden_size=ffn_hidden_size or config.ffn_hidden_size,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        num_layers=layers,
+    )
+    named = tuple(sorted(drop_layers)) if drop_layers is not None else (() if layers == config.num_layers else None)
+    return Target(config=new, drop_layers=named)
+
+
+def _layer_problems(config: ModelConfig, drop: tuple[int, ...] | None, remain: int | None) -> list[str]:
+    drop = drop or ()
+    problems = [
+        f"drop_layers names layer {layer}, needed 0 to {config.num_layers - 1}"
+        for layer in drop
+        if not 0 <= layer < config.num_layers
+    ]
+    problems += [f"drop_layers names layer {layer} twice" for layer in sorted(set(drop)) if drop.count(layer) > 1]
+    if drop and len(set(drop)) >= config.num_layers:
+        problems.append("drop_layers leaves no layer")
+    if drop and remain is not None and config.num_layers - len(drop) != remain:
+        problems.append(f"num_layers_remain {remain} and drop_layers, which leaves {config.num_layers - len(drop)}, disagree")
+    return problems
+
+
+def _heads_and_groups(config: ModelConfig, heads: int | None, groups: int | None) -> tuple[int, int]:
+    each = config.heads_per_group
+    if heads is None:
+        groups = groups or config.num_query_groups
+        return groups * each, groups
+    if groups is None:
+        if heads % config.num_query_groups == 0:
+            groups = config.num_query_groups
+        elif heads % each == 0:
+            groups = heads // each
+    legal = [h for h in range(1, config.num_attention_heads + 1) if _legal_heads(config, h, groups)]
+    if groups is None or not _legal_heads(config, heads, groups):
+        raise InputError(
+            f"num_attention_heads_remain {heads}" + (f" with num_query_groups_remain {groups}" if groups else ""),
+            got=f"a model with {config.num_attention_heads} heads in {config.num_query_groups} KV groups",
+            needed="the same number of query heads (1 to "
+            f"{each}) in each of the KV groups that stay: {legal} heads" + (f" for {groups} groups" if groups else ""),
+        )
+    return heads, groups
+
+
+def _legal_heads(config: ModelConfig, heads: int, groups: int | None) -> bool:
+    options = [groups] if groups else [config.num_query_groups, *([heads // config.heads_per_group] or [])]
+    return any(g and heads % g == 0 and heads // g <= config.heads_per_group and g <= config.num_query_groups for g in options)
+
+
+def check_parallel(old: ModelConfig, new: ModelConfig, layout: ParallelLayout, prune_type: str) -> None:
+    """Refuse a target that ``prune_type`` cannot reach on this layout.
+
+    Raises:
+        InputError: naming what does not divide, and the legal values.
+    """
+    ranks, problems = layout.tensor, []
+    heads_change = (old.num_attention_heads, old.num_query_groups) != (new.num_attention_heads, new.num_query_groups)
+    if prune_type != "global" and heads_change and old.num_query_groups % ranks:
+        problems.append(
+            f"{prune_type}: {old.num_query_groups} KV groups do not divide over {ranks} ranks, so no rank holds whole "
+            "groups; use --prune_type global, or a smaller tensor-parallel size"
+        )
+    if prune_type == "balance":
+        problems += _not_divisible("num_query_groups_remain", new.num_query_groups, old.num_query_groups, ranks, heads_change)
+        problems += _not_divisible("num_attention_heads_remain", new.num_attention_heads, old.num_attention_heads, ranks, heads_change)
+    if prune_type == "balance" or prune_type == "global":
+        changed = new.ffn_hidden_size != old.ffn_hidden_size
+        problems += _not_divisible("ffn_hidden_size_remain", new.ffn_hidden_size, old.ffn_hidden_size, ranks, changed)
+    if new.num_layers % layout.pipeline:
+        legal = [n for n in range(1, old.num_layers + 1) if n % layout.pipeline == 0]
+        problems.append(f"{new.num_layers} layers do not divide over {layout.pipeline} pipeline stages; legal: {legal}")
+    raise_all(InputError, f"the requested shape does not divide over TP {ranks} × PP {layout.pipeline}", problems)
+    if prune_type != "unbalance":
+        layout.check(new)
+
+
+def _not_divisible(name: str, value: int, largest: int, ranks: int, changed: bool) -> list[str]:
+    if not changed or value % ranks == 0:
+        return []
+    legal = list(range(ranks, largest + 1, ranks))
+    shown = str(legal) if len(legal) <= 16 else f"multiples of {ranks} up to {legal[-1]}"
+    return [f"{name} {value} does not divide over {ranks} ranks; legal: {shown}"]

@@ -1,0 +1,136 @@
+"""Score, plan and cut a Megatron checkpoint under TP × PP.
+
+The arguments are those of LLama-Pruner's ``prune_gpt.py`` (S4), and Megatron's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.arch.tensors import tensor_ids
+from megatron_prune.checkpoint import megatron, staging
+from megatron_prune.checkpoint.manifest import Manifest
+from megatron_prune.checkpoint.megatron import MegatronCheckpoint
+from megatron_prune.checkpoint.stream import StreamReport, content_id
+from megatron_prune.config import add_options, option
+from megatron_prune.planning.target import PRUNE_TYPES
+from megatron_prune.runtime.layout import run_layout
+from megatron_prune.runtime.megatron_flags import add_megatron_flags, check_megatron_flags, megatron_flags
+from megatron_prune.runtime.world import World
+from megatron_prune.steps.choose import PlanRequest, obtain_plan
+from megatron_prune.steps.export import choose_family
+from megatron_prune.steps.output import Source, log, run, write_megatron
+from megatron_prune.surgery.cut import Cut
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions:
+    """Prune a Megatron checkpoint to a smaller shape, by scores or by a plan."""
+
+    load: str = option("Megatron checkpoint: its root, or an iteration directory")
+    save: str = option("pruned Megatron checkpoint to write")
+    hidden_size_remain: int | None = option("residual channels that stay", None)
+    ffn_hidden_size_remain: int | None = option("feed-forward channels that stay in every layer", None)
+    num_attention_heads_remain: int | None = option("query heads that stay in every layer", None)
+    num_query_groups_remain: int | None = option("KV groups that stay in every layer", None)
+    num_layers_remain: int | None = option("layers that stay, chosen by the metric", None)
+    drop_layers: tuple[int, ...] | None = option("layers that go, 0-based, such as 7,13", None)
+    prune_type: str = option("which units each tensor-parallel rank keeps", "balance", choices=PRUNE_TYPES)
+    metric: str = option("how units are scored: random, magnitude", "random")
+    seed: int = option("seed of the random metric", 1234)
+    plan: str | None = option("apply this plan instead of making one", None)
+    save_plan: str | None = option("also write the plan here", None)
+    tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
+    pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
+    ckpt_format: str | None = option("layout of the result (default: that of the source)", None, choices=megatron.FORMATS)
+    target_family: str | None = option("Hugging Face family the result will be exported as", None)
+    overwrite: bool = option("replace an existing output directory", False)
+    strict: bool = option("refuse weights that hold NaN or infinity instead of warning", False)
+    megatron: dict[str, Any] = field(default_factory=dict)
+
+
+def parse(argv: list[str], prog: str) -> PruneOptions:
+    """Read the command line; Megatron's own model flags end in ``PruneOptions.megatron``."""
+    parser = argparse.ArgumentParser(prog=prog, description=PruneOptions.__doc__, allow_abbrev=False)
+    shown = [item for item in dataclasses.fields(PruneOptions) if item.name != "megatron"]
+    add_options(parser, PruneOptions, shown)
+    add_megatron_flags(parser)
+    namespace = parser.parse_args(argv)
+    return PruneOptions(**{item.name: getattr(namespace, item.name) for item in shown}, megatron=megatron_flags(namespace))
+
+
+def prune(options: PruneOptions, world: World) -> None:
+    """Run the step; every process takes part.
+
+    Raises:
+        InputError: on a request, layout, plan or checkpoint that does not fit; nothing is written.
+    """
+    save = Path(options.save)
+    staging.check_output(save, overwrite=options.overwrite)
+    if options.save_plan:
+        staging.check_file(Path(options.save_plan))
+    checkpoint = megatron.open_checkpoint(Path(options.load))
+    check_megatron_flags(options.megatron, checkpoint.config)
+    layout = run_layout(
+        checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size
+    )
+    family = choose_family(checkpoint.manifest.family, options.target_family)
+    request = PlanRequest(**{item.name: getattr(options, item.name) for item in dataclasses.fields(PlanRequest)})
+    plan = obtain_plan(request, checkpoint.tensors, layout, family, lambda: model_id(checkpoint, world), world)
+    cut = Cut(plan, checkpoint.config)
+    source = Source(tensors=checkpoint.tensors, origin=cut.origin, transform=cut.transform)
+
+    def manifest(report: StreamReport) -> Manifest:
+        before = checkpoint.manifest
+        kept = [entry.layer for entry in plan.layers]
+        original = [before.kept_layers[layer] for layer in kept] if before.kept_layers else kept
+        return dataclasses.replace(
+            before,
+            family=family.name,
+            model=cut.config,
+            layout=layout,
+            content_id=content_id(report.digests),
+            hf_dtypes=dtypes_after(before.hf_dtypes, cut),
+            kept_layers=original if before.kept_layers or len(kept) < checkpoint.config.num_layers else None,
+            recipe=[*before.recipe, {"step": "prune", **plan.made_by, "old": plan.old, "new": plan.new}],
+        )
+
+    write_megatron(
+        world,
+        save,
+        source,
+        config=cut.config,
+        layout=layout,
+        dtypes=source.dtypes(cut.config, None),
+        ckpt_format=options.ckpt_format or checkpoint.format,
+        manifest=manifest,
+        side_files=checkpoint.hf_folder,
+        sizes=plan.shard_sizes(),
+        plan_text=plan.dumps(),
+        overwrite=options.overwrite,
+        strict=options.strict,
+    )
+    if world.is_main:
+        if options.save_plan:
+            staging.write_text(Path(options.save_plan), plan.dumps())
+        log.info("pruned to %s: %s", save, plan.summary())
+
+
+def model_id(checkpoint: MegatronCheckpoint, world: World) -> str:
+    """The checkpoint's content id; computed by reading it where no manifest says it."""
+    if checkpoint.manifest.content_id is None:
+        report = run(world, Source(tensors=checkpoint.tensors), None, label="digesting", strict=False)
+        checkpoint.manifest = dataclasses.replace(checkpoint.manifest, content_id=content_id(report.digests))
+    return checkpoint.manifest.content_id
+
+
+def dtypes_after(recorded: dict[str, str], cut: Cut) -> dict[str, str]:
+    """``hf_dtypes`` with the layers' numbers after the cut."""
+    if not recorded:
+        return {}
+    others = {str(t): recorded[str(cut.origin(t))] for t in tensor_ids(cut.config) if str(cut.origin(t)) in recorded}
+    return {"default": recorded["default"], **others}

@@ -1,0 +1,122 @@
+"""The same cuts on a Hugging Face directory, in a single process without Megatron (S4's ``prune_hf/prune_llama.py``).
+
+With the same plan the result equals the export of the tensor-parallel route bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.arch.tensors import TensorId
+from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.checkpoint.stream import content_id
+from megatron_prune.config import option
+from megatron_prune.errors import InputError
+from megatron_prune.evaluation.model_card import model_card
+from megatron_prune.runtime.world import World
+from megatron_prune.steps.choose import PlanRequest, obtain_plan
+from megatron_prune.steps.convert import check_tied_copy
+from megatron_prune.steps.export import choose_family, name_dtype, parse_size
+from megatron_prune.steps.output import Source, log, run, write_huggingface
+from megatron_prune.surgery.cut import Cut
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneHfOptions:
+    """Prune a Hugging Face model to a smaller shape, single process."""
+
+    model_name_or_path: str = option("Hugging Face model: a directory, or a hub id")
+    output_path: str = option("Hugging Face directory to write")
+    prune_config_path: str = option(
+        "JSON file with hidden_size_remain, num_attention_heads_remain, ffn_hidden_size_remain, drop_layers "
+        "(and num_query_groups_remain, num_layers_remain)",
+        "prune_config.json",
+    )
+    plan: str | None = option("apply this plan instead of the JSON file", None)
+    save_plan: str | None = option("also write the plan here", None)
+    metric: str = option("how units are scored: random, magnitude", "random")
+    seed: int = option("seed of the random metric", 1234)
+    target_family: str | None = option("write as another family of the same architecture, such as mistral", None)
+    max_shard_size: str = option("split weight files larger than this", "5GB")
+    overwrite: bool = option("replace an existing output directory", False)
+    strict: bool = option("refuse weights that hold NaN or infinity instead of warning", False)
+
+
+def prune_hf(options: PruneHfOptions, world: World) -> None:
+    """Run the step.
+
+    Raises:
+        InputError: on a request, plan or model that does not fit; nothing is written.
+    """
+    save = Path(options.output_path)
+    staging.check_output(save, overwrite=options.overwrite)
+    if options.save_plan:
+        staging.check_file(Path(options.save_plan))
+    shard_bytes = parse_size(options.max_shard_size)
+    sizes = {} if options.plan else read_prune_config(Path(options.prune_config_path))
+    model = huggingface.open_model(huggingface.resolve(options.model_name_or_path))
+    check_tied_copy(model)
+    family = choose_family(model.family.name, options.target_family)
+    request = PlanRequest(**sizes, prune_type="global", metric=options.metric, seed=options.seed, plan=options.plan)
+    source = Source(tensors=model.tensors)
+
+    def model_id() -> str:
+        return content_id(run(world, source, None, label="digesting", strict=options.strict).digests)
+
+    plan = obtain_plan(request, model.tensors, ParallelLayout(), family, model_id, world)
+    cut = Cut(plan, model.config)
+    source = Source(tensors=model.tensors, origin=cut.origin, transform=cut.transform)
+    dtypes = source.dtypes(cut.config, None)
+    kept = [entry.layer for entry in plan.layers]
+    hf_config = family.hf_config(cut.config, model.hf_config, kept if len(kept) < model.config.num_layers else None)
+    stored = str(dtypes[TensorId("embedding")]).removeprefix("torch.")
+    name_dtype(hf_config, dtypes[TensorId("embedding")], stored)
+    recipe = [{"step": "prune", **plan.made_by, "old": plan.old, "new": plan.new}]
+    card = model_card(cut.config, recipe, name=save.name, family=family.name)
+    write_huggingface(
+        world,
+        save,
+        source,
+        config=cut.config,
+        family=family,
+        hf_config=hf_config,
+        config_text=(model.path / "config.json").read_text(encoding="utf-8") if hf_config == model.hf_config else None,
+        dtypes=dtypes,
+        max_shard_bytes=shard_bytes,
+        side_files=model.path,
+        tied_head_stored=model.tied_head_stored,
+        files={megatron.PLAN_FILE: plan.dumps(), "README.md": card},
+        overwrite=options.overwrite,
+        strict=options.strict,
+    )
+    if world.is_main:
+        if options.save_plan:
+            staging.write_text(Path(options.save_plan), plan.dumps())
+        log.info("pruned to %s: %s", save, plan.summary())
+
+
+def read_prune_config(path: Path) -> dict[str, Any]:
+    """The sizes in a JSON file under S4's keys.
+
+    Raises:
+        InputError: if it is not such a file, or has a key or a value that is none of these.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--prune_config_path {path}", got=str(error), needed="a JSON file") from None
+    if not isinstance(data, dict) or set(data) - set(PlanRequest.SIZES):
+        unknown = sorted(set(data) - set(PlanRequest.SIZES)) if isinstance(data, dict) else type(data).__name__
+        raise InputError(f"{path}", got=f"unknown keys {unknown}", needed="keys out of " + ", ".join(PlanRequest.SIZES))
+    whole = lambda value: isinstance(value, int) and not isinstance(value, bool)
+    drop = data.pop("drop_layers", None)
+    if drop is not None and not (isinstance(drop, list) and all(whole(layer) for layer in drop)):
+        raise InputError(f"{path}: drop_layers", got=drop, needed="a list of layer numbers, or null")
+    for key, value in data.items():
+        if value is not None and not whole(value):
+            raise InputError(f"{path}: {key}", got=value, needed="a whole number, or null")
+    return {**data, "drop_layers": tuple(drop) if drop is not None else None}

@@ -1,0 +1,1 @@
+"""Plan and tensors in, smaller tensors out; one role tensor at a time."""

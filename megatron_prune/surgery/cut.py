@@ -1,0 +1,51 @@
+"""Cutting: every role tensor keeps the rows and columns of the units that stay."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.tensors import ROLES, TensorId
+from megatron_prune.planning.plan import LayerPlan, Plan
+
+
+class Cut:
+    """A plan as a transformation of role tensors, for ``checkpoint/stream.py``.
+
+    It works on full role tensors and knows nothing of ranks or formats: where the result is stored decides which rank
+    holds what.
+    """
+
+    def __init__(self, plan: Plan, config: ModelConfig):
+        self.config = plan.new_config(config)
+        self._plan = plan
+        self._head_dim = config.kv_channels
+        self._hidden = _index(plan.hidden)
+
+    def origin(self, tensor: TensorId) -> TensorId:
+        """The tensor before pruning that ``tensor`` (numbered as after it) is cut from."""
+        return tensor if tensor.layer is None else TensorId(tensor.role, self._plan.layers[tensor.layer].layer)
+
+    def transform(self, tensor: TensorId, data: torch.Tensor) -> torch.Tensor:
+        """The kept rows and columns of a full tensor, in the plan's order."""
+        entry = None if tensor.layer is None else self._plan.layers[tensor.layer]
+        for dim, label in enumerate(ROLES[tensor.role]):
+            index = self._elements(label, entry)
+            if index is not None:
+                data = data.index_select(dim, index)
+        return data
+
+    def _elements(self, label: str, entry: LayerPlan | None) -> torch.Tensor | None:
+        """Kept elements of a dimension, ``None`` for all of them."""
+        if label == "hidden":
+            return self._hidden
+        if entry is None or label not in ("ffn", "head", "kv_head"):
+            return None
+        units = _index(getattr(entry, label))
+        if units is None or label == "ffn":
+            return units
+        return (units[:, None] * self._head_dim + torch.arange(self._head_dim)).flatten()
+
+
+def _index(units: list[int] | None) -> torch.Tensor | None:
+    return None if units is None else torch.tensor(units, dtype=torch.long)

@@ -1,0 +1,11 @@
+"""torchrun --nproc-per-node N prune_llama.py --load CKPT --save OUT --ffn_hidden_size_remain 1152 …
+
+Prune a Megatron checkpoint under tensor and pipeline parallelism: score, plan, cut, save. ``--help`` lists everything.
+"""
+
+from megatron_prune.cli import run_verb
+
+if __name__ == "__main__":
+    import sys
+
+    run_verb("prune", sys.argv[1:], prog="prune_llama.py")

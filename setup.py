@@ -1,0 +1,31 @@
+"""Packaging of megatron-prune. torch is best installed first (see README): CPU or CUDA build, as the machine needs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-prune",
+    version="0.1.0",
+    description="Turn a pretrained language model into a smaller one of any requested shape, on tensor-parallel shards",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["megatron_prune", "megatron_prune.*"]),
+    python_requires=">=3.10,<3.13",
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "megatron-core>=0.16.1,<0.17",
+        "transformers>=5.0,<6",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "numpy>=1.26",
+        "xxhash>=3.4",
+        "rich>=13",
+    ],
+    extras_require={
+        "demo": ["gguf>=0.17", "accelerate>=1.0"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"],
+        "gpu": ["transformer-engine[pytorch]"],
+    },
+    entry_points={"console_scripts": ["megatron-prune=megatron_prune.cli:main"]},
+)
