@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 
 from megatron_prune import __version__
 from megatron_prune.config import parse
@@ -50,7 +51,7 @@ def run_verb(verb: str, argv: list[str], *, prog: str) -> None:
     """Parse ``argv`` for ``verb``, run it on all processes, and exit with its code if it is not 0."""
     from megatron_prune.runtime.world import World
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    _quiet()
     world = World.of_environment()
     try:
         name = verb.replace("-", "_")
@@ -71,6 +72,19 @@ def run_verb(verb: str, argv: list[str], *, prog: str) -> None:
         _fail(world, traceback.format_exc(), 1)
     if code:
         raise SystemExit(code)
+
+
+def _quiet() -> None:
+    """Our own messages on standard error; the libraries' notices about what is not installed are left out."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    own = logging.getLogger("megatron_prune")
+    own.handlers, own.propagate = [handler], False
+    own.setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed|torch\.nn\.parallel)")
+    warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine|transformer_engine|barrier\(\)).*")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _fail(world, message: str, code: int) -> None:

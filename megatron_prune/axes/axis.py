@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Callable
 
-import torch
-
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.arch.tensors import ROLES
 from megatron_prune.registry import Registry
 
 AXES: Registry[Axis] = Registry("axis", "megatron_prune.axes")
@@ -46,27 +43,3 @@ class Axis:
         whole = config.num_query_groups if self.name in ("head", "kv_head") else self.count(config)
         each = self.count(config) // whole
         return range(rank * whole // ranks * each, (rank + 1) * whole // ranks * each)
-
-    def total(self, role: str, values: torch.Tensor, config: ModelConfig) -> torch.Tensor | None:
-        """Sum a value per weight over what each unit owns of one tensor.
-
-        Args:
-            values: same shape as the role tensor or as a rank's block of whole units of it.
-
-        Returns:
-            float64 [units in ``values``], or ``None`` if no unit owns any of this tensor.
-        """
-        result = None
-        for dim, label in enumerate(ROLES[role]):
-            each = self.owns(config).get(label)
-            if each is not None:
-                others = [other for other in range(values.dim()) if other != dim]
-                sums = values.sum(dim=others, dtype=torch.float64) if others else values.double()
-                sums = sums.view(-1, each).sum(dim=1)
-                result = sums if result is None else result + sums
-        return result
-
-
-def axes_by_name() -> dict[str, Axis]:
-    """All axes."""
-    return {name: AXES.get(name) for name in AXES.names()}

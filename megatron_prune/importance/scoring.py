@@ -1,13 +1,12 @@
 """Applying a metric to a checkpoint under TP × PP: every rank reads its own shards, tensor by tensor.
 
-A unit that one rank holds whole (a feed-forward channel, a KV group) is summed there and nowhere else, so its score has
-the same bits at every TP. A residual channel lies on all ranks: its float64 partial sums are added in rank order, the
-same on every process, and differ between TP sizes by rounding only (about 1e-15 relative).
+A unit that one rank holds whole (a feed-forward channel, a KV group) is summed there and nowhere else. A residual channel
+lies on all ranks: its partial sums are added in rank order, the same on every process. Sums are float64, so scores at
+different TP sizes differ by rounding only (about 1e-15 relative).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Callable
 
@@ -22,6 +21,10 @@ from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.importance.metric import Metric
 from megatron_prune.planning.selection import Scores
 from megatron_prune.runtime.world import World
+
+
+CHUNK_ELEMENTS = 1 << 23
+"""Weights that are looked at together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,27 +81,43 @@ def _partial_sums(
     progress: Callable[[int], None],
 ) -> Pieces:
     """(axis, layer) → [(first unit, sums)] over the blocks this process holds; replicated tensors are counted once."""
-    config, keys = tensors.config, set(wanted)
-    sums: dict[tuple[str, int | None], dict[int, torch.Tensor]] = defaultdict(dict)
+    config = tensors.config
+    axes = {name: AXES.get(name) for name in AXES.names()}
+    sums: dict[tuple[str, int | None], dict[int, torch.Tensor]] = {key: {} for key in wanted}
     for tensor in tensor_ids(config):
-        if not _holds(tensor, layout, config, place) or not _asked(tensor, keys):
+        keys = [key for key in _owners(tensor) if key in sums]
+        labels = ROLES[tensor.role]
+        counted = place.tensor == 0 or any(label not in ("hidden", "head_dim") for label in labels)
+        if not keys or not counted or not _holds(tensor, layout, config, place):
             continue
-        ranges = [local_elements(label, config, place.tensor, layout.tensor) for label in ROLES[tensor.role]]
-        if not any(_is_split(label) for label in ROLES[tensor.role]) and place.tensor > 0:
-            continue
-        block = tensors.read_block(tensor, ranges[0], ranges[1] if len(ranges) > 1 else None)
-        progress(block.nbytes)
-        values = metric.per_weight(tensor.role, block)
-        for axis_name in AXES.names():
-            axis = AXES.get(axis_name)
-            key = (axis_name, tensor.layer if axis.per_layer else None)
-            if key not in keys:
-                continue
-            if axis_name == "layer":
-                _add(sums[key], tensor.layer, values.sum(dtype=torch.float64).view(1))
-            elif (total := axis.total(tensor.role, values, config)) is not None:
-                _add(sums[key], axis.local_units(config, place.tensor, layout.tensor).start, total)
+        held = [local_elements(label, config, place.tensor, layout.tensor) for label in labels]
+        for rows in _row_chunks(held[0], labels[0], len(held[1]) if len(held) > 1 else 1, config):
+            values = metric.per_weight(tensor.role, tensors.read_block(tensor, rows, *held[1:]))
+            for key in keys:
+                if key[0] == "layer":
+                    _add(sums[key], tensor.layer, values.sum(dtype=torch.float64).view(1))
+                for dim, part in enumerate([rows, *held[1:]]):
+                    each = axes[key[0]].owns(config).get(labels[dim])
+                    if each is not None:
+                        others = [other for other in range(values.dim()) if other != dim]
+                        totals = values.sum(dim=others, dtype=torch.float64) if others else values.double()
+                        _add(sums[key], part.start // each, totals.view(-1, each).sum(dim=1))
+            progress(values.numel() * tensors.dtype(tensor).itemsize)
     return {key: sorted(pieces.items()) for key, pieces in sums.items()}
+
+
+def _owners(tensor: TensorId) -> list[tuple[str, int | None]]:
+    """(axis, layer) pairs some of whose units own a part of a tensor."""
+    labels = set(ROLES[tensor.role]) | ({"kv_head"} if "head" in ROLES[tensor.role] else set())
+    inner = [("layer", None), *((label, tensor.layer) for label in labels)] if tensor.layer is not None else []
+    return [("hidden", None), *inner] if "hidden" in labels else inner
+
+
+def _row_chunks(rows: range, label: str, cols: int, config: ModelConfig) -> list[range]:
+    """``rows`` in pieces of whole units that stay small, so that an embedding is not held several times over."""
+    unit = config.heads_per_group * config.kv_channels if label == "head" else config.kv_channels if label == "kv_head" else 1
+    step = max(1, CHUNK_ELEMENTS // (cols * unit)) * unit
+    return [range(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
 
 
 def _add(pieces: dict[int, torch.Tensor], start: int, values: torch.Tensor) -> None:
@@ -116,22 +135,9 @@ def local_elements(label: str, config: ModelConfig, rank: int, ranks: int) -> ra
     return range(units.start * each, units.stop * each)
 
 
-def _is_split(label: str) -> bool:
-    return label not in ("hidden", "head_dim")
-
-
 def _holds(tensor: TensorId, layout: ParallelLayout, config: ModelConfig, place: Place) -> bool:
     """Whether this process scores a tensor: its stage's layers, dealt over data-parallel copies."""
     if tensor.layer is None:
         stage = 0 if tensor.role == "embedding" else layout.pipeline - 1
         return place.stage == stage and place.copy == 0
     return place.stage == layout.stage_of(tensor.layer, config.num_layers) and tensor.layer % place.copies == place.copy
-
-
-def _asked(tensor: TensorId, keys: set[tuple[str, int | None]]) -> bool:
-    if ("hidden", None) in keys and "hidden" in ROLES[tensor.role]:
-        return True
-    if tensor.layer is None:
-        return False
-    inner = {label for label in ROLES[tensor.role]} | ({"kv_head"} if "head" in ROLES[tensor.role] else set())
-    return ("layer", None) in keys or any((label, tensor.layer) in keys for label in inner)

@@ -1,0 +1,176 @@
+"""A checkpoint as a running megatron-core model, sharded over this run's TP × PP."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.sharding import (
+    EMBEDDING,
+    OUTPUT,
+    MegatronTensor,
+    ParallelLayout,
+    blocks,
+    layer_tensors,
+    outer_tensors,
+    shard,
+)
+from megatron_prune.arch.tensors import TensorId
+from megatron_prune.checkpoint.region import close_files
+from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.runtime import cpu
+from megatron_prune.runtime.layers import layer_spec
+from megatron_prune.runtime.world import World
+
+
+@dataclass
+class RunningModel:
+    """This process's part of the model.
+
+    Attributes:
+        module: megatron-core's GPTModel of this rank's stage, in eval mode.
+        device: where it computes.
+    """
+
+    module: GPTModel
+    config: ModelConfig
+    layout: ParallelLayout
+    device: torch.device
+
+
+def start_parallel(layout: ParallelLayout, world: World) -> None:
+    """Set up megatron-core's process groups for ``layout`` (once per run)."""
+    world.connect(always=True)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline)
+    if torch.cuda.is_available():
+        model_parallel_cuda_manual_seed(1234)
+
+
+def stop_parallel() -> None:
+    """Take megatron-core's process groups down."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+
+
+def transformer_config(config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype) -> TransformerConfig:
+    """megatron-core's description of the model and the run."""
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=config.qkv_bias,
+        qk_layernorm=config.qk_norm,
+        window_size=None if config.sliding_window is None else (config.sliding_window - 1, 0),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def build_model(tensors: TensorMap, layout: ParallelLayout, world: World, *, dtype: torch.dtype, seq_length: int) -> RunningModel:
+    """Build this rank's part of the model and fill it from a checkpoint in any format and layout.
+
+    Args:
+        layout: of this run; it must divide the model (``layout.check``) and fit the number of processes.
+        dtype: what to compute in.
+        seq_length: the longest sequence that will be run, in tokens.
+    """
+    config = tensors.config
+    start_parallel(layout, world)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    with cpu.stand_in():
+        core = transformer_config(config, layout, dtype)
+        module = GPTModel(
+            core,
+            layer_spec(core),
+            vocab_size=layout.padded_vocab(config.vocab_size),
+            max_sequence_length=seq_length,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=config.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=config.rotary_base,
+        )
+        module.to(device).eval()
+        module.rotary_pos_emb.inv_freq = inverse_frequencies(config).to(device)
+    _load(module, tensors, layout)
+    return RunningModel(module, config, layout, device)
+
+
+def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
+    """Rotary frequencies, float32 [kv_channels / 2].
+
+    ``base ** (-2i / d)`` (Su et al. 2021, arXiv 2104.09864); scaled as ``config.rope_scaling`` says (see
+    :class:`RopeScaling`): linear divides by the factor; llama3 divides wavelengths above context / low_freq_factor,
+    keeps those below context / high_freq_factor, and blends between.
+    """
+    d, scaling = config.kv_channels, config.rope_scaling
+    frequencies = 1.0 / config.rotary_base ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    context = scaling.original_max_position_embeddings
+    wavelength = 2 * math.pi / frequencies
+    blend = (context / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0.0, 1.0)
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+def _load(module: GPTModel, tensors: TensorMap, layout: ParallelLayout) -> None:
+    """Copy this rank's shards into the module's parameters, one tensor at a time."""
+    config = tensors.config
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    parameters = dict(module.named_parameters())
+    plan: list[tuple[str, int | None, MegatronTensor]] = [(t.name, None, t) for t in outer_tensors(config)]
+    if config.tie_embeddings:
+        plan.append((OUTPUT.name, None, EMBEDDING))  # the last of several stages holds its own copy
+    for local, layer in enumerate(layout.stage_layers(stage, config.num_layers)):
+        for tensor in layer_tensors(config):
+            here = f"decoder.layers.{local}."
+            name = here + tensor.name if here + tensor.name in parameters else here + tensor.local_name
+            plan.append((name, layer, tensor))
+    for name, layer, tensor in plan:
+        parameter = parameters.pop(name, None)
+        if parameter is None:
+            continue  # an outer tensor of another stage
+        full = tensor.full_shape(config, layout)
+        held = shard(tensor, full, layout.tensor, rank)
+        target = parameter.data.view(held.shape)
+        target.zero_()  # the vocabulary's padding
+        for role, stored, row, col, rows, cols in blocks(tensor, config, full[0], held):
+            block = tensors.read_block(TensorId(role, layer), range(row, row + rows), range(col, col + cols))
+            target[stored : stored + rows].copy_(block.view(rows, -1))
+    close_files()
+    if parameters:
+        raise RuntimeError(f"parameters without a tensor in the checkpoint: {sorted(parameters)}")

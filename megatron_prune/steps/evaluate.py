@@ -1,0 +1,85 @@
+"""Perplexity of a Megatron checkpoint, running under TP × PP × DP."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_prune.arch.tensors import parameter_count
+from megatron_prune.calibration.windows import read_windows
+from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.config import option, require_positive
+from megatron_prune.errors import InputError
+from megatron_prune.runtime.layout import run_layout
+from megatron_prune.runtime.world import World
+from megatron_prune.steps.output import PARAM_DTYPES, log
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Measure perplexity of a Megatron checkpoint on a text."""
+
+    load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
+    data: str = option("text file")
+    tokenizer: str | None = option("Hugging Face directory of the tokenizer (default: kept in the checkpoint)", None)
+    seq_length: int = option("tokens in a window", 512)
+    windows: int = option("windows from the start of the text, at most", 16)
+    micro_batch_size: int = option("windows in a forward pass", 1)
+    dtype: str = option("what to compute in", "fp32", choices=["fp32", "bf16", "fp16"])
+    output: str | None = option("also write the result to this JSON file", None)
+    tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
+    pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
+
+
+def evaluate(options: EvaluateOptions, world: World) -> None:
+    """Run the step; every process takes part.
+
+    Raises:
+        InputError: if the text, the tokenizer or the layout does not fit.
+    """
+    require_positive(options, "seq_length", "windows", "micro_batch_size")
+    if options.output:
+        staging.check_file(Path(options.output))
+    checkpoint = megatron.open_checkpoint(Path(options.load_dir))
+    layout = run_layout(
+        checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size
+    )
+    layout.check(checkpoint.config)
+    if options.seq_length > checkpoint.config.max_position_embeddings:
+        raise InputError(
+            "--seq-length", got=options.seq_length, needed=f"at most the model's {checkpoint.config.max_position_embeddings}"
+        )
+    folder = huggingface.resolve(options.tokenizer) if options.tokenizer else checkpoint.hf_folder
+    if folder is None:
+        raise InputError(f"{checkpoint.path} keeps no tokenizer", do="name one with --tokenizer")
+    windows = read_windows(Path(options.data), folder, seq_length=options.seq_length, count=options.windows)
+    if windows.max() >= checkpoint.config.vocab_size:
+        raise InputError(
+            "the tokenizer is not the model's", got=f"token {windows.max()}", needed=f"below {checkpoint.config.vocab_size}"
+        )
+
+    from megatron_prune.evaluation.perplexity import perplexity
+    from megatron_prune.runtime.model import build_model, stop_parallel
+
+    dtype: torch.dtype = PARAM_DTYPES[options.dtype]
+    running = build_model(checkpoint.tensors, layout, world, dtype=dtype, seq_length=options.seq_length)
+    value = perplexity(running, windows, world, micro_batch_size=options.micro_batch_size)
+    stop_parallel()
+    if world.is_main:
+        result = {
+            "checkpoint": str(options.load_dir),
+            "perplexity": value,
+            "text": str(options.data),
+            "windows": len(windows),
+            "seq_length": options.seq_length,
+            "dtype": options.dtype,
+            "tensor_parallel": layout.tensor,
+            "pipeline_parallel": layout.pipeline,
+            "parameters": parameter_count(checkpoint.config),
+        }
+        log.info("perplexity %.3f over %d windows of %d tokens of %s", value, len(windows), options.seq_length, options.data)
+        if options.output:
+            staging.write_text(Path(options.output), json.dumps(result, indent=2) + "\n")

@@ -1,0 +1,113 @@
+"""Compare logits: the Hugging Face model in transformers, and the Megatron checkpoint running under TP × PP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_prune.calibration.windows import read_windows
+from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint.megatron import MegatronCheckpoint
+from megatron_prune.config import option, require_positive
+from megatron_prune.errors import InputError
+from megatron_prune.runtime.layout import run_layout
+from megatron_prune.runtime.world import World
+from megatron_prune.steps.output import log
+
+TEXT = "The quick brown fox jumps over the lazy dog. In 1969, people first walked on the Moon; 384,400 km from home."
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Compare logits of a Megatron checkpoint, running under TP × PP, with those of a Hugging Face model."""
+
+    load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
+    hf_dir: str = option("Hugging Face model: a directory, or a hub id")
+    text: str | None = option("text file to compare on (default: a built-in sentence)", None)
+    seq_length: int = option("tokens of it to compare on, at most", 128)
+    tolerance: float = option("largest allowed difference of a logit; both sides compute in float32", 1e-3)
+    tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
+    pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
+
+
+def verify(options: VerifyOptions, world: World) -> int:
+    """Run the step; every process takes part.
+
+    Returns:
+        0 if the logits agree, 1 if not.
+
+    Raises:
+        InputError: if the two models have different shapes, or the layout does not fit.
+    """
+    require_positive(options, "seq_length")
+    checkpoint = megatron.open_checkpoint(Path(options.load_dir))
+    folder = huggingface.resolve(options.hf_dir)
+    model = huggingface.open_model(folder)
+    if model.config != checkpoint.config and checkpoint.own:
+        raise InputError("the two models differ in shape or numerics", got=model.config, needed=checkpoint.config)
+    layout = run_layout(
+        checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size
+    )
+    layout.check(checkpoint.config)
+    tokens = _tokens(options, folder, checkpoint)
+    difference = _difference(checkpoint, layout, world, tokens, folder)
+    values = [value for value in world.all_gather(difference) if value is not None][0]
+    agrees = values["largest"] <= options.tolerance
+    if world.is_main:
+        log.info(
+            "%s: over %d tokens the logits differ by at most %.2e (mean %.2e; their deviation is %.2f), tolerance %.0e; "
+            "most likely token the same at %.1f %% of positions; TP %d × PP %d against transformers",
+            "agree" if agrees else "DISAGREE",
+            tokens.numel(),
+            values["largest"],
+            values["mean"],
+            values["deviation"],
+            options.tolerance,
+            100 * values["same"],
+            layout.tensor,
+            layout.pipeline,
+        )
+    return 0 if agrees else 1
+
+
+def _tokens(options: VerifyOptions, folder: Path, checkpoint: MegatronCheckpoint) -> torch.Tensor:
+    """int64 [1, tokens]: of the text, or of a fixed pattern where the model has no tokenizer."""
+    limit = min(options.seq_length, checkpoint.config.max_position_embeddings)
+    if options.text:
+        return read_windows(Path(options.text), folder, seq_length=limit, count=1)
+    from transformers import AutoTokenizer
+
+    try:
+        ids = AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
+    except (OSError, ValueError):
+        ids = [7919 * position % checkpoint.config.vocab_size for position in range(64)]
+    return torch.tensor([ids[:limit]])
+
+
+def _difference(checkpoint: MegatronCheckpoint, layout, world: World, tokens: torch.Tensor, folder: Path):
+    """Statistics of the difference, on one rank of the last stage; ``None`` on the others."""
+    from megatron.core import parallel_state
+    from transformers import AutoModelForCausalLM
+
+    from megatron_prune.runtime.forward import full_logits
+    from megatron_prune.runtime.model import build_model, stop_parallel
+
+    running = build_model(checkpoint.tensors, layout, world, dtype=torch.float32, seq_length=tokens.shape[1])
+    logits = full_logits(running, [tokens])
+    first = parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_data_parallel_rank() == 0
+    stop_parallel()
+    if not logits or not first:
+        return None
+    reference_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        reference = reference_model(tokens).logits.float()
+    gap = (logits[0] - reference).abs()
+    same = (logits[0].argmax(-1) == reference.argmax(-1)).float().mean()
+    return {
+        "largest": gap.max().item() if gap.isfinite().all() else float("inf"),
+        "mean": gap.mean().item(),
+        "deviation": reference.std().item(),
+        "same": same.item(),
+    }
