@@ -1,0 +1,49 @@
+"""Fixtures: tiny models built on disk, and pools of gloo ranks that stay up between tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from ranks import RankPool
+from tiny import FAMILIES, build_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """``tiny("llama", tied=True, …)`` → directory of a tiny Hugging Face model, built once per combination."""
+    built: dict[tuple, Path] = {}
+
+    def get(family: str = "llama", **changes) -> Path:
+        key = (family, *sorted(changes.items()))
+        if key not in built:
+            built[key] = build_tiny(tmp_path_factory.mktemp("tiny") / "model", family, **changes)
+        return built[key]
+
+    return get
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """``ranks(3)`` → a pool of three gloo ranks; sizes are fixed by the tests, never by the machine."""
+    pools: dict[int, RankPool] = {}
+
+    def get(size: int) -> RankPool:
+        if size not in (1, 2, 3, 4):
+            raise ValueError("tests use 1, 2, 3 or 4 ranks")
+        if size not in pools or not pools[size].alive:
+            pools[size] = RankPool(size)
+        return pools[size]
+
+    yield get
+    for pool in pools.values():
+        pool.close()
