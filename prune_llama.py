@@ -3,9 +3,9 @@
 Prune a Megatron checkpoint under tensor and pipeline parallelism: score, plan, cut, save. ``--help`` lists everything.
 """
 
+import sys
+
 from megatron_prune.cli import run_verb
 
 if __name__ == "__main__":
-    import sys
-
     run_verb("prune", sys.argv[1:], prog="prune_llama.py")

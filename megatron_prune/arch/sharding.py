@@ -64,13 +64,18 @@ class ParallelLayout:
         if config.num_layers % self.pipeline:
             legal = [p for p in range(1, config.num_layers + 1) if config.num_layers % p == 0]
             problems.append(f"{config.num_layers} layers do not divide over {self.pipeline} pipeline stages; legal: {legal}")
-        legal = [t for t in range(1, config.num_attention_heads + 1) if not _tensor_problems(config, t)]
+        legal = legal_tensor_sizes(config)
         raise_all(
             InputError,
             f"the model does not divide over TP {self.tensor} × PP {self.pipeline}",
             problems,
             do=f"use a tensor-parallel size out of {legal} and a pipeline size that divides {config.num_layers}",
         )
+
+
+def legal_tensor_sizes(config: ModelConfig) -> list[int]:
+    """Tensor-parallel sizes that divide the model."""
+    return [size for size in range(1, config.num_attention_heads + 1) if not _tensor_problems(config, size)]
 
 
 def _tensor_problems(config: ModelConfig, tensor: int) -> list[str]:

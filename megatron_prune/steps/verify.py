@@ -90,10 +90,12 @@ def _difference(checkpoint: MegatronCheckpoint, layout, world: World, tokens: to
     """Statistics of the difference, on one rank of the last stage; ``None`` on the others."""
     from megatron.core import parallel_state
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     from megatron_prune.runtime.forward import full_logits
     from megatron_prune.runtime.model import build_model, stop_parallel
 
+    disable_progress_bar()
     running = build_model(checkpoint.tensors, layout, world, dtype=torch.float32, seq_length=tokens.shape[1])
     logits = full_logits(running, [tokens])
     first = parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_data_parallel_rank() == 0

@@ -1,0 +1,29 @@
+# make demo      a real model, pruned end to end on this machine        (see README.md)
+# make test      the whole test suite, from nothing
+# make install   only the virtual environment
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+.PHONY: demo test install clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] < (3, 13) else "Python 3.10, 3.11 or 3.12 is needed (this is %d.%d); name one with: make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test]'
+	@touch $@
+
+# The arguments are described in scripts/demo.sh: MODEL TEXT TP OUT …
+demo: install
+	@PYTHON=$(BIN)/python bash scripts/demo.sh
+
+test: install
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) demo

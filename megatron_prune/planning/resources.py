@@ -1,0 +1,89 @@
+"""Memory and disk of each step from sizes alone.
+
+Counts are bytes. Training follows Megatron-LM's mixed precision with the distributed optimizer (Shoeybi et al. 2019,
+arXiv 1909.08053; Rajbhandari et al. 2020, arXiv 1910.02054), activations Korthikanti et al. 2022 (arXiv 2205.05198) with
+flash attention, rewritten for gated feed-forward and grouped-query attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.sharding import ParallelLayout, layer_tensors
+from megatron_prune.arch.tensors import parameter_count, tensor_ids, tensor_shape
+from megatron_prune.checkpoint.stream import WORKERS
+
+PROCESS_BYTES = 330 << 20
+"""Interpreter and imports of a process that streams (measured: torch 2.13 on Linux, CPU build)."""
+RUNTIME_BYTES = 520 << 20
+"""Interpreter and imports of a process that runs a model with megatron-core."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a recovery would run."""
+
+    data_parallel: int = 1
+    micro_batch_size: int = 1
+    seq_length: int = 4096
+    mixed_precision: bool = True
+    distributed_optimizer: bool = True
+    sequence_parallel: bool = True
+    recompute: bool = False
+
+
+def weight_bytes(config: ModelConfig, itemsize: int) -> int:
+    """The model's weights, vocabulary padding not counted."""
+    return parameter_count(config) * itemsize
+
+
+def streaming_memory(config: ModelConfig, itemsize: int) -> int:
+    """Peak of one process that converts, prunes or exports: every thread holds a tensor, and at most a copy of it."""
+    largest = sorted((prod(tensor_shape(t.role, config)) for t in tensor_ids(config)), reverse=True)
+    return PROCESS_BYTES + 2 * itemsize * sum(largest[:WORKERS])
+
+
+def rank_parameters(config: ModelConfig, layout: ParallelLayout) -> int:
+    """Parameters of the fullest rank: its stage's layers, and the embedding or the output layer with padding."""
+    per_layer = 0
+    for tensor in layer_tensors(config):
+        whole = prod(tensor.full_shape(config, layout))
+        per_layer += whole if tensor.split == "none" else whole // layout.tensor
+    vocabulary = layout.padded_vocab(config.vocab_size) * config.hidden_size // layout.tensor
+    matrices = 2 if layout.pipeline == 1 and not config.tie_embeddings else 1
+    return per_layer * (config.num_layers // layout.pipeline) + matrices * vocabulary + config.hidden_size
+
+
+def training_memory(config: ModelConfig, layout: ParallelLayout, run: Training) -> dict[str, int]:
+    """Peak of the fullest rank in recovery, by what it is used for."""
+    parameters = rank_parameters(config, layout)
+    weights = 2 if run.mixed_precision else 4
+    state = 12 if run.mixed_precision else 8  # Adam's two moments; with mixed precision also the float32 weights
+    share = run.data_parallel if run.distributed_optimizer else 1
+    return {
+        "weights": parameters * weights,
+        "gradients": parameters * 4,
+        "optimizer": parameters * state // share,
+        "activations": activation_bytes(config, layout, run),
+        "process": RUNTIME_BYTES,
+    }
+
+
+def activation_bytes(config: ModelConfig, layout: ParallelLayout, run: Training) -> int:
+    """Activations kept for the backward pass on the first stage (which has as many micro-batches in flight as stages)."""
+    tokens, ranks = run.seq_length * run.micro_batch_size, layout.tensor
+    width = 2 if run.mixed_precision else 4
+    whole = 4 * config.hidden_size / (ranks if run.sequence_parallel else 1)  # two norms' inputs, two linears' inputs
+    heads = (2 * config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels / ranks
+    channels = 3 * config.ffn_hidden_size / ranks
+    per_layer = config.hidden_size / (ranks if run.sequence_parallel else 1) if run.recompute else whole + heads + channels
+    layers = config.num_layers // layout.pipeline
+    logits = 2 * 4 * tokens * layout.padded_vocab(config.vocab_size) // ranks if layout.pipeline == 1 else 0
+    return int(tokens * width * per_layer * layers * layout.pipeline) + logits
+
+
+def training_disk(config: ModelConfig, run: Training) -> int:
+    """One recovery checkpoint: weights and optimizer state."""
+    return parameter_count(config) * (2 + 12 if run.mixed_precision else 4 + 8)

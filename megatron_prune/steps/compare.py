@@ -1,0 +1,101 @@
+"""The before/after table: shape, parameters, bytes, perplexity, and a sample generation of both models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_prune.checkpoint import huggingface, staging
+from megatron_prune.config import option, require_positive
+from megatron_prune.errors import InputError
+from megatron_prune.runtime.world import World
+from megatron_prune.steps.inspect import describe
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Print a before/after table of two Hugging Face models, with a sample generation of each by stock transformers."""
+
+    before: str = option("Hugging Face model: a directory, or a hub id")
+    after: str = option("Hugging Face model: a directory, or a hub id")
+    before_evaluation: str | None = option("JSON file of `evaluate --output` for the first", None)
+    after_evaluation: str | None = option("JSON file of `evaluate --output` for the second", None)
+    prompt: str = option("what both continue", "The capital of France is")
+    max_new_tokens: int = option("length of the continuation", 24)
+    output: str | None = option("also write the table to this JSON file", None)
+
+
+def compare(options: CompareOptions, world: World) -> None:
+    """Run the step.
+
+    Raises:
+        InputError: if a model or an evaluation cannot be read, or the evaluations are of different texts.
+    """
+    require_positive(options, "max_new_tokens")
+    if options.output:
+        staging.check_file(Path(options.output))
+    evaluations = [_read(options.before_evaluation), _read(options.after_evaluation)]
+    protocols = [{key: e[key] for key in ("text", "windows", "seq_length")} for e in evaluations if e]
+    if len(protocols) == 2 and protocols[0] != protocols[1]:
+        raise InputError("the two evaluations are not of the same text", got=protocols[0], needed=protocols[1])
+    rows = [_facts(name, options, e) for name, e in zip((options.before, options.after), evaluations)]
+    if not world.is_main:
+        return
+    table = Table("", "before", "after", "after / before")
+    for key in (key for key in rows[0] if key != "sample"):
+        before, after = rows[0][key], rows[1][key]
+        numbers = all(isinstance(value, (int, float)) for value in (before, after))
+        table.add_row(key, _show(before), _show(after), f"{after / before:.3f}" if numbers and before else "")
+    Console().print(table)
+    for label, row in zip(("before", "after"), rows):
+        print(f"{label}: {' '.join(row['sample'].split())}")
+    if protocols:
+        print("perplexity on the first {windows} windows of {seq_length} tokens of {text}".format(**protocols[0]))
+    if options.output:
+        content = {"before": rows[0], "after": rows[1], "protocol": protocols[0] if protocols else None}
+        staging.write_text(Path(options.output), json.dumps(content, indent=2) + "\n")
+
+
+def _read(path: str | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {key: data[key] for key in ("perplexity", "text", "windows", "seq_length")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"evaluation {path} cannot be read", got=repr(error), needed="a file of evaluate --output") from None
+
+
+def _facts(name: str, options: CompareOptions, evaluation: dict[str, Any] | None) -> dict[str, Any]:
+    facts = describe(name)
+    row = {**facts["shape"], "parameters": facts["parameters"], "weight bytes": facts["weight_bytes"]}
+    if evaluation:
+        row["perplexity"] = evaluation["perplexity"]
+    row["sample"] = _generate(huggingface.resolve(name), options)
+    return row
+
+
+def _generate(folder: Path, options: CompareOptions) -> str:
+    """Greedy continuation of the prompt by stock transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    inputs = tokenizer(options.prompt, return_tensors="pt")
+    output = model.generate(
+        **inputs, max_new_tokens=options.max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+    )
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.2f}" if isinstance(value, float) else str(value)

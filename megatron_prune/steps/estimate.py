@@ -1,0 +1,136 @@
+"""What a conversion, a pruning and a recovery would need, from ``config.json`` or a manifest alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.arch.tensors import parameter_count
+from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.config import add_options, option, require_positive
+from megatron_prune.families.family import family_of
+from megatron_prune.planning.resources import Training, streaming_memory, training_disk, training_memory, weight_bytes
+from megatron_prune.planning.target import resolve_target
+from megatron_prune.runtime.world import World
+
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateOptions:
+    """Say what steps would need in memory per rank and on disk, without reading weights."""
+
+    path: str = option("Hugging Face directory, config.json, hub id, or Megatron checkpoint")
+    target_tensor_parallel_size: int = option("tensor-parallel ranks", 1)
+    target_pipeline_parallel_size: int = option("pipeline stages", 1)
+    data_parallel_size: int = option("data-parallel copies in recovery", 1)
+    make_vocab_size_divisible_by: int = option("the padded vocabulary is a multiple of this × the tensor-parallel size", 128)
+    target_params_dtype: str = option("element type of checkpoints and of recovery", "bf16", choices=list(ITEM_BYTES))
+    hidden_size_remain: int | None = option("residual channels that stay", None)
+    ffn_hidden_size_remain: int | None = option("feed-forward channels that stay", None)
+    num_attention_heads_remain: int | None = option("query heads that stay", None)
+    num_query_groups_remain: int | None = option("KV groups that stay", None)
+    num_layers_remain: int | None = option("layers that stay", None)
+    micro_batch_size: int = option("sequences in a forward pass of recovery", 1)
+    seq_length: int = option("tokens in a sequence of recovery", 4096)
+    recompute: bool = option("recovery recomputes activations layer by layer", False)
+    json: bool = option("print JSON", False)
+
+
+def parse(argv: list[str], prog: str) -> EstimateOptions:
+    """Read the command line: the model is positional."""
+    parser = argparse.ArgumentParser(prog=prog, description=EstimateOptions.__doc__, allow_abbrev=False)
+    flags = [item for item in EstimateOptions.__dataclass_fields__.values() if item.name != "path"]
+    parser.add_argument("path", metavar="CKPT|HF", help=EstimateOptions.__dataclass_fields__["path"].metadata["help"])
+    add_options(parser, EstimateOptions, flags)
+    return EstimateOptions(**vars(parser.parse_args(argv)))
+
+
+def estimate(options: EstimateOptions, world: World) -> None:
+    """Run the step.
+
+    Raises:
+        InputError: if the layout or the requested shape does not fit the model.
+    """
+    sizes = ["target_tensor_parallel_size", "target_pipeline_parallel_size", "data_parallel_size"]
+    require_positive(options, *sizes, "make_vocab_size_divisible_by", "micro_batch_size", "seq_length")
+    config = read_config(options.path)
+    layout = ParallelLayout(
+        tensor=options.target_tensor_parallel_size,
+        pipeline=options.target_pipeline_parallel_size,
+        vocab_divisible_by=options.make_vocab_size_divisible_by,
+    )
+    target = resolve_target(
+        config,
+        hidden_size=options.hidden_size_remain,
+        ffn_hidden_size=options.ffn_hidden_size_remain,
+        num_attention_heads=options.num_attention_heads_remain,
+        num_query_groups=options.num_query_groups_remain,
+        num_layers=options.num_layers_remain,
+    ).config
+    layout.check(config)
+    layout.check(target)
+    facts = estimate_steps(config, target, layout, options)
+    if not world.is_main:
+        return
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return
+    table = Table("step", "memory of a process", "disk written", title=f"{options.path}: estimates")
+    for step, need in facts["steps"].items():
+        table.add_row(step, _size(need["memory_per_rank"]), _size(need["disk"]))
+    Console().print(table)
+    parts = ", ".join(f"{name} {_size(amount)}" for name, amount in facts["steps"]["recovery"]["parts"].items())
+    print(f"parameters: {facts['parameters']:,} → {facts['target_parameters']:,}; a recovery rank: {parts}")
+
+
+def estimate_steps(config: ModelConfig, target: ModelConfig, layout: ParallelLayout, options: EstimateOptions) -> dict[str, Any]:
+    """Bytes by step."""
+    item = ITEM_BYTES[options.target_params_dtype]
+    run = Training(
+        data_parallel=options.data_parallel_size,
+        micro_batch_size=options.micro_batch_size,
+        seq_length=options.seq_length,
+        mixed_precision=item == 2,
+        sequence_parallel=layout.tensor > 1,
+        recompute=options.recompute,
+    )
+    parts = training_memory(target, layout, run)
+    stream = {"memory_per_rank": streaming_memory(config, item)}
+    return {
+        "parameters": parameter_count(config),
+        "target_parameters": parameter_count(target),
+        "steps": {
+            "conversion": {**stream, "disk": weight_bytes(config, item)},
+            "pruning": {**stream, "disk": weight_bytes(target, item)},
+            "export": {"memory_per_rank": streaming_memory(target, item), "disk": weight_bytes(target, item)},
+            "recovery": {"memory_per_rank": sum(parts.values()), "disk": training_disk(target, run), "parts": parts},
+        },
+    }
+
+
+def read_config(name_or_path: str) -> ModelConfig:
+    """The model's sizes from a directory of either kind, or from a ``config.json`` alone."""
+    path = Path(name_or_path)
+    if path.is_file():
+        path = path.parent
+    if path.is_dir() and not huggingface.is_huggingface(path):
+        return megatron.open_checkpoint(path).config
+    hf_config = huggingface.read_config(huggingface.resolve(str(path)))
+    return family_of(hf_config).model_config(hf_config)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            break
+        count, unit = count / 1000, {"B": "KB", "KB": "MB", "MB": "GB", "GB": "TB"}[unit]
+    return f"{count:.1f} {unit}"

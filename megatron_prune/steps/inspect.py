@@ -1,0 +1,97 @@
+"""What a checkpoint is: shape, parallel layout, parameters, bytes, dtype, recipe. Reads headers only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
+from megatron_prune.arch.sharding import legal_tensor_sizes
+from megatron_prune.arch.tensors import parameter_count, tensor_ids
+from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.runtime.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Print what a Megatron checkpoint or a Hugging Face model is, without reading its weights."""
+
+    path: str
+    json: bool = False
+
+
+def parse(argv: list[str], prog: str) -> InspectOptions:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog=prog, description=InspectOptions.__doc__, allow_abbrev=False)
+    parser.add_argument("path", metavar="CKPT|HF", help="Megatron checkpoint, Hugging Face directory, or hub id")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return InspectOptions(**vars(parser.parse_args(argv)))
+
+
+def inspect(options: InspectOptions, world: World) -> None:
+    """Run the step.
+
+    Raises:
+        CheckpointError: if it is not a whole checkpoint of a kind this project knows.
+    """
+    facts = describe(options.path)
+    if not world.is_main:
+        return
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return
+    table = Table(show_header=False, title=options.path)
+    for key, value in facts.items():
+        if key == "recipe":
+            value = "\n".join(_recipe_line(entry) for entry in value) or "-"
+        elif isinstance(value, bool):
+            value = "yes" if value else "no"
+        elif isinstance(value, dict):
+            value = ", ".join(f"{name} {amount}" for name, amount in value.items())
+        elif isinstance(value, int):
+            value = f"{value:,}"
+        table.add_row(key.replace("_", " "), str(value))
+    Console().print(table)
+
+
+def _recipe_line(entry: dict[str, Any]) -> str:
+    """One step of a recipe, its shape change in short."""
+    plain = [f"{key} {value}" for key, value in entry.items() if key not in ("step", "old", "new")]
+    old, new = entry.get("old", {}), entry.get("new", {})
+    changes = [f"{key} {old[key]} → {new[key]}" for key in new if old.get(key) != new[key]]
+    return f"{entry['step']}: " + ", ".join(plain + changes)
+
+
+def describe(name_or_path: str) -> dict[str, Any]:
+    """Facts about a model in either kind of checkpoint."""
+    path = Path(name_or_path)
+    if path.is_dir() and not huggingface.is_huggingface(path):
+        checkpoint = megatron.open_checkpoint(path)
+        head = {"kind": f"Megatron checkpoint ({checkpoint.format})", "family": checkpoint.manifest.family}
+        layout = {"tensor": checkpoint.layout.tensor, "pipeline": checkpoint.layout.pipeline}
+        padded = {"padded_vocabulary": checkpoint.layout.padded_vocab(checkpoint.config.vocab_size)}
+        tail = {"parallel": layout, **padded, "recipe": checkpoint.manifest.recipe, "content_id": checkpoint.manifest.content_id}
+        return {**head, **_common(checkpoint.config, checkpoint.tensors, checkpoint.path), **tail}
+    model = huggingface.open_model(huggingface.resolve(name_or_path))
+    return {"kind": "Hugging Face model", "family": model.family.name, **_common(model.config, model.tensors, model.path)}
+
+
+def _common(config: ModelConfig, tensors: TensorMap, path: Path) -> dict[str, Any]:
+    dtypes = Counter(str(tensors.dtype(tensor)).removeprefix("torch.") for tensor in tensor_ids(config))
+    return {
+        "shape": {field: getattr(config, field) for field in SHAPE_FIELDS},
+        "tied_embeddings": config.tie_embeddings,
+        "parameters": parameter_count(config),
+        "weight_bytes": sum(tensors.nbytes(tensor) for tensor in tensor_ids(config)),
+        "bytes_on_disk": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        "dtype": dict(dtypes),
+        "tensor_parallel_sizes": legal_tensor_sizes(config),
+    }

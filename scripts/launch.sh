@@ -1,0 +1,32 @@
+# Sourced by the scripts beside it: sets PYTHON and defines `launch`, which runs a command on every process of the job.
+#
+#   NPROC_PER_NODE   processes on this machine              (default 1)
+#   NNODES           machines                               (default 1)
+#   NODE_RANK        this machine's number, from 0          (default 0)
+#   MASTER_ADDR      address of machine 0                   (default 127.0.0.1)
+#   MASTER_PORT      a free port on it                      (default 29500; on one machine any free one is taken)
+#
+# Under Slurm: sbatch scripts/slurm.sbatch scripts/prune_llama.sh (see that file).
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+if [ -z "${PYTHON:-}" ]; then
+  if [ -x "$ROOT/.venv/bin/python" ]; then PYTHON="$ROOT/.venv/bin/python"; else PYTHON=python3; fi
+fi
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+require() {  # require NAME 'what it is'
+  if [ -z "${!1:-}" ]; then echo "$(basename "$0"): set $1 ($2)" >&2; exit 2; fi
+}
+
+launch() {  # launch PROGRAM [ARGUMENT ...]: a file, or -m MODULE
+  local nnodes="${NNODES:-1}" nproc="${NPROC_PER_NODE:-1}"
+  if [ "$nnodes" = 1 ] && [ "$nproc" = 1 ]; then
+    exec "$PYTHON" "$@"
+  elif [ "$nnodes" = 1 ]; then
+    exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$nproc" "$@"
+  else
+    exec "$PYTHON" -m torch.distributed.run --nnodes "$nnodes" --node-rank "${NODE_RANK:-0}" \
+      --nproc-per-node "$nproc" --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" "$@"
+  fi
+}

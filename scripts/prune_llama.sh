@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Prune a Megatron checkpoint under TP × PP: one process per tensor-parallel rank and pipeline stage.
+#
+#   LOAD_DIR, SAVE_DIR           checkpoint to read and to write               (required)
+#   TP, PP                       parallel sizes of the run                     (default 1, 1)
+#   NPROC_PER_NODE               processes on this machine                     (default TP × PP / NNODES)
+#   HIDDEN_SIZE_REMAIN  NUM_ATTENTION_HEADS_REMAIN  NUM_QUERY_GROUPS_REMAIN  FFN_HIDDEN_SIZE_REMAIN
+#   NUM_LAYERS_REMAIN            sizes that stay                               (default: all)
+#   DROP_LAYERS                  layers that go, 0-based, such as 7,13         (default: none)
+#   PRUNE_TYPE                   balance, global or unbalance                  (default balance)
+#   METRIC, SEED                 how units are scored                          (default random, 1234)
+#   PLAN, SAVE_PLAN              apply a plan / also write the plan here       (default: none)
+#   GPT_ARGS                     Megatron's own arguments; they must agree with the checkpoint
+#   Further arguments are passed on, such as --overwrite.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+require LOAD_DIR "a Megatron checkpoint"
+require SAVE_DIR "the Megatron checkpoint to write"
+TP="${TP:-1}" PP="${PP:-1}"
+NPROC_PER_NODE="${NPROC_PER_NODE:-$((TP * PP / ${NNODES:-1}))}"
+
+PRUNE_ARGS=(--prune_type "${PRUNE_TYPE:-balance}" --metric "${METRIC:-random}" --seed "${SEED:-1234}")
+add() { if [ -n "$2" ]; then PRUNE_ARGS+=("$1" "$2"); fi; }
+add --hidden_size_remain "${HIDDEN_SIZE_REMAIN:-}"
+add --num_attention_heads_remain "${NUM_ATTENTION_HEADS_REMAIN:-}"
+add --num_query_groups_remain "${NUM_QUERY_GROUPS_REMAIN:-}"
+add --ffn_hidden_size_remain "${FFN_HIDDEN_SIZE_REMAIN:-}"
+add --num_layers_remain "${NUM_LAYERS_REMAIN:-}"
+add --drop_layers "${DROP_LAYERS:-}"
+add --plan "${PLAN:-}"
+add --save-plan "${SAVE_PLAN:-}"
+
+launch "$ROOT/prune_llama.py" --load "$LOAD_DIR" --save "$SAVE_DIR" \
+  --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" "${PRUNE_ARGS[@]}" ${GPT_ARGS:-} "$@"

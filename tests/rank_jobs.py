@@ -1,0 +1,199 @@
+"""What ranks of a pool run: plain functions of a module that spawned processes can import. Tensors travel as numpy."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+from argparse import Namespace
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+import numpy
+import torch
+
+from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.runtime import cpu
+from megatron_prune.runtime.world import World
+
+
+def run_steps(world: World, *steps: tuple[str, dict[str, Any]]) -> None:
+    """``("prune", {"load": …})``: run ``steps/prune.py`` with these options, one step after another."""
+    for name, options in steps:
+        module = importlib.import_module(f"megatron_prune.steps.{name}")
+        kind = getattr(module, "".join(part.capitalize() for part in name.split("_")) + "Options")
+        getattr(module, name)(kind(**options), world)
+
+
+@contextmanager
+def running(world: World, checkpoint: str, layout: ParallelLayout, seq_length: int) -> Iterator:
+    """The checkpoint as our own running model in float32."""
+    from megatron_prune.checkpoint import megatron
+    from megatron_prune.runtime.model import build_model, stop_parallel
+
+    tensors = megatron.open_checkpoint(Path(checkpoint)).tensors
+    try:
+        yield build_model(tensors, layout, world, dtype=torch.float32, seq_length=seq_length)
+    finally:
+        stop_parallel()
+
+
+def logits(world: World, checkpoint: str, tokens: list[list[int]], tp: int, pp: int) -> numpy.ndarray | None:
+    """[batch, tokens, vocabulary] on the ranks of the last stage, ``None`` on the others."""
+    from megatron_prune.runtime.forward import full_logits
+
+    with running(world, checkpoint, ParallelLayout(tensor=tp, pipeline=pp), len(tokens[0])) as model:
+        out = full_logits(model, [torch.tensor(tokens)])
+    return out[0].numpy() if out else None
+
+
+def perplexity(world: World, checkpoint: str, windows: list[list[int]], tp: int, pp: int, micro_batch_size: int) -> float:
+    """What ``evaluation/perplexity.py`` says."""
+    from megatron_prune.evaluation import perplexity as module
+
+    with running(world, checkpoint, ParallelLayout(tensor=tp, pipeline=pp), len(windows[0])) as model:
+        return module.perplexity(model, torch.tensor(windows), world, micro_batch_size=micro_batch_size)
+
+
+# --------------------------------------------------------------------------- megatron-core by itself, without our loader
+
+
+@contextmanager
+def stock_model(world: World, args: Namespace, tp: int, pp: int) -> Iterator[torch.nn.Module]:
+    """megatron-core's GPTModel with its stock local layer spec, float32, NaN everywhere, as ``args`` describe it."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    world.connect(always=True)
+    parallel_state.initialize_model_parallel(tp, pp)
+    config = TransformerConfig(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups,
+        kv_channels=args.kv_channels,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=args.add_qkv_bias,
+        qk_layernorm=args.qk_layernorm,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        pipeline_dtype=torch.float32,
+        params_dtype=torch.float32,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+    try:
+        with cpu.stand_in():
+            model = GPTModel(
+                config,
+                get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization="RMSNorm"),
+                vocab_size=padded(args, tp),
+                max_sequence_length=32,
+                pre_process=parallel_state.is_pipeline_first_stage(),
+                post_process=parallel_state.is_pipeline_last_stage(),
+                share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+                position_embedding_type="rope",
+            )
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.fill_(float("nan"))
+            yield model
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def padded(args: Namespace, tp: int) -> int:
+    """Rows of the embedding at this TP, by Megatron-LM's rule (``megatron/training/tokenizer``)."""
+    multiple = args.make_vocab_size_divisible_by * tp
+    return -(-args.vocab_size // multiple) * multiple
+
+
+def _parameters(model: torch.nn.Module) -> dict[str, numpy.ndarray]:
+    return {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
+
+
+def load_stock(world: World, folder: str, args: dict[str, Any], tp: int, pp: int) -> dict[str, numpy.ndarray]:
+    """Load a ``torch_dist`` folder with megatron-core's own loader → this rank's parameters."""
+    from megatron.core import dist_checkpointing
+
+    with stock_model(world, Namespace(**args), tp, pp) as model:
+        wanted = model.sharded_state_dict(prefix="", metadata={"singleton_local_shards": False})
+        loaded = dist_checkpointing.load(wanted, folder)
+        model.load_state_dict(loaded, strict=True)
+        return _parameters(model)
+
+
+def load_common(world: World, folder: str) -> dict[str, Any]:
+    """``common.pt`` as megatron-core reads it."""
+    from megatron.core import dist_checkpointing
+
+    return vars(dist_checkpointing.load_common_state_dict(folder)["args"])
+
+
+def load_legacy(world: World, folder: str, args: dict[str, Any], tp: int, pp: int) -> dict[str, numpy.ndarray]:
+    """Load this rank's own file of the legacy layout into the stock model, names mapped to those of local layers."""
+    from megatron.core import parallel_state
+
+    with stock_model(world, Namespace(**args), tp, pp) as model:
+        rank, stage = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+        name = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else "")
+        with torch.serialization.safe_globals([Namespace]):
+            content = torch.load(Path(folder) / name / "model_optim_rng.pt", weights_only=True)
+        te_to_local = {
+            "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+            "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+        }
+        state = {}
+        for key, value in content["model"].items():
+            for theirs, local in te_to_local.items():
+                key = key.replace(theirs, local)
+            state[key] = value
+        model.load_state_dict(state, strict=True)
+        return _parameters(model)
+
+
+def save_stock(
+    world: World, folder: str, args: dict[str, Any], states: list[dict[str, numpy.ndarray]], tp: int, pp: int, singleton: bool
+) -> None:
+    """Fill the stock model of every rank from ``states`` and save it with megatron-core's own writer.
+
+    Args:
+        states: parameters by rank of the world (tensor-parallel ranks are neighbours).
+    """
+    from megatron.core import dist_checkpointing
+
+    args = Namespace(**args)
+    with stock_model(world, args, tp, pp) as model, _may_have_children():
+        mine = {name: torch.from_numpy(value) for name, value in states[world.rank].items()}
+        missing, unexpected = model.load_state_dict(mine, strict=False)
+        if unexpected or any(not name.endswith("_extra_state") for name in missing):
+            raise AssertionError(f"the test's own shards do not fit the stock model: {missing}, {unexpected}")
+        model.to(torch.bfloat16)
+        state = model.sharded_state_dict(prefix="", metadata={"singleton_local_shards": singleton})
+        if world.rank == 0:
+            Path(folder).mkdir(parents=True)
+        world.barrier()
+        dist_checkpointing.save({**state, "args": args, "checkpoint_version": 3.0, "iteration": 5}, folder)
+
+
+@contextmanager
+def _may_have_children() -> Iterator[None]:
+    """megatron-core's writer starts processes, which a pool's (daemonic) process may not."""
+    config = multiprocessing.current_process()._config
+    before, config["daemon"] = config.get("daemon"), False
+    try:
+        yield
+    finally:
+        config["daemon"] = before

@@ -1,0 +1,8 @@
+"""Compare logits of a Megatron checkpoint under TP with the Hugging Face model: ``python tools/checkpoint_conversion/verify.py --help``."""
+
+import sys
+
+from megatron_prune.cli import run_verb
+
+if __name__ == "__main__":
+    run_verb("verify", sys.argv[1:], prog="verify.py")
