@@ -44,13 +44,13 @@ stage 2 "getting the model and the text" "$OUT/held_out.txt" get_inputs "${MODEL
 HF="${MODEL:-$OUT/model}"
 TEXT="${TEXT:-$OUT/held_out.txt}"
 
-# TP and the default cut follow from the model's shape: three quarters of the FFN channels, two layers from the middle.
+# TP and the default cut follow from the model's shape: one FFN channel in sixteen, and two layers from the middle.
 read -r TP DEFAULT_PRUNE < <(prune_tool inspect "$HF" --json | "$PYTHON" -c '
 import json, sys
 facts = json.load(sys.stdin)
 tp = int(sys.argv[1] or next(size for size in (3, 2, 1) if size in facts["tensor_parallel_sizes"]))
 layers, ffn = facts["shape"]["num_layers"], facts["shape"]["ffn_hidden_size"]
-keep = max(tp, ffn * 3 // 4 // (8 * tp) * (8 * tp))
+keep = max(tp, ffn * 15 // 16 // (8 * tp) * (8 * tp))
 drop = f" --drop_layers {layers // 2 - 1},{layers // 2 + 1}" if layers >= 8 else ""
 print(tp, f"--ffn_hidden_size_remain {keep}{drop}")' "${TP:-}")
 PRUNE="${PRUNE:-$DEFAULT_PRUNE --prune_type global --metric random}"

@@ -127,30 +127,47 @@ def _parameters(model: torch.nn.Module) -> dict[str, numpy.ndarray]:
 def load_stock(world: World, folder: str, args: dict[str, Any], tp: int, pp: int) -> dict[str, numpy.ndarray]:
     """Load a ``torch_dist`` folder with megatron-core's own loader → this rank's parameters."""
     from megatron.core import dist_checkpointing
+    from megatron.core.safe_globals import register_safe_globals
 
+    register_safe_globals()
     with stock_model(world, Namespace(**args), tp, pp) as model:
         wanted = model.sharded_state_dict(prefix="", metadata={"singleton_local_shards": False})
         loaded = dist_checkpointing.load(wanted, folder)
-        model.load_state_dict(loaded, strict=True)
+        model.load_state_dict({name: value for name, value in loaded.items() if name in wanted}, strict=True)
         return _parameters(model)
 
 
 def load_common(world: World, folder: str) -> dict[str, Any]:
     """``common.pt`` as megatron-core reads it."""
     from megatron.core import dist_checkpointing
+    from megatron.core.safe_globals import register_safe_globals
 
+    register_safe_globals()
     return vars(dist_checkpointing.load_common_state_dict(folder)["args"])
+
+
+def open_then_load_common(world: World, folder: str) -> str:
+    """Open a checkpoint with our reader, then read ``common.pt`` with megatron-core's → the type of its ``args``."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.safe_globals import register_safe_globals
+
+    from megatron_prune.checkpoint import megatron
+
+    register_safe_globals()  # as importing megatron-core does
+    megatron.open_checkpoint(Path(folder))
+    return type(dist_checkpointing.load_common_state_dict(folder)["args"]).__name__
 
 
 def load_legacy(world: World, folder: str, args: dict[str, Any], tp: int, pp: int) -> dict[str, numpy.ndarray]:
     """Load this rank's own file of the legacy layout into the stock model, names mapped to those of local layers."""
     from megatron.core import parallel_state
+    from megatron.core.safe_globals import register_safe_globals
 
+    register_safe_globals()
     with stock_model(world, Namespace(**args), tp, pp) as model:
         rank, stage = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
         name = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else "")
-        with torch.serialization.safe_globals([Namespace]):
-            content = torch.load(Path(folder) / name / "model_optim_rng.pt", weights_only=True)
+        content = torch.load(Path(folder) / name / "model_optim_rng.pt", weights_only=True)
         te_to_local = {
             "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
             "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",

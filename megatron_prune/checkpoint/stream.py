@@ -21,8 +21,8 @@ from megatron_prune.checkpoint.tensor_map import TensorMap
 
 WORKERS = 2
 
-Transform = Callable[[TensorId, torch.Tensor], torch.Tensor]
-"""(target tensor, full source tensor) → full target tensor."""
+Transform = Callable[[TensorId, torch.Tensor, Scratch], torch.Tensor]
+"""(target tensor, full source tensor, buffers of this thread) → full target tensor."""
 
 
 @dataclass
@@ -83,7 +83,7 @@ def stream(
         data = source.read(origin(tensor), thread.scratch)
         trouble = _trouble(data, target.dtype(tensor) if target else data.dtype)
         if transform is not None:
-            data = transform(tensor, data)
+            data = transform(tensor, data, thread.scratch)
         digest = _digest(data)
         if target is not None:
             target.write(tensor, data, thread.scratch)

@@ -12,7 +12,7 @@ from typing import Callable, Iterator
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
@@ -182,7 +182,7 @@ def run(world: World, source: Source, target: TensorMap | None, *, label: str, s
 @contextlib.contextmanager
 def progress_bar(label: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """A bar in bytes on standard error, on one process."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
         task = bar.add_task(label, total=total)
         yield lambda count: bar.advance(task, count)

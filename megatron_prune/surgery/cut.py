@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from math import prod
+
+import numpy as np
 import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import ROLES, TensorId
+from megatron_prune.checkpoint.region import Scratch
 from megatron_prune.planning.plan import LayerPlan, Plan
 
 
@@ -26,13 +30,13 @@ class Cut:
         """The tensor before pruning that ``tensor`` (numbered as after it) is cut from."""
         return tensor if tensor.layer is None else TensorId(tensor.role, self._plan.layers[tensor.layer].layer)
 
-    def transform(self, tensor: TensorId, data: torch.Tensor) -> torch.Tensor:
-        """The kept rows and columns of a full tensor, in the plan's order."""
+    def transform(self, tensor: TensorId, data: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+        """The kept rows and columns of a full tensor, in the plan's order; in memory of ``scratch``, or ``data`` itself."""
         entry = None if tensor.layer is None else self._plan.layers[tensor.layer]
         for dim, label in enumerate(ROLES[tensor.role]):
             index = self._elements(label, entry)
             if index is not None:
-                data = data.index_select(dim, index)
+                data = _take(data, dim, index, scratch)
         return data
 
     def _elements(self, label: str, entry: LayerPlan | None) -> torch.Tensor | None:
@@ -45,6 +49,17 @@ class Cut:
         if units is None or label == "ffn":
             return units
         return (units[:, None] * self._head_dim + torch.arange(self._head_dim)).flatten()
+
+
+def _take(data: torch.Tensor, dim: int, index: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """``data.index_select(dim, index)`` into kept memory. Columns go through numpy, which is three times as fast."""
+    shape = (*data.shape[:dim], len(index), *data.shape[dim + 1 :])
+    out = scratch.take(f"cut {dim}", prod(shape), data.dtype).view(shape)
+    if dim == 0:
+        return torch.index_select(data, 0, index, out=out)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[data.dtype.itemsize]
+    np.take(data.view(bits).numpy(), index.numpy(), axis=1, out=out.view(bits).numpy(), mode="clip")
+    return out
 
 
 def _index(units: list[int] | None) -> torch.Tensor | None:

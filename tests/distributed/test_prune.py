@@ -84,7 +84,6 @@ def units(plan: Plan, axis: str) -> list[tuple[int, list[int]]]:
 
 # ------------------------------------------------------------------------------------------------ (a) prune_hf is the oracle
 
-EVEN = {**AXES, "KV groups": {"num_query_groups_remain": 4}}  # what TP 2 and 4 divide
 ORACLE = [
     # every axis at TP 3 (6 KV groups), all in a family with biases, both metrics and prune types taking turns
     *[
@@ -254,12 +253,11 @@ def test_another_seed_makes_another_random_plan_and_the_same_seed_the_same(megat
 def test_balance_keeps_the_same_number_of_its_own_best_units_on_every_rank(megatron, ranks, tmp_path, size, tp, pp):
     source, checkpoint = megatron("qwen2", tie_word_embeddings=True)
     scores = dense_scores(source)
-    sizes = {"ffn_hidden_size_remain": 60, "num_query_groups_remain": 6 // tp * (tp - 1) if tp > 2 else 4}
+    groups = 3 if tp == 3 else 4
+    sizes = {"ffn_hidden_size_remain": 60, "num_query_groups_remain": groups}
     plan = prune(ranks(size), checkpoint, tmp_path / "cut", tp, pp, prune_type="balance", metric="magnitude", **sizes)
-    groups = sizes["num_query_groups_remain"]
-    groups -= groups % tp
     for entry in plan.layers:
-        for axis, kept, count, keep in (("ffn", entry.ffn, FFN, 60), ("kv_head", entry.kv_head, 6, plan.new["num_query_groups"])):
+        for axis, kept, count, keep in (("ffn", entry.ffn, FFN, 60), ("kv_head", entry.kv_head, 6, groups)):
             each, mine = count // tp, keep // tp
             expected = [
                 rank * each + unit for rank in range(tp) for unit in best(scores[axis, entry.layer][rank * each : (rank + 1) * each], mine)
@@ -324,17 +322,16 @@ def masked_logits(source: Path, plan: Plan) -> torch.Tensor:
         ("qwen3", 4, 2, 2, "balance", 2, 2),
     ],
 )
-@pytest.mark.parametrize("axes", ["heads", "groups"])
+@pytest.mark.parametrize("axes", ["heads", "groups", "heads and groups"])
 def test_where_no_hidden_unit_is_cut_the_cut_model_is_the_masked_dense_one(
     megatron, ranks, tmp_path, family, size, tp, pp, prune_type, run_tp, run_pp, axes
 ):
     source, checkpoint = megatron(family, tie_word_embeddings=family == "qwen2")
-    heads = {"heads": {"num_attention_heads_remain": 6, "num_query_groups_remain": 6}, "groups": {}}[axes]
-    heads = heads or {"num_query_groups_remain": 3 if tp == 3 else 4, **({"num_attention_heads_remain": 3} if tp == 3 else {})}
-    sizes = {"ffn_hidden_size_remain": 60, "num_layers_remain": 2, **heads}
+    groups = 6 if axes == "heads" else 3 if tp == 3 and prune_type == "balance" else 4
+    sizes = {"ffn_hidden_size_remain": 60, "num_layers_remain": 2, "num_query_groups_remain": groups}
+    if "heads" in axes:
+        sizes["num_attention_heads_remain"] = groups
     plan = prune(ranks(size), checkpoint, tmp_path / "cut", tp, pp, prune_type=prune_type, metric="magnitude", **sizes)
-    if plan.new["num_query_groups"] % run_tp:
-        run_tp = 1
     found = ranks(run_tp * run_pp).run(rank_jobs.logits, str(tmp_path / "cut"), TOKENS.tolist(), run_tp, run_pp)[-1]
     expected = masked_logits(source, plan)
     # float32 sums in another order; one head or channel too many or too few moves logits by 0.01 of their deviation or more

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from megatron_prune.checkpoint import safetensors_file
+from megatron_prune.checkpoint.region import close_files
 from megatron_prune.errors import CheckpointError
 
 NAMES = st.one_of(
@@ -35,8 +36,6 @@ def test_a_file_laid_out_and_filled_in_is_byte_for_byte_what_save_file_writes(tm
         assert shape == tensors[name][1] and region.dtype == tensors[name][0]
         if data[name].numel():
             region.write_from(data[name].contiguous())
-    from megatron_prune.checkpoint.region import close_files
-
     close_files()
     assert (folder / "ours").read_bytes() == (folder / "theirs").read_bytes()
 
