@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Block
@@ -21,6 +22,8 @@ from megatron_prune.errors import CheckpointError, InputError, raise_all
 from megatron_prune.families.family import BUFFERS, Family, family_of
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+BUFFERS_FILE = "rotary_buffers.safetensors"
+"""Where a Megatron checkpoint keeps :attr:`HuggingFaceModel.buffers` for the way back."""
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _SIDE_FOLDERS = ("additional_chat_templates",)
@@ -169,6 +172,7 @@ def lay_out(
     *,
     max_shard_bytes: int,
     tied_head_stored: bool = False,
+    buffers: dict[str, torch.Tensor] | None = None,
     config_text: str | None = None,
 ) -> None:
     """Create ``config.json`` and weight files with every tensor zero; bytes are filled in through :func:`open_model`.
@@ -177,6 +181,7 @@ def lay_out(
         dtypes: element type of every role tensor.
         max_shard_bytes: files larger than this are split, as transformers does (a tensor is never split).
         tied_head_stored: store the tied output layer a second time.
+        buffers: small tensors to store as they are (see :func:`load_buffers`); they are written at once.
         config_text: the file's exact text, where ``hf_config`` is unchanged from one that was read.
     """
     tensors = {
@@ -184,6 +189,7 @@ def lay_out(
     }
     if tied_head_stored and config.tie_embeddings:
         tensors[family.names["output"]] = tensors[family.names["embedding"]]
+    tensors.update({name: (buffer.dtype, tuple(buffer.shape)) for name, buffer in (buffers or {}).items()})
     shards: list[dict] = [{}]
     used = 0
     for name, (dtype, shape) in tensors.items():
@@ -201,13 +207,33 @@ def lay_out(
         weight_map = {name: file for file, content in zip(files, shards) for name in content}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    for file in files if buffers else []:
+        for name, (region, _) in safetensors_file.read_header(path / file).items():
+            if name in buffers:
+                region.write_from(buffers[name].contiguous())
     (path / CONFIG).write_text(config_text or json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
+
+
+def save_buffers(model: HuggingFaceModel, folder: Path) -> None:
+    """Keep a model's stored rotary tables in ``folder``, if it has any."""
+    if model.buffers:
+        data = {}
+        for name, (region, shape) in model.buffers.items():
+            data[name] = torch.empty(shape, dtype=region.dtype)
+            region.read_into(data[name])
+        save_file(data, folder / BUFFERS_FILE)
+
+
+def load_buffers(folder: Path | None) -> dict[str, torch.Tensor]:
+    """What :func:`save_buffers` kept; empty if nothing."""
+    file = folder / BUFFERS_FILE if folder else None
+    return load_file(file) if file and file.is_file() else {}
 
 
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy what is not weights: configuration, tokenizer, chat templates, licence (links are followed)."""
     for entry in sorted(source.iterdir()):
-        if entry.name.startswith(".") or entry.name.endswith(_WEIGHTS):
+        if entry.name.startswith(".") or (entry.name.endswith(_WEIGHTS) and entry.name != BUFFERS_FILE):
             continue
         if entry.is_file():
             shutil.copyfile(entry, target / entry.name)

@@ -77,6 +77,7 @@ def convert(options: ConvertOptions, world: World) -> None:
         ckpt_format=options.ckpt_format,
         manifest=manifest,
         side_files=model.path,
+        buffers_of=model,
         overwrite=options.overwrite,
         strict=options.strict,
     )

@@ -72,6 +72,7 @@ def export(options: ExportOptions, world: World) -> None:
         max_shard_bytes=shard_bytes,
         side_files=side,
         tied_head_stored=checkpoint.manifest.tied_head_stored,
+        buffers={} if pruned else huggingface.load_buffers(checkpoint.hf_folder),
         files=files,
         overwrite=options.overwrite,
         strict=options.strict,

@@ -18,6 +18,7 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
 from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.stream import StreamReport, Transform, share, stream
 from megatron_prune.checkpoint.tensor_map import TensorMap
@@ -55,6 +56,7 @@ def write_megatron(
     ckpt_format: str,
     manifest: Callable[[StreamReport], Manifest],
     side_files: Path | None,
+    buffers_of: HuggingFaceModel | None = None,
     sizes: dict[tuple[str, int], list[int]] | None = None,
     plan_text: str | None = None,
     overwrite: bool = False,
@@ -65,6 +67,7 @@ def write_megatron(
     Args:
         manifest: makes the manifest from what all processes saw.
         side_files: directory whose configuration and tokenizer files go along.
+        buffers_of: the model whose stored rotary tables are kept, coming from Hugging Face.
         sizes: (axis, layer) → units of every rank, where shards are of unequal size.
         plan_text: the plan that made it.
     """
@@ -76,6 +79,8 @@ def write_megatron(
             if side_files:
                 (folder / megatron.HF_FOLDER).mkdir()
                 huggingface.copy_side_files(side_files, folder / megatron.HF_FOLDER)
+            if buffers_of:
+                huggingface.save_buffers(buffers_of, folder / megatron.HF_FOLDER)
             if plan_text:
                 (folder / megatron.PLAN_FILE).write_text(plan_text, encoding="utf-8")
         world.barrier()
@@ -99,6 +104,7 @@ def write_huggingface(
     max_shard_bytes: int,
     side_files: Path | None,
     tied_head_stored: bool = False,
+    buffers: dict[str, torch.Tensor] | None = None,
     files: dict[str, str] | None = None,
     overwrite: bool = False,
     strict: bool = False,
@@ -112,6 +118,7 @@ def write_huggingface(
         if world.is_main:
             if side_files:
                 huggingface.copy_side_files(side_files, partial)
+                (partial / huggingface.BUFFERS_FILE).unlink(missing_ok=True)
             huggingface.lay_out(
                 partial,
                 config,
@@ -120,6 +127,7 @@ def write_huggingface(
                 dtypes,
                 max_shard_bytes=max_shard_bytes,
                 tied_head_stored=tied_head_stored,
+                buffers=buffers,
                 config_text=config_text,
             )
             for name, text in (files or {}).items():

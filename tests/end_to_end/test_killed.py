@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import signal
 import time
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from megatron_prune.steps.export import ExportOptions, export
 from megatron_prune.steps.prune import PruneOptions, prune
 from tiny import build_tiny
 
-KILLS = 14
+KILLS = 24
 BIG = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 12, "head_dim": 32, "vocab_size": 4096}
 
 
@@ -62,6 +61,14 @@ def start(context, step: tuple[str, dict]):
     return process
 
 
+def kill_after(delay: float, context, step: tuple[str, dict]) -> None:
+    """SIGKILL, unless the run is over by then."""
+    process = start(context, step)
+    time.sleep(delay)
+    process.kill()
+    process.join()
+
+
 def finish(context, step: tuple[str, dict]) -> float:
     begin = time.monotonic()
     process = start(context, step)
@@ -74,7 +81,7 @@ def same_tree(left: Path, right: Path) -> bool:
     files = lambda root: sorted(str(path.relative_to(root)) for path in root.rglob("*"))
     names = files(left)
     whole = [name for name in names if (left / name).is_file()]
-    return names == files(right) and filecmp.cmpfiles(left, right, whole, shallow=False) == (whole, [], [])
+    return left.is_dir() and names == files(right) and filecmp.cmpfiles(left, right, whole, shallow=False) == (whole, [], [])
 
 
 @pytest.mark.parametrize("verb", ["convert", "prune", "export"])
@@ -82,9 +89,9 @@ def same_tree(left: Path, right: Path) -> bool:
 def test_a_kill_at_any_moment_leaves_the_old_state_or_the_new_one(context, models, tmp_path, verb, had_output):
     out, place = tmp_path / "place/out", tmp_path / "place"
     place.mkdir()
-    seconds = finish(context, steps(models, verb, "new", out))
+    finish(context, steps(models, verb, "new", out))
     shutil.copytree(out, tmp_path / "new")
-    finish(context, steps(models, verb, "old", out))
+    seconds = finish(context, steps(models, verb, "old", out))
     shutil.copytree(out, tmp_path / "old")
     assert not same_tree(tmp_path / "old", tmp_path / "new")
     assert sorted(os.listdir(place)) == ["out"]
@@ -93,25 +100,19 @@ def test_a_kill_at_any_moment_leaves_the_old_state_or_the_new_one(context, model
     # evenly spread over a whole run and a little beyond, so that the moments of the last rename and clean-up are among them
     delays = [seconds * 1.15 * (number + rng.random()) / KILLS for number in range(KILLS)]
     for delay in delays:
-        process = start(context, steps(models, verb, "new", out)) if had_output or not out.exists() else None
-        if process is None:
-            shutil.rmtree(out)
-            process = start(context, steps(models, verb, "new", out))
-        time.sleep(delay)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        if not had_output:
+            shutil.rmtree(out, ignore_errors=True)
+        kill_after(delay, context, steps(models, verb, "new", out))
         seen["partial"] += len(os.listdir(place)) - out.exists()
-        if not out.exists():
-            assert not had_output, f"killed after {delay:.3f} s: the old output is gone and the new one is not there"
+        if same_tree(out, tmp_path / "old") if had_output else not out.exists():
             seen["old"] += 1
-        elif had_output and same_tree(out, tmp_path / "old"):
-            seen["old"] += 1
-        else:
-            assert same_tree(out, tmp_path / "new"), f"killed after {delay:.3f} s: neither the old output nor the new one"
-            seen["new"] += 1
-            shutil.rmtree(out)
-            if had_output:
-                shutil.copytree(tmp_path / "old", out)
+            continue
+        assert out.exists(), f"killed after {delay:.3f} s: the old output is gone and the new one is not there"
+        assert same_tree(out, tmp_path / "new"), f"killed after {delay:.3f} s: neither the old output nor the new one"
+        seen["new"] += 1
+        shutil.rmtree(out)
+        if had_output:
+            shutil.copytree(tmp_path / "old", out)
     assert seen["partial"] > KILLS // 4 and seen["old"] > KILLS // 4  # kills did land in the middle of the work
 
     finish(context, steps(models, verb, "new", out))
@@ -137,13 +138,11 @@ def test_a_half_written_output_is_not_taken_for_a_checkpoint(context, models, tm
     from megatron_prune.errors import CheckpointError
 
     out, found = tmp_path / "out", 0
+    finish(context, steps(models, "convert", "new", out))
     seconds = finish(context, steps(models, "convert", "new", out))
     shutil.rmtree(out)
     for number in range(6):
-        process = start(context, steps(models, "convert", "new", out))
-        time.sleep(seconds * (number + 2) / 12)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        kill_after(seconds * (number + 2) / 12, context, steps(models, "convert", "new", out))
         partial = partial_path(out)
         if partial.exists() and not out.exists():
             if not list(partial.rglob("megatron_prune.json")):

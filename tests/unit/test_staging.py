@@ -85,7 +85,7 @@ import os, signal, sys
 from pathlib import Path
 from megatron_prune.checkpoint import staging
 out, at = Path(sys.argv[1]), sys.argv[2]
-die = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
 partial = staging.begin(out)
 (partial / "sub").mkdir()
 (partial / "a").write_text("new")
