@@ -39,10 +39,14 @@ def weight_bytes(config: ModelConfig, itemsize: int) -> int:
     return parameter_count(config) * itemsize
 
 
-def streaming_memory(config: ModelConfig, itemsize: int) -> int:
-    """Peak of one process that converts, prunes or exports: every thread holds a tensor, and at most a copy of it."""
+def streaming_memory(config: ModelConfig, itemsize: int, *, buffers: int = 1) -> int:
+    """Peak of one process that converts or exports (``buffers`` 1) or prunes (2: the cut has one of its own).
+
+    Every thread holds a tensor, and a part of one where a format splits it by columns or changes its dtype.
+    """
     largest = sorted((prod(tensor_shape(t.role, config)) for t in tensor_ids(config)), reverse=True)
-    return PROCESS_BYTES + 2 * itemsize * sum(largest[:WORKERS])
+    matrix = max(config.ffn_hidden_size, config.num_attention_heads * config.kv_channels) * config.hidden_size
+    return PROCESS_BYTES + itemsize * (buffers * sum(largest[:WORKERS]) + WORKERS * matrix)
 
 
 def rank_parameters(config: ModelConfig, layout: ParallelLayout) -> int:

@@ -104,13 +104,12 @@ def estimate_steps(config: ModelConfig, target: ModelConfig, layout: ParallelLay
         recompute=options.recompute,
     )
     parts = training_memory(target, layout, run)
-    stream = {"memory_per_rank": streaming_memory(config, item)}
     return {
         "parameters": parameter_count(config),
         "target_parameters": parameter_count(target),
         "steps": {
-            "conversion": {**stream, "disk": weight_bytes(config, item)},
-            "pruning": {**stream, "disk": weight_bytes(target, item)},
+            "conversion": {"memory_per_rank": streaming_memory(config, item), "disk": weight_bytes(config, item)},
+            "pruning": {"memory_per_rank": streaming_memory(config, item, buffers=2), "disk": weight_bytes(target, item)},
             "export": {"memory_per_rank": streaming_memory(target, item), "disk": weight_bytes(target, item)},
             "recovery": {"memory_per_rank": sum(parts.values()), "disk": training_disk(target, run), "parts": parts},
         },

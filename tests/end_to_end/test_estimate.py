@@ -1,0 +1,115 @@
+"""Estimates hold for what is measured, and `inspect` tells what a checkpoint is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.arch.tensors import parameter_count, tensor_ids, tensor_shape
+from megatron_prune.checkpoint import huggingface
+from megatron_prune.checkpoint.region import close_files
+from megatron_prune.cli import main
+from megatron_prune.families.family import FAMILIES
+from megatron_prune.planning.resources import PROCESS_BYTES, rank_parameters, streaming_memory
+from megatron_prune.runtime.world import World
+from megatron_prune.steps.convert import ConvertOptions, convert
+from tiny import state_dict
+
+CHILD = """
+import sys
+from megatron_prune.cli import main
+main(sys.argv[1:])
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def peak(*arguments: str) -> int:
+    done = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=True, timeout=240)
+    return int(done.stdout.split()[-1]) * 1024
+
+
+def test_memory_stays_within_the_estimate_and_does_not_grow_with_the_model(tmp_path):
+    family, peaks = FAMILIES.get("llama"), {}
+    for layers in (4, 24):
+        config = ModelConfig(
+            num_layers=layers,
+            hidden_size=768,
+            ffn_hidden_size=4096,
+            num_attention_heads=12,
+            num_query_groups=12,
+            kv_channels=64,
+            vocab_size=8000,
+            tie_embeddings=False,
+        )
+        folder = tmp_path / str(layers)
+        folder.mkdir()
+        dtypes = {tensor: torch.bfloat16 for tensor in tensor_ids(config)}
+        huggingface.lay_out(folder, config, family, family.hf_config(config, None), dtypes, max_shard_bytes=10**9)
+        tensors = huggingface.open_model(folder).tensors
+        for tensor in tensor_ids(config):
+            tensors.tiles[tensor][0].region.write_from(torch.full(tensor_shape(tensor.role, config), 0.5).bfloat16())
+        close_files()
+        m = str(tmp_path / f"m{layers}")
+        convert_peak = peak("convert", "--load-dir", str(folder), "--save-dir", m, "--target-tensor-parallel-size", "4")
+        tp1 = ["--tensor-model-parallel-size", "1"]
+        prune_peak = peak("prune", "--load", m, "--save", m + "p", "--ffn_hidden_size_remain", "3072", *tp1)
+        assert convert_peak <= streaming_memory(config, 2) * 1.05
+        assert prune_peak <= streaming_memory(config, 2, buffers=2) * 1.05
+        assert convert_peak > 0.6 * PROCESS_BYTES
+        peaks[layers] = (convert_peak, prune_peak)
+    for small, large in zip(peaks[4], peaks[24]):
+        assert large - small < 24e6  # the files grow by 480 MB
+
+
+@pytest.mark.parametrize("tp, pp", [(1, 1), (3, 2), (6, 4)])
+def test_the_fullest_rank_holds_what_the_estimate_says(tiny, tmp_path, tp, pp):
+    source = tiny("qwen3", tie_word_embeddings=False)
+    options = ConvertOptions(
+        load_dir=str(source),
+        save_dir=str(tmp_path / "m"),
+        target_tensor_parallel_size=tp,
+        target_pipeline_parallel_size=pp,
+        ckpt_format="torch",
+    )
+    convert(options, World())
+    held = []
+    for file in (tmp_path / "m" / "release").glob("mp_rank_*/model_optim_rng.pt"):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            model = torch.load(file, weights_only=True)["model"]
+        held.append(sum(value.numel() for value in model.values() if value is not None))
+    config = huggingface.open_model(source).config
+    estimate = rank_parameters(config, ParallelLayout(tensor=tp, pipeline=pp))
+    assert max(held) <= estimate <= max(held) + config.hidden_size * (pp > 1)
+
+
+def test_inspect_counts_what_is_stored(tiny, tmp_path, capsys):
+    source = tiny("llama", tie_word_embeddings=True)
+    main(["inspect", str(source), "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    stored = state_dict(source)
+    assert facts["parameters"] == sum(tensor.numel() for tensor in stored.values())
+    assert facts["weight_bytes"] == sum(tensor.numel() * 2 for tensor in stored.values())
+    assert facts["dtype"] == {"bfloat16": len(stored)}
+    convert(ConvertOptions(load_dir=str(source), save_dir=str(tmp_path / "m"), target_tensor_parallel_size=4), World())
+    main(["inspect", str(tmp_path / "m"), "--json"])
+    again = json.loads(capsys.readouterr().out)
+    assert again["parallel"] == {"tensor": 4, "pipeline": 1} and again["parameters"] == facts["parameters"]
+    assert again["recipe"][0]["step"] == "convert"
+
+
+def test_estimate_needs_no_weights(tiny, tmp_path, capsys):
+    source = tiny("mistral")
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    main(["estimate", str(tmp_path / "config.json"), "--ffn-hidden-size-remain", "48", "--target-tensor-parallel-size", "2", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    config = huggingface.open_model(source).config
+    assert facts["parameters"] == parameter_count(config)
+    assert facts["target_parameters"] == parameter_count(config) - 4 * 3 * 48 * 48
+    assert facts["steps"]["pruning"]["disk"] == 2 * facts["target_parameters"]

@@ -1,0 +1,81 @@
+"""The ways in: scripts, tools, Megatron's own arguments."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_prune.errors import InputError
+from megatron_prune.runtime.world import World
+from megatron_prune.steps.convert import ConvertOptions, convert
+from megatron_prune.steps.prune import parse, prune
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def bash(script: str, *arguments: str, **settings: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHON": sys.executable, **{name: str(value) for name, value in settings.items()}}
+    return subprocess.run(["bash", str(ROOT / script), *arguments], env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_the_scripts_run_the_whole_path_under_torchrun(tiny, tmp_path):
+    runs = [
+        ("tools/checkpoint_conversion/hf_to_megatron.sh", [], {"HF_DIR": tiny("qwen2"), "SAVE_DIR": tmp_path / "m", "TP": 2}),
+        (
+            "scripts/prune_llama.sh",
+            ["--strict"],
+            {
+                "LOAD_DIR": tmp_path / "m",
+                "SAVE_DIR": tmp_path / "p",
+                "TP": 2,
+                "FFN_HIDDEN_SIZE_REMAIN": 64,
+                "DROP_LAYERS": "1,2",
+                "PRUNE_TYPE": "global",
+                "SAVE_PLAN": tmp_path / "plan.json",
+                "GPT_ARGS": "--num-layers 4 --hidden-size 48 --swiglu --bf16 --micro-batch-size 1 --lr 1e-4",
+            },
+        ),
+        ("scripts/transfer.sh", [], {"LOAD_DIR": tmp_path / "p", "SAVE_DIR": tmp_path / "t", "CKPT_FORMAT": "torch"}),
+        ("scripts/megatron_to_hf.sh", [], {"LOAD_DIR": tmp_path / "t", "SAVE_DIR": tmp_path / "back"}),
+    ]
+    for script, arguments, settings in runs:
+        done = bash(script, *arguments, **settings)
+        assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["intermediate_size"]) == (2, 64)
+    assert json.loads((tmp_path / "plan.json").read_text())["new"]["num_layers"] == 2
+
+
+def test_a_script_names_the_setting_it_lacks():
+    done = bash("scripts/prune_llama.sh")
+    assert done.returncode == 2 and "LOAD_DIR" in done.stderr
+
+
+@pytest.mark.parametrize("tool", sorted((ROOT / "tools/checkpoint_conversion").glob("*.py")), ids=lambda path: path.name)
+def test_every_tool_explains_itself(tool):
+    done = subprocess.run([sys.executable, str(tool), "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--load-dir" in done.stdout
+
+
+def test_megatrons_arguments_must_agree_with_the_checkpoint(tiny, tmp_path):
+    convert(ConvertOptions(load_dir=str(tiny("qwen2")), save_dir=str(tmp_path / "m")), World())
+    base = ["--load", str(tmp_path / "m"), "--save", str(tmp_path / "p"), "--ffn_hidden_size_remain", "64"]
+    agreeing = ["--num-layers", "4", "--num_attention_heads", "12", "--add-qkv-bias", "--group-query-attention", "--seq-length", "64"]
+    agreeing += ["--untie-embeddings-and-output-weights", "--normalization", "RMSNorm", "--train-iters", "500000"]
+    prune(parse([*base, *agreeing], "prune"), World())
+    contradicting = ["--num-layers", "5", "--hidden-size", "64", "--qk-layernorm", "--normalization", "LayerNorm", "--overwrite"]
+    with pytest.raises(InputError) as error:
+        prune(parse([*base, *contradicting], "prune"), World())
+    for word in ("num-layers 5", "hidden-size 64", "qk-layernorm", "layernorm"):
+        assert word in str(error.value)
+
+
+def test_an_unknown_argument_is_refused():
+    with pytest.raises(SystemExit) as exit:
+        parse(["--load", "a", "--save", "b", "--hidden_size_remian", "3"], "prune")
+    assert exit.value.code == 2
