@@ -63,7 +63,7 @@ def _spellings(item: Field) -> list[str]:
 
 
 def _default_text(item: Field) -> str:
-    if item.default in (MISSING, None, False, ()):
+    if any(item.default is empty for empty in (MISSING, None, False, ())):
         return ""
     return f" (default: {item.default})"
 

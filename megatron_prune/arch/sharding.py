@@ -245,6 +245,18 @@ def shard(tensor: MegatronTensor, full_shape: tuple[int, ...], ranks: int, rank:
     return Shard((mine,), range(cols))
 
 
+def shard_sizes(
+    tensor: MegatronTensor, layer: int | None, config: ModelConfig, sizes: dict[tuple[str, int], list[int]]
+) -> list[int] | None:
+    """Rows or columns of every rank from its units, for shards of unequal size; ``None`` for equal shares."""
+    units = sizes.get((tensor.unit, layer))
+    if units is None:
+        return None
+    n, d = config.heads_per_group, config.kv_channels
+    each = {("kv_head", "rows"): (n + 2) * d, ("kv_head", "cols"): n * d}.get((tensor.unit, tensor.split), 1)
+    return [count * each for count in units]
+
+
 class Block(NamedTuple):
     """A rectangle that a stored tensor and a role tensor share, whole rows of the stored one.
 

@@ -119,10 +119,10 @@ def _stored_tensors(path: Path) -> dict[str, tuple[Region, tuple[int, ...]]]:
         (SINGLE, INDEX, safetensors_file.read_header),
         (_BIN, _BIN_INDEX, _read_bin),
     ):
-        if (path / index).is_file():
-            return _read_indexed(path, index, read)
         if (path / single).is_file():
             return read(path / single)
+        if (path / index).is_file():
+            return _read_indexed(path, index, read)
     raise CheckpointError(f"{path} has no weights", needed=f"{SINGLE}, or {INDEX} and the files it names")
 
 
@@ -179,7 +179,7 @@ def lay_out(
 
     Args:
         dtypes: element type of every role tensor.
-        max_shard_bytes: files larger than this are split, as transformers does (a tensor is never split).
+        max_shard_bytes: a file that would grow larger is followed by another (a tensor is never split).
         tied_head_stored: store the tied output layer a second time.
         buffers: small tensors to store as they are (see :func:`load_buffers`); they are written at once.
         config_text: the file's exact text, where ``hf_config`` is unchanged from one that was read.
@@ -253,7 +253,7 @@ def resolve(name_or_path: str) -> Path:
     if path.exists() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
         raise InputError(f"no such model directory: {name_or_path}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name_or_path, ignore_patterns=["original/*", "*.gguf", "*.pth", "*.onnx", "*.msgpack", "*.h5"]))

@@ -24,11 +24,11 @@ from megatron_prune.arch.sharding import (
     layer_tensors,
     outer_tensors,
     shard,
+    shard_sizes,
 )
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import torch_archive
 from megatron_prune.checkpoint.tensor_map import TensorMap
-from megatron_prune.checkpoint.torch_dist import shard_sizes
 from megatron_prune.errors import CheckpointError, raise_all
 
 FILE = "model_optim_rng.pt"
@@ -129,6 +129,9 @@ def _add(
 ) -> list[str]:
     """File one tensor's shards; say what is wrong with their shapes."""
     full = tensor.full_shape(config, layout)
+    for file, part in parts:
+        if not isinstance(part, torch.Tensor) or part.dim() != len(full):
+            return [f"{file}: {tensor.name} of layer {layer}: not a tensor of {len(full)} dimensions"]
     dim = 1 if tensor.split == "cols" else 0
     held = [part.shape[dim] // (2 if tensor.split == "gated" else 1) for _, part in parts]
     problems = []

@@ -6,10 +6,12 @@ do not, and are as fast.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterator
 
 import torch
 
@@ -29,8 +31,17 @@ class _Handle:
 
 
 def close_files() -> None:
-    """Close every file this module holds open."""
+    """Close every file this module holds open: a path may soon name another file."""
     _Handle.cache_clear()
+
+
+@contextlib.contextmanager
+def closed_files() -> Iterator[None]:
+    """Close every file at the end, also after an error."""
+    try:
+        yield
+    finally:
+        close_files()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
+from megatron_prune.checkpoint.region import close_files
 from megatron_prune.errors import InputError
 
 _RENAME_EXCHANGE = 2
@@ -57,6 +58,7 @@ def partial_path(path: Path) -> Path:
 
 def begin(path: Path) -> Path:
     """Make an empty :func:`partial_path`, removing what an interrupted run left there."""
+    close_files()
     partial = partial_path(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -70,6 +72,7 @@ def abandon(path: Path) -> None:
 
 def commit(path: Path) -> None:
     """Sync the partial output and put it in place of ``path``."""
+    close_files()
     path, partial = path.absolute(), partial_path(path)
     for folder, _, files in os.walk(partial):
         for name in files:

@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 from megatron_prune.arch.tensors import TensorId, tensor_ids
-from megatron_prune.checkpoint.region import Scratch, close_files
+from megatron_prune.checkpoint.region import Scratch, closed_files
 from megatron_prune.checkpoint.tensor_map import TensorMap
 
 WORKERS = 2
@@ -89,7 +89,7 @@ def stream(
             target.write(tensor, data, thread.scratch)
         return tensor, digest, trouble, source.nbytes(origin(tensor))
 
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with closed_files(), ThreadPoolExecutor(WORKERS) as pool:
         jobs = [pool.submit(handle, tensor) for tensor in mine]
         try:
             for job in jobs:
@@ -98,11 +98,9 @@ def stream(
                 if trouble:
                     report.troubled[str(origin(tensor))] = trouble
                 progress(count)
-        except BaseException:
+        finally:
             for job in jobs:
                 job.cancel()
-            raise
-    close_files()
     return report
 
 

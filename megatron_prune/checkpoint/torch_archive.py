@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import collections
+import errno
 import io
 import pathlib
-import pickle
 import signal
 import types
 from pathlib import Path
@@ -21,7 +21,6 @@ import torch
 
 from megatron_prune.checkpoint.region import Region
 from megatron_prune.errors import CheckpointError
-
 
 
 class _Slice(io.RawIOBase):
@@ -37,8 +36,11 @@ class _Slice(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        return self._at
+        target = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if target < 0:
+            raise OSError(errno.EINVAL, "a position before the start")
+        self._at = target
+        return target
 
     def tell(self) -> int:
         return self._at
@@ -63,7 +65,7 @@ def read_objects(path: Path, *, offset: int = 0, length: int | None = None) -> A
     try:
         with open(path, "rb") as file, torch.serialization.safe_globals(safe):
             return torch.load(_Slice(file, offset, size), map_location="meta", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a damaged archive can fail in any way
         raise CheckpointError(
             f"{path} cannot be read",
             got=str(error).split("\n")[0][:300],

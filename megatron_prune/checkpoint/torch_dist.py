@@ -21,7 +21,16 @@ from torch.distributed.checkpoint import filesystem, planner
 from torch.distributed.checkpoint import metadata as dcp
 
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.arch.sharding import MegatronTensor, ParallelLayout, Shard, blocks, layer_tensors, outer_tensors, shard
+from megatron_prune.arch.sharding import (
+    MegatronTensor,
+    ParallelLayout,
+    Shard,
+    blocks,
+    layer_tensors,
+    outer_tensors,
+    shard,
+    shard_sizes,
+)
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import torch_archive
 from megatron_prune.checkpoint.region import Region
@@ -69,6 +78,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         ("torch", "Size"): torch.Size,
         ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
         ("collections", "OrderedDict"): dict,
+        **{(module, "PosixPath"): lambda *parts: "/".join(parts) for module in ("pathlib", "pathlib._local")},
     }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -120,6 +130,13 @@ def open_map(path: Path, config: ModelConfig, layout: ParallelLayout) -> TensorM
         CheckpointError: if a file is missing or truncated, or a tensor is missing, extra or of another shape.
     """
     metadata = _read_metadata(path)
+    try:
+        return _map(path, metadata, config, layout).validate(path)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path / METADATA} does not fit the files", got=f"{type(error).__name__}: {error}") from None
+
+
+def _map(path: Path, metadata: dcp.Metadata, config: ModelConfig, layout: ParallelLayout) -> TensorMap:
     _check_files(path, metadata)
     known_inner = {tensor.name: tensor for tensor in layer_tensors(config)}
     known_outer = {tensor.name: tensor for tensor in outer_tensors(config)}
@@ -146,7 +163,7 @@ def open_map(path: Path, config: ModelConfig, layout: ParallelLayout) -> TensorM
             layer = layer if stacked or not match else int(match[1])
             found.add(layer, region, blocks(tensor, config, full[0], held))
     raise_all(CheckpointError, f"{path} does not hold the model that its args describe", problems)
-    return found.validate(path)
+    return found
 
 
 def _check_files(path: Path, metadata: dcp.Metadata) -> None:
@@ -248,18 +265,6 @@ def _parts(
         split = shard_sizes(tensor, layer, config, sizes)
         for rank in range(layout.tensor if tensor.split != "none" else 1):
             yield key, layer, rank, (tensor, shard(tensor, full, layout.tensor, rank, split)), shape
-
-
-def shard_sizes(
-    tensor: MegatronTensor, layer: int | None, config: ModelConfig, sizes: dict[tuple[str, int], list[int]]
-) -> list[int] | None:
-    """Rows or columns of every rank from its units, for shards of unequal size; ``None`` for equal shares."""
-    units = sizes.get((tensor.unit, layer))
-    if units is None:
-        return None
-    n, d = config.heads_per_group, config.kv_channels
-    each = {("kv_head", "rows"): (n + 2) * d, ("kv_head", "cols"): n * d}.get((tensor.unit, tensor.split), 1)
-    return [count * each for count in units]
 
 
 def _outer_stage(tensor: MegatronTensor, layout: ParallelLayout) -> int:

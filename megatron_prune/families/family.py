@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, Callable
 
-from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig, RopeScaling
+from megatron_prune.arch.model import ModelConfig, RopeScaling
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.registry import Registry
@@ -96,15 +96,21 @@ class Family:
         missing = [key for key in _NEEDED if key not in merged]
         if missing:
             raise CheckpointError("config.json lacks " + ", ".join(missing), do="is this a model's config.json?")
+        for key in (*_NEEDED, "num_key_value_heads", "head_dim"):
+            if key in merged and (isinstance(merged[key], bool) or not isinstance(merged[key], int) or merged[key] < 1):
+                raise CheckpointError(f"config.json: {key}", got=repr(merged[key]), needed="a positive whole number")
         merged.setdefault("num_key_value_heads", merged["num_attention_heads"])
         merged.setdefault("head_dim", merged["hidden_size"] // max(1, merged["num_attention_heads"]))
-        base, scaling = _read_rope(merged)
+        try:
+            base, scaling = _read_rope(merged)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError("config.json: the rotary embedding's entries are damaged", got=repr(error)) from None
         values = {ours: merged[theirs] for ours, theirs in FIELDS.items()}
         return ModelConfig(
             **values,
             qkv_bias=self.qkv_bias,
             qk_norm=self.qk_norm,
-            rotary_base=float(base),
+            rotary_base=base,
             rope_scaling=scaling,
             sliding_window=self.window(hf),
         )
@@ -120,36 +126,50 @@ class Family:
         self.check_expressible(config)
         hf = dict(template) if template else self._fresh(config)
         if template and template.get("model_type") != self.name:
-            hf.update(model_type=self.name, architectures=[self.architecture], sliding_window=None)
-        before = FAMILIES.get(template["model_type"]).model_config(template) if template else config
-        for ours in (*SHAPE_FIELDS, "tie_embeddings", "max_position_embeddings"):
-            if getattr(config, ours) != getattr(before, ours):
-                hf[FIELDS[ours]] = getattr(config, ours)
-        derived = config.hidden_size // config.num_attention_heads
-        if config.kv_channels != derived and hf.get("head_dim") != config.kv_channels:
-            hf["head_dim"] = config.kv_channels
-        if config.num_query_groups != config.num_attention_heads and "num_key_value_heads" not in hf:
-            hf["num_key_value_heads"] = config.num_query_groups
+            hf.update(model_type=self.name, architectures=[self.architecture], sliding_window=config.sliding_window)
+        # Only what would be read otherwise is written, so that an unchanged model keeps its file as it was.
+        # Keys that are left out follow from others, so the file is read again until nothing differs.
+        while wrong := self._differing(hf, config):
+            hf.update({FIELDS[ours]: getattr(config, ours) for ours in wrong})
         if kept_layers is not None and isinstance(hf.get("layer_types"), list):
             hf["layer_types"] = [hf["layer_types"][layer] for layer in kept_layers]
         return hf
 
+    def _differing(self, hf: dict[str, Any], config: ModelConfig) -> list[str]:
+        """Fields that a ``config.json`` would give other values than ``config`` has."""
+        read = self.model_config(hf)
+        return [ours for ours in FIELDS if getattr(read, ours) != getattr(config, ours)]
+
     def check_expressible(self, config: ModelConfig) -> None:
-        """Refuse a shape that transformers' configuration class of this family refuses.
+        """Refuse a model that transformers' configuration class of this family refuses or cannot describe.
 
         Raises:
             InputError: naming the families whose class can say it.
         """
         heads, hidden = config.num_attention_heads, config.hidden_size
         if self.heads_divide_hidden and hidden % heads:
-            able = [other for other in self.kin() if not FAMILIES.get(other).heads_divide_hidden]
+            below = hidden - hidden % heads
             raise InputError(
                 f"transformers' {self.architecture} cannot express hidden_size {hidden} with {heads} attention heads",
-                needed=f"a hidden size that is a multiple of {heads} (below: {hidden - hidden % heads}; "
-                f"above: {hidden - hidden % heads + heads})",
-                do=f"choose such a size, or write the model as a family whose class can say it: "
-                + ", ".join(f"--target-family {other}" for other in able),
+                needed=f"a hidden size that is a multiple of {heads} ({below} or {below + heads})",
+                do="choose such a size, or write the model as a family whose class can say it: " + self._able(config),
             )
+        if (read := self.model_config(self._fresh(config))) != config:
+            lost = [f.name for f in fields(config) if getattr(read, f.name) != getattr(config, f.name)]
+            raise InputError(
+                f"transformers' {self.architecture} cannot express this model's {', '.join(lost)}",
+                do="write it as a family whose class can: " + self._able(config),
+            )
+
+    def _able(self, config: ModelConfig) -> str:
+        """Flags that name the families of this architecture which can describe ``config``."""
+        able = []
+        for name in self.kin():
+            family = FAMILIES.get(name)
+            divides = not family.heads_divide_hidden or config.hidden_size % config.num_attention_heads == 0
+            if divides and family.model_config(family._fresh(config)) == config:
+                able.append(f"--target-family {name}")
+        return ", ".join(able) or "there is none"
 
     def kin(self) -> list[str]:
         """Families of the same architecture (tensors, biases, norms), to which a model can be moved."""
@@ -214,6 +234,7 @@ def _read_rope(merged: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Rotary base and scaling from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``."""
     rope = merged.get("rope_parameters") or merged.get("rope_scaling") or {}
     base = rope.get("rope_theta", merged.get("rope_theta", 10000.0))
+    base = float(base)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError("config.json: rotary positions on a part of the head", needed="partial_rotary_factor 1.0")
@@ -230,10 +251,3 @@ def _read_rope(merged: dict[str, Any]) -> tuple[float, RopeScaling | None]:
             original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
         )
     raise CheckpointError("config.json: rope scaling", got=repr(kind), needed="default, linear or llama3")
-
-
-def with_family(config: ModelConfig, family: Family) -> ModelConfig:
-    """``config`` as ``family`` would read it back: families without a window lose it."""
-    if config.sliding_window is not None and family.name not in ("mistral", "qwen2", "qwen3"):
-        return replace(config, sliding_window=None)
-    return config

@@ -22,7 +22,6 @@ from megatron_prune.importance.metric import Metric
 from megatron_prune.planning.selection import Scores
 from megatron_prune.runtime.world import World
 
-
 CHUNK_ELEMENTS = 1 << 23
 """Weights that are looked at together."""
 
@@ -62,14 +61,10 @@ def score(
     if metric.reads_weights and wanted:
         mine = _partial_sums(metric, tensors, layout, wanted, Place.of(world, layout), progress)
         for part in world.all_gather(mine):
-            for key, pieces in part.items():
-                for start, piece in pieces:
-                    totals[key][start : start + piece.numel()] += piece
+            for key, (start, piece) in part.items():
+                totals[key][start : start + piece.numel()] += piece
         close_files()
     return {(axis, layer): metric.finish(axis, layer, total) for (axis, layer), total in totals.items()}
-
-
-Pieces = dict[tuple[str, int | None], list[tuple[int, torch.Tensor]]]
 
 
 def _partial_sums(
@@ -79,11 +74,12 @@ def _partial_sums(
     wanted: list[tuple[str, int | None]],
     place: Place,
     progress: Callable[[int], None],
-) -> Pieces:
-    """(axis, layer) → [(first unit, sums)] over the blocks this process holds; replicated tensors are counted once."""
+) -> dict[tuple[str, int | None], tuple[int, torch.Tensor]]:
+    """(axis, layer) → (first unit, sums from it on) over the blocks of this process; replicated tensors count once."""
     config = tensors.config
     axes = {name: AXES.get(name) for name in AXES.names()}
-    sums: dict[tuple[str, int | None], dict[int, torch.Tensor]] = {key: {} for key in wanted}
+    mine = {name: axis.local_units(config, place.tensor, layout.tensor) for name, axis in axes.items()}
+    sums = {(axis, layer): torch.zeros(len(mine[axis]), dtype=torch.float64) for axis, layer in wanted}
     for tensor in tensor_ids(config):
         keys = [key for key in _owners(tensor) if key in sums]
         labels = ROLES[tensor.role]
@@ -91,19 +87,22 @@ def _partial_sums(
         if not keys or not counted or not _holds(tensor, layout, config, place):
             continue
         held = [local_elements(label, config, place.tensor, layout.tensor) for label in labels]
+        if not all(held):
+            continue  # fewer KV groups than ranks: this one has none
         for rows in _row_chunks(held[0], labels[0], len(held[1]) if len(held) > 1 else 1, config):
             values = metric.per_weight(tensor.role, tensors.read_block(tensor, rows, *held[1:]))
             for key in keys:
                 if key[0] == "layer":
-                    _add(sums[key], tensor.layer, values.sum(dtype=torch.float64).view(1))
+                    sums[key][tensor.layer] += values.sum(dtype=torch.float64)
                 for dim, part in enumerate([rows, *held[1:]]):
                     each = axes[key[0]].owns(config).get(labels[dim])
                     if each is not None:
                         others = [other for other in range(values.dim()) if other != dim]
                         totals = values.sum(dim=others, dtype=torch.float64) if others else values.double()
-                        _add(sums[key], part.start // each, totals.view(-1, each).sum(dim=1))
+                        first = part.start // each - mine[key[0]].start
+                        sums[key][first : first + totals.numel() // each] += totals.view(-1, each).sum(dim=1)
             progress(values.numel() * tensors.dtype(tensor).itemsize)
-    return {key: sorted(pieces.items()) for key, pieces in sums.items()}
+    return {key: (mine[key[0]].start, total) for key, total in sums.items()}
 
 
 def _owners(tensor: TensorId) -> list[tuple[str, int | None]]:
@@ -118,10 +117,6 @@ def _row_chunks(rows: range, label: str, cols: int, config: ModelConfig) -> list
     unit = config.heads_per_group * config.kv_channels if label == "head" else config.kv_channels if label == "kv_head" else 1
     step = max(1, CHUNK_ELEMENTS // (cols * unit)) * unit
     return [range(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
-
-
-def _add(pieces: dict[int, torch.Tensor], start: int, values: torch.Tensor) -> None:
-    pieces[start] = pieces[start] + values if start in pieces else values
 
 
 def local_elements(label: str, config: ModelConfig, rank: int, ranks: int) -> range:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,10 @@ class Plan:
                 layers.append(LayerPlan(layer=_unit_list([entry.pop("layer")])[0], **kept, shards=shards))
                 if entry:
                     raise ValueError(f"unknown keys {sorted(entry)} in a layer")
+            if len({len(counts) for entry in layers for counts in entry.shards.values()}) > 1:
+                raise ValueError("shards of different numbers of ranks")
+            for key in ("old", "new"):
+                _check_shape(key, data[key])
             return cls(hidden=units(data.pop("hidden")), layers=layers, **data)
         except PlanError:
             raise
@@ -106,6 +110,10 @@ class Plan:
     def shard_sizes(self) -> dict[tuple[str, int], list[int]]:
         """(axis, new layer number) → kept units of every rank, where these differ."""
         return {(axis, new): counts for new, entry in enumerate(self.layers) for axis, counts in entry.shards.items()}
+
+    def without_shards(self) -> Plan:
+        """The same cut dealt evenly (one rank holds everything anyway)."""
+        return replace(self, layers=[replace(entry, shards={}) for entry in self.layers])
 
     def summary(self) -> str:
         """The sizes that change, for a person."""
@@ -134,6 +142,14 @@ def _unit_list(value: Any) -> list[int]:
     if not isinstance(value, list) or any(isinstance(unit, bool) or not isinstance(unit, int) for unit in value):
         raise ValueError(f'a list of unit ids or "{ALL}" is needed, got {str(value)[:60]}')
     return value
+
+
+def _check_shape(key: str, shape: Any) -> None:
+    if not isinstance(shape, dict) or set(shape) != set(SHAPE_FIELDS):
+        raise ValueError(f"{key} must name exactly {', '.join(SHAPE_FIELDS)}")
+    for name, size in shape.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{key}: {name} {size!r} is not a positive whole number")
 
 
 def shape_of(config: ModelConfig) -> dict[str, int]:
@@ -198,8 +214,6 @@ def check_plan(plan: Plan, config: ModelConfig, where: object) -> None:
     for name, value in shape_of(config).items():
         if plan.old.get(name) != value:
             problems.append(f"it was made for {name} {plan.old.get(name)}, the checkpoint has {value}")
-    if set(plan.new) != set(SHAPE_FIELDS):
-        problems.append(f"its new shape must name exactly {', '.join(SHAPE_FIELDS)}")
     raise_all(PlanError, f"{where} does not fit the checkpoint", problems)
     new = plan.new
     problems += [f"{name} cannot change" for name in ("kv_channels", "vocab_size") if new[name] != getattr(config, name)]

@@ -67,7 +67,7 @@ def resolve_target(
         num_query_groups=groups,
         num_layers=layers,
     )
-    named = tuple(sorted(drop_layers)) if drop_layers is not None else (() if layers == config.num_layers else None)
+    named = tuple(sorted(drop_layers)) if drop_layers else (() if layers == config.num_layers else None)
     return Target(config=new, drop_layers=named)
 
 

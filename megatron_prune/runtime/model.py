@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -55,9 +56,16 @@ def start_parallel(layout: ParallelLayout, world: World) -> None:
 
 
 def stop_parallel() -> None:
-    """Take megatron-core's process groups down."""
+    """Take megatron-core's process groups down, with their threads and connections.
+
+    megatron-core only forgets its groups; without this every set-up would leave threads behind.
+    """
     if parallel_state.model_parallel_is_initialized():
+        groups = parallel_state._global_process_group_list or []
         parallel_state.destroy_model_parallel()
+        for group in groups:
+            if group is not None:
+                dist.destroy_process_group(group)
 
 
 def transformer_config(config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype) -> TransformerConfig:

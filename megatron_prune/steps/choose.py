@@ -134,9 +134,11 @@ def _read(
             needed=content_id(),
             do='set "content_id" to null in the plan to apply it all the same',
         )
+    if layout.tensor == 1:
+        plan = plan.without_shards()
     uneven = plan.shard_sizes()
     wrong = sorted({len(counts) for counts in uneven.values()} - {layout.tensor})
-    if wrong and layout.tensor > 1:
+    if wrong:
         raise PlanError(
             f"{request.plan} deals units over {wrong[0]} ranks", needed=layout.tensor, do="remove its shards, or use that TP"
         )

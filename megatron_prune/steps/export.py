@@ -16,7 +16,7 @@ from megatron_prune.errors import InputError
 from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.families.family import FAMILIES, Family
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.output import PARAM_DTYPES, Source, log, write_huggingface
+from megatron_prune.steps.output import Source, log, write_huggingface
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,9 @@ def fuse_qkv(config: ModelConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
     return torch.cat(rows)
 
 
-def fused_model(config: ModelConfig, model: dict[TensorId, torch.Tensor], padded: int) -> dict[tuple[str, int | None], torch.Tensor]:
+def fused_model(
+    config: ModelConfig, model: dict[TensorId, torch.Tensor], padded: int
+) -> dict[tuple[str, int | None], torch.Tensor]:
     """Megatron's full tensors under Transformer Engine's names: (name, layer) → tensor."""
     pad = lambda t: torch.cat([t, torch.zeros(padded - t.shape[0], t.shape[1], dtype=t.dtype)])
     full = {
@@ -120,9 +122,7 @@ def raw_map(path: Path, config: ModelConfig, model: dict[TensorId, torch.Tensor]
 
 def read_all(tensors: TensorMap) -> dict[TensorId, torch.Tensor]:
     """Every role tensor of a map, read through it."""
-    return {
-        t: tensors.read_block(t, range(tensors.shape(t)[0])).clone() for t in role_shapes(tensors.config)
-    }
+    return {t: tensors.read_block(t, range(tensors.shape(t)[0])).clone() for t in role_shapes(tensors.config)}
 
 
 def assert_same_model(ours: dict[TensorId, torch.Tensor], theirs: dict[TensorId, torch.Tensor]) -> None:

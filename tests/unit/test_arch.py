@@ -9,13 +9,13 @@ import torch
 from dense import SMALL, fused_model, labelled_model, layouts, rank_part, role_shapes
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny_config
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig, RopeScaling
 from megatron_prune.arch.sharding import ParallelLayout, blocks, layer_tensors, outer_tensors, rank_ranges, shard
 from megatron_prune.arch.tensors import parameter_count, tensor_ids, tensor_shape
 from megatron_prune.axes.axis import AXES
 from megatron_prune.errors import CheckpointError, InputError
-from tiny import tiny_config
 
 
 def all_tensors(config):
@@ -138,7 +138,15 @@ def test_pipeline_stages_hold_consecutive_layers_and_stage_of_is_the_inverse(sta
     assert all(layout.stage_of(layer, count) == stage for stage, layers in enumerate(held) for layer in layers)
 
 
-@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 3), st.integers(1, 12), st.integers(1, 6), st.integers(1, 12), st.integers(1, 4))
+@given(
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 12),
+    st.integers(1, 6),
+    st.integers(1, 12),
+    st.integers(1, 4),
+)
 def test_a_layout_is_accepted_exactly_where_megatron_core_accepts_it(groups, n, d, ffn, layers, tensor, pipeline):
     heads = groups * n
     config = dataclasses.replace(
@@ -182,7 +190,9 @@ def test_heads_that_do_not_divide_over_the_kv_groups_are_refused():
         dataclasses.replace(SMALL, num_query_groups=5)
 
 
-@pytest.mark.parametrize("scaling", [None, RopeScaling(kind="linear", factor=2.5), RopeScaling(kind="llama3", factor=8.0, low_freq_factor=2.0)])
+@pytest.mark.parametrize(
+    "scaling", [None, RopeScaling(kind="linear", factor=2.5), RopeScaling(kind="llama3", factor=8.0, low_freq_factor=2.0)]
+)
 def test_a_model_description_comes_back_from_json(scaling):
     config = dataclasses.replace(SMALL, rope_scaling=scaling, sliding_window=7, rotary_base=5e5)
     assert ModelConfig.from_json(config.to_json()) == config

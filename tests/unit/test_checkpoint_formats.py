@@ -9,13 +9,26 @@ import pickle
 import shutil
 import warnings
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from dense import SMALL, assert_same_model, fused_model, labelled_model, layouts, random_model, rank_part, raw_map, read_all, role_shapes
+from dense import (
+    SMALL,
+    assert_same_model,
+    fused_model,
+    labelled_model,
+    layouts,
+    random_model,
+    rank_part,
+    raw_map,
+    read_all,
+    role_shapes,
+)
 from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
+from tiny import state_dict
 
 from megatron_prune.arch.model import RopeScaling
 from megatron_prune.arch.sharding import ParallelLayout
@@ -27,7 +40,6 @@ from megatron_prune.checkpoint.region import close_files
 from megatron_prune.checkpoint.stream import stream
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.families.family import FAMILIES
-from tiny import state_dict
 
 LLAMA = dataclasses.replace(SMALL, hidden_size=24, qkv_bias=False, qk_norm=False)
 LOCAL = {
@@ -76,7 +88,10 @@ def rank_files(config, layout, model, local: bool) -> dict[str, dict[str, torch.
 @pytest.mark.parametrize("local_names", [False, True])
 @pytest.mark.parametrize("tensor, pipeline", [(1, 1), (2, 2), (3, 1), (12, 4)])
 def test_torch_load_finds_on_every_rank_the_chunks_of_the_dense_model(tmp_path, tensor, pipeline, local_names, tied):
-    config, layout = dataclasses.replace(SMALL, tie_embeddings=tied), ParallelLayout(tensor=tensor, pipeline=pipeline, vocab_divisible_by=8)
+    config, layout = (
+        dataclasses.replace(SMALL, tie_embeddings=tied),
+        ParallelLayout(tensor=tensor, pipeline=pipeline, vocab_divisible_by=8),
+    )
     model = random_model(config, torch.bfloat16)
     write(legacy, tmp_path / "c", config, layout, model, local_names=local_names)
     expected = rank_files(config, layout, model, local_names)
@@ -127,25 +142,25 @@ def two_ranks(tmp_path):
 QKV, FC2 = "decoder.layers.1.self_attention.linear_qkv.weight", "decoder.layers.1.mlp.linear_fc2.weight"
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda content: content.pop("args"),
-        lambda content: content.pop("model"),
-        lambda content: content["model"].pop(QKV),
-        lambda content: content["model"].update({QKV: torch.zeros(22, 24)}),
-        lambda content: content["model"].update({QKV: torch.zeros(24)}),
-        lambda content: content["model"].update({FC2: torch.zeros(24)}),
-        lambda content: content["model"].update({FC2: torch.tensor(1.0)}),
-        lambda content: content["model"].update({FC2: None}),
-        lambda content: content["model"].update({FC2: torch.zeros(24, 11)}),
-        lambda content: content["model"].update({FC2: content["model"][FC2].half()}),
-        lambda content: content["model"].update({"decoder.layers.4.mlp.linear_fc2.weight": torch.zeros(24, 12)}),
-        lambda content: content["model"].update({"decoder.layers.1.mlp.router.weight": torch.zeros(4, 24)}),
-        lambda content: content.update(model={"language_model": {}}),
-        lambda content: content.update(model=[1]),
-    ],
-)
+DAMAGED_RANKS = {
+    "no args": lambda content: content.pop("args"),
+    "no model": lambda content: content.pop("model"),
+    "a tensor missing": lambda content: content["model"].pop(QKV),
+    "too few rows": lambda content: content["model"].update({QKV: torch.zeros(22, 24)}),
+    "a vector for a matrix split by rows": lambda content: content["model"].update({QKV: torch.zeros(24)}),
+    "a vector for a matrix split by columns": lambda content: content["model"].update({FC2: torch.zeros(24)}),
+    "a scalar": lambda content: content["model"].update({FC2: torch.tensor(1.0)}),
+    "no tensor": lambda content: content["model"].update({FC2: None}),
+    "too few columns": lambda content: content["model"].update({FC2: torch.zeros(24, 11)}),
+    "another dtype": lambda content: content["model"].update({FC2: content["model"][FC2].half()}),
+    "a layer too many": lambda content: content["model"].update({"decoder.layers.4.mlp.linear_fc2.weight": torch.zeros(24, 12)}),
+    "a foreign tensor": lambda content: content["model"].update({"decoder.layers.1.mlp.router.weight": torch.zeros(4, 24)}),
+    "a model from before megatron-core": lambda content: content.update(model={"language_model": {}}),
+    "a model that is no dictionary": lambda content: content.update(model=[1]),
+}
+
+
+@pytest.mark.parametrize("change", list(DAMAGED_RANKS.values()), ids=list(DAMAGED_RANKS))
 @pytest.mark.parametrize("rank", ["mp_rank_00", "mp_rank_01"])
 def test_a_rank_that_does_not_hold_its_part_is_refused(two_ranks, rank, change):
     edit_rank(two_ranks / "iter_0000007" / rank, change)
@@ -184,7 +199,10 @@ def quietly(function, *arguments, **named):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("tensor, pipeline", [(1, 1), (2, 2), (3, 4), (12, 1)])
 def test_torchs_own_distributed_checkpoint_reads_the_stacked_dense_tensors(tmp_path, tensor, pipeline, tied):
-    config, layout = dataclasses.replace(SMALL, tie_embeddings=tied), ParallelLayout(tensor=tensor, pipeline=pipeline, vocab_divisible_by=8)
+    config, layout = (
+        dataclasses.replace(SMALL, tie_embeddings=tied),
+        ParallelLayout(tensor=tensor, pipeline=pipeline, vocab_divisible_by=8),
+    )
     model = random_model(config, torch.float16)
     write(torch_dist, tmp_path / "c", config, layout, model)
     expected = stacked_model(config, layout, model)
@@ -197,9 +215,14 @@ def test_torchs_own_distributed_checkpoint_reads_the_stacked_dense_tensors(tmp_p
     assert json.loads((tmp_path / "c" / "metadata.json").read_text())["sharded_backend"] == "torch_dist"
 
 
-def save_dcp(path, config, layout, tensors) -> None:
-    """A distributed checkpoint as torch writes it, with Megatron's files beside it."""
+def save_dcp(path, config, layout, tensors, posix_path: bool = False) -> None:
+    """A distributed checkpoint as torch writes it, with Megatron's files beside it.
+
+    torch records its own path as a ``Path``, megatron-core 0.16 as text.
+    """
     quietly(dcp.save, tensors, checkpoint_id=path, no_dist=True)
+    if not posix_path:
+        edit_metadata(path, lambda m: setattr(m.storage_meta, "checkpoint_id", str(path)))
     torch.save({"args": args_for(config, layout), "iteration": 3}, path / "common.pt")
     (path / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
 
@@ -224,6 +247,13 @@ def test_a_checkpoint_that_torch_saved_is_read_as_the_dense_model(tmp_path, dtyp
     assert_same_model(read_all(found), model)
 
 
+def test_metadata_in_which_torch_recorded_its_path_is_read(tmp_path):
+    """As torch's own writer does, and megatron-core's before it had a ``checkpoint_id`` of its own."""
+    layout, model = ParallelLayout(), random_model(LLAMA)
+    save_dcp(tmp_path / "c", LLAMA, layout, stacked_model(LLAMA, layout, model), posix_path=True)
+    assert_same_model(read_all(megatron.open_checkpoint(tmp_path / "c").tensors), model)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -240,7 +270,7 @@ def test_a_checkpoint_of_other_tensors_than_its_args_say_is_refused(tmp_path, ch
     tensors = stacked_model(LLAMA, layout, random_model(LLAMA))
     change(tensors)
     save_dcp(tmp_path / "c", LLAMA, layout, tensors)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="does not hold the model"):
         megatron.open_checkpoint(tmp_path / "c")
 
 
@@ -254,28 +284,30 @@ def first_info(metadata):
     return next(info for index, info in metadata.storage_data.items() if "fc2" in index.fqn)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda m: setattr(first_info(m), "relative_path", "../outside.distcp"),
-        lambda m: setattr(first_info(m), "relative_path", "/etc/passwd"),
-        lambda m: setattr(first_info(m), "relative_path", ".."),
-        lambda m: setattr(first_info(m), "relative_path", "__9_0.distcp"),
-        lambda m: setattr(first_info(m), "offset", 1 << 40),
-        lambda m: setattr(first_info(m), "offset", -5),
-        lambda m: setattr(first_info(m), "length", 3),
-        lambda m: setattr(first_info(m), "offset", "0"),
-        lambda m: m.storage_data.pop(next(i for i in m.storage_data if "fc2" in i.fqn)),
-        lambda m: m.storage_data.clear(),
-        lambda m: setattr(m, "storage_data", None),
-        lambda m: setattr(m, "state_dict_metadata", []),
-        lambda m: m.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks.pop(),
-        lambda m: m.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks.append(
-            m.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks[0]
-        ),
-        lambda m: setattr(m.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].properties, "dtype", torch.bfloat16),
-    ],
-)
+DAMAGED_METADATA = {
+    "a file outside": lambda m: setattr(first_info(m), "relative_path", "../outside.distcp"),
+    "an absolute path": lambda m: setattr(first_info(m), "relative_path", "/etc/passwd"),
+    "the parent folder": lambda m: setattr(first_info(m), "relative_path", ".."),
+    "a file that is missing": lambda m: setattr(first_info(m), "relative_path", "__9_0.distcp"),
+    "an offset past the end": lambda m: setattr(first_info(m), "offset", 1 << 40),
+    "a negative offset": lambda m: setattr(first_info(m), "offset", -5),
+    "too small a length": lambda m: setattr(first_info(m), "length", 3),
+    "an offset that is text": lambda m: setattr(first_info(m), "offset", "0"),
+    "a chunk without its place": lambda m: m.storage_data.pop(next(i for i in m.storage_data if "fc2" in i.fqn)),
+    "no places": lambda m: m.storage_data.clear(),
+    "places that are null": lambda m: setattr(m, "storage_data", None),
+    "tensors that are a list": lambda m: setattr(m, "state_dict_metadata", []),
+    "a chunk missing": lambda m: m.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks.pop(),
+    "a chunk twice": lambda m: m.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks.append(
+        m.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks[0]
+    ),
+    "another dtype": lambda m: setattr(
+        m.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].properties, "dtype", torch.bfloat16
+    ),
+}
+
+
+@pytest.mark.parametrize("change", list(DAMAGED_METADATA.values()), ids=list(DAMAGED_METADATA))
 def test_metadata_that_does_not_fit_the_files_is_refused(tmp_path, change):
     write(torch_dist, tmp_path / "c", LLAMA, ParallelLayout(tensor=2), random_model(LLAMA))
     megatron.open_checkpoint(tmp_path / "c")
@@ -295,25 +327,35 @@ class Bomb:
         return os.system, (f"touch {self.marker}",)
 
 
-@pytest.fixture
-def checkpoints(tmp_path):
-    """A whole checkpoint of every format: name → (directory, how it is opened)."""
-    model, layout = random_model(LLAMA), ParallelLayout(tensor=2)
-    write(torch_dist, tmp_path / "torch_dist", LLAMA, layout, model)
-    write(legacy, tmp_path / "legacy", LLAMA, layout, model)
+OPENED = {
+    "torch_dist": megatron.open_checkpoint,
+    "legacy": megatron.open_checkpoint,
+    "safetensors": huggingface.open_model,
+    "bin": huggingface.open_model,
+}
+
+
+@pytest.fixture(scope="module")
+def whole_checkpoints(tmp_path_factory):
+    """A whole checkpoint of every format, built once."""
+    root, model, layout = tmp_path_factory.mktemp("whole"), random_model(LLAMA), ParallelLayout(tensor=2)
+    write(torch_dist, root / "torch_dist", LLAMA, layout, model)
+    write(legacy, root / "legacy", LLAMA, layout, model)
     for kind, name in (("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin")):
-        (tmp_path / kind).mkdir()
+        (root / kind).mkdir()
         tensors = {FAMILIES.get("llama").tensor_name(t): data for t, data in model.items()}
-        (save_file if kind == "safetensors" else torch.save)(tensors, tmp_path / kind / name)
-        config = FAMILIES.get("llama").hf_config(LLAMA, None)
-        (tmp_path / kind / "config.json").write_text(json.dumps(config))
-    opened = {name: megatron.open_checkpoint for name in ("torch_dist", "legacy")} | {
-        name: huggingface.open_model for name in ("safetensors", "bin")
-    }
-    for name, how in opened.items():
-        assert_same_model(read_all(how(tmp_path / name).tensors), model)
+        (save_file if kind == "safetensors" else torch.save)(tensors, root / kind / name)
+        (root / kind / "config.json").write_text(json.dumps(FAMILIES.get("llama").hf_config(LLAMA, None)))
+    for name, how in OPENED.items():
+        assert_same_model(read_all(how(root / name).tensors), model)
     close_files()
-    return {name: (tmp_path / name, how) for name, how in opened.items()}
+    return root
+
+
+@pytest.fixture
+def checkpoints(whole_checkpoints, tmp_path):
+    """``checkpoints("legacy")`` → (a copy that may be damaged, how it is opened)."""
+    return lambda name: (Path(shutil.copytree(whole_checkpoints / name, tmp_path / name)), OPENED[name])
 
 
 PICKLES = [
@@ -329,7 +371,7 @@ PICKLES = [
 @pytest.mark.parametrize("name, file", PICKLES)
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_malicious_pickle_anywhere_is_refused_and_not_executed(checkpoints, tmp_path, name, file, inside):
-    folder, how = checkpoints[name]
+    folder, how = checkpoints(name)
     path, bomb = folder / file, Bomb(tmp_path / "executed")
     if file == ".metadata":
         metadata = pickle.loads(path.read_bytes())
@@ -368,7 +410,7 @@ FILES = PICKLES + [("torch_dist", "metadata.json"), ("safetensors", "model.safet
 @pytest.mark.parametrize("name, file", [pair for pair in FILES if pair[1] != "metadata.json"])
 @pytest.mark.parametrize("keep", [0, 0.3, 0.95])
 def test_a_truncated_file_anywhere_is_refused(checkpoints, name, file, keep):
-    folder, how = checkpoints[name]
+    folder, how = checkpoints(name)
     whole = (folder / file).read_bytes()
     (folder / file).write_bytes(whole[: int(len(whole) * keep)])
     with pytest.raises(CheckpointError):
@@ -377,7 +419,7 @@ def test_a_truncated_file_anywhere_is_refused(checkpoints, name, file, keep):
 
 @pytest.mark.parametrize("name, file", FILES)
 def test_a_missing_file_anywhere_is_refused(checkpoints, name, file):
-    folder, how = checkpoints[name]
+    folder, how = checkpoints(name)
     (folder / file).unlink()
     with pytest.raises(CheckpointError):
         how(folder)
@@ -471,7 +513,9 @@ def test_where_one_file_and_an_index_both_stand_the_weights_that_transformers_lo
     from transformers import AutoModelForCausalLM
 
     model = sharded(tiny, tmp_path)
-    save_file({name: data + 1 for name, data in state_dict(model).items()}, model / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: data + 1 for name, data in state_dict(model).items()}, model / "model.safetensors", metadata={"format": "pt"}
+    )
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype="auto").model.norm.weight
     assert torch.equal(read_all(huggingface.open_model(model).tensors)[TensorId("final_norm")], theirs)
 
@@ -494,8 +538,7 @@ def test_weight_files_stay_below_the_limit_and_safetensors_and_transformers_read
 
     source = huggingface.open_model(tiny("llama"))
     dtypes = {t: torch.bfloat16 for t in role_shapes(source.config)}
-    how = dict(max_shard_bytes=limit)
-    huggingface.lay_out(tmp_path, source.config, source.family, source.hf_config, dtypes, **how)
+    huggingface.lay_out(tmp_path, source.config, source.family, source.hf_config, dtypes, max_shard_bytes=limit)
     stream(source.tensors, huggingface.open_model(tmp_path).tensors)
     expected = state_dict(source.path)
     assert state_dict(tmp_path).keys() == expected.keys()
@@ -558,8 +601,16 @@ def test_a_configuration_and_a_layout_come_back_from_the_args(drawn):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("swiglu", False), ("normalization", "LayerNorm"), ("add_bias_linear", True), ("position_embedding_type", "learned_absolute"),
-     ("rotary_percent", 0.5), ("num_experts", 8), ("apply_layernorm_1p", True), ("multi_latent_attention", True)],
+    [
+        ("swiglu", False),
+        ("normalization", "LayerNorm"),
+        ("add_bias_linear", True),
+        ("position_embedding_type", "learned_absolute"),
+        ("rotary_percent", 0.5),
+        ("num_experts", 8),
+        ("apply_layernorm_1p", True),
+        ("multi_latent_attention", True),
+    ],
 )
 def test_args_of_a_feature_that_is_not_carried_are_refused_by_name(name, value):
     args = args_for(LLAMA, ParallelLayout())
@@ -655,7 +706,10 @@ def test_a_manifest_that_disagrees_with_the_args_is_refused(tmp_path, ckpt_forma
         megatron.open_checkpoint(root)
 
 
-@pytest.mark.parametrize("text, word", [("12", "iter_0000012"), ("soon", "an iteration number"), ("../x", "an iteration number"), ("", "an iteration number")])
+@pytest.mark.parametrize(
+    "text, word",
+    [("12", "iter_0000012"), ("soon", "an iteration number"), ("../x", "an iteration number"), ("", "an iteration number")],
+)
 def test_a_tracker_that_names_no_checkpoint_is_refused(two_ranks, text, word):
     (two_ranks / "latest_checkpointed_iteration.txt").write_text(text)
     with pytest.raises(CheckpointError, match=word):

@@ -39,7 +39,9 @@ def test_dashes_and_underscores_mean_the_same(flag):
 
 
 def test_every_type_is_read():
-    options = read("--load_dir", "x", "--kind", "a", "--size", "7", "--seed", "-1", "--rate", "1e-3", "--layers", "7,13", "--strict")
+    options = read(
+        "--load_dir", "x", "--kind", "a", "--size", "7", "--seed", "-1", "--rate", "1e-3", "--layers", "7,13", "--strict"
+    )
     assert options == Options(load_dir="x", kind="a", size=7, seed=-1, rate=1e-3, layers=(7, 13), strict=True)
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import FAMILIES as NAMES
+from tiny import tiny_config
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from megatron_prune.arch.model import ModelConfig, RopeScaling
 from megatron_prune.arch.tensors import tensor_ids, tensor_shape
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.families.family import FAMILIES, family_for, family_of
-from tiny import FAMILIES as NAMES
-from tiny import tiny_config
 
 CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 SIZES = {"vocab_size": 307, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 32}
@@ -107,7 +107,11 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.5, "high_freq_factor": 3.0, "origi
         ({"rope_scaling": {"rope_type": "linear", "factor": 4}}, 1e4, RopeScaling(kind="linear", factor=4.0)),
         ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}, 5e5, RopeScaling(kind="llama3", **LLAMA3)),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5, None),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}}, 5e5, RopeScaling(kind="linear", factor=2.0)),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}},
+            5e5,
+            RopeScaling(kind="linear", factor=2.0),
+        ),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}, 5e5, RopeScaling(kind="llama3", **LLAMA3)),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 2e6}, "rope_theta": 3.0}, 2e6, None),
     ],
@@ -134,7 +138,7 @@ def test_both_spellings_of_rope_are_read_as_transformers_reads_them(name, rope, 
         ({"num_hidden_layers": None}, "num_hidden_layers"),
         ({"num_key_value_heads": 5}, "5 groups"),
         ({"hidden_size": "64", "head_dim": 2}, "hidden_size"),
-        ({"intermediate_size": 96.5}, "ffn_hidden_size"),
+        ({"intermediate_size": 96.5}, "intermediate_size"),
     ],
 )
 @pytest.mark.parametrize("name", NAMES)
@@ -205,7 +209,9 @@ def models(draw, name: str) -> ModelConfig:
         qk_norm=name == "qwen3",
         norm_epsilon=draw(st.sampled_from([1e-5, 1e-6, 3e-4])),
         rotary_base=draw(st.sampled_from([1e4, 5e5])),
-        rope_scaling=draw(st.sampled_from([None, RopeScaling(kind="linear", factor=2.0), RopeScaling(kind="llama3", factor=4.0)])),
+        rope_scaling=draw(
+            st.sampled_from([None, RopeScaling(kind="linear", factor=2.0), RopeScaling(kind="llama3", factor=4.0)])
+        ),
         max_position_embeddings=draw(st.sampled_from([64, 2048, 131072])),
         sliding_window=draw(st.sampled_from([None, 32])) if name == "mistral" else None,
     )
@@ -229,13 +235,25 @@ def test_an_unchanged_model_gets_back_its_own_config_json_key_for_key(name, pres
 
 
 @pytest.mark.parametrize("name", NAMES)
-@given(st.sets(st.sampled_from(sorted(OPTIONAL))), st.integers(1, 4), st.integers(1, 2), st.integers(1, 4), st.integers(1, 96), st.integers(1, 4))
+@given(
+    st.sets(st.sampled_from(sorted(OPTIONAL))),
+    st.integers(1, 4),
+    st.integers(1, 2),
+    st.integers(1, 4),
+    st.integers(1, 96),
+    st.integers(1, 4),
+)
 def test_a_pruned_shape_is_read_back_whatever_keys_the_original_left_out(name, present, groups, each, hidden, ffn, layers):
     hf = {"model_type": name, **SIZES, **{key: OPTIONAL[key] for key in present}}
     before = FAMILIES.get(name).model_config(hf)
     heads = groups * min(each, before.heads_per_group)
     after = dataclasses.replace(
-        before, hidden_size=heads * hidden, num_attention_heads=heads, num_query_groups=groups, ffn_hidden_size=ffn, num_layers=layers
+        before,
+        hidden_size=heads * hidden,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        ffn_hidden_size=ffn,
+        num_layers=layers,
     )
     written = FAMILIES.get(name).hf_config(after, hf)
     assert FAMILIES.get(name).model_config(written) == after

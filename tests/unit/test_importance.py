@@ -63,7 +63,9 @@ def dense_magnitude(config, model) -> dict:
             channels += data
     result["hidden", None] = channels.sqrt()
     layers = range(config.num_layers)
-    result["layer", None] = torch.stack([sum(data.sum() for (_, layer), data in square.items() if layer == n_) for n_ in layers]).sqrt()
+    result["layer", None] = torch.stack(
+        [sum(data.sum() for (_, layer), data in square.items() if layer == n_) for n_ in layers]
+    ).sqrt()
     for layer in layers:
         at = lambda role: square[role, layer] if (role, layer) in square else None
         ffn = [at("gate")[u].sum() + at("up")[u].sum() + at("down")[:, u].sum() for u in range(config.ffn_hidden_size)]
@@ -107,7 +109,10 @@ def test_magnitude_is_the_norm_of_everything_a_unit_owns_on_every_axis(tmp_path,
     assert_close(ours, dense_magnitude(config, model))
 
 
-@pytest.mark.parametrize("tensor, pipeline, copies", [(1, 1, 1), (2, 1, 1), (3, 1, 1), (6, 1, 1), (2, 2, 1), (1, 4, 1), (3, 2, 2), (1, 1, 3), (2, 1, 3)])
+@pytest.mark.parametrize(
+    "tensor, pipeline, copies",
+    [(1, 1, 1), (2, 1, 1), (3, 1, 1), (6, 1, 1), (2, 2, 1), (1, 4, 1), (3, 2, 2), (1, 1, 3), (2, 1, 3)],
+)
 def test_magnitude_is_the_same_at_every_parallel_layout_and_on_every_rank(tensors, tensor, pipeline, copies):
     alone = score(magnitude(), tensors, ParallelLayout(), WANTED, World())
     ranks = simulated(magnitude(), tensors, ParallelLayout(tensor=tensor, pipeline=pipeline), copies)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
-from dense import SMALL
+from dense import SMALL, random_model, raw_map
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.errors import PlanError
+from megatron_prune.families.family import FAMILIES
 from megatron_prune.planning.plan import LayerPlan, Plan, check_plan, load_plan, shape_of
+from megatron_prune.runtime.world import World
+from megatron_prune.steps.choose import PlanRequest, obtain_plan
 
 UNITS = st.one_of(st.none(), st.lists(st.integers(0, 99), max_size=6))
 SHAPE = st.fixed_dictionaries({name: st.integers(1, 99) for name in shape_of(SMALL)})
@@ -35,7 +40,7 @@ JSON = st.recursive(
                 ffn=UNITS,
                 kv_head=UNITS,
                 head=UNITS,
-                shards=st.dictionaries(st.sampled_from(["ffn", "kv_head"]), st.lists(st.integers(0, 9), max_size=4)),
+                shards=st.dictionaries(st.sampled_from(["ffn", "kv_head"]), st.lists(st.integers(0, 9), min_size=3, max_size=3)),
             ),
             max_size=4,
         ),
@@ -53,7 +58,14 @@ def test_any_plan_comes_back_from_its_text(plan):
 def good() -> dict:
     """A plan as JSON: 4 layers → 2, 20 → 5 channels, 24 → 3 channels, 6 groups of 2 heads → 2 of 1."""
     layer = lambda number: {"layer": number, "ffn": [23, 0, 7], "kv_head": [4, 1], "head": [9, 2]}
-    new = {**shape_of(SMALL), "num_layers": 2, "hidden_size": 5, "ffn_hidden_size": 3, "num_attention_heads": 2, "num_query_groups": 2}
+    new = {
+        **shape_of(SMALL),
+        "num_layers": 2,
+        "hidden_size": 5,
+        "ffn_hidden_size": 3,
+        "num_attention_heads": 2,
+        "num_query_groups": 2,
+    }
     return {
         "format": "megatron-prune plan",
         "version": 1,
@@ -195,7 +207,11 @@ def test_everything_that_does_not_fit_is_told_at_once():
     data["layers"][1]["ffn"] = [1]
     with pytest.raises(PlanError) as error:
         check(data)
-    for part in ("hidden: [99] out of range 0 to 19", "hidden: a unit stands twice", "layer 3: ffn: 1 units, the new shape says 3"):
+    for part in (
+        "hidden: [99] out of range 0 to 19",
+        "hidden: a unit stands twice",
+        "layer 3: ffn: 1 units, the new shape says 3",
+    ):
         assert part in str(error.value)
 
 
@@ -216,6 +232,16 @@ def test_a_plan_file_that_cannot_be_read_is_refused(tmp_path):
 def test_a_plan_file_is_read(tmp_path):
     (tmp_path / "p.json").write_text(json.dumps(good()))
     assert load_plan(tmp_path / "p.json") == check(good())
+
+
+def test_a_plan_dealt_over_two_ranks_is_evened_out_on_one(tmp_path):
+    """The shards of a plan are for its own number of ranks; one rank cannot hold only the first of them."""
+    (tmp_path / "p.json").write_text(json.dumps(good()))
+    tensors = raw_map(tmp_path / "bytes", SMALL, random_model(SMALL))
+    request = PlanRequest(plan=str(tmp_path / "p.json"))
+    family = dataclasses.replace(FAMILIES.get("qwen3"), qkv_bias=True)  # no family has all that SMALL has
+    plan = obtain_plan(request, tensors, ParallelLayout(), family, lambda: "id", World())
+    assert plan.shard_sizes() == {} and plan.layers[1].ffn == [23, 0, 7]
 
 
 def test_the_summary_names_what_changes_and_nothing_else():

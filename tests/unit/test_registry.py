@@ -77,7 +77,9 @@ def test_the_projects_own_registries_hold_what_is_documented():
     assert {"magnitude", "random"} <= set(METRICS.names())
 
 
-@pytest.mark.parametrize("registry, name, near", [(METRICS, "magntude", "magnitude"), (FAMILIES, "qwen", "qwen[23]"), (AXES, "heads", "head")])
+@pytest.mark.parametrize(
+    "registry, name, near", [(METRICS, "magntude", "magnitude"), (FAMILIES, "qwen", "qwen[23]"), (AXES, "heads", "head")]
+)
 def test_a_misspelt_name_is_answered_with_the_meant_one(registry, name, near):
     with pytest.raises(InputError, match=f"did you mean '{near}'"):
         registry.get(name)

@@ -18,7 +18,17 @@ from megatron_prune.errors import CheckpointError
 NAMES = st.one_of(
     st.text(st.characters(codec="utf-8"), min_size=1, max_size=12),
     st.sampled_from(
-        ["model.layers.0.mlp.up_proj.weight", "model.layers.10.w", "ä.Ω.漢字", "😀", '"quoted"', "back\\slash", "\x00\x1f\x7f", "\u2028", " "]
+        [
+            "model.layers.0.mlp.up_proj.weight",
+            "model.layers.10.w",
+            "ä.Ω.漢字",
+            "😀",
+            '"quoted"',
+            "back\\slash",
+            "\x00\x1f\x7f",
+            "\u2028",
+            " ",
+        ]
     ),
 ).filter(lambda name: name != "__metadata__")
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])

@@ -64,7 +64,9 @@ def test_global_and_unbalance_keep_the_plain_top_k_at_every_number_of_ranks(prun
 @given(st.integers(1, 6), st.integers(1, 3), st.integers(1, 3), st.data())
 def test_balance_keeps_whole_kv_groups_of_every_rank(ranks, local, n, data):
     config = dataclasses.replace(SMALL, num_query_groups=ranks * local, num_attention_heads=ranks * local * n)
-    scores = torch.tensor(data.draw(st.lists(st.integers(0, 4), min_size=ranks * local, max_size=ranks * local)), dtype=torch.float64)
+    scores = torch.tensor(
+        data.draw(st.lists(st.integers(0, 4), min_size=ranks * local, max_size=ranks * local)), dtype=torch.float64
+    )
     each = data.draw(st.integers(1, local))
     kept = keep_units("kv_head", scores, each * ranks, config, ranks, "balance")
     assert kept == [u for rank in range(ranks) for u in top(scores, each, range(rank * local, (rank + 1) * local))]
@@ -115,7 +117,9 @@ def plan_for(prune_type, ranks, **sizes):
 SIZES = dict(hidden_size=10, ffn_hidden_size=12, num_attention_heads=3, num_query_groups=3, num_layers=2)
 
 
-@pytest.mark.parametrize("prune_type, ranks", [("balance", 1), ("balance", 3), ("global", 1), ("global", 3), ("unbalance", 2), ("unbalance", 6)])
+@pytest.mark.parametrize(
+    "prune_type, ranks", [("balance", 1), ("balance", 3), ("global", 1), ("global", 3), ("unbalance", 2), ("unbalance", 6)]
+)
 def test_a_plan_keeps_the_best_by_every_score_and_fits_the_model(prune_type, ranks):
     plan, scores = plan_for(prune_type, ranks, **SIZES)
     assert plan.hidden == top(scores["hidden", None], 10)
@@ -123,7 +127,9 @@ def test_a_plan_keeps_the_best_by_every_score_and_fits_the_model(prune_type, ran
     for entry in plan.layers:
         ffn, group = scores["ffn", entry.layer], scores["kv_head", entry.layer]
         if prune_type == "balance":
-            cut = lambda s, count: [u for r in range(ranks) for u in top(s, count // ranks, range(r * len(s) // ranks, (r + 1) * len(s) // ranks))]
+            cut = lambda s, count: [
+                u for r in range(ranks) for u in top(s, count // ranks, range(r * len(s) // ranks, (r + 1) * len(s) // ranks))
+            ]
         else:
             cut = top
         assert (entry.ffn, entry.kv_head) == (cut(ffn, 12), cut(group, 3))

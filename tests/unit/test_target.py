@@ -36,7 +36,15 @@ def test_sizes_that_are_asked_for_are_the_sizes_that_come(hidden, ffn, layers):
 
 @pytest.mark.parametrize(
     "heads, groups, expected",
-    [(6, None, (6, 6)), (12, None, (12, 6)), (8, None, (8, 4)), (2, None, (2, 1)), (None, 2, (4, 2)), (3, 3, (3, 3)), (6, 3, (6, 3))],
+    [
+        (6, None, (6, 6)),
+        (12, None, (12, 6)),
+        (8, None, (8, 4)),
+        (2, None, (2, 1)),
+        (None, 2, (4, 2)),
+        (3, 3, (3, 3)),
+        (6, 3, (6, 3)),
+    ],
 )
 def test_heads_and_groups_complete_each_other(heads, groups, expected):
     target = resolve_target(SMALL, num_attention_heads=heads, num_query_groups=groups)

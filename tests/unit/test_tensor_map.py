@@ -76,7 +76,13 @@ def test_a_part_in_another_place_of_the_same_size_is_refused(whole, tiles, data,
             with_tiles(whole, tiles).validate("here")
 
 
-@given(st.lists(st.tuples(st.integers(0, ROWS - 1), st.integers(0, COLS - 1), st.integers(1, ROWS), st.integers(1, COLS)), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, ROWS - 1), st.integers(0, COLS - 1), st.integers(1, ROWS), st.integers(1, COLS)),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_whatever_is_accepted_covers_every_element_once(whole, tiles):
     seen = torch.zeros(ROWS * 2, COLS * 2, dtype=torch.long)
     for row, col, rows, cols in tiles:

@@ -78,7 +78,10 @@ def test_a_tensor_that_is_not_stored_row_by_row_is_refused(tmp_path):
 
 def test_the_values_that_megatrons_args_hold_are_read(tmp_path):
     args = argparse.Namespace(
-        dtype=torch.bfloat16, path=Path("/x/y"), signal=signal.SIGTERM, nested=types.SimpleNamespace(a=[1, (2, 3)], b={"c": None}),
+        dtype=torch.bfloat16,
+        path=Path("/x/y"),
+        signal=signal.SIGTERM,
+        nested=types.SimpleNamespace(a=[1, (2, 3)], b={"c": None}),
         order=collections.OrderedDict(a=1),
     )
     torch.save(args, tmp_path / "f.pt")

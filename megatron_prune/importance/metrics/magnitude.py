@@ -2,8 +2,7 @@
 
 Weight magnitude is the saliency of Han et al. 2015 (arXiv 1506.02626); the norm over a whole coupled group is that of
 Li et al. 2017 (arXiv 1608.08710) as Fang et al. 2023 (DepGraph, arXiv 2301.12900) extend it:
-``s_u = sqrt(sum of w² over every weight of every tensor that unit u owns)``. Squares are exact (a 16-bit
-float's square fits float32) or float64, sums are float64.
+``s_u = sqrt(sum of w² over every weight of every tensor that unit u owns)``. Squares and sums are float64.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ class Magnitude(Metric):
     """Group L2 norm."""
 
     def per_weight(self, role: str, weight: torch.Tensor) -> torch.Tensor:
-        return weight.to(torch.float32 if weight.dtype.itemsize == 2 else torch.float64).square_()
+        return weight.double().square_()
 
     def finish(self, axis: str, layer: int | None, total: torch.Tensor) -> torch.Tensor:
         return total.sqrt()
