@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``megatron-prune`` and ``python -m megatron_prune``."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_usage())
+        print(_usage(), file=sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
     if argv[0] in ("-V", "--version"):
         print(f"megatron-prune {__version__}")

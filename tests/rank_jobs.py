@@ -17,12 +17,44 @@ from megatron_prune.runtime import cpu
 from megatron_prune.runtime.world import World
 
 
+def forget_groups() -> None:
+    """Take all process groups but the world down: megatron-core drops them, and each keeps its gloo threads for good."""
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not distributed_c10d.GroupMember.WORLD:
+            torch.distributed.destroy_process_group(group)
+
+
 def run_steps(world: World, *steps: tuple[str, dict[str, Any]]) -> None:
     """``("prune", {"load": …})``: run ``steps/prune.py`` with these options, one step after another."""
     for name, options in steps:
         module = importlib.import_module(f"megatron_prune.steps.{name}")
         kind = getattr(module, "".join(part.capitalize() for part in name.split("_")) + "Options")
         getattr(module, name)(kind(**options), world)
+
+
+def die_at_rename(world: World, number: int, step: tuple[str, dict[str, Any]]) -> None:
+    """Run a step where directories cannot be exchanged (NFS, old kernels), and be gone just before a rename in ``commit``.
+
+    Args:
+        number: of the rename, 1-based; 0 lets the step finish.
+    """
+    import os
+
+    from megatron_prune.checkpoint import staging
+
+    rename, left = os.rename, [number]
+
+    def counted(*paths):
+        left[0] -= 1
+        if left[0] == 0:
+            os._exit(9)
+        rename(*paths)
+
+    staging._exchange = lambda one, other: False
+    os.rename = counted
+    run_steps(world, step)
 
 
 @contextmanager
@@ -36,6 +68,7 @@ def running(world: World, checkpoint: str, layout: ParallelLayout, seq_length: i
         yield build_model(tensors, layout, world, dtype=torch.float32, seq_length=seq_length)
     finally:
         stop_parallel()
+        forget_groups()
 
 
 def logits(world: World, checkpoint: str, tokens: list[list[int]], tp: int, pp: int) -> numpy.ndarray | None:
@@ -112,6 +145,7 @@ def stock_model(world: World, args: Namespace, tp: int, pp: int) -> Iterator[tor
             yield model
     finally:
         parallel_state.destroy_model_parallel()
+        forget_groups()
 
 
 def padded(args: Namespace, tp: int) -> int:
@@ -207,10 +241,16 @@ def save_stock(
 
 @contextmanager
 def _may_have_children() -> Iterator[None]:
-    """megatron-core's writer starts processes, which a pool's (daemonic) process may not."""
+    """megatron-core's writer starts processes, which a pool's (daemonic) process may not; they must not outlive it."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
     config = multiprocessing.current_process()._config
     before, config["daemon"] = config.get("daemon"), False
     try:
         yield
     finally:
         config["daemon"] = before
+        filesystem_async._results_queue = None
+        for child in multiprocessing.active_children():
+            child.terminate()
+            child.join()

@@ -7,6 +7,7 @@ leaves either the old state or the new one.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -26,6 +27,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         InputError: if ``path`` exists and ``overwrite`` is not set, is a file, or its parent is not writable.
     """
     path = path.absolute()
+    _recover(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError(f"output {path}", got="a file or a link", needed="a directory, or a name that is free")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
@@ -56,11 +58,26 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def _replaced_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
+
+
+def _recover(path: Path) -> None:
+    """Mend what a run left that was killed between the two renames of :func:`commit`: the old directory goes back."""
+    old = _replaced_path(path)
+    if old.is_dir() and not path.exists():
+        with contextlib.suppress(FileNotFoundError):  # another rank was faster
+            os.rename(old, path)
+    elif old.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def begin(path: Path) -> Path:
     """Make an empty :func:`partial_path`, removing what an interrupted run left there."""
     close_files()
     partial = partial_path(path)
     shutil.rmtree(partial, ignore_errors=True)
+    _recover(path.absolute())
     partial.mkdir(parents=True)
     return partial
 
@@ -80,7 +97,7 @@ def commit(path: Path) -> None:
         _sync(folder)
     if path.exists():
         if not _exchange(partial, path):
-            old = path.with_name(f".{path.name}.replaced")
+            old = _replaced_path(path)
             shutil.rmtree(old, ignore_errors=True)
             os.rename(path, old)
             os.rename(partial, path)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import errno
 import io
 import pathlib
 import signal
 import types
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Iterator
 
 import torch
 
@@ -63,7 +64,7 @@ def read_objects(path: Path, *, offset: int = 0, length: int | None = None) -> A
     size = path.stat().st_size - offset if length is None else length
     safe = [*_SAFE_TYPES, *_megatron_types()]
     try:
-        with open(path, "rb") as file, torch.serialization.safe_globals(safe):
+        with open(path, "rb") as file, _allowed(safe):
             return torch.load(_Slice(file, offset, size), map_location="meta", weights_only=True)
     except Exception as error:  # a damaged archive can fail in any way
         raise CheckpointError(
@@ -71,6 +72,18 @@ def read_objects(path: Path, *, offset: int = 0, length: int | None = None) -> A
             got=str(error).split("\n")[0][:300],
             needed="a whole archive of torch.save that holds tensors and plain values only",
         ) from None
+
+
+@contextlib.contextmanager
+def _allowed(types: list) -> Iterator[None]:
+    """Allow types for a while. (torch's own ``safe_globals`` would end what megatron-core has allowed for good.)"""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals(types)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 _SAFE_TYPES = [

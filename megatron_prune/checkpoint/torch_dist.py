@@ -117,6 +117,12 @@ def read_args(path: Path) -> Namespace:
     for name in (VERSION_FILE, COMMON):
         if not (path / name).is_file():
             raise CheckpointError(f"{path} lacks {name}: the checkpoint was never finished")
+    try:
+        backend = json.loads((path / VERSION_FILE).read_text(encoding="utf-8"))["sharded_backend"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / VERSION_FILE} is damaged", got=repr(error)) from None
+    if backend != "torch_dist":
+        raise CheckpointError(f"{path}: sharded_backend", got=repr(backend), needed="'torch_dist'")
     common = torch_archive.read_objects(path / COMMON)
     if not isinstance(common, dict) or not isinstance(common.get("args"), Namespace):
         raise CheckpointError(f"{path / COMMON} holds no args")

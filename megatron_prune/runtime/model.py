@@ -64,7 +64,7 @@ def stop_parallel() -> None:
         groups = parallel_state._global_process_group_list or []
         parallel_state.destroy_model_parallel()
         for group in groups:
-            if group is not None:
+            if group in dist.distributed_c10d._world.pg_map:  # not those of other ranks, or gone already
                 dist.destroy_process_group(group)
 
 

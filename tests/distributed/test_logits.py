@@ -43,7 +43,11 @@ MODELS = {
     "qwen3, q and k norms, heads wider than hidden": ("qwen3", {"head_dim": 16}, UP_TO_3),
     "qwen3, 2 KV groups": ("qwen3", {"num_key_value_heads": 2}, [(4, 1)]),
 }
-CASES = [pytest.param(family, changes, tp, pp, id=f"{name}, TP {tp} PP {pp}") for name, (family, changes, layouts) in MODELS.items() for tp, pp in layouts]
+CASES = [
+    pytest.param(family, changes, tp, pp, id=f"{name}, TP {tp} PP {pp}")
+    for name, (family, changes, layouts) in MODELS.items()
+    for tp, pp in layouts
+]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,9 @@ def test_the_features_above_change_these_logits_by_far_more_than_the_tolerance(m
     assert (plain - expected).abs().max() > 100 * TOLERANCE * expected.std()
 
 
-@pytest.mark.parametrize("size, tp, pp, micro_batch", [(1, 1, 1, 2), (3, 3, 1, 1), (4, 2, 2, 3), (4, 2, 1, 2), (3, 1, 1, 1), (2, 1, 2, 5)])
+@pytest.mark.parametrize(
+    "size, tp, pp, micro_batch", [(1, 1, 1, 2), (3, 3, 1, 1), (4, 2, 2, 3), (4, 2, 1, 2), (3, 1, 1, 1), (2, 1, 2, 5)]
+)
 def test_perplexity_equals_that_of_transformers_with_copies_stages_and_windows_that_do_not_fill_a_batch(
     model, ranks, size, tp, pp, micro_batch
 ):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import filecmp
 import json
-from argparse import Namespace
 from pathlib import Path
 
 import numpy
@@ -103,7 +102,9 @@ def rank_state(source: Path, tp: int, pp: int, rank: int, stage: int) -> dict[st
 
 def converted(source: Path, save: Path, tp: int, pp: int, **options) -> Path:
     options |= {"target_tensor_parallel_size": tp, "target_pipeline_parallel_size": pp}
-    convert(ConvertOptions(load_dir=str(source), save_dir=str(save), make_vocab_size_divisible_by=PADDED // tp, **options), World())
+    convert(
+        ConvertOptions(load_dir=str(source), save_dir=str(save), make_vocab_size_divisible_by=PADDED // tp, **options), World()
+    )
     return save
 
 
@@ -137,7 +138,12 @@ def test_megatron_cores_own_loader_reads_a_pruned_checkpoint_with_the_args_store
     tiny, ranks, tmp_path, prune_type, written_tp
 ):
     checkpoint = converted(tiny("qwen2", **MODELS["qwen2"]), tmp_path / "m", 1, 1)
-    sizes = {"hidden_size_remain": 36, "ffn_hidden_size_remain": 60, "num_attention_heads_remain": 6, "num_query_groups_remain": 6}
+    sizes = {
+        "hidden_size_remain": 36,
+        "ffn_hidden_size_remain": 60,
+        "num_attention_heads_remain": 6,
+        "num_query_groups_remain": 6,
+    }
     options = {"load": str(checkpoint), "save": str(tmp_path / "cut"), "prune_type": prune_type, "metric": "magnitude", **sizes}
     options |= {"tensor_model_parallel_size": written_tp, "num_layers_remain": 2}
     ranks(written_tp).run(rank_jobs.run_steps, ("prune", options))
@@ -201,7 +207,9 @@ def test_a_checkpoint_of_megatron_cores_own_writer_is_pruned_like_the_model_it_c
     for load, save in ((theirs, "theirs"), (ours, "ours")):
         options = {"load": str(load), "save": str(tmp_path / save), "metric": "magnitude", "prune_type": "global"}
         options |= {"hidden_size_remain": 36, "num_layers_remain": 2, "save_plan": str(tmp_path / f"{save}.json")}
-        ranks(2).run(rank_jobs.run_steps, ("prune", {**options, "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1}))
+        ranks(2).run(
+            rank_jobs.run_steps, ("prune", {**options, "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1})
+        )
         export(ExportOptions(load_dir=str(tmp_path / save), save_dir=str(tmp_path / f"{save}-hf"), hf_dir=str(source)), World())
     assert (tmp_path / "theirs.json").read_text() == (tmp_path / "ours.json").read_text()
     for file in ("model.safetensors", "config.json"):

@@ -192,7 +192,8 @@ def dense_scores(source: Path) -> dict[tuple[str, int | None], numpy.ndarray]:
         gate, up, down = (weights[f"{mlp}{part}_proj.weight"] for part in ("gate", "up", "down"))
         sums["ffn", layer] = gate.sum(1) + up.sum(1) + down.sum(0)
         rows = {
-            part: weights[f"{attention}{part}_proj.weight"].sum(1) + weights.get(f"{attention}{part}_proj.bias", 0) for part in "qkv"
+            part: weights[f"{attention}{part}_proj.weight"].sum(1) + weights.get(f"{attention}{part}_proj.bias", 0)
+            for part in "qkv"
         }
         head = (rows["q"] + weights[f"{attention}o_proj.weight"].sum(0)).reshape(HEADS, HEAD_DIM).sum(1)
         sums["head", layer] = head
@@ -260,13 +261,17 @@ def test_balance_keeps_the_same_number_of_its_own_best_units_on_every_rank(megat
         for axis, kept, count, keep in (("ffn", entry.ffn, FFN, 60), ("kv_head", entry.kv_head, 6, groups)):
             each, mine = count // tp, keep // tp
             expected = [
-                rank * each + unit for rank in range(tp) for unit in best(scores[axis, entry.layer][rank * each : (rank + 1) * each], mine)
+                rank * each + unit
+                for rank in range(tp)
+                for unit in best(scores[axis, entry.layer][rank * each : (rank + 1) * each], mine)
             ]
             assert kept == expected
         assert entry.head == [group * 2 + head for group in entry.kv_head for head in range(2)]
 
 
-@pytest.mark.parametrize("family, size, tp, pp", [("qwen2", 3, 3, 1), ("qwen3", 4, 2, 2), ("mistral", 1, 1, 1), ("qwen3", 4, 1, 1)])
+@pytest.mark.parametrize(
+    "family, size, tp, pp", [("qwen2", 3, 3, 1), ("qwen3", 4, 2, 2), ("mistral", 1, 1, 1), ("qwen3", 4, 1, 1)]
+)
 @pytest.mark.parametrize("prune_type", ["global", "unbalance"])
 def test_global_and_unbalance_keep_the_best_of_all_ranks_on_every_axis(
     megatron, ranks, tmp_path, prune_type, family, size, tp, pp
@@ -403,7 +408,8 @@ def keep_all(source: Path, *, named: bool) -> Plan:
     }
     each = lambda size: list(range(size)) if named else None
     layers = [
-        LayerPlan(layer=layer, ffn=each(FFN), kv_head=each(shape["num_query_groups"]), head=each(HEADS)) for layer in range(LAYERS)
+        LayerPlan(layer=layer, ffn=each(FFN), kv_head=each(shape["num_query_groups"]), head=each(HEADS))
+        for layer in range(LAYERS)
     ]
     return Plan(old=shape, new=shape, hidden=each(HIDDEN), layers=layers)
 

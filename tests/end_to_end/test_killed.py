@@ -113,7 +113,7 @@ def test_a_kill_at_any_moment_leaves_the_old_state_or_the_new_one(context, model
         shutil.rmtree(out)
         if had_output:
             shutil.copytree(tmp_path / "old", out)
-    assert seen["partial"] > KILLS // 4 and seen["old"] > KILLS // 4  # kills did land in the middle of the work
+    assert seen["partial"] >= 2 and seen["old"] >= 2  # kills did land in the middle of the work
 
     finish(context, steps(models, verb, "new", out))
     assert sorted(os.listdir(place)) == ["out"]
@@ -141,8 +141,8 @@ def test_a_half_written_output_is_not_taken_for_a_checkpoint(context, models, tm
     finish(context, steps(models, "convert", "new", out))
     seconds = finish(context, steps(models, "convert", "new", out))
     shutil.rmtree(out)
-    for number in range(6):
-        kill_after(seconds * (number + 2) / 12, context, steps(models, "convert", "new", out))
+    for number in range(10):
+        kill_after(seconds * (number + 2) / 16, context, steps(models, "convert", "new", out))
         partial = partial_path(out)
         if partial.exists() and not out.exists():
             if not list(partial.rglob("megatron_prune.json")):
@@ -150,4 +150,24 @@ def test_a_half_written_output_is_not_taken_for_a_checkpoint(context, models, tm
                 with pytest.raises(CheckpointError):
                     megatron.open_checkpoint(partial)
         shutil.rmtree(out, ignore_errors=True)
-    assert found > 1
+    assert found
+
+
+@pytest.mark.parametrize("rename", [1, 2])
+def test_where_directories_cannot_be_exchanged_a_kill_loses_nothing_and_the_next_run_leaves_nothing_behind(
+    context, models, tmp_path, rename
+):
+    out, place = tmp_path / "place/out", tmp_path / "place"
+    finish(context, steps(models, "export", "old", out))
+    shutil.copytree(out, tmp_path / "old")
+    process = context.Process(target=rank_jobs.die_at_rename, args=(World(), rename, steps(models, "export", "new", out)))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 9
+    assert any(same_tree(place / name, tmp_path / "old") for name in os.listdir(place))
+    process = context.Process(target=rank_jobs.die_at_rename, args=(World(), 0, steps(models, "export", "new", out)))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert sorted(os.listdir(place)) == ["out"]
+    assert same_tree(out, models / "new")
