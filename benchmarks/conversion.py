@@ -69,6 +69,8 @@ def measure(work: Path, steps: dict[str, list[str]], config: ModelConfig, rounds
         copies.append(copy_once(work))
         start, idle = run(work, ["estimate", "hf"])
         for name, step in steps.items():
+            for output in ("copy", "legacy", "tp1", "back", "pruned"):
+                shutil.rmtree(work / output, ignore_errors=True)  # every step finds as much free memory as the copy did
             seconds, peak = run(work, step)
             whole[name].append(seconds / copies[-1])
             bare[name].append((seconds - start) / copies[-1])

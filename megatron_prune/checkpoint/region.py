@@ -7,6 +7,7 @@ do not, and are as fast.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 from dataclasses import dataclass
@@ -93,6 +94,26 @@ class Region:
         view, done = _bytes(data), 0
         while done < self.nbytes:
             done += os.pwrite(handle.number, view[done : done + (1 << 30)], self.offset + done)
+        if self.nbytes >= _WRITE_BACK_BYTES:
+            _start_write_back(handle.number, self.offset, self.nbytes)
+
+
+_WRITE_BACK_BYTES = 1 << 20
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+@functools.cache
+def _sync_file_range():
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return function
+
+
+def _start_write_back(number: int, offset: int, count: int) -> None:
+    """Let the disk begin on what was written, so that the sync at the end has less to wait for (Linux; a hint)."""
+    if (function := _sync_file_range()) is not None:
+        function(number, offset, count, _SYNC_FILE_RANGE_WRITE)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

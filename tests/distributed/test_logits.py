@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
-
 import rank_jobs
 import tiny as tiny_module
+import torch
+
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy
 import pytest
-import torch
-
 import rank_jobs
+import torch
+from tiny import state_dict
+
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.export import ExportOptions, export
 from megatron_prune.steps.transfer import TransferOptions, transfer
-from tiny import state_dict
 
 PADDED = 384
 """Rows of the embedding at every TP here: a distributed checkpoint has one padded vocabulary, whatever the ranks."""

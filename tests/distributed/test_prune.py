@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy
 import pytest
-import torch
-
 import rank_jobs
+import torch
+from tiny import state_dict
+
 from megatron_prune.planning.plan import LayerPlan, Plan, load_plan
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.export import ExportOptions, export
 from megatron_prune.steps.prune_hf import PruneHfOptions, prune_hf
 from megatron_prune.steps.transfer import TransferOptions, transfer
-from tiny import state_dict
 
 HEADS, HEAD_DIM, HIDDEN, FFN, LAYERS = 12, 8, 48, 96, 4
 AXES = {

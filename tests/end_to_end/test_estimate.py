@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from tiny import state_dict
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
@@ -20,7 +21,6 @@ from megatron_prune.families.family import FAMILIES
 from megatron_prune.planning.resources import PROCESS_BYTES, rank_parameters, streaming_memory
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
-from tiny import state_dict
 
 CHILD = """
 import sys

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import rank_jobs
+import tiny as tiny_module
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import rank_jobs
-import tiny as tiny_module
 from megatron_prune.errors import InputError
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert

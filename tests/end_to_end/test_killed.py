@@ -14,13 +14,13 @@ import time
 from pathlib import Path
 
 import pytest
-
 import rank_jobs
+from tiny import build_tiny
+
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.export import ExportOptions, export
 from megatron_prune.steps.prune import PruneOptions, prune
-from tiny import build_tiny
 
 KILLS = 24
 BIG = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 12, "head_dim": 32, "vocab_size": 4096}

@@ -8,13 +8,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import state_dict
 
 from megatron_prune.errors import CheckpointError
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.export import ExportOptions, export
 from megatron_prune.steps.transfer import TransferOptions, transfer
-from tiny import state_dict
 
 
 def round_trip(source, work):

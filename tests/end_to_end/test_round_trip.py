@@ -5,12 +5,12 @@ from __future__ import annotations
 import filecmp
 
 import pytest
+from tiny import state_dict
 
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.export import ExportOptions, export
 from megatron_prune.steps.transfer import TransferOptions, transfer
-from tiny import state_dict
 
 
 def assert_same_directory(left, right):
