@@ -53,7 +53,9 @@ def add_options(parser: argparse.ArgumentParser, kind: type, chosen: list[Field]
                 choices=item.metadata["choices"],
                 required=item.default is MISSING,
                 default=None if item.default is MISSING else item.default,
-                metavar=None if item.metadata["choices"] else {"int": "N", "float": "X", "tuple": "N,N"}.get(name, item.name.upper()),
+                metavar=None
+                if item.metadata["choices"]
+                else {"int": "N", "float": "X", "tuple": "N,N"}.get(name, item.name.upper()),
                 **common,
             )
 

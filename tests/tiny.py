@@ -35,7 +35,9 @@ def tiny_config(family: str, **changes: Any):
     return kind(**{**sizes, **changes})
 
 
-def build_tiny(path: Path, family: str = "llama", *, dtype: str = "bfloat16", seed: int = 0, shard: str = "5GB", **changes: Any) -> Path:
+def build_tiny(
+    path: Path, family: str = "llama", *, dtype: str = "bfloat16", seed: int = 0, shard: str = "5GB", **changes: Any
+) -> Path:
     """Save a model with random weights (norms and biases too, so that no two units are alike) and a tokenizer."""
     from transformers import AutoModelForCausalLM
 

@@ -103,9 +103,7 @@ def open_model(path: Path) -> HuggingFaceModel:
     return HuggingFaceModel(path, hf_config, family, config, tensors.validate(path), buffers)
 
 
-def _add(
-    tensors: TensorMap, tensor: TensorId, name: str, region: Region, shape: tuple[int, ...], *, replica: bool
-) -> list[str]:
+def _add(tensors: TensorMap, tensor: TensorId, name: str, region: Region, shape: tuple[int, ...], *, replica: bool) -> list[str]:
     needed = tensor_shape(tensor.role, tensors.config)
     if shape != needed:
         return [f"{name}: shape {shape}, needed {needed}"]
@@ -184,9 +182,7 @@ def lay_out(
         buffers: small tensors to store as they are (see :func:`load_buffers`); they are written at once.
         config_text: the file's exact text, where ``hf_config`` is unchanged from one that was read.
     """
-    tensors = {
-        family.tensor_name(tensor): (dtypes[tensor], tensor_shape(tensor.role, config)) for tensor in tensor_ids(config)
-    }
+    tensors = {family.tensor_name(tensor): (dtypes[tensor], tensor_shape(tensor.role, config)) for tensor in tensor_ids(config)}
     if tied_head_stored and config.tie_embeddings:
         tensors[family.names["output"]] = tensors[family.names["embedding"]]
     tensors.update({name: (buffer.dtype, tuple(buffer.shape)) for name, buffer in (buffers or {}).items()})
@@ -256,7 +252,9 @@ def resolve(name_or_path: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name_or_path, ignore_patterns=["original/*", "*.gguf", "*.pth", "*.onnx", "*.msgpack", "*.h5"]))
+        return Path(
+            snapshot_download(name_or_path, ignore_patterns=["original/*", "*.gguf", "*.pth", "*.onnx", "*.msgpack", "*.h5"])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise InputError(
             f"{name_or_path} is neither a directory nor a model that can be fetched from the hub", got=str(error).split("\n")[0]

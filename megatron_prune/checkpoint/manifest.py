@@ -72,7 +72,9 @@ class Manifest:
                 raise ValueError("another format")
             version = data.pop("version")
             if version != VERSION:
-                raise CheckpointError(f"{path}", got=f"version {version}", needed=f"version {VERSION}", do="update megatron-prune")
+                raise CheckpointError(
+                    f"{path}", got=f"version {version}", needed=f"version {VERSION}", do="update megatron-prune"
+                )
             model = ModelConfig.from_json(data.pop("model"))
             return cls(model=model, layout=ParallelLayout(**data.pop("parallel")), **data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,10 +1,10 @@
 """Megatron checkpoint directories: tracker file, iteration directory, ``args``, and this project's manifest beside them.
 
-    ROOT/latest_checkpointed_iteration.txt       "release", or an iteration number
-    ROOT/release/  or  ROOT/iter_0000100/        torch_dist files, or mp_rank_XX folders
-        megatron_prune.json                      manifest, written last
-        plan.json                                the plan it was pruned by, if it was
-        hf/                                      config.json, tokenizer and the like, for the way back
+ROOT/latest_checkpointed_iteration.txt       "release", or an iteration number
+ROOT/release/  or  ROOT/iter_0000100/        torch_dist files, or mp_rank_XX folders
+    megatron_prune.json                      manifest, written last
+    plan.json                                the plan it was pruned by, if it was
+    hf/                                      config.json, tokenizer and the like, for the way back
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def iteration_directory(path: Path) -> Path:
         raise CheckpointError(f"{tracker}", got=repr(text[:40]), needed="an iteration number, or 'release'")
     folder = path / (text if text == RELEASE else f"iter_{int(text):07d}")
     if not (torch_dist.is_torch_dist(folder) or legacy.is_legacy(folder)):
-        raise CheckpointError(f"{tracker} names {folder.name}, which holds no checkpoint", do="restore it, or correct the tracker")
+        raise CheckpointError(
+            f"{tracker} names {folder.name}, which holds no checkpoint", do="restore it, or correct the tracker"
+        )
     return folder
 
 

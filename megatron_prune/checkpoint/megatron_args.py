@@ -124,9 +124,5 @@ def read_args(args: Namespace, where: object) -> tuple[ModelConfig, ParallelLayo
     )
     tensor = value("tensor_model_parallel_size", 1)
     divisible = value("make_vocab_size_divisible_by", 128)
-    layout = ParallelLayout(
-        tensor=tensor, pipeline=value("pipeline_model_parallel_size", 1), vocab_divisible_by=divisible
-    )
+    layout = ParallelLayout(tensor=tensor, pipeline=value("pipeline_model_parallel_size", 1), vocab_divisible_by=divisible)
     return config, layout
-
-

@@ -254,7 +254,12 @@ def lay_out(
             file.close()
     (path / METADATA).write_bytes(pickle.dumps(metadata))
     torch.save({"args": args, "checkpoint_version": 3.0, "iteration": 0}, path / COMMON)
-    version = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+    version = {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
     (path / VERSION_FILE).write_text(json.dumps(version))
 
 

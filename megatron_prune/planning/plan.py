@@ -37,11 +37,11 @@ class LayerPlan:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Attributes:
-        old, new: the sizes in :data:`SHAPE_FIELDS` before and after.
-        hidden: kept channels of the residual stream, ``None`` for all.
-        layers: the layers that stay, ascending.
-        made_by: how it was made (metric, prune_type, seed, parallel sizes …).
-        content_id: digest of the model it was made from; ``None`` fits any model of the old shape.
+    old, new: the sizes in :data:`SHAPE_FIELDS` before and after.
+    hidden: kept channels of the residual stream, ``None`` for all.
+    layers: the layers that stay, ascending.
+    made_by: how it was made (metric, prune_type, seed, parallel sizes …).
+    content_id: digest of the model it was made from; ``None`` fits any model of the old shape.
     """
 
     old: dict[str, int]
@@ -199,9 +199,7 @@ def make_plan(
                 if units is not None:
                     shards[axis] = shard_counts(axis, units, config, ranks)
         layers.append(LayerPlan(layer=layer, ffn=ffn, kv_head=kv_head, head=head, shards=shards))
-    return Plan(
-        old=shape_of(config), new=shape_of(new), hidden=hidden, layers=layers, made_by=made_by, content_id=content_id
-    )
+    return Plan(old=shape_of(config), new=shape_of(new), hidden=hidden, layers=layers, made_by=made_by, content_id=content_id)
 
 
 def check_plan(plan: Plan, config: ModelConfig, where: object) -> None:

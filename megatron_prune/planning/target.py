@@ -127,7 +127,9 @@ def check_parallel(old: ModelConfig, new: ModelConfig, layout: ParallelLayout, p
         )
     if prune_type == "balance":
         problems += _not_divisible("num_query_groups_remain", new.num_query_groups, old.num_query_groups, ranks, heads_change)
-        problems += _not_divisible("num_attention_heads_remain", new.num_attention_heads, old.num_attention_heads, ranks, heads_change)
+        problems += _not_divisible(
+            "num_attention_heads_remain", new.num_attention_heads, old.num_attention_heads, ranks, heads_change
+        )
     if prune_type == "balance" or prune_type == "global":
         changed = new.ffn_hidden_size != old.ffn_hidden_size
         problems += _not_divisible("ffn_hidden_size_remain", new.ffn_hidden_size, old.ffn_hidden_size, ranks, changed)

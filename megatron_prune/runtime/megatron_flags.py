@@ -57,7 +57,9 @@ no_bias_dropout_fusion no_bias_gelu_fusion accumulate_allreduce_grads_in_fp32 at
 def add_megatron_flags(parser: argparse.ArgumentParser) -> None:
     """Add all flags to ``parser``, in a group of their own, not overriding those it has."""
     taken = {action.dest for action in parser._actions}
-    group = parser.add_argument_group("Megatron's arguments", "shape: must agree with the checkpoint; training: accepted, without effect")
+    group = parser.add_argument_group(
+        "Megatron's arguments", "shape: must agree with the checkpoint; training: accepted, without effect"
+    )
     for name in sorted({*_MODEL, *_MODEL_SWITCHES, *_MODEL_CHOICES, *_TRAINING, *_TRAINING_SWITCHES} - taken):
         spellings = dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])
         shown = None if name in _MODEL or name in _MODEL_SWITCHES else argparse.SUPPRESS
@@ -66,7 +68,9 @@ def add_megatron_flags(parser: argparse.ArgumentParser) -> None:
         elif name in _MODEL:
             group.add_argument(*spellings, dest=name, type=_MODEL[name], help=shown, metavar="N")
         else:
-            group.add_argument(*spellings, dest=name, nargs="*" if name in ("data_path", "rampup_batch_size") else None, help=shown)
+            group.add_argument(
+                *spellings, dest=name, nargs="*" if name in ("data_path", "rampup_batch_size") else None, help=shown
+            )
 
 
 def megatron_flags(namespace: argparse.Namespace) -> dict[str, Any]:

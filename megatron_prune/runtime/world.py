@@ -44,9 +44,7 @@ class World:
         if torch.cuda.is_available():
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
             backend = "cpu:gloo,cuda:nccl"
-        dist.init_process_group(
-            backend, rank=self.rank, world_size=self.size, timeout=datetime.timedelta(minutes=30)
-        )
+        dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=datetime.timedelta(minutes=30))
 
     def barrier(self) -> None:
         """Wait for every process."""

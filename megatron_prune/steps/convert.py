@@ -41,9 +41,7 @@ def convert(options: ConvertOptions, world: World) -> None:
     Raises:
         InputError: on an argument, layout or checkpoint that does not fit; nothing is written.
     """
-    require_positive(
-        options, "target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by"
-    )
+    require_positive(options, "target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by")
     layout = ParallelLayout(
         tensor=options.target_tensor_parallel_size,
         pipeline=options.target_pipeline_parallel_size,
@@ -103,8 +101,7 @@ def check_tied_copy(model: HuggingFaceModel) -> None:
         for row in range(0, original.rows, step):
             rows = min(step, original.rows - row)
             left, right = (
-                buffer.take("rows", rows * region.cols, region.dtype)
-                for buffer, region in ((first, original), (second, copy))
+                buffer.take("rows", rows * region.cols, region.dtype) for buffer, region in ((first, original), (second, copy))
             )
             original.part(row, rows).read_into(left)
             copy.part(row, rows).read_into(right)

@@ -44,9 +44,7 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
     if options.output:
         staging.check_file(Path(options.output))
     checkpoint = megatron.open_checkpoint(Path(options.load_dir))
-    layout = run_layout(
-        checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size
-    )
+    layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     layout.check(checkpoint.config)
     if options.seq_length > checkpoint.config.max_position_embeddings:
         raise InputError(

@@ -73,9 +73,7 @@ def write_megatron(
     """
     with staged(world, save, needed=_bytes(config, dtypes), overwrite=overwrite) as partial:
         if world.is_main:
-            folder = megatron.lay_out(
-                partial, save, config, layout, dtypes, ckpt_format=ckpt_format, sizes=sizes
-            )
+            folder = megatron.lay_out(partial, save, config, layout, dtypes, ckpt_format=ckpt_format, sizes=sizes)
             if side_files:
                 (folder / megatron.HF_FOLDER).mkdir()
                 huggingface.copy_side_files(side_files, folder / megatron.HF_FOLDER)

@@ -75,9 +75,7 @@ def prune(options: PruneOptions, world: World) -> None:
         staging.check_file(Path(options.save_plan))
     checkpoint = megatron.open_checkpoint(Path(options.load))
     check_megatron_flags(options.megatron, checkpoint.config)
-    layout = run_layout(
-        checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size
-    )
+    layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     family = choose_family(checkpoint.manifest.family, options.target_family)
     request = PlanRequest(**{item.name: getattr(options, item.name) for item in dataclasses.fields(PlanRequest)})
     plan = obtain_plan(request, checkpoint.tensors, layout, family, lambda: model_id(checkpoint, world), world)

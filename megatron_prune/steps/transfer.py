@@ -35,9 +35,7 @@ def transfer(options: TransferOptions, world: World) -> None:
     Raises:
         InputError: on an argument, layout or checkpoint that does not fit; nothing is written.
     """
-    require_positive(
-        options, "target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by"
-    )
+    require_positive(options, "target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by")
     save = Path(options.save_dir)
     staging.check_output(save, overwrite=options.overwrite)
     checkpoint = megatron.open_checkpoint(Path(options.load_dir))

@@ -47,9 +47,7 @@ def verify(options: VerifyOptions, world: World) -> int:
     model = huggingface.open_model(folder)
     if model.config != checkpoint.config and checkpoint.own:
         raise InputError("the two models differ in shape or numerics", got=model.config, needed=checkpoint.config)
-    layout = run_layout(
-        checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size
-    )
+    layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     layout.check(checkpoint.config)
     tokens = _tokens(options, folder, checkpoint)
     difference = _difference(checkpoint, layout, world, tokens, folder)

@@ -107,7 +107,17 @@ def test_inspect_counts_what_is_stored(tiny, tmp_path, capsys):
 def test_estimate_needs_no_weights(tiny, tmp_path, capsys):
     source = tiny("mistral")
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
-    main(["estimate", str(tmp_path / "config.json"), "--ffn-hidden-size-remain", "48", "--target-tensor-parallel-size", "2", "--json"])
+    main(
+        [
+            "estimate",
+            str(tmp_path / "config.json"),
+            "--ffn-hidden-size-remain",
+            "48",
+            "--target-tensor-parallel-size",
+            "2",
+            "--json",
+        ]
+    )
     facts = json.loads(capsys.readouterr().out)
     config = huggingface.open_model(source).config
     assert facts["parameters"] == parameter_count(config)

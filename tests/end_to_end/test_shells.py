@@ -65,7 +65,16 @@ def test_every_tool_explains_itself(tool):
 def test_megatrons_arguments_must_agree_with_the_checkpoint(tiny, tmp_path):
     convert(ConvertOptions(load_dir=str(tiny("qwen2")), save_dir=str(tmp_path / "m")), World())
     base = ["--load", str(tmp_path / "m"), "--save", str(tmp_path / "p"), "--ffn_hidden_size_remain", "64"]
-    agreeing = ["--num-layers", "4", "--num_attention_heads", "12", "--add-qkv-bias", "--group-query-attention", "--seq-length", "64"]
+    agreeing = [
+        "--num-layers",
+        "4",
+        "--num_attention_heads",
+        "12",
+        "--add-qkv-bias",
+        "--group-query-attention",
+        "--seq-length",
+        "64",
+    ]
     agreeing += ["--untie-embeddings-and-output-weights", "--normalization", "RMSNorm", "--train-iters", "500000"]
     prune(parse([*base, *agreeing], "prune"), World())
     contradicting = ["--num-layers", "5", "--hidden-size", "64", "--qk-layernorm", "--normalization", "LayerNorm", "--overwrite"]
