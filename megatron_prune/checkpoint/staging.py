@@ -20,12 +20,15 @@ _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
-    """Refuse an output path that is taken or cannot be made.
+def check_output(path: Path, *, overwrite: bool, source: Path | None = None) -> None:
+    """Refuse an output path that is taken, cannot be made, or would take the source away.
 
     Raises:
-        InputError: if ``path`` exists and ``overwrite`` is not set, is a file, or its parent is not writable.
+        InputError: if ``path`` exists and ``overwrite`` is not set, is a file, or its parent is not writable; if it is
+            ``source`` or holds it.
     """
+    if source is not None and path.resolve() in (source.resolve(), *source.resolve().parents):
+        raise InputError(f"output {path} is or holds the input {source}", do="name another directory")
     path = path.absolute()
     _recover(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):

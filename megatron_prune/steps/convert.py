@@ -48,8 +48,9 @@ def convert(options: ConvertOptions, world: World) -> None:
         vocab_divisible_by=options.make_vocab_size_divisible_by,
     )
     save = Path(options.save_dir)
-    staging.check_output(save, overwrite=options.overwrite)
-    model = huggingface.open_model(huggingface.resolve(options.load_dir))
+    folder = huggingface.resolve(options.load_dir)
+    staging.check_output(save, overwrite=options.overwrite, source=folder)
+    model = huggingface.open_model(folder)
     layout.check(model.config)
     check_tied_copy(model)
     source = Source(tensors=model.tensors)

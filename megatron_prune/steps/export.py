@@ -42,7 +42,7 @@ def export(options: ExportOptions, world: World) -> None:
         InputError: on an argument or checkpoint that does not fit; nothing is written.
     """
     save = Path(options.save_dir)
-    staging.check_output(save, overwrite=options.overwrite)
+    staging.check_output(save, overwrite=options.overwrite, source=Path(options.load_dir))
     shard_bytes = parse_size(options.max_shard_size)
     checkpoint = megatron.open_checkpoint(Path(options.load_dir))
     side = huggingface.resolve(options.hf_dir) if options.hf_dir else checkpoint.hf_folder

@@ -70,7 +70,7 @@ def prune(options: PruneOptions, world: World) -> None:
         InputError: on a request, layout, plan or checkpoint that does not fit; nothing is written.
     """
     save = Path(options.save)
-    staging.check_output(save, overwrite=options.overwrite)
+    staging.check_output(save, overwrite=options.overwrite, source=Path(options.load))
     if options.save_plan:
         staging.check_file(Path(options.save_plan))
     checkpoint = megatron.open_checkpoint(Path(options.load))

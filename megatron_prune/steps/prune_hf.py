@@ -53,12 +53,13 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
         InputError: on a request, plan or model that does not fit; nothing is written.
     """
     save = Path(options.output_path)
-    staging.check_output(save, overwrite=options.overwrite)
+    folder = huggingface.resolve(options.model_name_or_path)
+    staging.check_output(save, overwrite=options.overwrite, source=folder)
     if options.save_plan:
         staging.check_file(Path(options.save_plan))
     shard_bytes = parse_size(options.max_shard_size)
     sizes = {} if options.plan else read_prune_config(Path(options.prune_config_path))
-    model = huggingface.open_model(huggingface.resolve(options.model_name_or_path))
+    model = huggingface.open_model(folder)
     check_tied_copy(model)
     family = choose_family(model.family.name, options.target_family)
     request = PlanRequest(**sizes, prune_type="global", metric=options.metric, seed=options.seed, plan=options.plan)

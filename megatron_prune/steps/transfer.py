@@ -37,7 +37,7 @@ def transfer(options: TransferOptions, world: World) -> None:
     """
     require_positive(options, "target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by")
     save = Path(options.save_dir)
-    staging.check_output(save, overwrite=options.overwrite)
+    staging.check_output(save, overwrite=options.overwrite, source=Path(options.load_dir))
     checkpoint = megatron.open_checkpoint(Path(options.load_dir))
     layout = ParallelLayout(
         tensor=options.target_tensor_parallel_size,

@@ -1,4 +1,4 @@
-"""Compare logits of a Megatron checkpoint under TP with the Hugging Face model: ``python tools/checkpoint_conversion/verify.py --help``."""
+"""Logits of a Megatron checkpoint under TP against transformers: ``python tools/checkpoint_conversion/verify.py --help``."""
 
 import sys
 
