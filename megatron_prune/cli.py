@@ -59,7 +59,6 @@ def run_verb(verb: str, argv: list[str], *, prog: str) -> None:
         parser = getattr(step, "parse", None)
         kind = getattr(step, "".join(part.capitalize() for part in name.split("_")) + "Options")
         options = parser(argv, prog) if parser else parse(kind, argv, prog=prog, description=kind.__doc__)
-        world.connect()
         code = getattr(step, name)(options, world)
         world.disconnect()
     except InputError as error:
@@ -83,7 +82,6 @@ def _quiet() -> None:
     own.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed|torch\.nn\.parallel)")
     warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine|transformer_engine|barrier\(\)).*")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -16,10 +16,10 @@ from tiny import FAMILIES, build_tiny
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """``tiny("llama", tied=True, …)`` → directory of a tiny Hugging Face model, built once per combination."""
-    built: dict[tuple, Path] = {}
+    built: dict[tuple[str, str], Path] = {}
 
     def get(family: str = "llama", **changes) -> Path:
-        key = (family, *sorted(changes.items()))
+        key = (family, repr(sorted(changes.items())))
         if key not in built:
             built[key] = build_tiny(tmp_path_factory.mktemp("tiny") / "model", family, **changes)
         return built[key]

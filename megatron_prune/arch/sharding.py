@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Iterator, Literal, NamedTuple
 
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.arch.tensors import LAYER_ROLES, layer_roles, tensor_shape
+from megatron_prune.arch.tensors import layer_roles, tensor_shape
 from megatron_prune.errors import InputError, raise_all
 
 
@@ -118,11 +118,7 @@ class MegatronTensor:
     split: Literal["rows", "gated", "cols", "none"]
 
     @property
-    def per_layer(self) -> bool:
-        return self.roles[0] in LAYER_ROLES
-
-    @property
-    def unit(self) -> str:
+    def axis(self) -> str:
         """The axis along which ranks share it (``""`` when replicated)."""
         if self.split == "none":
             return ""
@@ -132,7 +128,7 @@ class MegatronTensor:
 
     def full_shape(self, config: ModelConfig, layout: ParallelLayout) -> tuple[int, ...]:
         """Shape over all ranks, vocabulary padding included."""
-        if self.unit == "vocab":
+        if self.axis == "vocab":
             return (layout.padded_vocab(config.vocab_size), config.hidden_size)
         shapes = [tensor_shape(role, config) for role in self.roles]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
@@ -249,11 +245,11 @@ def shard_sizes(
     tensor: MegatronTensor, layer: int | None, config: ModelConfig, sizes: dict[tuple[str, int], list[int]]
 ) -> list[int] | None:
     """Rows or columns of every rank from its units, for shards of unequal size; ``None`` for equal shares."""
-    units = sizes.get((tensor.unit, layer))
+    units = sizes.get((tensor.axis, layer))
     if units is None:
         return None
     n, d = config.heads_per_group, config.kv_channels
-    each = {("kv_head", "rows"): (n + 2) * d, ("kv_head", "cols"): n * d}.get((tensor.unit, tensor.split), 1)
+    each = {("kv_head", "rows"): (n + 2) * d, ("kv_head", "cols"): n * d}.get((tensor.axis, tensor.split), 1)
     return [count * each for count in units]
 
 

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -56,19 +56,20 @@ def is_huggingface(path: Path) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """``config.json`` as it stands.
+    """``config.json`` of a directory (or that very file) as it stands.
 
     Raises:
         CheckpointError: if it is missing or not a JSON object.
     """
+    file = path if path.is_file() else path / CONFIG
     try:
-        data = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no {CONFIG}", needed="a Hugging Face model directory") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / CONFIG} is not JSON", got=str(error)) from None
+        raise CheckpointError(f"{file} is not JSON", got=str(error)) from None
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path / CONFIG} is not a JSON object")
+        raise CheckpointError(f"{file} is not a JSON object")
     return data
 
 
@@ -246,16 +247,44 @@ def resolve(name_or_path: str) -> Path:
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
-        raise InputError(f"no such model directory: {name_or_path}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi, snapshot_download
 
+    def fetch() -> str:
+        files = HfApi().list_repo_files(name_or_path)
+        ignored = ["original/*", "consolidated*", "*.gguf", "*.pt", "*.pth", "*.onnx", "onnx/*", "*.msgpack", "*.h5"]
+        if any(file.endswith(".safetensors") for file in files):
+            ignored.append("*.bin")
+        return snapshot_download(name_or_path, ignore_patterns=ignored)
+
+    return Path(_from_hub(name_or_path, fetch))
+
+
+def fetch_config(name: str) -> Path:
+    """``config.json`` of a hub id, and nothing else of it.
+
+    Raises:
+        InputError: if there is none.
+    """
+    from huggingface_hub import hf_hub_download
+
+    return Path(_from_hub(name, lambda: hf_hub_download(name, CONFIG)))
+
+
+def _from_hub(name: str, fetch: Callable[[], str]) -> str:
+    """What ``fetch`` brings; an offline machine serves what it fetched before."""
+    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"no such model directory: {name}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    failures = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
     try:
-        return Path(
-            snapshot_download(name_or_path, ignore_patterns=["original/*", "*.gguf", "*.pth", "*.onnx", "*.msgpack", "*.h5"])
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise InputError(
-            f"{name_or_path} is neither a directory nor a model that can be fetched from the hub", got=str(error).split("\n")[0]
-        ) from None
+        return fetch()
+    except failures as error:
+        try:
+            cached = Path(snapshot_download(name, local_files_only=True))
+            return str(cached)
+        except failures:
+            raise InputError(
+                f"{name} is neither a directory nor a model that can be fetched from the hub", got=str(error).split("\n")[0]
+            ) from None

@@ -16,14 +16,34 @@ VERSION = 1
 _FORMAT = "megatron-prune checkpoint"
 
 
+RECIPE_FILE = "megatron_prune_recipe.json"
+"""In a pruned Hugging Face directory: how it came to be."""
+
+
+def dump_recipe(recipe: list[dict[str, Any]]) -> str:
+    """Text of :data:`RECIPE_FILE`."""
+    return json.dumps({"format": "megatron-prune recipe", "version": VERSION, "recipe": recipe}, indent=2) + "\n"
+
+
+def read_recipe(folder: Path) -> list[dict[str, Any]]:
+    """Steps that made a Hugging Face directory, oldest first; empty if it does not say."""
+    try:
+        recipe = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))["recipe"]
+        return [entry for entry in recipe if isinstance(entry, dict) and "step" in entry]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / RECIPE_FILE} is damaged", got=repr(error), do="mend or remove it") from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The last file written into a checkpoint; without it a directory of this project is not a checkpoint.
 
     Attributes:
         family: Hugging Face ``model_type`` the model came from and returns to.
-        content_id: digest of the role tensors the model's units come from (see ``stream.content_id``): the same for
-            every format, parallel layout and dtype of one model. Plans refer to it.
+        content_id: digest of the model's role tensors when it was first converted or last pruned
+            (``stream.content_id``); later changes of format, layout or dtype keep it. Plans refer to it.
         hf_dtypes: ``{"default": dtype, str(tensor): dtype, …}`` of the Hugging Face checkpoint.
         tied_head_stored: the Hugging Face checkpoint stored a copy of the tied output layer.
         kept_layers: the original layers that remain, ``None`` if none were dropped.

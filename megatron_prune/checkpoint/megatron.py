@@ -9,10 +9,9 @@ ROOT/release/  or  ROOT/iter_0000100/        torch_dist files, or mp_rank_XX fol
 
 from __future__ import annotations
 
-import json
 import re
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId, tensor_ids
 from megatron_prune.checkpoint import legacy, manifest, torch_dist
 from megatron_prune.checkpoint.manifest import Manifest
-from megatron_prune.checkpoint.megatron_args import megatron_args, read_args
+from megatron_prune.checkpoint.megatron_args import megatron_args, padded_as_stored, read_args
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError
 from megatron_prune.families.family import family_for
@@ -58,11 +57,6 @@ class MegatronCheckpoint:
         folder = self.path / HF_FOLDER
         return folder if folder.is_dir() else None
 
-    def hf_template(self) -> dict | None:
-        """``config.json`` of the model this one came from, if it is known."""
-        file = self.path / HF_FOLDER / "config.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
 
 def iteration_directory(path: Path) -> Path:
     """The directory that holds the checkpoint which ``path`` (a root or the directory itself) means.
@@ -90,8 +84,11 @@ def iteration_directory(path: Path) -> Path:
     return folder
 
 
-def open_checkpoint(path: Path) -> MegatronCheckpoint:
+def open_checkpoint(path: Path, *, vocab_size: int | None = None) -> MegatronCheckpoint:
     """Open a checkpoint of either format and check it against its own description.
+
+    Args:
+        vocab_size: the vocabulary without padding, for checkpoints of Megatron-LM, whose args may not tell it.
 
     Raises:
         CheckpointError: if it is incomplete, damaged, or holds other tensors than it describes.
@@ -99,7 +96,8 @@ def open_checkpoint(path: Path) -> MegatronCheckpoint:
     folder = iteration_directory(path)
     name = "torch_dist" if torch_dist.is_torch_dist(folder) else "torch"
     room = _FORMATS[name]
-    config, layout = read_args(room.read_args(folder), folder)
+    args = room.read_args(folder)
+    config, layout = read_args(args, folder)
     own = (folder / manifest.FILE).is_file()
     if own:
         described = Manifest.load(folder / manifest.FILE)
@@ -110,6 +108,9 @@ def open_checkpoint(path: Path) -> MegatronCheckpoint:
     elif _written_by_us(folder):
         raise CheckpointError(f"{folder} has no {manifest.FILE}: its writing was never finished", do="make it again")
     else:
+        if vocab_size is not None and vocab_size <= args.padded_vocab_size:
+            config = replace(config, vocab_size=vocab_size)
+            layout = padded_as_stored(layout, vocab_size, args.padded_vocab_size)
         described = Manifest(family=family_for(config).name, model=config, layout=layout)
     tensors = room.open_map(folder, config, layout)
     return MegatronCheckpoint(folder, name, config, layout, tensors, described, own)

@@ -7,6 +7,7 @@ of another shape needs new ones; ``kv_channels`` must be explicit, since hidden 
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 
 import torch
 
@@ -125,4 +126,11 @@ def read_args(args: Namespace, where: object) -> tuple[ModelConfig, ParallelLayo
     tensor = value("tensor_model_parallel_size", 1)
     divisible = value("make_vocab_size_divisible_by", 128)
     layout = ParallelLayout(tensor=tensor, pipeline=value("pipeline_model_parallel_size", 1), vocab_divisible_by=divisible)
-    return config, layout
+    return config, padded_as_stored(layout, config.vocab_size, args.padded_vocab_size)
+
+
+def padded_as_stored(layout: ParallelLayout, vocab_size: int, padded: int) -> ParallelLayout:
+    """``layout`` with a padding rule that makes ``padded`` rows of ``vocab_size``, however the writer came to them."""
+    if layout.padded_vocab(vocab_size) == padded:
+        return layout
+    return replace(layout, vocab_divisible_by=max(1, padded // layout.tensor))

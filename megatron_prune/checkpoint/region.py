@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
@@ -18,6 +19,8 @@ import torch
 
 from megatron_prune.errors import CheckpointError
 
+_written: weakref.WeakSet[_Handle] = weakref.WeakSet()
+
 
 @functools.lru_cache(maxsize=256)
 class _Handle:
@@ -25,10 +28,18 @@ class _Handle:
 
     def __init__(self, path: str, writable: bool):
         self.number = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+        if writable:
+            _written.add(self)
 
     def __del__(self):
         if hasattr(self, "number"):
             os.close(self.number)
+
+
+def sync_files() -> None:
+    """Wait until what this process wrote is on the disk (another machine cannot do that for it)."""
+    for handle in list(_written):
+        os.fsync(handle.number)
 
 
 def close_files() -> None:

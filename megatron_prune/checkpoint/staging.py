@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -42,12 +43,14 @@ def check_output(path: Path, *, overwrite: bool, source: Path | None = None) -> 
         raise InputError(f"output {path}: {parent} cannot be written to", do="name a directory that you may write to")
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, *, beside: Path | None = None) -> None:
     """Refuse a file path that cannot be written.
 
     Raises:
-        InputError: if it is a directory or its parent cannot be written to.
+        InputError: if it is a directory or its parent cannot be written to, or it is in the output ``beside`` it.
     """
+    if beside is not None and beside.resolve() in (path.resolve(), *path.resolve().parents):
+        raise InputError(f"{path} is the output {beside} or lies in it", do="name a file elsewhere")
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -76,18 +79,55 @@ def _recover(path: Path) -> None:
 
 
 def begin(path: Path) -> Path:
-    """Make an empty :func:`partial_path`, removing what an interrupted run left there."""
+    """Make an empty :func:`partial_path`, removing what an interrupted run left there.
+
+    The directory stays locked until :func:`commit` or :func:`abandon`, or until this process ends in any way.
+
+    Raises:
+        InputError: if another run is writing the same output.
+    """
     close_files()
     partial = partial_path(path)
+    if partial.is_dir():
+        _unlock(_lock(partial))
     shutil.rmtree(partial, ignore_errors=True)
     _recover(path.absolute())
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError:
+        raise _busy(partial) from None
+    _locks[partial] = _lock(partial)
     return partial
+
+
+_locks: dict[Path, int] = {}
+
+
+def _lock(partial: Path) -> int:
+    number = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(number)
+        raise _busy(partial) from None
+    except OSError:
+        pass  # a file system that cannot lock directories
+    return number
+
+
+def _unlock(number: int | None) -> None:
+    if number is not None:
+        os.close(number)
+
+
+def _busy(partial: Path) -> InputError:
+    return InputError(f"another run is writing {partial}", do="wait for it, or name another output")
 
 
 def abandon(path: Path) -> None:
     """Remove the partial output of ``path``."""
     shutil.rmtree(partial_path(path), ignore_errors=True)
+    _unlock(_locks.pop(partial_path(path), None))
 
 
 def commit(path: Path) -> None:
@@ -109,6 +149,7 @@ def commit(path: Path) -> None:
     else:
         os.rename(partial, path)
     _sync(path.parent)
+    _unlock(_locks.pop(partial, None))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 from megatron_prune.arch.tensors import TensorId, tensor_ids
-from megatron_prune.checkpoint.region import Scratch, closed_files
+from megatron_prune.checkpoint.region import Scratch, closed_files, sync_files
 from megatron_prune.checkpoint.tensor_map import TensorMap
 
 WORKERS = 2
@@ -101,6 +101,7 @@ def stream(
         finally:
             for job in jobs:
                 job.cancel()
+        sync_files()
     return report
 
 
@@ -108,7 +109,7 @@ def content_id(digests: dict[str, str]) -> str:
     """One digest of a whole model from the digests of its role tensors.
 
     It depends on values, dtype and shape of the role tensors and on nothing else: every format and parallel layout of
-    one model has the same.
+    one model in one dtype has the same.
     """
     lines = "\n".join(f"{name} {digests[name]}" for name in sorted(digests))
     return "xxh3-sha256:" + hashlib.sha256(lines.encode()).hexdigest()

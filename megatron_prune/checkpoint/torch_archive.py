@@ -98,9 +98,9 @@ _SAFE_TYPES = [
 
 
 def _megatron_types() -> list:
-    """Enumerations in ``args``, if megatron-core is loaded already; stand-ins of the same name if it is not.
+    """Stand-ins for the enumerations in ``args``: each takes the stored value and does nothing with it.
 
-    A stand-in takes the stored value and does nothing with it, so that a conversion need not import megatron-core.
+    So a conversion need not import megatron-core.
     """
     return [
         (_Value, "megatron.core.enums.ModelType"),

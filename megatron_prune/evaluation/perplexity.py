@@ -32,4 +32,5 @@ def perplexity(model: RunningModel, windows: torch.Tensor, world: World, *, micr
         means = torch.cat(losses).double().mean(dim=1)[numbers < len(windows)]
         total, counted = means.sum().item(), float(len(means))
     sums = [sum(column) for column in zip(*world.all_gather((total, counted)))]
-    return math.exp(sums[0] / sums[1])
+    loss = sums[0] / sums[1]
+    return math.exp(loss) if loss < 700 else math.inf

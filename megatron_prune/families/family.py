@@ -131,8 +131,14 @@ class Family:
         # Keys that are left out follow from others, so the file is read again until nothing differs.
         while wrong := self._differing(hf, config):
             hf.update({FIELDS[ours]: getattr(config, ours) for ours in wrong})
-        if kept_layers is not None and isinstance(hf.get("layer_types"), list):
-            hf["layer_types"] = [hf["layer_types"][layer] for layer in kept_layers]
+        read, fresh = self.model_config(hf), self._fresh(config)
+        if (read.rotary_base, read.rope_scaling) != (config.rotary_base, config.rope_scaling):
+            hf.pop("rope_parameters", None)
+            hf.update({key: fresh.get(key) for key in ("rope_theta", "rope_scaling")})
+        if read.sliding_window != config.sliding_window:
+            hf["sliding_window"] = config.sliding_window
+        if isinstance(hf.get("layer_types"), list):
+            hf["layer_types"] = _layer_types(hf["layer_types"], config.num_layers, kept_layers)
         return hf
 
     def _differing(self, hf: dict[str, Any], config: ModelConfig) -> list[str]:
@@ -194,6 +200,17 @@ class Family:
         if config.sliding_window is not None or self.name == "mistral":
             hf["sliding_window"] = config.sliding_window
         return hf
+
+
+def _layer_types(types: list, layers: int, kept: list[int] | None) -> list:
+    """The kind of every layer that remains."""
+    if len(types) == layers:
+        return types
+    if kept is not None and max(kept) < len(types):
+        return [types[layer] for layer in kept]
+    if len(set(types)) == 1:
+        return types[:1] * layers
+    raise InputError(f"config.json lists {len(types)} layer_types of several kinds", needed=f"{layers}, one for each layer")
 
 
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

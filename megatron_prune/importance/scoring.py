@@ -7,6 +7,7 @@ different TP sizes differ by rounding only (about 1e-15 relative).
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Callable
 
@@ -21,6 +22,8 @@ from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.importance.metric import Metric
 from megatron_prune.planning.selection import Scores
 from megatron_prune.runtime.world import World
+
+log = logging.getLogger("megatron_prune")
 
 CHUNK_ELEMENTS = 1 << 23
 """Weights that are looked at together."""
@@ -64,7 +67,18 @@ def score(
             for key, (start, piece) in part.items():
                 totals[key][start : start + piece.numel()] += piece
         close_files()
-    return {(axis, layer): metric.finish(axis, layer, total) for (axis, layer), total in totals.items()}
+    return {key: _sound(key, metric.finish(*key, total), world) for key, total in totals.items()}
+
+
+def _sound(key: tuple[str, int | None], scores: torch.Tensor, world: World) -> torch.Tensor:
+    """Scores with NaN and infinity replaced by the lowest there is: a unit with broken weights goes first."""
+    broken = ~scores.isfinite()
+    if broken.any() and world.is_main:
+        where = key[0] if key[1] is None else f"{key[0]} in layer {key[1]}"
+        log.warning(
+            "%s: units %s have weights that are not finite and are dropped first", where, broken.nonzero().flatten().tolist()[:8]
+        )
+    return scores.masked_fill(broken, -torch.inf)
 
 
 def _partial_sums(

@@ -101,6 +101,8 @@ class Plan:
                 raise ValueError("shards of different numbers of ranks")
             for key in ("old", "new"):
                 _check_shape(key, data[key])
+            if not isinstance(data["made_by"], dict):
+                raise ValueError("made_by is not an object")
             return cls(hidden=units(data.pop("hidden")), layers=layers, **data)
         except PlanError:
             raise
@@ -110,6 +112,10 @@ class Plan:
     def shard_sizes(self) -> dict[tuple[str, int], list[int]]:
         """(axis, new layer number) → kept units of every rank, where these differ."""
         return {(axis, new): counts for new, entry in enumerate(self.layers) for axis, counts in entry.shards.items()}
+
+    def recipe_entry(self) -> dict[str, Any]:
+        """What a manifest's recipe says of this cut."""
+        return {**self.made_by, "step": "prune", "old": self.old, "new": self.new}
 
     def without_shards(self) -> Plan:
         """The same cut dealt evenly (one rank holds everything anyway)."""

@@ -2,7 +2,7 @@
 
 ``balance``: every rank keeps the same number of its own units. ``global``: the best over all ranks, dealt out anew in
 equal shares (feed-forward channels and KV groups may stand on any rank). ``unbalance``: the best over all ranks, each
-staying on the rank that holds it, so that shards may differ in size.
+staying on the rank that holds it when this run's ranks share the units evenly, so that shards may differ in size.
 """
 
 from __future__ import annotations

@@ -23,7 +23,9 @@ _MODEL = {
     "max_position_embeddings": int,
     "norm_epsilon": float,
     "rotary_base": float,
+    "rotary_percent": float,
 }
+_FIXED = {"rotary_percent": 1.0}
 _MODEL_SWITCHES = {
     "untie_embeddings_and_output_weights": lambda config: not config.tie_embeddings,
     "add_qkv_bias": lambda config: config.qkv_bias,
@@ -33,7 +35,7 @@ _MODEL_SWITCHES = {
     "group_query_attention": lambda config: config.num_query_groups != config.num_attention_heads,
     "use_rope_scaling": lambda config: config.rope_scaling is not None and config.rope_scaling.kind == "llama3",
 }
-_MODEL_CHOICES = {"normalization": "RMSNorm", "position_embedding_type": "rope", "rotary_percent": "1.0"}
+_MODEL_CHOICES = {"normalization": "RMSNorm", "position_embedding_type": "rope"}
 _TRAINING = """
 seq_length micro_batch_size global_batch_size rampup_batch_size train_iters train_samples lr min_lr lr_decay_style
 lr_decay_iters lr_warmup_iters lr_warmup_fraction weight_decay clip_grad adam_beta1 adam_beta2 adam_eps init_method_std
@@ -42,7 +44,7 @@ data_path split data_cache_path tokenizer_type tokenizer_model vocab_file merge_
 distributed_backend distributed_timeout_minutes tensorboard_dir wandb_project num_workers dataloader_type
 transformer_impl attention_backend context_parallel_size expert_model_parallel_size virtual_pipeline_model_parallel_size
 num_layers_per_virtual_pipeline_stage recompute_granularity recompute_method recompute_num_layers master_addr master_port
-rope_scaling_factor attention_softmax_in_fp32 exit_interval exit_duration_in_mins timing_log_level
+rope_scaling_factor exit_interval exit_duration_in_mins timing_log_level
 """.split()
 _TRAINING_SWITCHES = """
 bf16 fp16 sequence_parallel use_distributed_optimizer overlap_grad_reduce overlap_param_gather use_flash_attn
@@ -88,7 +90,7 @@ def check_megatron_flags(flags: dict[str, Any], config: ModelConfig) -> None:
     problems = []
     for name, value in flags.items():
         if name in _MODEL:
-            actual: Any = getattr(config, name)
+            actual: Any = _FIXED[name] if name in _FIXED else getattr(config, name)
         elif name in _MODEL_SWITCHES:
             actual = _MODEL_SWITCHES[name](config)
         else:

@@ -160,15 +160,15 @@ def _load(module: GPTModel, tensors: TensorMap, layout: ParallelLayout) -> None:
     rank = parallel_state.get_tensor_model_parallel_rank()
     stage = parallel_state.get_pipeline_model_parallel_rank()
     parameters = dict(module.named_parameters())
-    plan: list[tuple[str, int | None, MegatronTensor]] = [(t.name, None, t) for t in outer_tensors(config)]
+    wanted: list[tuple[str, int | None, MegatronTensor]] = [(t.name, None, t) for t in outer_tensors(config)]
     if config.tie_embeddings:
-        plan.append((OUTPUT.name, None, EMBEDDING))  # the last of several stages holds its own copy
+        wanted.append((OUTPUT.name, None, EMBEDDING))  # the last of several stages holds its own copy
     for local, layer in enumerate(layout.stage_layers(stage, config.num_layers)):
         for tensor in layer_tensors(config):
             here = f"decoder.layers.{local}."
             name = here + tensor.name if here + tensor.name in parameters else here + tensor.local_name
-            plan.append((name, layer, tensor))
-    for name, layer, tensor in plan:
+            wanted.append((name, layer, tensor))
+    for name, layer, tensor in wanted:
         parameter = parameters.pop(name, None)
         if parameter is None:
             continue  # an outer tensor of another stage

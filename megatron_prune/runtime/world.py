@@ -31,7 +31,7 @@ class World:
         return self.rank == 0
 
     def connect(self, *, always: bool = False) -> None:
-        """Start the process group: gloo for host memory, NCCL beside it where there is CUDA.
+        """Start the process group, if it is not yet: gloo for host memory, NCCL beside it where there is CUDA.
 
         Args:
             always: also for a world of one (megatron-core needs a group).
@@ -54,6 +54,7 @@ class World:
         """Every process's ``value``, by rank."""
         if self.size == 1:
             return [value]
+        self.connect()
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, value)
         return gathered

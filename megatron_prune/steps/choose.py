@@ -65,9 +65,7 @@ def obtain_plan(
         InputError: if the request or the plan does not fit the model, the layout or the family.
     """
     layout.check(tensors.config)
-    plan = (_read if request.plan else _make)(request, tensors, layout, family, content_id, world)
-    family.check_expressible(plan.new_config(tensors.config))
-    return plan
+    return (_read if request.plan else _make)(request, tensors, layout, family, content_id, world)
 
 
 def _make(
@@ -122,18 +120,13 @@ def _read(
     content_id: Callable[[], str],
     world: World,
 ) -> Plan:
-    extra = [f"--{name}" for name in PlanRequest.SIZES if getattr(request, name) is not None]
+    default = PlanRequest()
+    names = (*PlanRequest.SIZES, "prune_type", "metric", "seed")
+    extra = [f"--{name}" for name in names if getattr(request, name) != getattr(default, name)]
     if extra:
-        raise InputError(f"--plan and {', '.join(extra)} both say the shape", do="give one of the two")
+        raise InputError(f"--plan and {', '.join(extra)} both say what stays", do="give one of the two")
     plan = load_plan(Path(request.plan))
     check_plan(plan, tensors.config, request.plan)
-    if plan.content_id is not None and plan.content_id != content_id():
-        raise PlanError(
-            f"{request.plan} was made from another model of the same shape",
-            got=plan.content_id,
-            needed=content_id(),
-            do='set "content_id" to null in the plan to apply it all the same',
-        )
     if layout.tensor == 1:
         plan = plan.without_shards()
     uneven = plan.shard_sizes()
@@ -144,4 +137,12 @@ def _read(
         )
     if not uneven:
         layout.check(plan.new_config(tensors.config))
+    family.check_expressible(plan.new_config(tensors.config))
+    if plan.content_id is not None and plan.content_id != content_id():
+        raise PlanError(
+            f"{request.plan} was made from another model of the same shape",
+            got=plan.content_id,
+            needed=content_id(),
+            do='set "content_id" to null in the plan to apply it all the same',
+        )
     return plan

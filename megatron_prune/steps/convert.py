@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import huggingface, megatron, staging
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
-from megatron_prune.checkpoint.manifest import Manifest
+from megatron_prune.checkpoint.manifest import Manifest, read_recipe
 from megatron_prune.checkpoint.region import Scratch
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.config import option, require_positive
@@ -63,7 +64,7 @@ def convert(options: ConvertOptions, world: World) -> None:
             content_id=content_id(report.digests),
             hf_dtypes=describe_dtypes(megatron.stored_dtypes(model.tensors)),
             tied_head_stored=model.tied_head_stored,
-            recipe=[{"step": "convert", "from": Path(options.load_dir).name}],
+            recipe=[*read_recipe(model.path), {"step": "convert", "from": Path(options.load_dir).name}],
         )
 
     write_megatron(
@@ -85,7 +86,7 @@ def convert(options: ConvertOptions, world: World) -> None:
 def describe_dtypes(dtypes: dict[TensorId, torch.dtype]) -> dict[str, str]:
     """``{"default": the commonest, str(tensor): another, …}`` for a manifest."""
     names = {tensor: str(dtype).removeprefix("torch.") for tensor, dtype in dtypes.items()}
-    default = max(set(names.values()), key=list(names.values()).count)
+    default = Counter(names.values()).most_common(1)[0][0]
     return {"default": default, **{str(tensor): name for tensor, name in names.items() if name != default}}
 
 

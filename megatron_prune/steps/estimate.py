@@ -119,11 +119,9 @@ def estimate_steps(config: ModelConfig, target: ModelConfig, layout: ParallelLay
 def read_config(name_or_path: str) -> ModelConfig:
     """The model's sizes from a directory of either kind, or from a ``config.json`` alone."""
     path = Path(name_or_path)
-    if path.is_file():
-        path = path.parent
     if path.is_dir() and not huggingface.is_huggingface(path):
         return megatron.open_checkpoint(path).config
-    hf_config = huggingface.read_config(huggingface.resolve(str(path)))
+    hf_config = huggingface.read_config(path if path.exists() else huggingface.fetch_config(name_or_path))
     return family_of(hf_config).model_config(hf_config)
 
 

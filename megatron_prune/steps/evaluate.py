@@ -41,6 +41,8 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
         InputError: if the text, the tokenizer or the layout does not fit.
     """
     require_positive(options, "seq_length", "windows", "micro_batch_size")
+    if options.seq_length < 2:
+        raise InputError("--seq-length", got=options.seq_length, needed="at least 2: the first token is never predicted")
     if options.output:
         staging.check_file(Path(options.output))
     checkpoint = megatron.open_checkpoint(Path(options.load_dir))

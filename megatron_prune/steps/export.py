@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from megatron_prune.arch.tensors import TensorId, tensor_ids
 from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.checkpoint.manifest import RECIPE_FILE, dump_recipe
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
@@ -44,14 +46,16 @@ def export(options: ExportOptions, world: World) -> None:
     save = Path(options.save_dir)
     staging.check_output(save, overwrite=options.overwrite, source=Path(options.load_dir))
     shard_bytes = parse_size(options.max_shard_size)
-    checkpoint = megatron.open_checkpoint(Path(options.load_dir))
-    side = huggingface.resolve(options.hf_dir) if options.hf_dir else checkpoint.hf_folder
+    side = huggingface.resolve(options.hf_dir) if options.hf_dir else None
+    vocab_size = huggingface.read_config(side).get("vocab_size") if side else None
+    checkpoint = megatron.open_checkpoint(Path(options.load_dir), vocab_size=vocab_size)
+    side = side or checkpoint.hf_folder
     template = huggingface.read_config(side) if side else None
     family = choose_family(checkpoint.manifest.family, options.target_family)
     config = checkpoint.config
     hf_config = family.hf_config(config, template, checkpoint.manifest.kept_layers)
     dtypes = _dtypes(checkpoint, options.target_params_dtype)
-    name_dtype(hf_config, dtypes[TensorId("embedding")], checkpoint.manifest.hf_dtypes.get("default") if template else None)
+    name_dtype(hf_config, commonest(dtypes), checkpoint.manifest.hf_dtypes.get("default") if template else None)
     unchanged = template is not None and hf_config == template
     if side is None and world.is_main:
         log.warning("no tokenizer is kept in %s; pass --hf-dir to add one", checkpoint.path)
@@ -59,6 +63,7 @@ def export(options: ExportOptions, world: World) -> None:
     plan = checkpoint.path / megatron.PLAN_FILE
     files = {megatron.PLAN_FILE: plan.read_text(encoding="utf-8")} if plan.is_file() else {}
     if pruned:
+        files[RECIPE_FILE] = dump_recipe(checkpoint.manifest.recipe)
         files["README.md"] = model_card(config, checkpoint.manifest.recipe, name=save.name, family=family.name)
     write_huggingface(
         world,
@@ -104,6 +109,11 @@ def name_dtype(hf_config: dict, dtype: torch.dtype, recorded: str | None) -> Non
         keys = ["torch_dtype"]
     for key in keys:
         hf_config[key] = name if name != recorded else hf_config[key]
+
+
+def commonest(dtypes: dict[TensorId, torch.dtype]) -> torch.dtype:
+    """The element type of most tensors: what a configuration names."""
+    return Counter(dtypes.values()).most_common(1)[0][0]
 
 
 def parse_size(text: str) -> int:

@@ -16,6 +16,7 @@ from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
 from megatron_prune.arch.sharding import legal_tensor_sizes
 from megatron_prune.arch.tensors import parameter_count, tensor_ids
 from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint.manifest import read_recipe
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.runtime.world import World
 
@@ -81,7 +82,8 @@ def describe(name_or_path: str) -> dict[str, Any]:
         tail = {"parallel": layout, **padded, "recipe": checkpoint.manifest.recipe, "content_id": checkpoint.manifest.content_id}
         return {**head, **_common(checkpoint.config, checkpoint.tensors, checkpoint.path), **tail}
     model = huggingface.open_model(huggingface.resolve(name_or_path))
-    return {"kind": "Hugging Face model", "family": model.family.name, **_common(model.config, model.tensors, model.path)}
+    facts = {"kind": "Hugging Face model", "family": model.family.name, **_common(model.config, model.tensors, model.path)}
+    return {**facts, "recipe": read_recipe(model.path)}
 
 
 def _common(config: ModelConfig, tensors: TensorMap, path: Path) -> dict[str, Any]:

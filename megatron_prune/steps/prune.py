@@ -72,7 +72,7 @@ def prune(options: PruneOptions, world: World) -> None:
     save = Path(options.save)
     staging.check_output(save, overwrite=options.overwrite, source=Path(options.load))
     if options.save_plan:
-        staging.check_file(Path(options.save_plan))
+        staging.check_file(Path(options.save_plan), beside=save)
     checkpoint = megatron.open_checkpoint(Path(options.load))
     check_megatron_flags(options.megatron, checkpoint.config)
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
@@ -94,7 +94,7 @@ def prune(options: PruneOptions, world: World) -> None:
             content_id=content_id(report.digests),
             hf_dtypes=dtypes_after(before.hf_dtypes, cut),
             kept_layers=original if before.kept_layers or len(kept) < checkpoint.config.num_layers else None,
-            recipe=[*before.recipe, {"step": "prune", **plan.made_by, "old": plan.old, "new": plan.new}],
+            recipe=[*before.recipe, plan.recipe_entry()],
         )
 
     write_megatron(

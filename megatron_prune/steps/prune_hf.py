@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.checkpoint.manifest import RECIPE_FILE, dump_recipe, read_recipe
 from megatron_prune.checkpoint.stream import content_id
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
@@ -20,7 +20,7 @@ from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.choose import PlanRequest, obtain_plan
 from megatron_prune.steps.convert import check_tied_copy
-from megatron_prune.steps.export import choose_family, name_dtype, parse_size
+from megatron_prune.steps.export import choose_family, commonest, name_dtype, parse_size
 from megatron_prune.steps.output import Source, log, run, write_huggingface
 from megatron_prune.surgery.cut import Cut
 
@@ -31,10 +31,10 @@ class PruneHfOptions:
 
     model_name_or_path: str = option("Hugging Face model: a directory, or a hub id")
     output_path: str = option("Hugging Face directory to write")
-    prune_config_path: str = option(
+    prune_config_path: str | None = option(
         "JSON file with hidden_size_remain, num_attention_heads_remain, ffn_hidden_size_remain, drop_layers "
-        "(and num_query_groups_remain, num_layers_remain)",
-        "prune_config.json",
+        "(and num_query_groups_remain, num_layers_remain) (default: prune_config.json)",
+        None,
     )
     plan: str | None = option("apply this plan instead of the JSON file", None)
     save_plan: str | None = option("also write the plan here", None)
@@ -56,13 +56,15 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
     folder = huggingface.resolve(options.model_name_or_path)
     staging.check_output(save, overwrite=options.overwrite, source=folder)
     if options.save_plan:
-        staging.check_file(Path(options.save_plan))
+        staging.check_file(Path(options.save_plan), beside=save)
     shard_bytes = parse_size(options.max_shard_size)
-    sizes = {} if options.plan else read_prune_config(Path(options.prune_config_path))
+    if options.plan and options.prune_config_path:
+        raise InputError("--plan and --prune_config_path both say the shape", do="give one of the two")
+    sizes = {} if options.plan else read_prune_config(Path(options.prune_config_path or "prune_config.json"))
     model = huggingface.open_model(folder)
     check_tied_copy(model)
     family = choose_family(model.family.name, options.target_family)
-    request = PlanRequest(**sizes, prune_type="global", metric=options.metric, seed=options.seed, plan=options.plan)
+    request = PlanRequest(**sizes, metric=options.metric, seed=options.seed, plan=options.plan)
     source = Source(tensors=model.tensors)
 
     def model_id() -> str:
@@ -74,9 +76,9 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
     dtypes = source.dtypes(cut.config, None)
     kept = [entry.layer for entry in plan.layers]
     hf_config = family.hf_config(cut.config, model.hf_config, kept if len(kept) < model.config.num_layers else None)
-    stored = str(dtypes[TensorId("embedding")]).removeprefix("torch.")
-    name_dtype(hf_config, dtypes[TensorId("embedding")], stored)
-    recipe = [{"step": "prune", **plan.made_by, "old": plan.old, "new": plan.new}]
+    stored = str(commonest(dtypes)).removeprefix("torch.")
+    name_dtype(hf_config, commonest(dtypes), stored)
+    recipe = [*read_recipe(model.path), plan.recipe_entry()]
     card = model_card(cut.config, recipe, name=save.name, family=family.name)
     write_huggingface(
         world,
@@ -90,7 +92,7 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
         max_shard_bytes=shard_bytes,
         side_files=model.path,
         tied_head_stored=model.tied_head_stored,
-        files={megatron.PLAN_FILE: plan.dumps(), "README.md": card},
+        files={megatron.PLAN_FILE: plan.dumps(), RECIPE_FILE: dump_recipe(recipe), "README.md": card},
         overwrite=options.overwrite,
         strict=options.strict,
     )

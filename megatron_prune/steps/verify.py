@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
+from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
 from megatron_prune.calibration.windows import read_windows
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
@@ -42,11 +43,13 @@ def verify(options: VerifyOptions, world: World) -> int:
         InputError: if the two models have different shapes, or the layout does not fit.
     """
     require_positive(options, "seq_length")
-    checkpoint = megatron.open_checkpoint(Path(options.load_dir))
     folder = huggingface.resolve(options.hf_dir)
     model = huggingface.open_model(folder)
-    if model.config != checkpoint.config and checkpoint.own:
-        raise InputError("the two models differ in shape or numerics", got=model.config, needed=checkpoint.config)
+    checkpoint = megatron.open_checkpoint(Path(options.load_dir), vocab_size=model.config.vocab_size)
+    compared = [item.name for item in fields(ModelConfig)] if checkpoint.own else SHAPE_FIELDS
+    differing = [name for name in compared if getattr(model.config, name) != getattr(checkpoint.config, name)]
+    if differing:
+        raise InputError("the two models differ in " + ", ".join(differing), got=model.config, needed=checkpoint.config)
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     layout.check(checkpoint.config)
     tokens = _tokens(options, folder, checkpoint)

@@ -67,9 +67,22 @@ def test_the_exchange_is_one_step_in_which_the_output_never_goes_missing(tmp_pat
 
 def test_what_an_interrupted_run_left_does_not_get_into_the_next_one(tmp_path):
     out = tmp_path / "out"
-    (staging.begin(out) / "leftover").write_text("x")
+    staging.partial_path(out).mkdir()
+    (staging.partial_path(out) / "leftover").write_text("x")
     made(out, "new")
     assert content(out) == NEW
+
+
+def test_two_runs_cannot_write_one_output(tmp_path):
+    out = tmp_path / "out"
+    partial = staging.begin(out)
+    (partial / "mine").write_text("x")
+    with pytest.raises(InputError, match="another run"):
+        staging.begin(out)
+    assert (partial / "mine").read_text() == "x"
+    staging.abandon(out)
+    staging.begin(out)
+    staging.abandon(out)
 
 
 def test_an_abandoned_run_leaves_the_old_directory_and_no_trace(tmp_path):
