@@ -27,7 +27,7 @@ def real(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("tp, pp, ckpt_format", [(3, 1, "torch_dist"), (9, 2, "torch"), (1, 5, "torch_dist")])
+@pytest.mark.parametrize("tp, pp, ckpt_format", [(3, 1, "torch_dist"), (3, 2, "torch"), (1, 5, "torch_dist")])
 def test_every_byte_of_the_real_model_returns(real, tmp_path, tp, pp, ckpt_format):
     options = ConvertOptions(
         load_dir=str(real / "model"),

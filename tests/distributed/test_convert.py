@@ -1,0 +1,38 @@
+"""Conversions by several processes write the same bytes as one process does."""
+
+from __future__ import annotations
+
+import filecmp
+
+import pytest
+import rank_jobs
+
+FORMATS = ["torch_dist", "torch"]
+
+
+def same_files(left, right) -> bool:
+    """Same names and bytes in both trees."""
+    names = sorted(str(path.relative_to(left)) for path in left.rglob("*") if path.is_file())
+    assert names == sorted(str(path.relative_to(right)) for path in right.rglob("*") if path.is_file())
+    return filecmp.cmpfiles(left, right, names, shallow=False)[1:] == ([], [])
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("ckpt_format", FORMATS)
+def test_any_number_of_processes_writes_what_one_writes(ranks, tiny, family, tmp_path, size, ckpt_format):
+    source = tiny(family)
+
+    def steps(folder):
+        parallel = {"target_tensor_parallel_size": 3, "target_pipeline_parallel_size": 2, "ckpt_format": ckpt_format}
+        return [
+            ("convert", {"load_dir": str(source), "save_dir": str(folder / "m"), **parallel}),
+            ("transfer", {"load_dir": str(folder / "m"), "save_dir": str(folder / "t"), "target_tensor_parallel_size": 2}),
+            ("export", {"load_dir": str(folder / "t"), "save_dir": str(folder / "back")}),
+        ]
+
+    one, many = tmp_path / "one", tmp_path / "many"
+    ranks(1).run(rank_jobs.run_steps, *steps(one))
+    ranks(size).run(rank_jobs.run_steps, *steps(many))
+    assert same_files(one / "back", many / "back") and same_files(source, many / "back")
+    manifests = [(folder / "m/release/megatron_prune.json").read_text() for folder in (one, many)]
+    assert manifests[0] == manifests[1]
