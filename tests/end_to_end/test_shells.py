@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,22 @@ def test_an_output_that_would_take_the_input_away_is_refused(tiny, tmp_path, mon
     with pytest.raises(InputError, match="is or holds the input"):
         prune(parse(["--load", "m/release", "--save", save, "--ffn_hidden_size_remain", "64", "--overwrite"], "prune"), World())
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m"]
+
+
+def test_two_machines_prune_as_one_does(tiny, tmp_path):
+    """Two torchrun agents with different node ranks, through the script and its variables, on loopback."""
+    convert(ConvertOptions(load_dir=str(tiny("qwen2")), save_dir=str(tmp_path / "m"), target_tensor_parallel_size=2), World())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = {"LOAD_DIR": tmp_path / "m", "TP": 2, "FFN_HIDDEN_SIZE_REMAIN": 32, "METRIC": "magnitude"}
+    nodes = {"NNODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SAVE_DIR": tmp_path / "two"}
+    with ThreadPoolExecutor(2) as pool:
+        agents = [pool.submit(bash, "scripts/prune_llama.sh", **settings, **nodes, NODE_RANK=rank) for rank in (0, 1)]
+    for agent in agents:
+        assert agent.result().returncode == 0, agent.result().stderr
+    done = bash("scripts/prune_llama.sh", **settings, SAVE_DIR=tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    plans = [(tmp_path / name / "release/plan.json").read_text() for name in ("one", "two")]
+    manifests = [(tmp_path / name / "release/megatron_prune.json").read_text() for name in ("one", "two")]
+    assert plans[0] == plans[1] and manifests[0] == manifests[1]
