@@ -144,7 +144,7 @@ def commit(path: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
             os.rename(path, old)
             os.rename(partial, path)
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # it is out of the way; the output is in place
         shutil.rmtree(partial, ignore_errors=True)
     else:
         os.rename(partial, path)
