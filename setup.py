@@ -21,6 +21,7 @@ setup(
         "numpy>=1.26",
         "xxhash>=3.4",
         "rich>=13",
+        "datasets>=4",
     ],
     extras_require={
         "demo": ["gguf>=0.17", "accelerate>=1.0"],

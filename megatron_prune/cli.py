@@ -22,6 +22,8 @@ VERBS = {
     "export": "Megatron → Hugging Face",
     "transfer": "change TP, PP, format or dtype of a Megatron checkpoint",
     "verify": "compare logits of a Megatron checkpoint under TP with the Hugging Face model",
+    "sample": "text that a model makes itself, kept as calibration data",
+    "score": "measure a Megatron checkpoint on text and keep the scores of every axis",
     "prune": "score, plan and cut a Megatron checkpoint",
     "prune-hf": "the same cuts on a Hugging Face model, single process, without Megatron",
     "evaluate": "perplexity of a Megatron checkpoint under TP × PP",

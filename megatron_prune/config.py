@@ -32,20 +32,25 @@ def integers(text: str) -> tuple[int, ...]:
 
 
 _TYPES = {"int": int, "float": float, "str": str, "tuple": integers}
+_METAVARS = {"int": "N", "float": "X", "tuple": "N,N"}
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type, chosen: list[Field] | None = None) -> None:
     """Give ``parser`` a flag for every field of a dataclass (or for the ``chosen`` ones)."""
     hints = typing.get_type_hints(kind)
     for item in fields(kind) if chosen is None else chosen:
-        annotation = hints[item.name]
+        annotation, optional = hints[item.name], False
         if isinstance(annotation, types.UnionType):
-            annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+            annotation, optional = next(part for part in typing.get_args(annotation) if part is not type(None)), True
         name = (typing.get_origin(annotation) or annotation).__name__
         spellings = _spellings(item)
         common = {"dest": item.name, "help": item.metadata["help"] + _default_text(item)}
-        if name == "bool":
+        if name == "bool" and optional:  # --this or --no-this, and None where nothing is said
+            parser.add_argument(*spellings, action=argparse.BooleanOptionalAction, default=item.default, **common)
+        elif name == "bool":
             parser.add_argument(*spellings, action="store_true", **common)
+        elif annotation == tuple[str, ...]:
+            parser.add_argument(*spellings, nargs="+", default=item.default, metavar=item.name.upper(), **common)
         else:
             parser.add_argument(
                 *spellings,
@@ -53,9 +58,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type, chosen: list[Field]
                 choices=item.metadata["choices"],
                 required=item.default is MISSING,
                 default=None if item.default is MISSING else item.default,
-                metavar=None
-                if item.metadata["choices"]
-                else {"int": "N", "float": "X", "tuple": "N,N"}.get(name, item.name.upper()),
+                metavar=None if item.metadata["choices"] else _METAVARS.get(name, item.name.upper()),
                 **common,
             )
 

@@ -8,7 +8,9 @@
 #   NUM_LAYERS_REMAIN            sizes that stay                               (default: all)
 #   DROP_LAYERS                  layers that go, 0-based, such as 7,13         (default: none)
 #   PRUNE_TYPE                   balance, global or unbalance                  (default balance)
-#   METRIC, SEED                 how units are scored                          (default random, 1234)
+#   PARAMS, RATIO, MEMORY        a budget instead of sizes, such as 90M, 0.25, 2GiB
+#   METRIC, SEED                 how units are scored                          (default: the best for each axis, 1234)
+#   DATA, SCORES                 text to measure on / scores that were kept    (default: the model's own samples)
 #   PLAN, SAVE_PLAN              apply a plan / also write the plan here       (default: none)
 #   GPT_ARGS                     Megatron's own arguments; they must agree with the checkpoint
 #   Further arguments are passed on, such as --overwrite.
@@ -19,7 +21,7 @@ require SAVE_DIR "the Megatron checkpoint to write"
 TP="${TP:-1}" PP="${PP:-1}"
 NPROC_PER_NODE="${NPROC_PER_NODE:-$((TP * PP / ${NNODES:-1}))}"
 
-PRUNE_ARGS=(--prune_type "${PRUNE_TYPE:-balance}" --metric "${METRIC:-random}" --seed "${SEED:-1234}")
+PRUNE_ARGS=(--prune_type "${PRUNE_TYPE:-balance}" --seed "${SEED:-1234}")
 add() { if [ -n "$2" ]; then PRUNE_ARGS+=("$1" "$2"); fi; }
 add --hidden_size_remain "${HIDDEN_SIZE_REMAIN:-}"
 add --num_attention_heads_remain "${NUM_ATTENTION_HEADS_REMAIN:-}"
@@ -27,7 +29,13 @@ add --num_query_groups_remain "${NUM_QUERY_GROUPS_REMAIN:-}"
 add --ffn_hidden_size_remain "${FFN_HIDDEN_SIZE_REMAIN:-}"
 add --num_layers_remain "${NUM_LAYERS_REMAIN:-}"
 add --drop_layers "${DROP_LAYERS:-}"
+add --params "${PARAMS:-}"
+add --ratio "${RATIO:-}"
+add --memory "${MEMORY:-}"
+add --metric "${METRIC:-}"
+add --scores "${SCORES:-}"
 add --plan "${PLAN:-}"
+if [ -n "${DATA:-}" ]; then PRUNE_ARGS+=(--data $DATA); fi  # several sources are several words
 add --save-plan "${SAVE_PLAN:-}"
 
 launch "$ROOT/prune_llama.py" --load "$LOAD_DIR" --save "$SAVE_DIR" \

@@ -1,1 +1,1 @@
-"""Text in, batches of tokens out."""
+"""Text in, batches of tokens out: sources (one file each in ``readers/``), their mixture, and windows to measure on."""

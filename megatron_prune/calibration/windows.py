@@ -1,4 +1,4 @@
-"""A text file as windows of tokens."""
+"""Text to measure on, as windows from its start."""
 
 from __future__ import annotations
 
@@ -6,31 +6,33 @@ from pathlib import Path
 
 import torch
 
-from megatron_prune.errors import InputError
+from megatron_prune.calibration.encoder import Encoder
+from megatron_prune.calibration.reader import TEST, Drawn, open_reader
 
 
-def read_windows(file: Path, tokenizer_dir: Path, *, seq_length: int, count: int) -> torch.Tensor:
-    """The first ``count`` windows of a text, tokenised whole.
+def read_windows(
+    source: str | Path, tokenizer_dir: Path | None, *, seq_length: int, count: int, field: str = "text"
+) -> torch.Tensor:
+    """The first ``count`` windows of a source (as many as there are), tokenised whole.
 
     Args:
-        tokenizer_dir: Hugging Face directory whose tokenizer is used.
+        source: any source of text of ``load_calibration``; of data sets the evaluation split is taken.
+        tokenizer_dir: Hugging Face directory whose tokenizer is used; ``None`` will do for a ``.bin``/``.idx`` pair.
         seq_length: tokens in a window.
+        field: name of the text in records.
 
     Returns:
         int64 [windows, seq_length].
 
     Raises:
-        InputError: if a file cannot be read or holds less than one window.
+        InputError: if the source cannot be read or holds less than one window.
     """
-    from transformers import AutoTokenizer
+    return draw_windows(source, tokenizer_dir, seq_length=seq_length, count=count, field=field).tokens
 
-    try:
-        text = file.read_text(encoding="utf-8")
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    except (OSError, ValueError) as error:
-        raise InputError("text or tokenizer cannot be read", got=str(error).split("\n")[0]) from None
-    tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
-    whole = min(count, len(tokens) // seq_length)
-    if whole < 1:
-        raise InputError(f"{file} is too short", got=f"{len(tokens)} tokens", needed=f"at least {seq_length}")
-    return tokens[: whole * seq_length].view(whole, seq_length)
+
+def draw_windows(source: str | Path, tokenizer_dir: Path | None, *, seq_length: int, count: int, field: str = "text") -> Drawn:
+    """:func:`read_windows` with the facts about what was read (``split`` …)."""
+    reader = open_reader(str(source), encode=Encoder(tokenizer_dir), field=field, split=TEST)
+    if reader.needs_tokenizer:
+        reader.encode.load()
+    return reader.windows(seq_length=seq_length, count=count)

@@ -13,12 +13,14 @@ import fcntl
 import os
 import shutil
 from pathlib import Path
+from typing import Callable, Iterator
 
 from megatron_prune.checkpoint.region import close_files
 from megatron_prune.errors import InputError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_KEY_FILE = "request.json"
 
 
 def check_output(path: Path, *, overwrite: bool, source: Path | None = None) -> None:
@@ -132,8 +134,13 @@ def abandon(path: Path) -> None:
 
 def commit(path: Path) -> None:
     """Sync the partial output and put it in place of ``path``."""
+    _place(partial_path(path), path.absolute())
+    _unlock(_locks.pop(partial_path(path), None))
+
+
+def _place(partial: Path, path: Path) -> None:
+    """Sync a finished directory and put it in place of ``path``."""
     close_files()
-    path, partial = path.absolute(), partial_path(path)
     for folder, _, files in os.walk(partial):
         for name in files:
             _sync(os.path.join(folder, name))
@@ -149,16 +156,63 @@ def commit(path: Path) -> None:
     else:
         os.rename(partial, path)
     _sync(path.parent)
-    _unlock(_locks.pop(partial, None))
+
+
+@contextlib.contextmanager
+def work(path: Path, key: str, *, main: bool, barrier: Callable[[], None]) -> Iterator[Path]:
+    """The hidden sibling of output ``path`` where a long run keeps its finished parts.
+
+    It stays when the run is stopped, and the next run with the same ``key`` goes on from it; what another request left
+    there is removed. It goes when the run ends well, unless :func:`finish_work` made it the output.
+
+    Args:
+        main: whether this process makes and removes it; the others wait at ``barrier``.
+
+    Raises:
+        InputError: if another run is at work on the same output.
+    """
+    folder = path.absolute().with_name(f".{path.name}.work")
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        _locks[folder] = _lock(folder)
+        note = folder / _KEY_FILE
+        if not note.is_file() or note.read_text(encoding="utf-8") != key:
+            for entry in folder.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            write_text(note, key)
+    barrier()
+    try:
+        yield folder
+        barrier()
+        if main:
+            shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        if main and folder.is_dir() and os.listdir(folder) == [_KEY_FILE]:
+            shutil.rmtree(folder, ignore_errors=True)  # nothing was done yet: a refused run leaves nothing
+        raise
+    finally:
+        if main:
+            _unlock(_locks.pop(folder, None))
+
+
+def finish_work(folder: Path, path: Path) -> None:
+    """Put a finished work directory in place of the output ``path``."""
+    (folder / _KEY_FILE).unlink()
+    _place(folder, path.absolute())
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file atomically: see :func:`write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically: a temporary sibling, synced, then renamed."""
     path = path.absolute()
     temporary = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.rename(temporary, path)

@@ -70,6 +70,19 @@ def score(
     return {key: _sound(key, metric.finish(*key, total), world) for key, total in totals.items()}
 
 
+def all_scores(metric: Metric, tensors: TensorMap, layout: ParallelLayout, world: World) -> Scores:
+    """Scores of every axis the metric can score; with ``("block", n)`` for every n consecutive layers where it can."""
+    config = tensors.config
+    wanted: list[tuple[str, int | None]] = []
+    for name in sorted(metric.axes):
+        places = range(config.num_layers) if AXES.get(name).per_layer else [None]
+        wanted += [(name, place) for place in places]
+    scores = score(metric, tensors, layout, wanted, world)
+    if metric.block_wise:
+        scores |= {("block", count): metric.block_scores(count) for count in range(1, config.num_layers)}
+    return scores
+
+
 def _sound(key: tuple[str, int | None], scores: torch.Tensor, world: World) -> torch.Tensor:
     """Scores with NaN and infinity replaced by the lowest there is: a unit with broken weights goes first."""
     broken = ~scores.isfinite()
@@ -104,18 +117,19 @@ def _partial_sums(
         if not all(held):
             continue  # fewer KV groups than ranks: this one has none
         for rows in _row_chunks(held[0], labels[0], len(held[1]) if len(held) > 1 else 1, config):
-            values = metric.per_weight(tensor.role, tensors.read_block(tensor, rows, *held[1:]))
+            weight = tensors.read_block(tensor, rows, *held[1:])
             for key in keys:
+                values = metric.per_weight(key[0], tensor, weight, held[1] if len(held) > 1 else range(1))
                 if key[0] == "layer":
                     sums[key][tensor.layer] += values.sum(dtype=torch.float64)
                 for dim, part in enumerate([rows, *held[1:]]):
                     each = axes[key[0]].owns(config).get(labels[dim])
-                    if each is not None:
+                    if each is not None and key[0] != "layer":
                         others = [other for other in range(values.dim()) if other != dim]
                         totals = values.sum(dim=others, dtype=torch.float64) if others else values.double()
                         first = part.start // each - mine[key[0]].start
                         sums[key][first : first + totals.numel() // each] += totals.view(-1, each).sum(dim=1)
-            progress(values.numel() * tensors.dtype(tensor).itemsize)
+            progress(weight.numel() * tensors.dtype(tensor).itemsize)
     return {key: (mine[key[0]].start, total) for key, total in sums.items()}
 
 

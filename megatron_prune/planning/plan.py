@@ -9,11 +9,11 @@ from typing import Any
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
 from megatron_prune.errors import PlanError, raise_all
-from megatron_prune.planning.selection import Scores, keep_heads, keep_units, shard_counts
+from megatron_prune.planning.selection import Scores, keep_heads, keep_layers, keep_units, shard_counts
 from megatron_prune.planning.target import Target
 
 FORMAT, VERSION = "megatron-prune plan", 1
-ALL = "all"
+ALL, ROTATED = "all", "rotated"
 _LAYER_AXES = {"ffn": "ffn_hidden_size", "kv_head": "num_query_groups", "head": "num_attention_heads"}
 
 
@@ -39,6 +39,9 @@ class Plan:
     """Attributes:
     old, new: the sizes in :data:`SHAPE_FIELDS` before and after.
     hidden: kept channels of the residual stream, ``None`` for all.
+    rotated: the stream is rotated before it is cut (``surgery/basis.py``), so that no channel stays as it was; the
+        rotation comes from the calibration text, not from the plan.
+    untied: the head of a tied model becomes a matrix of its own.
     layers: the layers that stay, ascending.
     made_by: how it was made (metric, prune_type, seed, parallel sizes …).
     content_id: digest of the model it was made from; ``None`` fits any model of the old shape.
@@ -48,6 +51,8 @@ class Plan:
     new: dict[str, int]
     hidden: list[int] | None
     layers: list[LayerPlan]
+    rotated: bool = False
+    untied: bool = False
     made_by: dict[str, Any] = field(default_factory=dict)
     content_id: str | None = None
 
@@ -65,7 +70,8 @@ class Plan:
             "content_id": self.content_id,
             "old": self.old,
             "new": self.new,
-            "hidden": keep(self.hidden),
+            "hidden": ROTATED if self.rotated else keep(self.hidden),
+            **({"untied": True} if self.untied else {}),
         }
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
         rows = []
@@ -101,9 +107,11 @@ class Plan:
                 raise ValueError("shards of different numbers of ranks")
             for key in ("old", "new"):
                 _check_shape(key, data[key])
-            if not isinstance(data["made_by"], dict):
-                raise ValueError("made_by is not an object")
-            return cls(hidden=units(data.pop("hidden")), layers=layers, **data)
+            if not isinstance(data["made_by"], dict) or not isinstance(data.get("untied", False), bool):
+                raise ValueError("made_by is not an object, or untied not true or false")
+            hidden = data.pop("hidden")
+            rotated = hidden == ROTATED
+            return cls(hidden=None if rotated else units(hidden), rotated=rotated, layers=layers, **data)
         except PlanError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -115,7 +123,8 @@ class Plan:
 
     def recipe_entry(self) -> dict[str, Any]:
         """What a manifest's recipe says of this cut."""
-        return {**self.made_by, "step": "prune", "old": self.old, "new": self.new}
+        untied = {"untied": True} if self.untied else {}
+        return {**self.made_by, "step": "prune", "old": self.old, "new": self.new, **untied}
 
     def without_shards(self) -> Plan:
         """The same cut dealt evenly (one rank holds everything anyway)."""
@@ -124,11 +133,12 @@ class Plan:
     def summary(self) -> str:
         """The sizes that change, for a person."""
         changes = [f"{name} {self.old[name]} → {self.new[name]}" for name in SHAPE_FIELDS if self.old[name] != self.new[name]]
-        return ", ".join(changes) or "nothing changed"
+        return ", ".join(changes + (["head untied"] if self.untied else [])) or "nothing changed"
 
     def new_config(self, config: ModelConfig) -> ModelConfig:
         """``config`` (the model's before pruning) with the sizes after it."""
-        return ModelConfig.from_json({**config.to_json(), **self.new})
+        tied = config.tie_embeddings and not self.untied
+        return ModelConfig.from_json({**config.to_json(), **self.new, "tie_embeddings": tied})
 
 
 def load_plan(path: Path) -> Plan:
@@ -172,18 +182,22 @@ def make_plan(
     ranks: int,
     made_by: dict[str, Any],
     content_id: str | None,
+    rotate: bool = False,
 ) -> Plan:
     """Choose units by their scores.
 
     Args:
-        scores: for every pair of :func:`selection.needed_scores`.
+        scores: for every pair of :func:`selection.needed_scores`; ``("block", n)`` instead of ``("layer", None)`` where
+            the n layers that go are one block.
         ranks: tensor-parallel ranks that hold the model.
+        rotate: cut hidden units are rotated first; they need no scores.
     """
     new = target.config
     choose = lambda axis, layer, keep: keep_units(axis, scores[axis, layer], keep, config, ranks, prune_type)
-    hidden = choose("hidden", None, new.hidden_size) if new.hidden_size != config.hidden_size else None
+    rotated = rotate and new.hidden_size != config.hidden_size
+    hidden = choose("hidden", None, new.hidden_size) if new.hidden_size != config.hidden_size and not rotated else None
     if target.drop_layers is None:
-        kept = choose("layer", None, new.num_layers)
+        kept = keep_layers(scores, config.num_layers, new.num_layers)
     else:
         kept = [layer for layer in range(config.num_layers) if layer not in target.drop_layers]
     layers = []
@@ -205,7 +219,16 @@ def make_plan(
                 if units is not None:
                     shards[axis] = shard_counts(axis, units, config, ranks)
         layers.append(LayerPlan(layer=layer, ffn=ffn, kv_head=kv_head, head=head, shards=shards))
-    return Plan(old=shape_of(config), new=shape_of(new), hidden=hidden, layers=layers, made_by=made_by, content_id=content_id)
+    return Plan(
+        old=shape_of(config),
+        new=shape_of(new),
+        hidden=hidden,
+        rotated=rotated,
+        untied=config.tie_embeddings and not new.tie_embeddings,
+        layers=layers,
+        made_by=made_by,
+        content_id=content_id,
+    )
 
 
 def check_plan(plan: Plan, config: ModelConfig, where: object) -> None:
@@ -221,7 +244,8 @@ def check_plan(plan: Plan, config: ModelConfig, where: object) -> None:
     raise_all(PlanError, f"{where} does not fit the checkpoint", problems)
     new = plan.new
     problems += [f"{name} cannot change" for name in ("kv_channels", "vocab_size") if new[name] != getattr(config, name)]
-    problems += _unit_problems("hidden", plan.hidden, config.hidden_size, new["hidden_size"])
+    if not plan.rotated:
+        problems += _unit_problems("hidden", plan.hidden, config.hidden_size, new["hidden_size"])
     numbers = [entry.layer for entry in plan.layers]
     problems += _unit_problems("layers", numbers, config.num_layers, new["num_layers"])
     if numbers != sorted(numbers):

@@ -14,7 +14,10 @@ from megatron_prune.axes.axis import AXES
 from megatron_prune.planning.target import Target
 
 Scores = dict[tuple[str, int | None], torch.Tensor]
-"""(axis, layer or None) → float64 [units] by global unit id; larger is more important."""
+"""(axis, layer or None) → float64 [units] by global unit id; larger is more important.
+
+``("block", n)`` → float64 [layers - n + 1]: n consecutive layers as a whole, by the first of them.
+"""
 
 
 def best(scores: torch.Tensor, keep: int) -> list[int]:
@@ -41,6 +44,15 @@ def keep_heads(scores: torch.Tensor, groups: list[int], per_group: int, config: 
     """Kept query heads: the best ``per_group`` of every kept KV group, group by group."""
     n = config.heads_per_group
     return [group * n + head for group in groups for head in best(scores[group * n : (group + 1) * n], per_group)]
+
+
+def keep_layers(scores: Scores, count: int, keep: int) -> list[int]:
+    """Kept layers, ascending: all but the least important block where blocks were scored, else the best one by one."""
+    blocks = scores.get(("block", count - keep))
+    if blocks is None:
+        return best(scores["layer", None], keep)
+    start = int(blocks.argmin())  # of equals the first
+    return [layer for layer in range(count) if not start <= layer < start + count - keep]
 
 
 def shard_counts(axis_name: str, kept: list[int], config: ModelConfig, ranks: int) -> list[int]:

@@ -33,7 +33,7 @@ def forward(model: RunningModel, batches: list[torch.Tensor], collect: Callable[
         return output, partial(keep, tokens)
 
     def keep(tokens: torch.Tensor, output: torch.Tensor, non_loss_data: bool = True) -> Any:
-        return collect(_mask_padding(output, model), tokens)
+        return collect(mask_padding(output, model), tokens)
 
     with cpu.stand_in(), torch.no_grad():
         kept = get_forward_backward_func()(
@@ -49,7 +49,7 @@ def forward(model: RunningModel, batches: list[torch.Tensor], collect: Callable[
     return kept if parallel_state.is_pipeline_last_stage() else []
 
 
-def _mask_padding(logits: torch.Tensor, model: RunningModel) -> torch.Tensor:
+def mask_padding(logits: torch.Tensor, model: RunningModel) -> torch.Tensor:
     """Make the vocabulary's padding impossible, so that it takes no probability."""
     width = logits.shape[-1]
     real = model.config.vocab_size - width * parallel_state.get_tensor_model_parallel_rank()

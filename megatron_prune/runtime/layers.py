@@ -1,7 +1,8 @@
 """The layer spec: Transformer Engine's where it can be imported and there is CUDA, else megatron-core's local layers.
 
-Two modules of the local spec are replaced. Its attention materialises the scores and forks an RNG state that exists on
-CUDA only; its RMSNorm refuses sequence parallelism.
+Three modules of the local spec are replaced. Its core attention materialises the scores and forks an RNG state that
+exists on CUDA only; its self-attention rotates every cached key again at every step of decoding; its RMSNorm refuses
+sequence parallelism.
 """
 
 from __future__ import annotations
@@ -9,7 +10,11 @@ from __future__ import annotations
 import importlib.util
 
 import torch
+from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -25,9 +30,15 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
     """The spec of one decoder layer."""
     if has_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    return local_layer_spec(config)
+
+
+def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """megatron-core's local layers, in which every norm is a module of its own, with our attention and norms."""
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     parts, attention = spec.submodules, spec.submodules.self_attention.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.module = CachingSelfAttention
     attention.core_attention = SdpaAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
@@ -42,6 +53,33 @@ class RMSNorm(nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
+class CachingSelfAttention(SelfAttention):
+    """megatron-core's self-attention whose cache holds rotated keys, in the order in which attention reads them.
+
+    megatron-core's own caches them unrotated, [tokens, batch, KV groups, head_dim], where there is no flash-attention.
+    """
+
+    def _adjust_key_value_for_inference(
+        self, inference_context: BaseInferenceContext | None, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb, *rest
+    ):
+        if inference_context is None:
+            return super()._adjust_key_value_for_inference(None, query, key, value, rotary_pos_emb, *rest)
+        start = inference_context.sequence_len_offset
+        end = start + key.shape[0]
+        positions = rotary_pos_emb[0][start:end]
+        key = apply_rotary_pos_emb(key, positions, config=self.config, cp_group=self.pg_collection.cp)
+        caches = inference_context.key_value_memory_dict
+        if self.layer_number not in caches:
+            _, batch, groups, width = key.shape
+            shape = (batch, groups, inference_context.max_sequence_length, width)
+            caches[self.layer_number] = key.new_empty(shape), value.new_empty(shape)
+        held = []
+        for cache, new in zip(caches[self.layer_number], (key, value)):
+            cache[:, :, start:end] = new.permute(1, 2, 0, 3)
+            held.append(cache[:, :, :end].permute(2, 0, 1, 3))
+        return query, *held, (positions, None), AttnMaskType.no_mask, None
+
+
 class SdpaAttention(nn.Module):
     """Causal grouped-query attention through torch's ``scaled_dot_product_attention``, without dropout."""
 
@@ -54,19 +92,34 @@ class SdpaAttention(nn.Module):
         """Attend.
 
         Args:
-            query: [tokens, batch, heads, head_dim], this rank's heads.
-            key, value: [tokens, batch, KV groups, head_dim].
+            query: [tokens, batch, heads, head_dim], this rank's heads; the last tokens of the text.
+            key, value: [tokens so far, batch, KV groups, head_dim].
 
         Returns:
             [tokens, batch, heads × head_dim].
         """
         tokens, batch = query.shape[:2]
+        if tokens == 1:
+            return self._decode(query, key, value)
+        so_far = key.shape[0]
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
         mask = None
-        if self._window is not None and self._window < tokens:
-            mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril().triu(1 - self._window)
+        if tokens < so_far or (self._window is not None and self._window < so_far):
+            mask = torch.ones(tokens, so_far, dtype=torch.bool, device=query.device).tril(so_far - tokens)
+            if self._window is not None:
+                mask = mask.triu(so_far - tokens + 1 - self._window)
         grouped = query.shape[1] != key.shape[1]
         context = scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self._scale, enable_gqa=grouped
         )
         return context.permute(2, 0, 1, 3).reshape(tokens, batch, -1)
+
+    def _decode(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """One token's queries see every key of the window; those of a KV group go as rows of one matrix."""
+        _, batch, heads, width = query.shape
+        if self._window is not None:
+            key, value = key[-self._window :], value[-self._window :]
+        groups = key.shape[2]
+        query = query.reshape(batch, groups, heads // groups, width)
+        key, value = (part.permute(1, 2, 0, 3) for part in (key, value))
+        return scaled_dot_product_attention(query, key, value, scale=self._scale).reshape(1, batch, heads * width)

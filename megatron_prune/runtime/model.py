@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from megatron_prune.arch.sharding import (
     OUTPUT,
     MegatronTensor,
     ParallelLayout,
+    Shard,
     blocks,
     layer_tensors,
     outer_tensors,
@@ -174,11 +177,32 @@ def _load(module: GPTModel, tensors: TensorMap, layout: ParallelLayout) -> None:
             continue  # an outer tensor of another stage
         full = tensor.full_shape(config, layout)
         held = shard(tensor, full, layout.tensor, rank)
-        target = parameter.data.view(held.shape)
-        target.zero_()  # the vocabulary's padding
-        for role, stored, row, col, rows, cols in blocks(tensor, config, full[0], held):
-            block = tensors.read_block(TensorId(role, layer), range(row, row + rows), range(col, col + cols))
-            target[stored : stored + rows].copy_(block.view(rows, -1))
+        fill(parameter, tensor, held, full[0], config, partial(_read, tensors, layer))
     close_files()
     if parameters:
         raise RuntimeError(f"parameters without a tensor in the checkpoint: {sorted(parameters)}")
+
+
+def _read(tensors: TensorMap, layer: int | None, role: str, rows: range, cols: range) -> torch.Tensor:
+    return tensors.read_block(TensorId(role, layer), rows, cols)
+
+
+def fill(
+    parameter: torch.nn.Parameter,
+    tensor: MegatronTensor,
+    held: Shard,
+    full_rows: int,
+    config: ModelConfig,
+    read: Callable[[str, range, range], torch.Tensor],
+) -> None:
+    """Copy the role blocks of a shard into its parameter.
+
+    Args:
+        held: what this rank holds of ``tensor``, which has ``full_rows`` rows over all ranks.
+        read: (role, rows, columns) → that block of the role tensor.
+    """
+    target = parameter.data.view(held.shape)
+    target.zero_()  # the vocabulary's padding
+    for role, stored, row, col, rows, cols in blocks(tensor, config, full_rows, held):
+        block = read(role, range(row, row + rows), range(col, col + cols))
+        target[stored : stored + rows].copy_(block.reshape(rows, -1))

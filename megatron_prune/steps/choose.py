@@ -1,39 +1,64 @@
-"""Where a plan comes from: a file, or a metric's scores under a request for a shape."""
+"""Where a plan comes from: a file, or a metric's scores under a request for a shape or a budget."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Callable, ClassVar
 
+from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.arch.tensors import tensor_ids
-from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.axes.axis import AXES
+from megatron_prune.config import option
 from megatron_prune.errors import InputError, PlanError
 from megatron_prune.families.family import Family
 from megatron_prune.importance.metric import METRICS
-from megatron_prune.importance.scoring import score
+from megatron_prune.planning.budget import (
+    Budget,
+    candidates,
+    check_multiples,
+    cut_axes,
+    loss_estimate,
+    parse_multiples,
+    rank_candidates,
+    read_budget,
+)
 from megatron_prune.planning.plan import Plan, check_plan, load_plan, make_plan
-from megatron_prune.planning.selection import needed_scores
-from megatron_prune.planning.target import check_parallel, resolve_target
-from megatron_prune.runtime.world import World
-from megatron_prune.steps.output import progress_bar
+from megatron_prune.planning.selection import Scores, needed_scores
+from megatron_prune.planning.target import Target, check_parallel, resolve_target
+from megatron_prune.surgery.basis import HIDDEN_METHODS
+
+BEST = {"hidden": "activation", "ffn": "fisher", "head": "obs", "kv_head": "obs", "layer": "angular"}
+"""Axis → the metric that measured best with re-fitting (README): how units are chosen where nothing else is asked for."""
+
+Measure = Callable[[str, list[tuple[str, int | None]]], Scores]
+"""(metric, wanted (axis, layer) pairs) → scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanRequest:
-    """What was asked for: sizes that remain (``None``: all) and how to choose, or a plan file."""
+class TargetOptions:
+    """The shape to reach, or a budget to keep to, and how units are chosen; or a plan."""
 
-    hidden_size_remain: int | None = None
-    ffn_hidden_size_remain: int | None = None
-    num_attention_heads_remain: int | None = None
-    num_query_groups_remain: int | None = None
-    num_layers_remain: int | None = None
-    drop_layers: tuple[int, ...] | None = None
-    prune_type: str = "balance"
-    metric: str = "random"
-    seed: int = 1234
-    plan: str | None = None
+    hidden_size_remain: int | None = option("residual channels that stay", None)
+    ffn_hidden_size_remain: int | None = option("feed-forward channels that stay in every layer", None)
+    num_attention_heads_remain: int | None = option("query heads that stay in every layer", None)
+    num_query_groups_remain: int | None = option("KV groups that stay in every layer", None)
+    num_layers_remain: int | None = option("layers that stay, chosen by the depth metric", None)
+    drop_layers: tuple[int, ...] | None = option("layers that go, 0-based, such as 7,13", None)
+    params: str | None = option("budget: at most this many parameters as stored, such as 90M", None)
+    ratio: float | None = option("budget: share of all parameters to remove, such as 0.25", None)
+    memory: str | None = option("budget: weights and KV cache of an inference, such as 2GiB", None)
+    memory_seq_length: int = option("tokens in the KV cache of --memory", 4096)
+    memory_batch: int = option("sequences in the KV cache of --memory", 1)
+    multiple_of: str | None = option("sizes are multiples of these, such as hidden=64,ffn=128", None)
+    metric: str = option("how units are scored: random, magnitude, activation, wanda, taylor … (see the README)", "activation")
+    depth_metric: str | None = option("how layers are chosen (default: angular where there is text, else the metric)", None)
+    hidden_method: str | None = option(
+        "how hidden units are cut (default: rotate where there is text, else select)", None, choices=HIDDEN_METHODS
+    )
+    untie: bool = option("store the head of a tied model as a matrix of its own", False)
+    plan: str | None = option("apply this plan instead of making one", None)
 
     SIZES: ClassVar[tuple[str, ...]] = (
         "hidden_size_remain",
@@ -45,102 +70,241 @@ class PlanRequest:
     )
 
 
-def obtain_plan(
-    request: PlanRequest,
-    tensors: TensorMap,
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What was asked for, checked against the model before anything is measured.
+
+    Attributes:
+        target: the exact shape; ``None`` for a budget or a plan.
+        shapes: the shapes that meet the budget, largest first.
+        plan: the plan that was read.
+        metric_of: axis → name of the metric that scores it.
+        rotate: whether cut hidden units are rotated first.
+    """
+
+    target: Target | None = None
+    shapes: tuple[ModelConfig, ...] = ()
+    plan: Plan | None = None
+    metric_of: dict[str, str]
+    rotate: bool
+
+    def axes(self, config: ModelConfig) -> set[str]:
+        """Axes whose scores are needed to choose units of a model of that shape."""
+        if self.plan is not None:
+            return set()
+        if self.shapes:
+            return {axis for shape in self.shapes for axis in cut_axes(config, shape)}
+        needed = {axis for axis, _ in needed_scores(config, self.target)}
+        return needed - {"hidden"} if self.rotate else needed
+
+    def rotates(self, config: ModelConfig) -> bool:
+        """Whether the plan will (or, within a budget, may) rotate the stream."""
+        if self.plan is not None:
+            return self.plan.rotated
+        shapes = self.shapes or (self.target.config,)
+        return self.rotate and any(shape.hidden_size != config.hidden_size for shape in shapes)
+
+    def metrics(self, config: ModelConfig) -> list[str]:
+        """Names of the metrics whose scores are needed."""
+        return sorted({self.metric_of[axis] for axis in self.axes(config)})
+
+
+def metrics_of(options: TargetOptions, *, has_text: bool, held: list[str] | None = None) -> dict[str, str]:
+    """Axis → metric: as asked for, else the best (of those whose scores are ``held``, where scores were named).
+
+    Raises:
+        InputError: if there is no such metric.
+    """
+    chosen = {axis: options.metric or _best(axis, held) for axis in BEST}
+    if has_text and not (options.metric and METRICS.get(options.metric).block_wise):
+        chosen["layer"] = _best("layer", held)
+    chosen["layer"] = options.depth_metric or chosen["layer"]
+    for name in chosen.values():
+        METRICS.get(name)
+    return chosen
+
+
+def _best(axis: str, held: list[str] | None) -> str:
+    able = [name for name in held or () if axis in METRICS.get(name).axes]
+    return BEST[axis] if BEST[axis] in able or not able else able[0]
+
+
+def read_request(
+    options: TargetOptions,
+    config: ModelConfig,
     layout: ParallelLayout,
     family: Family,
     content_id: Callable[[], str],
-    world: World,
-) -> Plan:
-    """Read or make the plan; the same on every process.
+    *,
+    prune_type: str,
+    has_text: bool,
+    held: list[str] | None = None,
+    dtype_bytes: int = 2,
+) -> Request:
+    """Check what was asked for.
 
     Args:
-        tensors: the model to prune.
-        layout: the parallel layout of this run.
-        family: what the result must be expressible as.
         content_id: tells the model's digest (asked for only when needed: it may have to read the model).
+        has_text: whether there is calibration text.
+        held: metrics whose scores were made before.
+        dtype_bytes: of a weight, for a budget of memory.
 
     Raises:
         InputError: if the request or the plan does not fit the model, the layout or the family.
     """
-    layout.check(tensors.config)
-    return (_read if request.plan else _make)(request, tensors, layout, family, content_id, world)
-
-
-def _make(
-    request: PlanRequest,
-    tensors: TensorMap,
-    layout: ParallelLayout,
-    family: Family,
-    content_id: Callable[[], str],
-    world: World,
-) -> Plan:
-    config = tensors.config
-    metric = METRICS.get(request.metric)(seed=request.seed)
-    target = resolve_target(
-        config,
-        hidden_size=request.hidden_size_remain,
-        ffn_hidden_size=request.ffn_hidden_size_remain,
-        num_attention_heads=request.num_attention_heads_remain,
-        num_query_groups=request.num_query_groups_remain,
-        num_layers=request.num_layers_remain,
-        drop_layers=request.drop_layers,
+    layout.check(config)
+    rotate = (options.hidden_method or ("rotate" if has_text else "select")) == "rotate"
+    if rotate and not has_text:
+        raise InputError("--hidden_method rotate needs text to find the subspace", do="name some with --data, or use select")
+    common = {"metric_of": metrics_of(options, has_text=has_text, held=held), "rotate": rotate}
+    if options.plan:
+        return Request(plan=_read(options, config, layout, family, content_id, prune_type), **common)
+    multiples = parse_multiples(options.multiple_of) if options.multiple_of else {}
+    budget = read_budget(
+        params=options.params,
+        ratio=options.ratio,
+        memory=options.memory,
+        seq_length=options.memory_seq_length,
+        batch=options.memory_batch,
+        dtype_bytes=dtype_bytes,
     )
+    sizes = {name: getattr(options, name) for name in TargetOptions.SIZES}
+    if budget is not None:
+        shapes = _budget_shapes(_untied(options, config), budget, multiples, layout, family, prune_type, sizes, common)
+        return Request(shapes=tuple(shapes), **common)
+    target = resolve_target(config, **{name.removesuffix("_remain"): value for name, value in sizes.items()})
+    target = dataclasses.replace(target, config=_untied(options, target.config))
     if target.config == config and not target.drop_layers:
         raise InputError("nothing to prune", got="no size smaller than the model's", do="ask for a smaller size, or drop layers")
-    check_parallel(config, target.config, layout, request.prune_type)
+    check_multiples(config, target.config, multiples)
+    check_parallel(config, target.config, layout, prune_type)
     family.check_expressible(target.config)
-    total = sum(tensors.nbytes(tensor) for tensor in tensor_ids(config)) // (layout.tensor * layout.pipeline)
-    with progress_bar("scoring", total, shown=world.is_main and metric.reads_weights) as advance:
-        scores = score(metric, tensors, layout, needed_scores(config, target), world, advance)
-    made_by = {
-        "metric": request.metric,
-        "prune_type": request.prune_type,
-        "seed": request.seed,
-        "tensor_parallel": layout.tensor,
-        "pipeline_parallel": layout.pipeline,
-    }
+    _check_axes(config, target, common)
+    return Request(target=target, **common)
+
+
+def _untied(options: TargetOptions, config: ModelConfig) -> ModelConfig:
+    if options.untie and not config.tie_embeddings:
+        raise InputError("--untie", got="a model whose head is a matrix of its own already")
+    return dataclasses.replace(config, tie_embeddings=config.tie_embeddings and not options.untie)
+
+
+def _budget_shapes(
+    config: ModelConfig,
+    budget: Budget,
+    multiples: dict[str, int],
+    layout: ParallelLayout,
+    family: Family,
+    prune_type: str,
+    sizes: dict[str, object],
+    common: dict,
+) -> list[ModelConfig]:
+    """Shapes that meet the budget along the axes that the metrics can score."""
+
+    def legal(shape: ModelConfig) -> bool:
+        try:
+            family.check_expressible(shape)
+        except InputError:
+            return False
+        return True
+
+    return candidates(
+        config,
+        budget,
+        multiple_of=multiples,
+        layout=layout,
+        prune_type=prune_type,
+        legal=legal,
+        fixed=sizes,
+        axes=tuple(axis for axis in AXES.names() if axis in METRICS.get(common["metric_of"][axis]).axes),
+    )
+
+
+def _check_axes(config: ModelConfig, target: Target, common: dict) -> None:
+    """Refuse a cut along an axis that the metric cannot score."""
+    for axis, _ in needed_scores(config, target):
+        name = common["metric_of"][axis]
+        if axis not in METRICS.get(name).axes and not (axis == "hidden" and common["rotate"]):
+            able = [other for other in METRICS.names() if axis in METRICS.get(other).axes]
+            raise InputError(f"metric {name} cannot score the axis {axis}", needed="one of " + ", ".join(able))
+
+
+def choose_plan(
+    request: Request,
+    config: ModelConfig,
+    layout: ParallelLayout,
+    content_id: str,
+    measure: Measure,
+    *,
+    prune_type: str,
+    made_by: dict[str, object],
+) -> Plan:
+    """Make the plan from scores; the same on every process."""
+    if request.plan is not None:
+        return request.plan
+    target = request.target or best_shape(request, config, measure)
+    scores: Scores = {}
+    for axis in sorted(request.axes(config)):  # the same order on every process: scoring communicates
+        wanted = [place for place in needed_scores(config, target) if place[0] == axis]
+        found = measure(request.metric_of[axis], wanted) if wanted else {}
+        names = ("layer", "block") if axis == "layer" else (axis,)
+        scores |= {place: value for place, value in found.items() if place[0] in names}
     return make_plan(
         config,
         target,
         scores,
-        prune_type=request.prune_type,
+        prune_type=prune_type,
         ranks=layout.tensor,
         made_by=made_by,
-        content_id=content_id(),
+        content_id=content_id,
+        rotate=request.rotate,
     )
 
 
+def best_shape(request: Request, config: ModelConfig, measure: Measure) -> Target:
+    """The shape within the budget that the scores expect to lose least."""
+    everywhere = lambda axis: range(config.num_layers) if AXES.get(axis).per_layer else [None]
+    scores: Scores = {}
+    for axis in sorted(request.axes(config)):
+        wanted = [(axis, place) for place in everywhere(axis)]
+        found = measure(request.metric_of[axis], wanted)
+        scores |= {place: found[place] for place in wanted}
+    ranked = rank_candidates(config, list(request.shapes), loss_estimate(config, scores, even=0.5))
+    shape = ranked[0][1]
+    return Target(config=shape, drop_layers=() if shape.num_layers == config.num_layers else None)
+
+
 def _read(
-    request: PlanRequest,
-    tensors: TensorMap,
+    options: TargetOptions,
+    config: ModelConfig,
     layout: ParallelLayout,
     family: Family,
     content_id: Callable[[], str],
-    world: World,
+    prune_type: str,
 ) -> Plan:
-    default = PlanRequest()
-    names = (*PlanRequest.SIZES, "prune_type", "metric", "seed")
-    extra = [f"--{name}" for name in names if getattr(request, name) != getattr(default, name)]
+    extra = [
+        f"--{item.name}" for item in fields(TargetOptions) if item.name != "plan" and getattr(options, item.name) != item.default
+    ]
+    if prune_type != "balance":
+        extra.append("--prune_type")
     if extra:
         raise InputError(f"--plan and {', '.join(extra)} both say what stays", do="give one of the two")
-    plan = load_plan(Path(request.plan))
-    check_plan(plan, tensors.config, request.plan)
+    plan = load_plan(Path(options.plan))
+    check_plan(plan, config, options.plan)
     if layout.tensor == 1:
         plan = plan.without_shards()
     uneven = plan.shard_sizes()
     wrong = sorted({len(counts) for counts in uneven.values()} - {layout.tensor})
     if wrong:
         raise PlanError(
-            f"{request.plan} deals units over {wrong[0]} ranks", needed=layout.tensor, do="remove its shards, or use that TP"
+            f"{options.plan} deals units over {wrong[0]} ranks", needed=layout.tensor, do="remove its shards, or use that TP"
         )
     if not uneven:
-        layout.check(plan.new_config(tensors.config))
-    family.check_expressible(plan.new_config(tensors.config))
+        layout.check(plan.new_config(config))
+    family.check_expressible(plan.new_config(config))
     if plan.content_id is not None and plan.content_id != content_id():
         raise PlanError(
-            f"{request.plan} was made from another model of the same shape",
+            f"{options.plan} was made from another model of the same shape",
             got=plan.content_id,
             needed=content_id(),
             do='set "content_id" to null in the plan to apply it all the same',

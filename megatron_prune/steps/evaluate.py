@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_prune.arch.tensors import parameter_count
-from megatron_prune.calibration.windows import read_windows
+from megatron_prune.calibration.windows import draw_windows
 from megatron_prune.checkpoint import huggingface, megatron, staging
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
@@ -23,7 +23,11 @@ class EvaluateOptions:
     """Measure perplexity of a Megatron checkpoint on a text."""
 
     load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
-    data: str = option("text file")
+    data: str = option(
+        "text file, .jsonl file, folder, prefix of a Megatron .bin/.idx pair, owner/name on the Hugging Face hub, or a known "
+        "data set (wikitext2, ptb, c4 …; its evaluation split)"
+    )
+    data_field: str = option("name of the text in JSONL and data sets", "text")
     tokenizer: str | None = option("Hugging Face directory of the tokenizer (default: kept in the checkpoint)", None)
     seq_length: int = option("tokens in a window", 512)
     windows: int = option("windows from the start of the text, at most", 16)
@@ -55,7 +59,8 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
     folder = huggingface.resolve(options.tokenizer) if options.tokenizer else checkpoint.hf_folder
     if folder is None:
         raise InputError(f"{checkpoint.path} keeps no tokenizer", do="name one with --tokenizer")
-    windows = read_windows(Path(options.data), folder, seq_length=options.seq_length, count=options.windows)
+    drawn = draw_windows(options.data, folder, seq_length=options.seq_length, count=options.windows, field=options.data_field)
+    windows = drawn.tokens
     if windows.max() >= checkpoint.config.vocab_size:
         raise InputError(
             "the tokenizer is not the model's", got=f"token {windows.max()}", needed=f"below {checkpoint.config.vocab_size}"
@@ -73,6 +78,7 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
             "checkpoint": str(options.load_dir),
             "perplexity": value,
             "text": str(options.data),
+            "split": drawn.facts["split"],
             "windows": len(windows),
             "seq_length": options.seq_length,
             "dtype": options.dtype,

@@ -12,7 +12,15 @@ from typing import Callable, Iterator
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
@@ -186,9 +194,10 @@ def run(world: World, source: Source, target: TensorMap | None, *, label: str, s
 
 
 @contextlib.contextmanager
-def progress_bar(label: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar in bytes on standard error, on one process."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+def progress_bar(label: str, total: int, *, shown: bool, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, on one process; it counts bytes, or what ``unit`` says."""
+    amount = (DownloadColumn(),) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
+    columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
         task = bar.add_task(label, total=total)
         yield lambda count: bar.advance(task, count)

@@ -11,39 +11,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import tensor_ids
 from megatron_prune.checkpoint import megatron, staging
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.config import add_options, option
+from megatron_prune.families.family import Family
+from megatron_prune.planning.plan import Plan
 from megatron_prune.planning.target import PRUNE_TYPES
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.megatron_flags import add_megatron_flags, check_megatron_flags, megatron_flags
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.choose import PlanRequest, obtain_plan
-from megatron_prune.steps.export import choose_family
+from megatron_prune.steps.choose import TargetOptions, read_request
+from megatron_prune.steps.export import choose_family, commonest
+from megatron_prune.steps.fit import FitOptions, held_metrics, pruned_source, wants_text
 from megatron_prune.steps.output import Source, log, run, write_megatron
+from megatron_prune.steps.score import megatron_subject
 from megatron_prune.surgery.cut import Cut
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneOptions:
-    """Prune a Megatron checkpoint to a smaller shape, by scores or by a plan."""
+class PruneOptions(TargetOptions, FitOptions):
+    """Prune a Megatron checkpoint to a smaller shape, by scores or by a plan, and re-fit what stays."""
 
     load: str = option("Megatron checkpoint: its root, or an iteration directory")
     save: str = option("pruned Megatron checkpoint to write")
-    hidden_size_remain: int | None = option("residual channels that stay", None)
-    ffn_hidden_size_remain: int | None = option("feed-forward channels that stay in every layer", None)
-    num_attention_heads_remain: int | None = option("query heads that stay in every layer", None)
-    num_query_groups_remain: int | None = option("KV groups that stay in every layer", None)
-    num_layers_remain: int | None = option("layers that stay, chosen by the metric", None)
-    drop_layers: tuple[int, ...] | None = option("layers that go, 0-based, such as 7,13", None)
     prune_type: str = option("which units each tensor-parallel rank keeps", "balance", choices=PRUNE_TYPES)
-    metric: str = option("how units are scored: random, magnitude", "random")
-    seed: int = option("seed of the random metric", 1234)
-    plan: str | None = option("apply this plan instead of making one", None)
+    scores: str | None = option("use these scores (of megatron-prune score) and their text", None)
     save_plan: str | None = option("also write the plan here", None)
+    tokenizer: str | None = option("Hugging Face directory of the tokenizer (default: kept in the checkpoint)", None)
     tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
     pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
     ckpt_format: str | None = option("layout of the result (default: that of the source)", None, choices=megatron.FORMATS)
@@ -77,10 +75,38 @@ def prune(options: PruneOptions, world: World) -> None:
     check_megatron_flags(options.megatron, checkpoint.config)
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     family = choose_family(checkpoint.manifest.family, options.target_family)
-    request = PlanRequest(**{item.name: getattr(options, item.name) for item in dataclasses.fields(PlanRequest)})
-    plan = obtain_plan(request, checkpoint.tensors, layout, family, lambda: model_id(checkpoint, world), world)
+    request = read_request(
+        options,
+        checkpoint.config,
+        layout,
+        family,
+        lambda: model_id(checkpoint, world),
+        prune_type=options.prune_type,
+        has_text=wants_text(options),
+        held=held_metrics(options),
+        dtype_bytes=commonest(Source(tensors=checkpoint.tensors).dtypes(checkpoint.config, None)).itemsize,
+    )
+    subject = megatron_subject(checkpoint, layout, options.tokenizer, world)
+    made_by = {"prune_type": options.prune_type, "tensor_parallel": layout.tensor, "pipeline_parallel": layout.pipeline}
+    with pruned_source(options, request, subject, made_by, save, world) as (plan, source):
+        _write(options, checkpoint, layout, family, plan, source, world)
+    if world.is_main:
+        if options.save_plan:
+            staging.write_text(Path(options.save_plan), plan.dumps())
+        log.info("pruned to %s: %s", save, plan.summary())
+
+
+def _write(
+    options: PruneOptions,
+    checkpoint: MegatronCheckpoint,
+    layout: ParallelLayout,
+    family: Family,
+    plan: Plan,
+    source: Source,
+    world: World,
+) -> None:
     cut = Cut(plan, checkpoint.config)
-    source = Source(tensors=checkpoint.tensors, origin=cut.origin, transform=cut.transform)
+    stored = Source(tensors=checkpoint.tensors, origin=cut.origin)
 
     def manifest(report: StreamReport) -> Manifest:
         before = checkpoint.manifest
@@ -93,17 +119,18 @@ def prune(options: PruneOptions, world: World) -> None:
             layout=layout,
             content_id=content_id(report.digests),
             hf_dtypes=dtypes_after(before.hf_dtypes, cut),
+            tied_head_stored=before.tied_head_stored and cut.config.tie_embeddings,
             kept_layers=original if before.kept_layers or len(kept) < checkpoint.config.num_layers else None,
             recipe=[*before.recipe, plan.recipe_entry()],
         )
 
     write_megatron(
         world,
-        save,
+        Path(options.save),
         source,
         config=cut.config,
         layout=layout,
-        dtypes=source.dtypes(cut.config, None),
+        dtypes=stored.dtypes(cut.config, None),
         ckpt_format=options.ckpt_format or checkpoint.format,
         manifest=manifest,
         side_files=checkpoint.hf_folder,
@@ -112,10 +139,6 @@ def prune(options: PruneOptions, world: World) -> None:
         overwrite=options.overwrite,
         strict=options.strict,
     )
-    if world.is_main:
-        if options.save_plan:
-            staging.write_text(Path(options.save_plan), plan.dumps())
-        log.info("pruned to %s: %s", save, plan.summary())
 
 
 def model_id(checkpoint: MegatronCheckpoint, world: World) -> str:

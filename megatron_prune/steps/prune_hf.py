@@ -1,10 +1,13 @@
-"""The same cuts on a Hugging Face directory, in a single process without Megatron (S4's ``prune_hf/prune_llama.py``).
+"""The same cuts and fits on a Hugging Face directory, in a single process without Megatron (S4's ``prune_hf/prune_llama.py``).
 
-With the same plan the result equals the export of the tensor-parallel route bit for bit.
+With the same plan, and nothing re-fitted, the result equals the export of the tensor-parallel route bit for bit; re-fitted
+on the same text it equals it up to rounding.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,34 +15,38 @@ from typing import Any
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.manifest import RECIPE_FILE, dump_recipe, read_recipe
 from megatron_prune.checkpoint.stream import content_id
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.evaluation.model_card import model_card
+from megatron_prune.families.family import Family
+from megatron_prune.planning.plan import Plan
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.choose import PlanRequest, obtain_plan
+from megatron_prune.steps.calibrate import Subject, bos_token
+from megatron_prune.steps.choose import TargetOptions, read_request
 from megatron_prune.steps.convert import check_tied_copy
 from megatron_prune.steps.export import choose_family, commonest, name_dtype, parse_size
+from megatron_prune.steps.fit import FitOptions, held_metrics, pruned_source, wants_text
+from megatron_prune.steps.huggingface_runner import HuggingFaceRunner, check_metrics
 from megatron_prune.steps.output import Source, log, run, write_huggingface
 from megatron_prune.surgery.cut import Cut
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneHfOptions:
-    """Prune a Hugging Face model to a smaller shape, single process."""
+class PruneHfOptions(TargetOptions, FitOptions):
+    """Prune a Hugging Face model to a smaller shape, by scores or by a plan, and re-fit what stays; single process."""
 
     model_name_or_path: str = option("Hugging Face model: a directory, or a hub id")
     output_path: str = option("Hugging Face directory to write")
     prune_config_path: str | None = option(
         "JSON file with hidden_size_remain, num_attention_heads_remain, ffn_hidden_size_remain, drop_layers "
-        "(and num_query_groups_remain, num_layers_remain) (default: prune_config.json)",
+        "(and num_query_groups_remain, num_layers_remain) (default: prune_config.json, where no size, budget or plan is given)",
         None,
     )
-    plan: str | None = option("apply this plan instead of the JSON file", None)
+    scores: str | None = option("use these scores (of megatron-prune score) and their text", None)
     save_plan: str | None = option("also write the plan here", None)
-    metric: str = option("how units are scored: random, magnitude", "random")
-    seed: int = option("seed of the random metric", 1234)
     target_family: str | None = option("write as another family of the same architecture, such as mistral", None)
     max_shard_size: str = option("split weight files larger than this", "5GB")
     overwrite: bool = option("replace an existing output directory", False)
@@ -57,23 +64,50 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
     staging.check_output(save, overwrite=options.overwrite, source=folder)
     if options.save_plan:
         staging.check_file(Path(options.save_plan), beside=save)
-    shard_bytes = parse_size(options.max_shard_size)
-    if options.plan and options.prune_config_path:
-        raise InputError("--plan and --prune_config_path both say the shape", do="give one of the two")
-    sizes = {} if options.plan else read_prune_config(Path(options.prune_config_path or "prune_config.json"))
+    parse_size(options.max_shard_size)
+    options = with_sizes(options)
     model = huggingface.open_model(folder)
     check_tied_copy(model)
     family = choose_family(model.family.name, options.target_family)
-    request = PlanRequest(**sizes, metric=options.metric, seed=options.seed, plan=options.plan)
-    source = Source(tensors=model.tensors)
+    layout = ParallelLayout()
 
+    @functools.cache
     def model_id() -> str:
-        return content_id(run(world, source, None, label="digesting", strict=options.strict).digests)
+        return content_id(run(world, Source(tensors=model.tensors), None, label="digesting", strict=options.strict).digests)
 
-    plan = obtain_plan(request, model.tensors, ParallelLayout(), family, model_id, world)
-    cut = Cut(plan, model.config)
-    source = Source(tensors=model.tensors, origin=cut.origin, transform=cut.transform)
-    dtypes = source.dtypes(cut.config, None)
+    request = read_request(
+        options,
+        model.config,
+        layout,
+        family,
+        model_id,
+        prune_type="balance",
+        has_text=wants_text(options),
+        held=held_metrics(options),
+        dtype_bytes=commonest(Source(tensors=model.tensors).dtypes(model.config, None)).itemsize,
+    )
+    if not options.scores:
+        check_metrics(request.metrics(model.config))
+    subject = Subject(
+        tensors=model.tensors,
+        layout=layout,
+        content_id=model_id(),
+        tokenizer_dir=model.path,
+        bos=bos_token(model.path),
+        runner=HuggingFaceRunner(model.path, model.family),
+    )
+    made_by = {"prune_type": "balance", "tensor_parallel": 1, "pipeline_parallel": 1}
+    with pruned_source(options, request, subject, made_by, save, world) as (plan, source):
+        _write(options, model, family, plan, source, world)
+    if world.is_main:
+        if options.save_plan:
+            staging.write_text(Path(options.save_plan), plan.dumps())
+        log.info("pruned to %s: %s", save, plan.summary())
+
+
+def _write(options: PruneHfOptions, model: HuggingFaceModel, family: Family, plan: Plan, source: Source, world: World) -> None:
+    save, cut = Path(options.output_path), Cut(plan, model.config)
+    dtypes = Source(tensors=model.tensors, origin=cut.origin).dtypes(cut.config, None)
     kept = [entry.layer for entry in plan.layers]
     hf_config = family.hf_config(cut.config, model.hf_config, kept if len(kept) < model.config.num_layers else None)
     stored = str(commonest(dtypes)).removeprefix("torch.")
@@ -89,17 +123,31 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
         hf_config=hf_config,
         config_text=(model.path / "config.json").read_text(encoding="utf-8") if hf_config == model.hf_config else None,
         dtypes=dtypes,
-        max_shard_bytes=shard_bytes,
+        max_shard_bytes=parse_size(options.max_shard_size),
         side_files=model.path,
         tied_head_stored=model.tied_head_stored,
         files={megatron.PLAN_FILE: plan.dumps(), RECIPE_FILE: dump_recipe(recipe), "README.md": card},
         overwrite=options.overwrite,
         strict=options.strict,
     )
-    if world.is_main:
-        if options.save_plan:
-            staging.write_text(Path(options.save_plan), plan.dumps())
-        log.info("pruned to %s: %s", save, plan.summary())
+
+
+def with_sizes(options: PruneHfOptions) -> PruneHfOptions:
+    """The options with the sizes of the JSON file, where nothing else says the shape.
+
+    Raises:
+        InputError: if the file is not one of sizes, or is named beside something that says the shape too.
+    """
+    said = [f"--{name}" for name in (*TargetOptions.SIZES, *BUDGETS, "plan") if getattr(options, name) is not None]
+    if not said:
+        return dataclasses.replace(options, **read_prune_config(Path(options.prune_config_path or DEFAULT_CONFIG)))
+    if options.prune_config_path:
+        raise InputError(f"{', '.join(said)} and --prune_config_path both say the shape", do="give one of the two")
+    return options
+
+
+BUDGETS = ("params", "ratio", "memory")
+DEFAULT_CONFIG = "prune_config.json"
 
 
 def read_prune_config(path: Path) -> dict[str, Any]:
@@ -111,10 +159,15 @@ def read_prune_config(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"--prune_config_path {path}", got=str(error), needed="a JSON file") from None
-    if not isinstance(data, dict) or set(data) - set(PlanRequest.SIZES):
-        unknown = sorted(set(data) - set(PlanRequest.SIZES)) if isinstance(data, dict) else type(data).__name__
-        raise InputError(f"{path}", got=f"unknown keys {unknown}", needed="keys out of " + ", ".join(PlanRequest.SIZES))
+        raise InputError(
+            f"--prune_config_path {path}",
+            got=str(error),
+            needed="a JSON file",
+            do="name one, or give sizes, a budget or a plan",
+        ) from None
+    if not isinstance(data, dict) or set(data) - set(TargetOptions.SIZES):
+        unknown = sorted(set(data) - set(TargetOptions.SIZES)) if isinstance(data, dict) else type(data).__name__
+        raise InputError(f"{path}", got=f"unknown keys {unknown}", needed="keys out of " + ", ".join(TargetOptions.SIZES))
     whole = lambda value: isinstance(value, int) and not isinstance(value, bool)
     drop = data.pop("drop_layers", None)
     if drop is not None and not (isinstance(drop, list) and all(whole(layer) for layer in drop)):

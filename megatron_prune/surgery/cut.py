@@ -28,12 +28,21 @@ class Cut:
 
     def origin(self, tensor: TensorId) -> TensorId:
         """The tensor before pruning that ``tensor`` (numbered as after it) is cut from."""
+        if tensor.role == "output" and self._plan.untied:
+            return TensorId("embedding")
         return tensor if tensor.layer is None else TensorId(tensor.role, self._plan.layers[tensor.layer].layer)
 
     def transform(self, tensor: TensorId, data: torch.Tensor, scratch: Scratch) -> torch.Tensor:
         """The kept rows and columns of a full tensor, in the plan's order; in memory of ``scratch``, or ``data`` itself."""
+        return self._keep(tensor, data, scratch, ROLES[tensor.role])
+
+    def units(self, tensor: TensorId, data: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+        """As :meth:`transform`, with all of the residual stream's channels."""
+        return self._keep(tensor, data, scratch, tuple("" if label == "hidden" else label for label in ROLES[tensor.role]))
+
+    def _keep(self, tensor: TensorId, data: torch.Tensor, scratch: Scratch, labels: tuple[str, ...]) -> torch.Tensor:
         entry = None if tensor.layer is None else self._plan.layers[tensor.layer]
-        for dim, label in enumerate(ROLES[tensor.role]):
+        for dim, label in enumerate(labels):
             index = self._elements(label, entry)
             if index is not None:
                 data = _take(data, dim, index, scratch)

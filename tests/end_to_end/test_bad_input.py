@@ -217,7 +217,8 @@ def plan(shared, tmp_path_factory) -> dict:
     """A plan for ``shared/qwen2`` as JSON data."""
     home = tmp_path_factory.mktemp("plan")
     sizes = {"hidden_size_remain": 36, "ffn_hidden_size_remain": 60, "num_query_groups_remain": 4, "drop_layers": (3,)}
-    prune(PruneOptions(load=str(shared / "qwen2"), save=str(home / "out"), save_plan=str(home / "plan.json"), **sizes), World())
+    places = {"load": str(shared / "qwen2"), "save": str(home / "out"), "save_plan": str(home / "plan.json")}
+    prune(PruneOptions(**places, metric="random", **sizes), World())
     return json.loads((home / "plan.json").read_text())
 
 
@@ -390,7 +391,7 @@ def test_nan_and_infinity_are_a_warning_with_the_tensors_name_and_an_error_with_
     refused(["export", "--load-dir", tmp_path / "out", "--save-dir", tmp_path / "back", "--strict"], name)
     refused(["transfer", "--load-dir", tmp_path / "out", "--save-dir", tmp_path / "back", "--strict"], name)
     words = ["--load", tmp_path / "out", "--save", tmp_path / "cut", "--save-plan", tmp_path / "plan.json", "--strict"]
-    refused(["prune", *words, "--ffn_hidden_size_remain", 60], name)
+    refused(["prune", *words, "--metric", "random", "--ffn_hidden_size_remain", 60], name)
     main(["export", "--load-dir", str(tmp_path / "out"), "--save-dir", str(tmp_path / "back")])
     assert (tmp_path / "back/model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
 

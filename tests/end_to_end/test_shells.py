@@ -38,6 +38,7 @@ def test_the_scripts_run_the_whole_path_under_torchrun(tiny, tmp_path):
                 "FFN_HIDDEN_SIZE_REMAIN": 64,
                 "DROP_LAYERS": "1,2",
                 "PRUNE_TYPE": "global",
+                "METRIC": "random",
                 "SAVE_PLAN": tmp_path / "plan.json",
                 "GPT_ARGS": "--num-layers 4 --hidden-size 48 --swiglu --bf16 --micro-batch-size 1 --lr 1e-4",
             },
@@ -66,7 +67,7 @@ def test_every_tool_explains_itself(tool):
 
 def test_megatrons_arguments_must_agree_with_the_checkpoint(tiny, tmp_path):
     convert(ConvertOptions(load_dir=str(tiny("qwen2")), save_dir=str(tmp_path / "m")), World())
-    base = ["--load", str(tmp_path / "m"), "--save", str(tmp_path / "p"), "--ffn_hidden_size_remain", "64"]
+    base = ["--load", str(tmp_path / "m"), "--save", str(tmp_path / "p"), "--ffn_hidden_size_remain", "64", "--metric", "random"]
     agreeing = [
         "--num-layers",
         "4",
@@ -118,3 +119,16 @@ def test_two_machines_prune_as_one_does(tiny, tmp_path):
     plans = [(tmp_path / name / "release/plan.json").read_text() for name in ("one", "two")]
     manifests = [(tmp_path / name / "release/megatron_prune.json").read_text() for name in ("one", "two")]
     assert plans[0] == plans[1] and manifests[0] == manifests[1]
+
+
+def test_the_script_scores_re_fits_and_keeps_to_a_budget_with_its_settings(tiny, tmp_path):
+    """The default metric, on text and own samples mixed, two sources in one variable."""
+    convert(ConvertOptions(load_dir=str(tiny("qwen2")), save_dir=str(tmp_path / "m")), World())
+    (tmp_path / "text").write_text("words and more words, " * 200)
+    settings = {"LOAD_DIR": tmp_path / "m", "SAVE_DIR": tmp_path / "p", "TP": 2, "RATIO": 0.25}
+    settings |= {"DATA": f"{tmp_path / 'text'}:0.5 self:0.5", "SAVE_PLAN": tmp_path / "plan.json"}
+    done = bash("scripts/prune_llama.sh", "--nsamples", "4", "--seq-length", "16", **settings)
+    assert done.returncode == 0, done.stderr
+    made_by = json.loads((tmp_path / "plan.json").read_text())["made_by"]
+    assert made_by["metric"] == "activation" and "refit" in made_by
+    assert [source["share"] for source in made_by["calibration"]["sources"]] == [0.5, 0.5]

@@ -43,7 +43,7 @@ def test_another_models_config_does_not_bring_its_rope_along(tiny, tmp_path):
 @pytest.mark.parametrize("hf_dir", ["original", "pruned already"])
 def test_a_pruned_checkpoint_without_our_manifest_loads_again(tiny, tmp_path, hf_dir):
     m = converted(tiny("qwen3"), tmp_path / "m")
-    prune(PruneOptions(load=str(m), save=str(tmp_path / "p"), drop_layers=(1, 2)), World())
+    prune(PruneOptions(load=str(m), save=str(tmp_path / "p"), drop_layers=(1, 2), metric="random"), World())
     export(ExportOptions(load_dir=str(tmp_path / "p"), save_dir=str(tmp_path / "first")), World())
     (tmp_path / "p/release" / FILE).unlink()
     shutil.rmtree(tmp_path / "p/release/hf")
@@ -85,7 +85,9 @@ def test_the_config_names_the_commonest_dtype_on_both_routes(tiny, tmp_path):
     export(ExportOptions(load_dir=str(m), save_dir=str(tmp_path / "back")), World())
     assert (tmp_path / "back/config.json").read_bytes() == (source / "config.json").read_bytes()
     plan = str(tmp_path / "plan.json")
-    prune(PruneOptions(load=str(m), save=str(tmp_path / "p"), ffn_hidden_size_remain=48, save_plan=plan), World())
+    prune(
+        PruneOptions(load=str(m), save=str(tmp_path / "p"), ffn_hidden_size_remain=48, metric="random", save_plan=plan), World()
+    )
     export(ExportOptions(load_dir=str(tmp_path / "p"), save_dir=str(tmp_path / "tp")), World())
     prune_hf(PruneHfOptions(model_name_or_path=str(source), output_path=str(tmp_path / "hf_route"), plan=plan), World())
     for name in ("config.json", "model.safetensors"):
@@ -94,7 +96,7 @@ def test_the_config_names_the_commonest_dtype_on_both_routes(tiny, tmp_path):
 
 def test_a_pruned_directory_tells_how_it_came_to_be_also_after_another_conversion(tiny, tmp_path, capsys):
     m = converted(tiny("mistral"), tmp_path / "m")
-    prune(PruneOptions(load=str(m), save=str(tmp_path / "p"), ffn_hidden_size_remain=48), World())
+    prune(PruneOptions(load=str(m), save=str(tmp_path / "p"), ffn_hidden_size_remain=48, metric="random"), World())
     export(ExportOptions(load_dir=str(tmp_path / "p"), save_dir=str(tmp_path / "back")), World())
     main(["inspect", str(tmp_path / "back"), "--json"])
     assert [entry["step"] for entry in json.loads(capsys.readouterr().out)["recipe"]] == ["convert", "prune"]
@@ -136,7 +138,13 @@ def test_requests_that_contradict_themselves_are_refused(tiny, tmp_path, extra, 
     m = converted(tiny("llama"), tmp_path / "m")
     plan = tmp_path / "plan.json"
     base = ["--load", str(m), "--save", str(tmp_path / "p")]
-    prune(parse([*base, "--ffn_hidden_size_remain", "90", "--save-plan", str(plan), "--rotary-percent", "1"], "prune"), World())
+    prune(
+        parse(
+            [*base, "--ffn_hidden_size_remain", "90", "--metric", "random", "--save-plan", str(plan), "--rotary-percent", "1"],
+            "prune",
+        ),
+        World(),
+    )
     shutil.rmtree(tmp_path / "p")
     words = [part.format(plan=plan, save=tmp_path / "p") for part in extra]
     with pytest.raises(InputError, match=word):

@@ -7,45 +7,24 @@ import dataclasses
 import pytest
 import torch
 from dense import SMALL, random_model, raw_map
+from fake_ranks import Captured, Rank, on_every_rank
 from hypothesis import given
 from hypothesis import strategies as st
+from measured import activations, measured
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.axes.axis import AXES
 from megatron_prune.importance import scoring
 from megatron_prune.importance.metric import METRICS
-from megatron_prune.importance.scoring import Place, score
+from megatron_prune.importance.scoring import Place, all_scores, score
 from megatron_prune.runtime.world import World
 
 WANTED = [("hidden", None), ("layer", None), *((axis, n) for n in range(4) for axis in ("ffn", "kv_head", "head"))]
 
 
-class Captured(Exception):
-    """Carries what one rank would have sent."""
-
-
-class Rank:
-    """A rank of a world without processes: first it tells what it sends, then it is given what all sent."""
-
-    def __init__(self, rank: int, size: int, everything: list | None = None):
-        self.rank, self.size, self.is_main = rank, size, rank == 0
-        self._everything = everything
-
-    def all_gather(self, value):
-        if self._everything is None:
-            raise Captured(value)
-        return self._everything
-
-
 def simulated(metric, tensors, layout, copies: int = 1, wanted=WANTED) -> list[dict]:
     """Scores as every rank of TP × PP × ``copies`` ends up with them."""
-    size, sent = layout.tensor * layout.pipeline * copies, []
-    for rank in range(size):
-        try:
-            return [score(metric, tensors, layout, wanted, Rank(rank, size))] * size
-        except Captured as message:
-            sent.append(message.args[0])
-    return [score(metric, tensors, layout, wanted, Rank(rank, size, sent)) for rank in range(size)]
+    return on_every_rank(lambda rank: score(metric, tensors, layout, wanted, rank), layout, copies)
 
 
 def dense_magnitude(config, model) -> dict:
@@ -195,11 +174,16 @@ def test_random_reads_no_weights():
 
 
 @pytest.mark.parametrize("name", METRICS.names())
-def test_every_metric_agrees_at_every_number_of_ranks(tensors, name):
-    metric = METRICS.get(name)(seed=11)
-    alone = score(metric, tensors, ParallelLayout(), WANTED, World())
-    for tensor in (2, 3):
-        assert_close(simulated(metric, tensors, ParallelLayout(tensor=tensor))[-1], alone)
+def test_every_metric_agrees_at_every_number_of_ranks(tensors, tmp_path, name):
+    metric = METRICS.get(name)(seed=11, statistics=measured(tmp_path, SMALL, activations(SMALL)))
+    alone = all_scores(metric, tensors, ParallelLayout(), World())
+    places = {"block", *metric.axes} if metric.block_wise else metric.axes
+    assert {axis for axis, _ in alone} == places
+    assert all(value.isfinite().all() and value.unique().numel() > 1 for value in alone.values() if value.numel() > 1)
+    for tensor, pipeline, copies in ((2, 1, 1), (3, 1, 1), (6, 1, 1), (1, 2, 1), (2, 2, 2)):
+        layout = ParallelLayout(tensor=tensor, pipeline=pipeline)
+        for ours in on_every_rank(lambda rank: all_scores(metric, tensors, layout, rank), layout, copies):
+            assert_close(ours, alone)
 
 
 # ----------------------------------------------------------------------------------------------------------- places

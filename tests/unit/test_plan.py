@@ -7,7 +7,7 @@ import dataclasses
 import json
 
 import pytest
-from dense import SMALL, random_model, raw_map
+from dense import SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,8 +15,7 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.errors import PlanError
 from megatron_prune.families.family import FAMILIES
 from megatron_prune.planning.plan import LayerPlan, Plan, check_plan, load_plan, shape_of
-from megatron_prune.runtime.world import World
-from megatron_prune.steps.choose import PlanRequest, obtain_plan
+from megatron_prune.steps.choose import TargetOptions, read_request
 
 UNITS = st.one_of(st.none(), st.lists(st.integers(0, 99), max_size=6))
 SHAPE = st.fixed_dictionaries({name: st.integers(1, 99) for name in shape_of(SMALL)})
@@ -44,9 +43,10 @@ JSON = st.recursive(
             ),
             max_size=4,
         ),
+        rotated=st.booleans(),
         made_by=st.dictionaries(st.text(max_size=5), JSON, max_size=3),
         content_id=st.none() | st.text(max_size=9),
-    )
+    ).map(lambda plan: dataclasses.replace(plan, hidden=None) if plan.rotated else plan)
 )
 def test_any_plan_comes_back_from_its_text(plan):
     text = plan.dumps()
@@ -237,10 +237,10 @@ def test_a_plan_file_is_read(tmp_path):
 def test_a_plan_dealt_over_two_ranks_is_evened_out_on_one(tmp_path):
     """The shards of a plan are for its own number of ranks; one rank cannot hold only the first of them."""
     (tmp_path / "p.json").write_text(json.dumps(good()))
-    tensors = raw_map(tmp_path / "bytes", SMALL, random_model(SMALL))
-    request = PlanRequest(plan=str(tmp_path / "p.json"))
+    options = TargetOptions(plan=str(tmp_path / "p.json"))
     family = dataclasses.replace(FAMILIES.get("qwen3"), qkv_bias=True)  # no family has all that SMALL has
-    plan = obtain_plan(request, tensors, ParallelLayout(), family, lambda: "id", World())
+    given = {"prune_type": "balance", "has_text": False}
+    plan = read_request(options, SMALL, ParallelLayout(), family, lambda: "id", **given).plan
     assert plan.shard_sizes() == {} and plan.layers[1].ffn == [23, 0, 7]
 
 

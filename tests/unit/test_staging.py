@@ -222,3 +222,58 @@ def test_checking_writes_nothing(tmp_path):
     staging.check_output(tmp_path / "a" / "b", overwrite=False)
     staging.check_file(tmp_path / "c" / "d")
     assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------- work that goes on
+
+
+def work(out, key="a", main=True):
+    return staging.work(out, key, main=main, barrier=lambda: None)
+
+
+def test_work_stays_when_it_is_stopped_and_goes_when_it_ends(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with pytest.raises(KeyboardInterrupt), work(out) as folder:
+        (folder / "part").write_text("done")
+        raise KeyboardInterrupt
+    assert folder.parent == out.parent and folder.name.startswith(".")
+    with work(out) as again:
+        assert again == folder and (folder / "part").read_text() == "done"
+    assert list(out.parent.iterdir()) == []
+
+
+def test_work_of_another_request_is_removed(tmp_path):
+    with pytest.raises(KeyboardInterrupt), work(tmp_path / "out", "a") as folder:
+        fill(folder, "old")
+        raise KeyboardInterrupt
+    with work(tmp_path / "out", "b") as folder:
+        assert [path.name for path in folder.iterdir()] == ["request.json"]
+
+
+def test_work_that_was_refused_before_it_began_leaves_nothing(tmp_path):
+    with pytest.raises(InputError), work(tmp_path / "out"):
+        raise InputError("no")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_finished_work_becomes_the_output_and_replaces_an_older_one(tmp_path):
+    out = tmp_path / "out"
+    made(out, "old")
+    with work(out) as folder:
+        fill(folder, "new")
+        staging.finish_work(folder, out)
+    assert content(out) == NEW and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_only_the_main_process_makes_and_removes_the_work(tmp_path):
+    with work(tmp_path / "out", main=False) as folder:
+        assert not folder.exists()
+    with work(tmp_path / "out") as folder, work(tmp_path / "out", main=False):
+        assert folder.is_dir()
+
+
+def test_two_runs_do_not_work_on_one_output(tmp_path):
+    with work(tmp_path / "out"), pytest.raises(InputError, match="another run"), work(tmp_path / "out"):
+        pass
+    with work(tmp_path / "out"):  # the first one's lock is gone with it
+        pass

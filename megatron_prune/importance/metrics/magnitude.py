@@ -7,8 +7,9 @@ Li et al. 2017 (arXiv 1608.08710) as Fang et al. 2023 (DepGraph, arXiv 2301.1290
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
+from megatron_prune.arch.tensors import TensorId
 from megatron_prune.importance.metric import METRICS, Metric
 
 
@@ -16,8 +17,10 @@ from megatron_prune.importance.metric import METRICS, Metric
 class Magnitude(Metric):
     """Group L2 norm."""
 
-    def per_weight(self, role: str, weight: torch.Tensor) -> torch.Tensor:
+    reads_weights = True
+
+    def per_weight(self, axis: str, tensor: TensorId, weight: Tensor, cols: range) -> Tensor:
         return weight.double().square_()
 
-    def finish(self, axis: str, layer: int | None, total: torch.Tensor) -> torch.Tensor:
+    def finish(self, axis: str, layer: int | None, total: Tensor) -> Tensor:
         return total.sqrt()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from torch import Tensor
 
 from megatron_prune.importance.metric import METRICS, Metric
 
@@ -16,12 +17,7 @@ from megatron_prune.importance.metric import METRICS, Metric
 class Random(Metric):
     """Independent uniform numbers."""
 
-    reads_weights = False
-
-    def per_weight(self, role: str, weight: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(weight)
-
-    def finish(self, axis: str, layer: int | None, total: torch.Tensor) -> torch.Tensor:
+    def finish(self, axis: str, layer: int | None, total: Tensor) -> Tensor:
         name = hashlib.sha256(f"{self.seed} {axis} {layer}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(name[:8], "little") >> 1)
         return torch.rand(total.numel(), dtype=torch.float64, generator=generator)

@@ -1,0 +1,57 @@
+"""The model's own samples as a file: safetensors with one tensor ``tokens`` and, in the metadata, where they come from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from megatron_prune.checkpoint import staging
+from megatron_prune.errors import InputError
+
+FORMAT = "megatron-prune samples"
+
+
+def save_samples(path: Path, tokens: torch.Tensor, provenance: dict[str, Any]) -> None:
+    """Write samples atomically.
+
+    Args:
+        tokens: int64 [samples, seq_length].
+        provenance: JSON-able; ``content_id`` names the model they were drawn from.
+
+    Raises:
+        InputError: if the tokens are not samples, or the model is not named.
+    """
+    if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.numel() == 0:
+        raise InputError("samples to keep", got=f"{tokens.dtype} {list(tokens.shape)}", needed="int64 [samples, seq_length]")
+    if not isinstance(provenance.get("content_id"), str):
+        raise InputError(
+            "samples to keep", got=f"provenance {sorted(provenance)}", needed="content_id of the model they are from"
+        )
+    metadata = {"format": FORMAT, "provenance": json.dumps(provenance, sort_keys=True)}
+    staging.write_bytes(path, save({"tokens": tokens.cpu().contiguous()}, metadata=metadata))
+
+
+def load_samples(path: Path) -> tuple[torch.Tensor, dict[str, Any]]:
+    """(int64 [samples, seq_length], provenance) of a file written by :func:`save_samples`.
+
+    Raises:
+        InputError: if it is missing, damaged, or something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, names = file.metadata() or {}, list(file.keys())
+            if metadata.get("format") != FORMAT or names != ["tokens"]:
+                raise InputError(f"{path} is not a file of samples", got="tensors " + ", ".join(names[:8]), needed=FORMAT)
+            tokens, provenance = file.get_tensor("tokens"), json.loads(metadata["provenance"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path} is not a whole file of samples", got=str(error), do="make it again") from None
+    if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.numel() == 0 or not isinstance(provenance, dict):
+        raise InputError(
+            f"{path} is not a file of samples", got=f"{tokens.dtype} {list(tokens.shape)}", needed="int64 [samples, T]"
+        )
+    return tokens, provenance

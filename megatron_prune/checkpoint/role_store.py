@@ -1,0 +1,58 @@
+"""Role tensors on disk while a model is being re-fitted: one safetensors file per layer, one for what is outside them.
+
+A finished part is in place at once (written under another name, then renamed), so that an interrupted run goes on with the
+parts that are there.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.sharding import Block
+from megatron_prune.arch.tensors import layer_roles, tensor_ids
+from megatron_prune.checkpoint.safetensors_file import read_header
+from megatron_prune.checkpoint.tensor_map import TensorMap
+
+
+class RoleStore:
+    """Args:
+    folder: an existing directory.
+    config: the shape of the model that is being made.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig):
+        self.folder, self.config = folder, config
+
+    def path(self, layer: int | None) -> Path:
+        """File of a layer, or of the tensors outside the layers."""
+        return self.folder / ("outer.safetensors" if layer is None else f"layer_{layer:04}.safetensors")
+
+    def save(self, layer: int | None, weights: dict[str, torch.Tensor]) -> None:
+        """File full role tensors by role."""
+        partial = self.path(layer).with_suffix(".partial")
+        save_file({role: weight.contiguous() for role, weight in weights.items()}, partial)
+        os.replace(partial, self.path(layer))
+
+    def load(self, layer: int | None) -> dict[str, torch.Tensor]:
+        """Role tensors of a finished part."""
+        return load_file(self.path(layer))
+
+    def tensors(self) -> TensorMap:
+        """All parts as one model.
+
+        Raises:
+            CheckpointError: if a tensor is missing or of another shape.
+        """
+        found = TensorMap(self.config)
+        outer = [tensor.role for tensor in tensor_ids(self.config) if tensor.layer is None]
+        for layer in (*range(self.config.num_layers), None):
+            header = read_header(self.path(layer))
+            for role in outer if layer is None else layer_roles(self.config):
+                region, _ = header[role]
+                found.add(layer, region, [Block(role, 0, 0, 0, region.rows, region.cols)])
+        return found.validate(self.folder)

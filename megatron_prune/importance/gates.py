@@ -1,0 +1,93 @@
+"""Sums of squared gate gradients (``metrics/fisher.py``) that hooks fill, and the passes that fill them with transformers."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Callable
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.calibration.tokens import Calibration
+from megatron_prune.errors import InputError
+from megatron_prune.importance.statistics import Statistics, replace_file
+
+
+class GateSums:
+    """Sum over samples and tokens of (a · ∂L/∂a)² at a row-parallel matrix's input, L a sample's summed token losses.
+
+    Args:
+        width: consecutive features under one gate.
+        weights: of the samples.
+        predicted: tokens in each sample's mean loss.
+
+    Attributes:
+        total: float64 [units of this rank]; ``None`` before the first sample.
+    """
+
+    def __init__(self, width: int, weights: list[float], predicted: list[int]):
+        self.total: Tensor | None = None
+        self._width, self._samples = width, iter(zip(weights, predicted))
+
+    def watch(self, module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        """Forward pre-hook: wait for the gradient of the input, [tokens, 1, features]."""
+        value = given[0]
+        if self.total is None:
+            self.total = torch.zeros(value.shape[-1] // self._width, dtype=torch.float64, device=value.device)
+        value.register_hook(partial(self._add, value.detach(), *next(self._samples)))
+
+    def _add(self, value: Tensor, weight: float, predicted: int, gradient: Tensor) -> None:
+        product = value.float() * gradient
+        if self._width > 1:
+            product = product.unflatten(-1, (-1, self._width)).sum(dim=-1)
+        self.total.add_(product.mul_(predicted).square_().sum(dim=(0, 1)), alpha=weight)
+
+
+def collect_gates(
+    folder: Path,
+    config: ModelConfig,
+    calibration: Calibration,
+    statistics: Statistics,
+    *,
+    dtype: torch.dtype,
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Add ``fisher`` to ``gradients.safetensors`` if it is not there: backward passes of a Hugging Face model, one process.
+
+    Args:
+        folder: Hugging Face directory of the model.
+        progress: called with the number of tokens of every sample.
+
+    Raises:
+        InputError: if a gradient is not finite, naming the layer.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = statistics.folder / "gradients.safetensors"
+    found = load_file(path) if path.exists() else {}
+    if any(key.startswith("fisher.") for key in found):
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval().requires_grad_(False)
+    weights, predicted = calibration.weights.tolist(), (calibration.lengths - 1).tolist()
+    heads = [GateSums(config.kv_channels, weights, predicted) for _ in model.model.layers]
+    channels = [GateSums(1, weights, predicted) for _ in model.model.layers]
+    for layer, head, channel in zip(model.model.layers, heads, channels):
+        layer.self_attn.o_proj.register_forward_pre_hook(head.watch)
+        layer.mlp.down_proj.register_forward_pre_hook(channel.watch)
+    for tokens, length in zip(calibration.tokens, calibration.lengths.tolist()):
+        tokens = tokens[None, :length].to(device)
+        embedded = model.get_input_embeddings()(tokens).requires_grad_()
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits[0, :-1].float(), tokens[0, 1:]).backward()
+        progress(length)
+    for number, (head, channel) in enumerate(zip(heads, channels)):
+        if not (head.total.isfinite().all() and channel.total.isfinite().all()):
+            raise InputError(f"gradients of layer {number} are not finite", do="compute with --dtype fp32")
+        found[f"fisher.head.{number}"] = head.total.cpu()
+        found[f"fisher.kv_head.{number}"] = head.total.view(config.num_query_groups, -1).sum(dim=1).cpu()
+        found[f"fisher.ffn.{number}"] = channel.total.cpu()
+    replace_file(path, found)

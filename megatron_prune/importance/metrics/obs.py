@@ -1,0 +1,57 @@
+"""What removing a unit costs when all the others may adjust (Optimal Brain Surgeon, Hassibi & Stork 1993).
+
+For a matrix W read from x with second moment H, dropping the columns b and re-fitting the rest by least squares adds
+``trace(W_b · ([H⁻¹]_bb)⁻¹ · W_bᵀ)`` to the squared error (as in ZipLM, Kurtic et al. 2023, arXiv 2302.04089). A channel is
+one column of ``down``, a head ``head_dim`` columns of ``o``, a KV group those of all its heads.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from megatron_prune.arch.tensors import TensorId
+from megatron_prune.importance.metric import METRICS, Metric
+
+DAMPING = 0.01
+"""Added to the diagonal, as a share of its mean."""
+
+
+@METRICS.register("obs")
+class Obs(Metric):
+    """Error after re-fitting."""
+
+    needs = frozenset({"activations"})
+    moments = frozenset({"context", "channels"})
+    axes = frozenset({"ffn", "head", "kv_head"})
+    reads_weights = True
+
+    def __init__(self, **given):
+        super().__init__(**given)
+        self._blocks = lru_cache(maxsize=4)(self._blocks)
+
+    def per_weight(self, axis: str, tensor: TensorId, weight: Tensor, cols: range) -> Tensor:
+        site = {"o": ("head", "kv_head"), "down": ("ffn",)}.get(tensor.role, ())
+        if axis not in site:
+            return torch.zeros_like(weight)
+        blocks = self._blocks(axis, *tensor)
+        each = blocks.shape[1]
+        mine = blocks[cols.start // each : cols.stop // each]
+        weight = weight.double()
+        return torch.einsum("rub,ubc->ruc", weight.view(len(weight), -1, each), mine).flatten(1) * weight
+
+    def _blocks(self, axis: str, role: str, layer: int) -> Tensor:
+        """([H⁻¹]_bb)⁻¹ of every unit, float64 [units, columns of a unit, the same]."""
+        moment = self.statistics.moment(role, layer)
+        config = self.statistics.config
+        each = {"ffn": 1, "head": config.kv_channels, "kv_head": config.heads_per_group * config.kv_channels}[axis]
+        moment.diagonal().add_(DAMPING * moment.diagonal().mean().clamp(min=1e-30))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
+        units = len(moment) // each
+        diagonal = inverse.view(units, each, units, each)[torch.arange(units), :, torch.arange(units)]
+        return torch.cholesky_inverse(torch.linalg.cholesky(diagonal))
+
+    def finish(self, axis: str, layer: int | None, total: Tensor) -> Tensor:
+        return total

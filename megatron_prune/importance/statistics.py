@@ -1,0 +1,169 @@
+"""What one pass over the calibration text leaves behind: sums over tokens at the input of every matrix, layer by layer.
+
+Metrics are functions of these sums and of the weights, so that a new metric or a new target needs no new pass. All
+values are full (not per rank), float64, by global unit id, and independent of how the pass was spread over ranks but for
+the rounding of the forward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_prune.arch.model import ModelConfig
+
+SITES = {"input_norm": "hidden", "context": "head", "post_norm": "hidden", "channels": "ffn"}
+"""Input of a layer's matrices → label of its dimension (``arch/tensors.py``); the final norm's output is ``final_norm``."""
+
+STREAM = "stream"
+"""Asks for the second moment of the normalised stream at a layer's norms (:attr:`LayerStatistics.stream`)."""
+
+INPUT_OF = {
+    "q": "input_norm",
+    "k": "input_norm",
+    "v": "input_norm",
+    "o": "context",
+    "gate": "post_norm",
+    "up": "post_norm",
+    "down": "channels",
+    "output": "final_norm",
+}
+"""Role of a matrix → the site it reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteStatistics:
+    """Sums over the tokens at one site; w is a token's weight (its source's share of the calibration).
+
+    Attributes:
+        tokens: sum of w.
+        total: sum of w·x, float64 [dim].
+        squares: sum of w·x², float64 [dim].
+        sample_means: sum over samples of (the sample's weight · (mean over its tokens of \\|x\\|)²), float64 [dim].
+        moment: sum of w·x xᵀ / mean square of the stream after the matrix that reads x, float64 [dim, dim]: every token
+            counts alike, whatever its size (tokens of massive activation are most of the plain sum). At the norms, where
+            all tokens are of one size, sum of w·x xᵀ. ``None`` where no metric asked for it.
+    """
+
+    tokens: float
+    total: Tensor
+    squares: Tensor
+    sample_means: Tensor
+    moment: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStatistics:
+    """Attributes:
+    sites: site → sums.
+    similarity: mean over tokens of the cosine between the layer's input and output, weighted.
+    last: the layer's input at the last token of every sample, float32 [samples, hidden], by sample.
+    stream: sum of w·x xᵀ over the layer's norms, x the stream divided by its root mean square (what a norm gives before
+        its weight), float64 [hidden, hidden]; ``None`` where nobody asked for it.
+    """
+
+    sites: dict[str, SiteStatistics]
+    similarity: float
+    last: Tensor
+    stream: Tensor | None = None
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file, whole or not at all."""
+        tensors = {"similarity": torch.tensor(self.similarity, dtype=torch.float64), "last": self.last}
+        tensors |= {} if self.stream is None else {"stream": self.stream}
+        for name, site in self.sites.items():
+            tensors[f"{name}.tokens"] = torch.tensor(site.tokens, dtype=torch.float64)
+            parts = {"total": site.total, "squares": site.squares, "sample_means": site.sample_means, "moment": site.moment}
+            tensors |= {f"{name}.{part}": value for part, value in parts.items() if value is not None}
+        replace_file(path, tensors)
+
+    @classmethod
+    def load(cls, path: Path, *, moments: bool = True) -> LayerStatistics:
+        """Read the file; without ``moments`` these are left on disk."""
+        sites: dict[str, dict] = {}
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                name, _, part = key.partition(".")
+                if part and (moments or part != "moment"):
+                    sites.setdefault(name, {})[part] = file.get_tensor(key)
+            similarity, last = file.get_tensor("similarity").item(), file.get_tensor("last")
+            stream = file.get_tensor("stream") if moments and "stream" in file.keys() else None
+        read = {name: SiteStatistics(**{**parts, "tokens": parts["tokens"].item()}) for name, parts in sites.items()}
+        return cls(sites=read, similarity=similarity, last=last, stream=stream)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """The pass as a whole: one file per layer (``layer_0007.safetensors``), and one for the final norm (``final``).
+
+    Attributes:
+        folder: where the files are.
+        config: the model's shape.
+    """
+
+    folder: Path
+    config: ModelConfig
+    _kept: dict = field(default_factory=dict, repr=False)
+
+    def path(self, layer: int | None) -> Path:
+        """File of a layer, or (``None``) of the final norm."""
+        return self.folder / ("final.safetensors" if layer is None else f"layer_{layer:04}.safetensors")
+
+    def layer(self, layer: int | None) -> LayerStatistics:
+        """Sums of a layer without its second moments; read once."""
+        if layer not in self._kept:
+            self._kept[layer] = LayerStatistics.load(self.path(layer), moments=False)
+        return self._kept[layer]
+
+    def site(self, role: str, layer: int | None) -> SiteStatistics:
+        """Sums at the input of a matrix."""
+        return self.layer(layer).sites[INPUT_OF[role]]
+
+    def moment(self, role: str, layer: int | None) -> Tensor:
+        """Second moment at the input of a matrix, float64 [dim, dim], read from disk.
+
+        Raises:
+            KeyError: if the pass did not collect it.
+        """
+        moment = LayerStatistics.load(self.path(layer)).sites[INPUT_OF[role]].moment
+        if moment is None:
+            raise KeyError(f"no second moment of {role} in {self.path(layer)}")
+        return moment
+
+    def stream_moment(self, final_share: float) -> Tensor:
+        """Second moment of the normalised stream, a mean over all norms, float64 [hidden, hidden].
+
+        Args:
+            final_share: what the final norm counts, where every other counts 1.
+        """
+        layers = [LayerStatistics.load(self.path(layer)) for layer in range(self.config.num_layers)]
+        final = LayerStatistics.load(self.path(None))
+        tokens = final.sites["final_norm"].tokens
+        total = sum(layer.stream for layer in layers) + final_share * final.stream
+        return total / (tokens * (2 * len(layers) + final_share))
+
+    def gradient(self, metric: str, axis: str, layer: int | None) -> Tensor:
+        """Sums over a unit's weights that a gradient metric left (``importance/gradients.py``), float64 [units].
+
+        Raises:
+            KeyError: if the pass did not collect them.
+        """
+        if "gradients" not in self._kept:
+            self._kept["gradients"] = load_file(self.folder / "gradients.safetensors")
+        return self._kept["gradients"][f"{metric}.{axis}.{'all' if layer is None else layer}"]
+
+    def losses(self) -> Tensor:
+        """Mean losses without layer 0, 1, … and, last, of the whole model (``importance/losses.py``), float64 [layers + 1]."""
+        return load_file(self.folder / "losses.safetensors")["losses"]
+
+
+def replace_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file in one move: a stopped process leaves the old one, or none."""
+    aside = path.with_suffix(".new")
+    save_file({key: value.contiguous() for key, value in tensors.items()}, aside)
+    aside.replace(path)

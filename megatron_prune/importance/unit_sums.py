@@ -1,0 +1,110 @@
+"""From values of weights to sums over the units that own them, this rank's part of each.
+
+Units are counted by global id, so a KV group whose rows lie on several ranks gets its parts from each of them, and
+replicated tensors (norms) are counted by tensor-parallel rank 0 alone. Parts add up to the same sums at every layout.
+"""
+
+from __future__ import annotations
+
+from typing import Iterator
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.sharding import Block
+from megatron_prune.arch.tensors import ROLES, TensorId
+from megatron_prune.axes.axis import AXES
+from megatron_prune.checkpoint.region import close_files
+from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.importance.gates import GateSums
+from megatron_prune.importance.gradient_sums import ParameterSums
+from megatron_prune.importance.metric import GradientMetric
+from megatron_prune.importance.placed import Placed
+from megatron_prune.runtime.model import RunningModel
+
+Totals = dict[str, Tensor]
+"""``metric.axis.layer`` (see :meth:`Statistics.gradient`) → float64 [units], over all units."""
+
+CHUNK_ELEMENTS = 1 << 22
+"""Weights that are looked at together."""
+
+
+def add_gates(metrics: list[GradientMetric], model: RunningModel, gates: dict[tuple[str, int], GateSums], totals: Totals) -> None:
+    """Enter the sums of gates; those of one copy, since all copies hold the same."""
+    if parallel_state.get_data_parallel_rank():
+        return
+    config, rank = model.config, parallel_state.get_tensor_model_parallel_rank()
+    for (axis, layer), gate in gates.items():
+        mine = gate.total.cpu()
+        units = torch.arange(len(mine)) + rank * len(mine)
+        for metric in metrics:
+            _total(totals, metric, axis, layer, config).index_add_(0, units, mine)
+            if axis == "head":
+                _total(totals, metric, "kv_head", layer, config).index_add_(0, units // config.heads_per_group, mine)
+
+
+def add_weights(
+    metrics: list[GradientMetric],
+    tensors: TensorMap,
+    model: RunningModel,
+    parts: list[tuple[Placed, ParameterSums]],
+    samples: float,
+    totals: Totals,
+) -> None:
+    """Apply metrics to this rank's weights and their sums, parameters dealt out over the data-parallel copies."""
+    copy, copies = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    first = parallel_state.get_tensor_model_parallel_rank() == 0
+    for number, (part, sums) in enumerate(parts):
+        if number % copies != copy or not (first or part.tensor.axis):
+            continue
+        for block in part.blocks(model):
+            for piece in _pieces(block):
+                _add_piece(metrics, tensors, model.config, part, sums, piece, samples, totals)
+    close_files()
+
+
+def _pieces(block: Block) -> Iterator[Block]:
+    """Some rows at a time of a large block."""
+    step = max(1, CHUNK_ELEMENTS // block.cols)
+    for start in range(0, block.rows, step):
+        rows = min(step, block.rows - start)
+        yield block._replace(stored_row=block.stored_row + start, row=block.row + start, rows=rows)
+
+
+def _add_piece(
+    metrics: list[GradientMetric],
+    tensors: TensorMap,
+    config: ModelConfig,
+    part: Placed,
+    sums: ParameterSums,
+    block: Block,
+    samples: float,
+    totals: Totals,
+) -> None:
+    rows, cols = range(block.row, block.row + block.rows), range(block.col, block.col + block.cols)
+    stored = slice(block.stored_row, block.stored_row + block.rows)
+    held = {name: value.view(len(value), -1)[stored] for name, value in sums.values.items()}
+    weight = tensors.read_block(TensorId(block.role, part.layer), rows, cols).reshape(len(rows), len(cols))
+    weight = weight.to(part.parameter.device, torch.float32)
+    for metric in metrics:
+        values = metric.per_gradient(weight, {name: held[name] for name in metric.sums - {"gates"}}, samples)
+        lines = [values.sum(dim=1, dtype=torch.float64).cpu(), values.sum(dim=0, dtype=torch.float64).cpu()]
+        if "layer" in metric.axes and part.layer is not None:
+            _total(totals, metric, "layer", None, config)[part.layer] += lines[0].sum()
+        for label, places, line in zip(ROLES[block.role], (rows, cols), lines):
+            for name in metric.axes - {"layer"}:
+                axis = AXES.get(name)
+                each = axis.owns(config).get(label)
+                if each is not None and (part.layer is not None or not axis.per_layer):
+                    units = torch.arange(places.start, places.stop) // each
+                    layer = part.layer if axis.per_layer else None
+                    _total(totals, metric, name, layer, config).index_add_(0, units, line)
+
+
+def _total(totals: Totals, metric: GradientMetric, axis: str, layer: int | None, config: ModelConfig) -> Tensor:
+    key = f"{metric.name}.{axis}.{'all' if layer is None else layer}"
+    if key not in totals:
+        totals[key] = torch.zeros(AXES.get(axis).count(config), dtype=torch.float64)
+    return totals[key]

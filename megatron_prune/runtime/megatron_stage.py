@@ -1,0 +1,122 @@
+"""Layers of megatron-core, one at a time, tensor-parallel.
+
+Pipeline stages would have nothing to do at the same time, so the ranks of a run are TP × copies here: what is a stage in
+training is one more data-parallel copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor, nn
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.sharding import ParallelLayout, layer_tensors, shard
+from megatron_prune.runtime import cpu
+from megatron_prune.runtime.layers import local_layer_spec
+from megatron_prune.runtime.model import fill, inverse_frequencies, start_parallel, stop_parallel, transformer_config
+from megatron_prune.runtime.stage import OpenLayer, Read
+from megatron_prune.runtime.world import World
+
+
+class MegatronStage:
+    """Layers of megatron-core, tensor-parallel over ``layout.tensor`` ranks; all other ranks are copies."""
+
+    def __init__(self, layout: ParallelLayout, world: World, *, dtype: torch.dtype, seq_length: int):
+        stop_parallel()
+        self._layout = replace(layout, pipeline=1)
+        start_parallel(self._layout, world)
+        self._dtype, self._seq_length = dtype, seq_length
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.rank, self.ranks = parallel_state.get_tensor_model_parallel_rank(), layout.tensor
+        self.copy, self.copies = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+    def layer(self, config: ModelConfig) -> OpenLayer:
+        return MegatronLayer(config, self._layout, self.device, self._dtype, self._seq_length)
+
+    def gather(self, local: Tensor) -> Tensor:
+        if self.ranks == 1:
+            return local
+        with cpu.stand_in():
+            return gather_from_tensor_model_parallel_region(local.contiguous())
+
+    def gather_rows(self, local: Tensor) -> Tensor:
+        if self.ranks == 1:
+            return local
+        parts: list[Tensor] = [None] * self.ranks
+        torch.distributed.all_gather_object(parts, local.cpu(), group=parallel_state.get_tensor_model_parallel_group())
+        return torch.cat(parts).to(self.device)
+
+    def share(self, extent: int) -> range:
+        return range(extent * self.rank // self.ranks, extent * (self.rank + 1) // self.ranks)
+
+    def sum_copies(self, value: Tensor) -> Tensor:
+        if self.copies > 1:
+            torch.distributed.all_reduce(value, group=parallel_state.get_data_parallel_group())
+        return value
+
+    def close(self) -> None:
+        """Take the process groups down."""
+        stop_parallel()
+
+
+class _Open(nn.Module):
+    """Stands where a row-parallel matrix was and hands its input on."""
+
+    def forward(self, value: Tensor) -> tuple[Tensor, None]:
+        return value, None
+
+
+class MegatronLayer:
+    """megatron-core's TransformerLayer behind :class:`OpenLayer`."""
+
+    def __init__(self, config: ModelConfig, layout: ParallelLayout, device: torch.device, dtype: torch.dtype, seq_length: int):
+        self._config, self._layout = replace(config, num_layers=1), layout
+        with cpu.stand_in():
+            core = transformer_config(self._config, layout, dtype)
+            self._layer = build_module(local_layer_spec(core), config=core, layer_number=1).to(device).eval()
+            rotary = RotaryEmbedding(config.kv_channels, 1.0, use_cpu_initialization=device.type == "cpu")
+            rotary.inv_freq = inverse_frequencies(config).to(device)
+            self._positions = rotary(seq_length)
+        self._parameters = dict(self._layer.named_parameters())
+        attention, mlp = self._layer.self_attention, self._layer.mlp
+        self._proj, self._fc2 = attention.linear_proj, mlp.linear_fc2
+        attention.linear_proj, mlp.linear_fc2 = _Open(), _Open()
+
+    def load(self, read: Read, roles: set[str] | None = None) -> None:
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        for tensor in layer_tensors(self._config):
+            if roles is None or set(tensor.roles) & roles:
+                full = tensor.full_shape(self._config, self._layout)
+                held = shard(tensor, full, self._layout.tensor, rank)
+                fill(self._parameters[tensor.local_name], tensor, held, full[0], self._config, read)
+
+    def norm_attention(self, stream: Tensor) -> Tensor:
+        return self._run(lambda x: self._layer.input_layernorm(x), stream)
+
+    def context(self, normed: Tensor) -> Tensor:
+        positions = self._positions[: normed.shape[1]]
+        return self._run(lambda x: self._layer.self_attention(x, attention_mask=None, rotary_pos_emb=positions)[0], normed)
+
+    def write_attention(self, context: Tensor) -> Tensor:
+        return self._run(lambda x: self._proj(x)[0], context)
+
+    def norm_mlp(self, stream: Tensor) -> Tensor:
+        return self._run(lambda x: self._layer.pre_mlp_layernorm(x), stream)
+
+    def channels(self, normed: Tensor) -> Tensor:
+        return self._run(lambda x: self._layer.mlp(x)[0], normed)
+
+    def write_mlp(self, channels: Tensor) -> Tensor:
+        return self._run(lambda x: self._fc2(x)[0], channels)
+
+    @staticmethod
+    def _run(function, value: Tensor) -> Tensor:
+        """Apply megatron-core's [tokens, samples, features] function to [samples, tokens, features]."""
+        with cpu.stand_in(), torch.no_grad():
+            return function(value.transpose(0, 1)).transpose(0, 1)

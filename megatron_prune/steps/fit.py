@@ -1,0 +1,228 @@
+"""Re-fitting a planned cut on text: from checkpoint, plan and tokens to the tensors of the pruned model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator
+
+from megatron_prune.arch.tensors import TensorId, tensor_ids
+from megatron_prune.calibration.tokens import Calibration
+from megatron_prune.checkpoint import staging
+from megatron_prune.checkpoint.role_store import RoleStore
+from megatron_prune.config import option
+from megatron_prune.errors import InputError
+from megatron_prune.importance.artifact import ScoresManifest, load_calibration_file, load_scores
+from megatron_prune.importance.metric import METRICS
+from megatron_prune.importance.scoring import score
+from megatron_prune.importance.statistics import STREAM, Statistics
+from megatron_prune.planning.plan import Plan
+from megatron_prune.planning.selection import Scores
+from megatron_prune.runtime.world import World
+from megatron_prune.steps.calibrate import CalibrationOptions, Subject, measure, obtain_calibration, request_key
+from megatron_prune.steps.choose import Request, TargetOptions, choose_plan, metrics_of
+from megatron_prune.steps.output import PARAM_DTYPES, Source, progress_bar
+from megatron_prune.surgery.basis import (
+    FINAL_SHARE,
+    LARGEST_SPREAD,
+    Basis,
+    denominator_spread,
+    massive_channels,
+    rotation,
+    selection,
+    tied_rotation,
+    tied_scale,
+)
+from megatron_prune.surgery.cut import Cut
+from megatron_prune.surgery.refit import Fit, Refit
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions(CalibrationOptions):
+    """How what stays is re-fitted on the text."""
+
+    refit: bool | None = option("re-fit what stays by least squares (default: where there is text)", None)
+    sequential: bool | None = option("later layers see what the pruned ones before them give (default: yes)", None)
+    ridge: float | None = option(
+        "how strongly o and down are held to the cut matrices, as a share of the moment's mean diagonal (default: for each "
+        "what predicts one half of the samples best from the other)",
+        None,
+    )
+    reader_ridge: float | None = option("the same for q, k, v, gate and up, where hidden units are cut", None)
+
+    def fit(self) -> Fit:
+        """The engine's options."""
+        return Fit(sequential=self.sequential is not False, writers=self.ridge, readers=self.reader_ridge)
+
+
+def wants_text(options: FitOptions) -> bool:
+    """Whether a run measures anything: text or scores were named, re-fitting asked for, or a metric needs it."""
+    named = options.data is not None or options.scores is not None or bool(options.refit)
+    if options.plan:
+        return named
+    return named or any(METRICS.get(name).needs for name in metrics_of(options, has_text=False).values())
+
+
+@contextlib.contextmanager
+def pruned_source(
+    options: FitOptions, request: Request, subject: Subject, made_by: dict[str, object], save: Path, world: World
+) -> Iterator[tuple[Plan, Source]]:
+    """Measure, plan and re-fit as asked for: the plan, and the pruned model's tensors to be written to ``save``.
+
+    What is measured and fitted is kept beside ``save`` until that is written, so that a stopped run goes on.
+
+    Raises:
+        InputError: if scores are of another model, or data does not fit.
+    """
+    used = {axis: request.metric_of[axis] for axis in sorted(request.axes(subject.config))}
+    made_by = {"metric": options.metric or used, "seed": options.seed, **made_by}
+    if not wants_text(options):
+        plan = _plan(options, request, subject, made_by, None, None, world)
+        cut = Cut(plan, subject.config)
+        yield plan, Source(tensors=subject.tensors, origin=cut.origin, transform=cut.transform)
+        return
+    held = Path(options.scores) if options.scores else None
+    if held:
+        check_scores(held, request, subject)
+    refit = options.refit is not False
+    asked = {name: getattr(options, name) for kind in (TargetOptions, FitOptions) for name in kind.__dataclass_fields__}
+    read = request.plan.dumps() if request.plan else None
+    key = request_key(options, subject, **{**asked, "plan": read, "scores": options.scores, "made_by": made_by})
+    with staging.work(save, key, main=world.is_main, barrier=world.barrier) as folder:
+        known = load_calibration_file(held) if held and options.data is None else None
+        calibration = known or obtain_calibration(options, subject, folder, world)
+        made_by |= {"calibration": {"digest": calibration.digest, "sources": calibration.provenance}}
+        moments = frozenset({STREAM} if request.rotates(subject.config) else ())
+        names = [] if held else request.metrics(subject.config)
+        passes = names or moments
+        statistics = measure(names, moments, options, subject, calibration, folder, world) if passes else None
+        plan = _plan(options, request, subject, made_by, held, statistics, world)
+        if not refit and plan.rotated:
+            raise InputError("--no-refit with rotated hidden units", do="use --hidden_method select, or re-fit")
+        if refit:
+            fit = dataclasses.asdict(options.fit())
+            plan = dataclasses.replace(plan, made_by={**plan.made_by, "refit": fit})
+            basis = stream_basis(plan, subject, statistics)
+            yield plan, refitted(options, plan, basis, subject, calibration, folder, world)
+        else:
+            cut = Cut(plan, subject.config)
+            yield plan, Source(tensors=subject.tensors, origin=cut.origin, transform=cut.transform)
+
+
+def held_metrics(options: FitOptions) -> list[str] | None:
+    """Metrics of the scores that were named.
+
+    Raises:
+        InputError: if the directory holds no finished scores.
+    """
+    return ScoresManifest.load(Path(options.scores)).metrics if options.scores else None
+
+
+def check_scores(held: Path, request: Request, subject: Subject) -> None:
+    """Refuse scores of another model, or without a metric that is needed.
+
+    Raises:
+        InputError: saying which.
+    """
+    manifest = ScoresManifest.load(held)
+    manifest.check(subject.config, subject.content_id, held)
+    for name in request.metrics(subject.config):
+        if METRICS.get(name).needs and name not in manifest.metrics:
+            raise InputError(
+                f"{held} holds no scores of {name}", got=", ".join(manifest.metrics), do=f"score with --metrics {name}"
+            )
+
+
+def _plan(
+    options: FitOptions,
+    request: Request,
+    subject: Subject,
+    made_by: dict[str, object],
+    held: Path | None,
+    statistics: Statistics | None,
+    world: World,
+) -> Plan:
+    """The plan, from kept scores where there are some, else from what was measured and the weights."""
+
+    def scores_of(name: str, wanted: list[tuple[str, int | None]]) -> Scores:
+        metric = METRICS.get(name)
+        if held is not None and metric.needs:
+            return load_scores(held, name)
+        total = sum(subject.tensors.nbytes(tensor) for tensor in tensor_ids(subject.config))
+        found = metric(seed=options.seed, statistics=statistics)
+        shown = world.is_main and metric.reads_weights
+        with progress_bar("scoring", total // (subject.layout.tensor * subject.layout.pipeline), shown=shown) as advance:
+            scores = score(found, subject.tensors, subject.layout, wanted, world, advance)
+        blocks = range(1, subject.config.num_layers) if metric.block_wise else ()
+        return scores | {("block", count): found.block_scores(count) for count in blocks}
+
+    return choose_plan(
+        request,
+        subject.config,
+        subject.layout,
+        subject.content_id,
+        scores_of,
+        prune_type=made_by.get("prune_type", "balance"),
+        made_by=made_by,
+    )
+
+
+def refitted(
+    options: FitOptions,
+    plan: Plan,
+    basis: Basis,
+    subject: Subject,
+    calibration: Calibration,
+    folder: Path,
+    world: World,
+) -> Source:
+    """Re-fit into ``folder``, going on from the layers that are there; every process takes part.
+
+    Returns:
+        The pruned model's tensors, float32.
+    """
+    dtype, parts = PARAM_DTYPES[options.dtype], folder / "refit"
+    if world.is_main:
+        parts.mkdir(exist_ok=True)
+    world.barrier()
+    store = RoleStore(parts, plan.new_config(subject.config))
+    stage = subject.runner.stage(subject.config, store.config, dtype=dtype, seq_length=calibration.tokens.shape[1])
+    total = subject.config.num_layers * calibration.tokens[stage.copy :: stage.copies].numel()
+    with progress_bar("re-fitting", total, shown=world.is_main, unit="tokens × layers") as advance:
+        engine = Refit(
+            subject.tensors, plan, basis, calibration, stage, store, world, options.fit(), dtype=dtype, progress=advance
+        )
+        engine.run()
+    stage.close()
+    return Source(tensors=store.tensors())
+
+
+def stream_basis(plan: Plan, subject: Subject, statistics: Statistics | None) -> Basis:
+    """The basis of the pruned stream.
+
+    Args:
+        statistics: with the stream's second moments, for a plan that rotates it.
+
+    Raises:
+        InputError: if a tied head stands in the way of a rotation.
+    """
+    if plan.hidden is not None:
+        return selection(plan.hidden, subject.config.hidden_size)
+    if not plan.rotated:
+        return Basis()
+    moment, width = statistics.stream_moment(FINAL_SHARE), plan.new["hidden_size"]
+    if not plan.new_config(subject.config).tie_embeddings:
+        return rotation(moment, width)
+    weight = subject.tensors.read_block(TensorId("final_norm"), range(subject.config.hidden_size)).double()
+    streams = [statistics.layer(layer).last for layer in (*range(subject.config.num_layers), None)]
+    spread = denominator_spread(tied_scale(weight, massive_channels(moment, weight, width)), streams)
+    if spread > LARGEST_SPREAD:
+        raise InputError(
+            "the final norm varies too much for a rotation that keeps the head tied to the embedding",
+            got=f"norms disturbed by {spread:.3f} at full width, before any cut",
+            needed=f"at most {LARGEST_SPREAD}",
+            do="store the head as a matrix of its own with --untie, or cut channels as they are with --hidden_method select",
+        )
+    return tied_rotation(moment, weight, width)

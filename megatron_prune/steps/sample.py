@@ -1,0 +1,57 @@
+"""Text that a model makes itself, kept as a file: calibration data for a model whose text nobody has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prune.calibration.artifact import save_samples
+from megatron_prune.checkpoint import megatron, staging
+from megatron_prune.config import option, require_positive
+from megatron_prune.errors import InputError
+from megatron_prune.runtime.layout import run_layout
+from megatron_prune.runtime.world import World
+from megatron_prune.steps.calibrate import CalibrationOptions, own_samples
+from megatron_prune.steps.output import log
+from megatron_prune.steps.score import megatron_subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """Sample text from a Megatron checkpoint, to be given to --data."""
+
+    load: str = option("Megatron checkpoint: its root, or an iteration directory")
+    save: str = option("file to write, *.safetensors")
+    nsamples: int = option("samples", 128)
+    seq_length: int = option("tokens in a sample", 512)
+    seed: int = option("seed of the draws", 1234)
+    dtype: str = option("what to compute in", "fp32", choices=["fp32", "bf16", "fp16"])
+    tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
+    pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
+
+
+def sample(options: SampleOptions, world: World) -> None:
+    """Run the step; every process takes part.
+
+    Raises:
+        InputError: on a checkpoint, sizes or a layout that do not fit.
+    """
+    require_positive(options, "nsamples", "seq_length")
+    if not options.save.endswith(".safetensors"):
+        raise InputError("--save", got=options.save, needed="a file name that ends in .safetensors")
+    staging.check_file(Path(options.save))
+    checkpoint = megatron.open_checkpoint(Path(options.load))
+    layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
+    layout.check(checkpoint.config)
+    if options.seq_length > checkpoint.config.max_position_embeddings:
+        raise InputError(
+            "--seq-length", got=options.seq_length, needed=f"at most the model's {checkpoint.config.max_position_embeddings}"
+        )
+    subject = megatron_subject(checkpoint, layout, None, world)
+    shared = ("nsamples", "seq_length", "seed", "dtype")
+    wanted = CalibrationOptions(**{name: getattr(options, name) for name in shared})
+    tokens = own_samples(wanted, subject, options.nsamples, world)
+    if world.is_main:
+        facts = {name: getattr(options, name) for name in shared}
+        save_samples(Path(options.save), tokens, {**facts, "bos": subject.bos, "content_id": subject.content_id})
+        log.info("%d samples of %d tokens: %s", *tokens.shape, options.save)

@@ -1,0 +1,108 @@
+"""Measure a Megatron checkpoint on text and keep every axis's scores, to make any number of plans from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.config import option
+from megatron_prune.errors import InputError
+from megatron_prune.importance.artifact import FILE, ScoresManifest, save_scores
+from megatron_prune.importance.metric import METRICS
+from megatron_prune.planning.plan import shape_of
+from megatron_prune.runtime.layout import run_layout
+from megatron_prune.runtime.world import World
+from megatron_prune.steps.calibrate import (
+    CalibrationOptions,
+    Subject,
+    bos_token,
+    measure,
+    obtain_calibration,
+    request_key,
+    scores_of,
+)
+from megatron_prune.steps.choose import BEST
+from megatron_prune.steps.megatron_runner import MegatronRunner
+from megatron_prune.steps.output import log
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(CalibrationOptions):
+    """Score the units of every axis of a Megatron checkpoint on calibration text."""
+
+    load: str = option("Megatron checkpoint: its root, or an iteration directory")
+    save: str = option("directory of scores to write")
+    metrics: tuple[str, ...] = option("metrics to score with", tuple(sorted(set(BEST.values()))))
+    tokenizer: str | None = option("Hugging Face directory of the tokenizer (default: kept in the checkpoint)", None)
+    tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
+    pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
+    overwrite: bool = option("replace an existing output directory", False)
+
+
+def score(options: ScoreOptions, world: World) -> None:
+    """Run the step; every process takes part. An interrupted run goes on where it was when it is started again.
+
+    Raises:
+        InputError: on metrics, data, a checkpoint or a layout that do not fit; nothing is written.
+    """
+    save, metrics = Path(options.save), metric_names(options.metrics)
+    staging.check_output(save, overwrite=options.overwrite, source=Path(options.load))
+    checkpoint = megatron.open_checkpoint(Path(options.load))
+    layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
+    layout.check(checkpoint.config)
+    subject = megatron_subject(checkpoint, layout, options.tokenizer, world)
+    key = request_key(options, subject, metrics=metrics)
+    with staging.work(save, key, main=world.is_main, barrier=world.barrier) as folder:
+        calibration = obtain_calibration(options, subject, folder, world)
+        moments = frozenset().union(*(METRICS.get(name).moments for name in metrics))
+        statistics = measure(metrics, moments, options, subject, calibration, folder, world)
+        scores = scores_of(metrics, statistics, options.seed, subject, world)
+        if world.is_main:
+            save_scores(folder, scores)
+            manifest = ScoresManifest(
+                content_id=subject.content_id,
+                model=shape_of(checkpoint.config),
+                metrics=metrics,
+                moments=sorted(moments),
+                calibration={"digest": calibration.digest, "sources": calibration.provenance},
+                dtype=options.dtype,
+                parallel={
+                    "tensor": layout.tensor,
+                    "pipeline": layout.pipeline,
+                    "data": world.size // (layout.tensor * layout.pipeline),
+                },
+            )
+            (folder / FILE).write_text(manifest.dumps(), encoding="utf-8")
+            staging.finish_work(folder, save)
+    if world.is_main:
+        log.info("scores of %s on %d samples: %s", ", ".join(metrics), len(calibration.tokens), save)
+
+
+def metric_names(given: tuple[str, ...]) -> list[str]:
+    """Names, each once, of metrics that exist; several may stand in one word with commas.
+
+    Raises:
+        InputError: naming one that does not.
+    """
+    names = list(dict.fromkeys(part for word in given for part in word.split(",") if part))
+    if not names:
+        raise InputError("--metrics names none", needed="one or more of " + ", ".join(METRICS.names()))
+    for name in names:
+        METRICS.get(name)
+    return names
+
+
+def megatron_subject(checkpoint, layout, tokenizer: str | None, world: World) -> Subject:
+    """A checkpoint as what is measured; reads it where no manifest says its digest."""
+    from megatron_prune.steps.prune import model_id
+
+    folder = huggingface.resolve(tokenizer) if tokenizer else checkpoint.hf_folder
+    return Subject(
+        tensors=checkpoint.tensors,
+        layout=layout,
+        content_id=model_id(checkpoint, world),
+        tokenizer_dir=folder,
+        bos=bos_token(checkpoint.hf_folder or folder),
+        runner=MegatronRunner(layout, world),
+    )

@@ -1,0 +1,293 @@
+"""Re-fitting: what stays learns, by least squares, to do what the whole did. Layer by layer, no gradients, stock output.
+
+Two streams of the same tokens go through the model side by side, the dense one S and the pruned one Z (in the basis of the
+pruned model). In every layer that stays, in order:
+
+1. q, k and v (where the stream was cut): from the pruned norm's output to what the dense ones made of theirs;
+2. ``o``: from the context that the pruned heads give to what brings Z to where S is after this attention;
+3. gate and up, like q, k and v;
+4. ``down``: from the pruned channels to what brings Z to S at the input of the next layer *that stays*: a cut block of
+   layers is folded into the matrix before it.
+
+Because Z is what the layers before really left, each layer also mends what they could not. With ``sequential=False`` Z is set
+to the dense stream before every matrix, which fits each to the dense model's own statistics. Moments are accumulated under
+TP × DP (``importance/moments.py``), solved on every rank alike, and only the layer at hand is in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_prune.arch.tensors import TensorId, layer_roles
+from megatron_prune.calibration.tokens import Calibration
+from megatron_prune.checkpoint.region import Scratch
+from megatron_prune.checkpoint.role_store import RoleStore
+from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.importance.collect import Samples, check_finite, layer_reader
+from megatron_prune.importance.moments import Moment
+from megatron_prune.planning.plan import Plan
+from megatron_prune.runtime.stage import Stage, reader
+from megatron_prune.runtime.world import World
+from megatron_prune.surgery.basis import Basis
+from megatron_prune.surgery.cut import Cut
+from megatron_prune.surgery.least_squares import fitted, scale
+
+READERS = {"input_norm": ("q", "k", "v"), "post_norm": ("gate", "up")}
+"""Norm → the matrices that read its output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How to fit.
+
+    Attributes:
+        sequential: Z is what the pruned layers before left; else the dense stream.
+        writers: ridge of ``o`` and ``down`` towards the cut matrices, as a share of the moment's mean diagonal.
+        readers: the same for what reads the stream, where the stream is cut.
+        correction: share of the error of the layers before that a writer is asked to mend, 0 to 1.
+    """
+
+    sequential: bool = True
+    writers: float | None = None
+    readers: float | None = None
+    correction: float = 1.0
+
+
+class Refit:
+    """One run; :meth:`run` fills ``store``.
+
+    Args:
+        tensors: the dense model.
+        plan: what stays.
+        basis: of the pruned stream.
+        store: where finished layers go; those that are there already are used as they are.
+        progress: called with the number of tokens that went through a dense layer.
+    """
+
+    def __init__(
+        self,
+        tensors: TensorMap,
+        plan: Plan,
+        basis: Basis,
+        calibration: Calibration,
+        stage: Stage,
+        store: RoleStore,
+        world: World,
+        fit: Fit,
+        *,
+        dtype: torch.dtype = torch.float32,
+        progress: Callable[[int], None] = lambda count: None,
+    ):
+        self._tensors, self._basis, self._stage, self._store = tensors, basis, stage, store
+        self._world, self._fit, self._progress = world, fit, progress
+        self._cut = Cut(plan, tensors.config)
+        self._kept = [entry.layer for entry in plan.layers]
+        self._samples = Samples(tensors, calibration, stage, dtype)
+        self._pruned = basis.encoded(self._samples.stream).clone()
+        self._folds = folds_of(calibration)
+        self.strengths: dict[str, float] = {}
+        self._dense = stage.layer(tensors.config)
+        self._new = stage.layer(store.config)
+
+    def run(self) -> None:
+        """Fit every layer that stays, then what is outside the layers; every process takes part.
+
+        Raises:
+            InputError: naming a layer whose output is not finite.
+        """
+        ends = [*self._kept[1:], self._tensors.config.num_layers]
+        for layer in range(self._kept[0]):
+            self._advance(layer)
+        for number, (layer, end) in enumerate(zip(self._kept, ends)):
+            finished = self._world.all_gather(self._store.path(number).exists())[0]
+            weights = self._store.load(number) if finished else self._initial(number)
+            self._new.load(reader(weights))
+            self._dense.load(layer_reader(self._tensors, layer))
+            self._attention(weights, number, fit=not finished)
+            self._mlp(weights, number, end, fit=not finished)
+            check_finite(self._pruned, f"re-fitted layer {layer}", self._world)
+            if not finished and self._world.is_main:
+                self._store.save(number, {role: weight.float() for role, weight in weights.items()})
+            self._world.barrier()
+        folds = self._final_moments()
+        if self._world.is_main and not self._store.path(None).exists():
+            self._store.save(None, self._outer(folds))
+        self._world.barrier()
+
+    def _units(self, role: str, number: int) -> Tensor:
+        """Kept units of a tensor of new layer ``number``, the stream uncut, float64."""
+        tensor = TensorId(role, number)
+        origin = self._cut.origin(tensor)
+        full = self._tensors.read_block(origin, *map(range, self._tensors.shape(origin)))
+        return self._cut.units(tensor, full, Scratch()).double()
+
+    def _initial(self, number: int) -> dict[str, Tensor]:
+        """The cut layer before fitting, in the new basis: float64 full role tensors."""
+        weights = {role: self._units(role, number) for role in layer_roles(self._store.config)}
+        if self._basis.encode is not None:
+            for role in ("o", "down"):
+                weights[role] = self._basis.encode.T @ weights[role]
+            for norm, roles in READERS.items():
+                reading = self._basis.reading(weights[norm])
+                weights |= {role: weights[role] @ reading for role in roles}
+                weights[norm] = self._basis.norm(weights[norm])
+        return weights
+
+    def _attention(self, weights: dict[str, Tensor], number: int, *, fit: bool) -> None:
+        dense, new, samples = self._dense, self._new, self._samples
+        self._begin()
+        if fit:
+            self._fit_readers(weights, number, "input_norm", dense.norm_attention, new.norm_attention)
+        reference, contexts = self._reference(), []
+        for batch in samples.batches():
+            before, pruned = self._on_device(samples.stream[batch]), self._on_device(self._pruned[batch])
+            contexts.append(new.context(new.norm_attention(pruned)).cpu())
+            samples.stream[batch] = (before + dense.write_attention(dense.context(dense.norm_attention(before)))).cpu()
+        if fit:
+            self._fit_writer(weights, number, "o", reference, contexts)
+        self._write(new.write_attention, contexts)
+
+    def _mlp(self, weights: dict[str, Tensor], number: int, end: int, *, fit: bool) -> None:
+        dense, new, samples = self._dense, self._new, self._samples
+        self._begin()
+        if fit:
+            self._fit_readers(weights, number, "post_norm", dense.norm_mlp, new.norm_mlp)
+        reference, channels = self._reference(), []
+        for batch in samples.batches():
+            middle, pruned = self._on_device(samples.stream[batch]), self._on_device(self._pruned[batch])
+            channels.append(new.channels(new.norm_mlp(pruned)).cpu())
+            samples.stream[batch] = (middle + dense.write_mlp(dense.channels(dense.norm_mlp(middle)))).cpu()
+            self._progress(samples.weights[batch].numel())
+        for layer in range(self._kept[number] + 1, end):
+            self._advance(layer)
+        if fit:
+            self._fit_writer(weights, number, "down", reference, channels)
+        self._write(new.write_mlp, channels)
+
+    def _advance(self, layer: int) -> None:
+        """Take the dense stream through a layer that goes."""
+        dense, samples = self._dense, self._samples
+        dense.load(layer_reader(self._tensors, layer))
+        for batch in samples.batches():
+            stream = self._on_device(samples.stream[batch])
+            stream = stream + dense.write_attention(dense.context(dense.norm_attention(stream)))
+            samples.stream[batch] = (stream + dense.write_mlp(dense.channels(dense.norm_mlp(stream)))).cpu()
+            self._progress(samples.weights[batch].numel())
+        check_finite(samples.stream, f"layer {layer}", self._world)
+
+    def _begin(self) -> None:
+        """Before a block: without ``sequential`` the pruned stream is the dense one."""
+        if not self._fit.sequential:
+            self._pruned = self._basis.encoded(self._samples.stream).clone()
+
+    def _reference(self) -> Tensor:
+        """What a writer starts from when its target is where the dense stream goes."""
+        share = self._fit.correction
+        if share == 1.0 or not self._fit.sequential:
+            return self._pruned
+        return share * self._pruned + (1.0 - share) * self._basis.encoded(self._samples.stream)
+
+    def _write(self, write: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> None:
+        for batch, value in zip(self._samples.batches(), inputs):
+            self._pruned[batch] += write(self._on_device(value)).cpu()
+
+    def _fit_readers(
+        self,
+        weights: dict[str, Tensor],
+        number: int,
+        norm: str,
+        dense_norm: Callable[[Tensor], Tensor],
+        new_norm: Callable[[Tensor], Tensor],
+    ) -> None:
+        """One map from the pruned norm's output to the dense one's, then through the dense matrices."""
+        if self._basis.encode is None:
+            return
+        folds = self._moment_of_norms(dense_norm, new_norm)
+        reading = self._basis.reading(self._units(norm, number))
+        through, strength = fitted(folds, scale(folds, reading) * reading, self._fit.readers)
+        self.strengths[f"{number}.{norm}"] = strength
+        weights |= {role: self._units(role, number) @ through for role in READERS[norm]}
+        self._new.load(reader(weights), set(READERS[norm]))
+
+    def _moment_of_norms(
+        self, dense_norm: Callable[[Tensor], Tensor], new_norm: Callable[[Tensor], Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """By fold, second moment of the pruned norm's output, [width, width], and of the dense one's with it."""
+        samples, width = self._samples, self._store.config.hidden_size
+        sums = _FoldMoments(self, width, samples.stream.shape[-1])
+        for batch in samples.batches():
+            seen = new_norm(self._on_device(self._pruned[batch]))
+            sums.add(batch, seen, dense_norm(self._on_device(samples.stream[batch])), samples.weights[batch])
+        return sums.finish()
+
+    def _fit_writer(self, weights: dict[str, Tensor], number: int, role: str, reference: Tensor, inputs: list[Tensor]) -> None:
+        """Fit ``o`` or ``down`` from its input to where the dense stream is now."""
+        samples, width = self._samples, self._store.config.hidden_size
+        sums = _FoldMoments(self, weights[role].shape[1], width)
+        for batch, value in zip(samples.batches(), inputs):
+            stream = samples.stream[batch]
+            wanted = self._basis.encoded(self._on_device(stream)) - self._on_device(reference[batch])
+            even = samples.weights[batch] / stream.float().square().mean(dim=-1)
+            sums.add(batch, self._stage.gather(self._on_device(value)), wanted, even)
+        weights[role], strength = fitted(sums.finish(), weights[role], self._fit.writers)
+        self.strengths[f"{number}.{role}"] = strength
+        self._new.load(reader(weights), {role})
+
+    def _final_moments(self) -> list[tuple[Tensor, Tensor]]:
+        """Second moments of the final norms' outputs, as :meth:`_moment_of_norms`; the new norm's weight is 1."""
+        self._begin()
+        config = self._tensors.config
+        weight = self._tensors.read_block(TensorId("final_norm"), range(config.hidden_size)).to(self._samples.stream)
+        norm = lambda stream: torch.nn.functional.rms_norm(stream, stream.shape[-1:], eps=config.norm_epsilon)
+        return self._moment_of_norms(lambda stream: norm(stream) * self._on_device(weight), norm)
+
+    def _outer(self, folds: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Embedding, final norm and head in the new basis, float32."""
+        config, basis = self._tensors.config, self._basis
+        shape = (range(config.vocab_size), range(config.hidden_size))
+        whole = lambda role: self._tensors.read_block(self._cut.origin(TensorId(role)), *shape).float()
+        norm = self._tensors.read_block(TensorId("final_norm"), range(config.hidden_size)).double()
+        found = {"embedding": basis.encoded(whole("embedding")), "final_norm": norm.float()}
+        if basis.encode is None:
+            return found | ({} if self._store.config.tie_embeddings else {"output": whole("output")})
+        if self._store.config.tie_embeddings:
+            weight = basis.tied_norm(norm)
+            return found | {"final_norm": (scale(folds, basis.encode * weight) * weight).float()}
+        reading = basis.reading(norm)
+        through, self.strengths["output"] = fitted(folds, scale(folds, reading) * reading, self._fit.readers)
+        ones = torch.ones(self._store.config.hidden_size)
+        return found | {"final_norm": ones, "output": whole("output") @ through.float()}
+
+    def _on_device(self, value: Tensor) -> Tensor:
+        return value.to(self._stage.device)
+
+
+def folds_of(calibration: Calibration) -> Tensor:
+    """Which of two folds each sample is in, int64 [samples]: every other one, so that both have the same mixture."""
+    return torch.arange(len(calibration.tokens)) % 2
+
+
+class _FoldMoments:
+    """Second moments of x and of (t, x), for every fold of the samples."""
+
+    def __init__(self, run: Refit, features: int, targets: int):
+        self._run, self._features = run, features
+        self._folds = run._folds[run._samples.numbers]
+        self._sums = [Moment(run._stage, features, features + targets) for _ in range(int(run._folds.max()) + 1)]
+
+    def add(self, batch: slice, value: Tensor, wanted: Tensor, weight: Tensor) -> None:
+        both, weight = torch.cat([value, wanted], dim=-1), self._run._on_device(weight)
+        for fold, sums in enumerate(self._sums):
+            mine = (self._folds[batch] == fold).to(value.device)
+            if mine.all():
+                sums.add(value, both, weight)
+            elif mine.any():
+                sums.add(value[mine], both[mine], weight[mine])
+
+    def finish(self) -> list[tuple[Tensor, Tensor]]:
+        whole = [sums.full().cpu() for sums in self._sums]
+        return [(part[:, : self._features], part[:, self._features :].T) for part in whole]

@@ -1,0 +1,151 @@
+"""Re-fitting against what it should be: closed forms on float64 activations of transformers, and cuts that lose nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import build_tiny, logits, state_dict
+
+from megatron_prune.calibration.artifact import save_samples
+from megatron_prune.runtime.world import World
+from megatron_prune.steps.prune_hf import PruneHfOptions, prune_hf
+
+RIDGE = 0.05
+SAMPLES = torch.randint(307, (12, 40), generator=torch.Generator().manual_seed(3))
+
+
+def run(model: Path, save: Path, sizes: dict, **options) -> Path:
+    """Prune a Hugging Face directory on :data:`SAMPLES`."""
+    samples = save.with_name("samples.safetensors")
+    save_samples(samples, SAMPLES, {"content_id": "for a test"})
+    config = save.with_name("sizes.json")
+    config.write_text(json.dumps(sizes))
+    defaults = {"data": (str(samples),), "nsamples": 12, "seq_length": 40, "ridge": RIDGE, "metric": "activation"}
+    given = {**defaults, **options}
+    prune_hf(
+        PruneHfOptions(model_name_or_path=str(model), output_path=str(save), prune_config_path=str(config), **given), World()
+    )
+    return save
+
+
+def activations(model: Path, layers: int) -> dict:
+    """Float64 inputs of o and down, and the stream before, in the middle of and after every layer, tokens flattened."""
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
+    seen: dict = {}
+
+    def keep(name, output=False):
+        def hook(module, given, made):
+            value = made if output else given[0]
+            seen[name] = (value[0] if isinstance(value, tuple) else value).detach().flatten(0, 1)
+
+        return hook
+
+    for number, layer in enumerate(whole.model.layers[:layers]):
+        layer.self_attn.o_proj.register_forward_hook(keep(("o", number)))
+        layer.mlp.down_proj.register_forward_hook(keep(("down", number)))
+        layer.register_forward_hook(keep(("before", number)))
+        layer.post_attention_layernorm.register_forward_hook(keep(("middle", number)))
+        layer.register_forward_hook(keep(("after", number), output=True))
+    with torch.no_grad():
+        whole(SAMPLES)
+    return seen
+
+
+def closed_form(inputs: torch.Tensor, wanted: torch.Tensor, stream: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Ridge regression towards ``start``, every token divided by its size, as plain least squares on stacked rows."""
+    even = stream.square().mean(dim=1, keepdim=True).rsqrt()
+    x, t = inputs * even, wanted * even
+    root = (RIDGE * x.square().sum(dim=0).mean()).sqrt()
+    rows = torch.cat([x, root * torch.eye(x.shape[1], dtype=x.dtype)])
+    return torch.linalg.lstsq(rows, torch.cat([t, root * start.T])).solution.T
+
+
+def kept_channels(model: dict, pruned: dict, layer: int) -> list[int]:
+    """Which channels stayed, found by the rows of gate."""
+    name = f"model.layers.{layer}.mlp.gate_proj.weight"
+    return [int((model[name] == row).all(dim=1).nonzero()[0]) for row in pruned[name]]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_down_is_the_closed_form(tmp_path, family):
+    model = build_tiny(tmp_path / "model", family, dtype="float32")
+    out = run(model, tmp_path / "out", {"ffn_hidden_size_remain": 64}, sequential=False)
+    before, after, seen = state_dict(model), state_dict(out), activations(model, 4)
+    for layer in range(4):
+        kept = kept_channels(before, after, layer)
+        down = before[f"model.layers.{layer}.mlp.down_proj.weight"].double()
+        wanted = seen["after", layer] - seen["middle", layer]
+        expected = closed_form(seen["down", layer][:, kept], wanted, seen["after", layer], down[:, kept])
+        found = after[f"model.layers.{layer}.mlp.down_proj.weight"].double()
+        assert (found - expected).abs().max() <= 2e-4 * expected.abs().max()
+
+
+def test_a_cut_block_is_folded_into_the_matrix_before_it(tmp_path):
+    model = build_tiny(tmp_path / "model", "llama", dtype="float32")
+    out = run(model, tmp_path / "out", {"drop_layers": [2]}, sequential=False)
+    before, after, seen = state_dict(model), state_dict(out), activations(model, 4)
+    down = before["model.layers.1.mlp.down_proj.weight"].double()
+    wanted = seen["before", 3] - seen["middle", 1]
+    expected = closed_form(seen["down", 1], wanted, seen["before", 3], down)
+    found = after["model.layers.1.mlp.down_proj.weight"].double()
+    assert (found - expected).abs().max() <= 2e-4 * expected.abs().max()
+    for name in ("self_attn.q_proj", "mlp.up_proj"):
+        assert torch.equal(after[f"model.layers.2.{name}.weight"], before[f"model.layers.3.{name}.weight"])
+
+
+def test_sequential_layers_see_what_the_pruned_ones_left(tmp_path):
+    """The o of layer 1 is fitted from its context in the pruned model to where the dense stream goes."""
+    model = build_tiny(tmp_path / "model", "llama", dtype="float32")
+    out = run(model, tmp_path / "out", {"ffn_hidden_size_remain": 64})
+    before, seen, pruned = state_dict(model), activations(model, 4), activations(out, 4)
+    wanted = seen["middle", 1] - pruned["before", 1]
+    o = before["model.layers.1.self_attn.o_proj.weight"].double()
+    expected = closed_form(pruned["o", 1], wanted, seen["middle", 1], o)
+    found = state_dict(out)["model.layers.1.self_attn.o_proj.weight"].double()
+    assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+def confine(model: Path, width: int, *, even_norms: bool) -> None:
+    """Make a model whose residual stream lies in ``width`` directions, so that cutting to them loses nothing."""
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    hidden = whole.config.hidden_size
+    q = torch.linalg.qr(torch.randn(hidden, width, generator=torch.Generator().manual_seed(5)))[0]
+    inside = q @ q.T
+    with torch.no_grad():
+        whole.model.embed_tokens.weight.copy_(whole.model.embed_tokens.weight @ inside)
+        for layer in whole.model.layers:
+            for matrix in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                matrix.weight.copy_(inside @ matrix.weight)
+        if even_norms:
+            whole.model.norm.weight.fill_(1.3)
+    whole.save_pretrained(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rotating_a_stream_that_fits_loses_nothing(tmp_path, tied, monkeypatch):
+    monkeypatch.setattr("megatron_prune.surgery.basis.MASSIVE_CHANNELS", 0)
+    model = build_tiny(tmp_path / "model", "mistral", dtype="float32", tie_word_embeddings=tied)
+    confine(model, 36, even_norms=tied)
+    out = run(model, tmp_path / "out", {"hidden_size_remain": 36}, reader_ridge=1e-6, ridge=1e-6)
+    tokens = SAMPLES[:2]
+    dense, pruned = logits(model, tokens), logits(out, tokens)
+    assert (dense - pruned).abs().max() <= 2e-3 * dense.abs().max()
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is tied
+
+
+def test_re_fitting_brings_the_model_nearer(tmp_path):
+    """Against the bare cut of the same plan, on the text it was fitted to."""
+    model = build_tiny(tmp_path / "model", "qwen2", dtype="float32")
+    sizes = {"ffn_hidden_size_remain": 56, "num_query_groups_remain": 4}
+    fitted = run(model, tmp_path / "fitted", sizes, save_plan=str(tmp_path / "plan.json"), ridge=None)
+    bare = run(model, tmp_path / "bare", sizes, refit=False)
+    dense = logits(model, SAMPLES)
+    error = lambda folder: (logits(folder, SAMPLES) - dense).square().mean().item()
+    assert error(fitted) < 0.8 * error(bare)

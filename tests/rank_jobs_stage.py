@@ -1,0 +1,60 @@
+"""What ranks of a pool run for ``distributed/test_hf_stage.py``: megatron-core's layers over a Hugging Face directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy
+import torch
+from rank_jobs import forget_groups
+
+from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.calibration.tokens import Calibration
+from megatron_prune.checkpoint import huggingface
+from megatron_prune.importance.collect import collect, layer_reader
+from megatron_prune.importance.statistics import SITES, STREAM, Statistics
+from megatron_prune.runtime.stage import OpenLayer, Stage
+from megatron_prune.runtime.world import World
+
+EVERYTHING = frozenset({*SITES, STREAM, "final_norm"})
+
+
+def values_inside(layer: OpenLayer, stream: torch.Tensor, stage: Stage) -> dict[str, torch.Tensor]:
+    """What a layer's six functions give, parts of ranks joined; each fed with what the one before gave."""
+    found = {"norm_attention": layer.norm_attention(stream)}
+    context = layer.context(found["norm_attention"])
+    found |= {"context": stage.gather(context), "write_attention": layer.write_attention(context)}
+    found["norm_mlp"] = layer.norm_mlp(stream + found["write_attention"])
+    channels = layer.channels(found["norm_mlp"])
+    return found | {"channels": stage.gather(channels), "write_mlp": layer.write_mlp(channels)}
+
+
+def megatron_values(world: World, folder: str, number: int, stream: numpy.ndarray, tp: int, dtype: str) -> dict:
+    """:func:`values_inside` a layer of a Hugging Face directory, run by megatron-core; float32 numpy."""
+    from megatron_prune.runtime.megatron_stage import MegatronStage
+
+    tensors, kind = huggingface.open_model(Path(folder)).tensors, getattr(torch, dtype)
+    stage = MegatronStage(ParallelLayout(tensor=tp), world, dtype=kind, seq_length=stream.shape[1])
+    try:
+        layer = stage.layer(tensors.config)
+        layer.load(layer_reader(tensors, number))
+        found = values_inside(layer, torch.from_numpy(stream).to(kind), stage)
+        return {name: value.float().numpy() for name, value in found.items()}
+    finally:
+        stage.close()
+        forget_groups()
+
+
+def megatron_collect(world: World, folder: str, statistics: str, calibration: dict[str, numpy.ndarray], tp: int) -> None:
+    """:func:`collect` everything of a Hugging Face directory with megatron-core."""
+    from megatron_prune.runtime.megatron_stage import MegatronStage
+
+    text = Calibration(**{name: torch.from_numpy(value) for name, value in calibration.items()})
+    tensors = huggingface.open_model(Path(folder)).tensors
+    stage = MegatronStage(ParallelLayout(tensor=tp), world, dtype=torch.float32, seq_length=text.tokens.shape[1])
+    try:
+        found = Statistics(folder=Path(statistics), config=tensors.config)
+        collect(tensors, text, stage, found, EVERYTHING, world)
+    finally:
+        stage.close()
+        forget_groups()
