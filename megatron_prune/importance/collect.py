@@ -33,6 +33,7 @@ class Samples:
         stream: [samples, tokens, hidden] on the host, in the computing dtype: what enters the next layer.
         weights: float32 [samples, tokens]; 0 where a sample has ended.
         sample_weights: float64 [samples].
+        tokens: int64 [samples, tokens].
         lengths: int64 [samples].
         numbers: int64 [samples], their places in the whole calibration.
     """
@@ -40,7 +41,7 @@ class Samples:
     def __init__(self, tensors: TensorMap, calibration: Calibration, stage: Stage, dtype: torch.dtype):
         mine = calibration.share(stage.copy, stage.copies)
         self.numbers = torch.arange(len(calibration.tokens))[stage.copy :: stage.copies]
-        self.lengths, self.sample_weights = mine.lengths, mine.weights
+        self.tokens, self.lengths, self.sample_weights = mine.tokens, mine.lengths, mine.weights
         inside = torch.arange(mine.tokens.shape[1])[None] < mine.lengths[:, None]
         self.weights = (inside * mine.weights[:, None]).float()
         self.stream = embed(tensors, mine.tokens, dtype)

@@ -10,7 +10,7 @@ from typing import Callable, ClassVar
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.axes.axis import AXES
-from megatron_prune.config import option
+from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError, PlanError
 from megatron_prune.families.family import Family
 from megatron_prune.importance.metric import METRICS
@@ -51,6 +51,7 @@ class TargetOptions:
     memory: str | None = option("budget: weights and KV cache of an inference, such as 2GiB", None)
     memory_seq_length: int = option("tokens in the KV cache of --memory", 4096)
     memory_batch: int = option("sequences in the KV cache of --memory", 1)
+    search: int = option("within a budget, re-fit this many of the shapes that look best and keep the best perplexity", 1)
     multiple_of: str | None = option("sizes are multiples of these, such as hidden=64,ffn=128", None)
     metric: str = option("how units are scored: random, magnitude, activation, wanda, taylor … (see the README)", "activation")
     depth_metric: str | None = option("how layers are chosen (default: angular where there is text, else the metric)", None)
@@ -153,6 +154,7 @@ def read_request(
         InputError: if the request or the plan does not fit the model, the layout or the family.
     """
     layout.check(config)
+    require_positive(options, "search", "memory_seq_length", "memory_batch")
     rotate = (options.hidden_method or ("rotate" if has_text else "select")) == "rotate"
     if rotate and not has_text:
         raise InputError("--hidden_method rotate needs text to find the subspace", do="name some with --data, or use select")
@@ -229,40 +231,49 @@ def _check_axes(config: ModelConfig, target: Target, common: dict) -> None:
             raise InputError(f"metric {name} cannot score the axis {axis}", needed="one of " + ", ".join(able))
 
 
-def choose_plan(
+def choose_plans(
     request: Request,
     config: ModelConfig,
     layout: ParallelLayout,
     content_id: str,
     measure: Measure,
     *,
+    count: int,
     prune_type: str,
     made_by: dict[str, object],
-) -> Plan:
-    """Make the plan from scores; the same on every process."""
+) -> list[Plan]:
+    """Make the plan from scores; within a budget, one for each of the ``count`` shapes that look best, the best first.
+
+    The same on every process.
+    """
     if request.plan is not None:
-        return request.plan
-    target = request.target or best_shape(request, config, measure)
-    scores: Scores = {}
-    for axis in sorted(request.axes(config)):  # the same order on every process: scoring communicates
-        wanted = [place for place in needed_scores(config, target) if place[0] == axis]
-        found = measure(request.metric_of[axis], wanted) if wanted else {}
-        names = ("layer", "block") if axis == "layer" else (axis,)
-        scores |= {place: value for place, value in found.items() if place[0] in names}
-    return make_plan(
-        config,
-        target,
-        scores,
-        prune_type=prune_type,
-        ranks=layout.tensor,
-        made_by=made_by,
-        content_id=content_id,
-        rotate=request.rotate,
-    )
+        return [request.plan]
+    plans = []
+    for target in [request.target] if request.target else best_shapes(request, config, measure)[:count]:
+        needed, scores = needed_scores(config, target), {}
+        for axis in sorted({axis for axis, _ in needed}):  # the same order on every process: scoring communicates
+            if axis == "hidden" and request.rotate:
+                continue
+            found = measure(request.metric_of[axis], [place for place in needed if place[0] == axis])
+            names = ("layer", "block") if axis == "layer" else (axis,)
+            scores |= {place: value for place, value in found.items() if place[0] in names}
+        plans.append(
+            make_plan(
+                config,
+                target,
+                scores,
+                prune_type=prune_type,
+                ranks=layout.tensor,
+                made_by=made_by,
+                content_id=content_id,
+                rotate=request.rotate,
+            )
+        )
+    return plans
 
 
-def best_shape(request: Request, config: ModelConfig, measure: Measure) -> Target:
-    """The shape within the budget that the scores expect to lose least."""
+def best_shapes(request: Request, config: ModelConfig, measure: Measure) -> list[Target]:
+    """The shapes within the budget, those first that the scores expect to lose least."""
     everywhere = lambda axis: range(config.num_layers) if AXES.get(axis).per_layer else [None]
     scores: Scores = {}
     for axis in sorted(request.axes(config)):
@@ -270,8 +281,8 @@ def best_shape(request: Request, config: ModelConfig, measure: Measure) -> Targe
         found = measure(request.metric_of[axis], wanted)
         scores |= {place: found[place] for place in wanted}
     ranked = rank_candidates(config, list(request.shapes), loss_estimate(config, scores, even=0.5))
-    shape = ranked[0][1]
-    return Target(config=shape, drop_layers=() if shape.num_layers == config.num_layers else None)
+    whole = lambda shape: () if shape.num_layers == config.num_layers else None
+    return [Target(config=shape, drop_layers=whole(shape)) for _, shape in ranked]
 
 
 def _read(

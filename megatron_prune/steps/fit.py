@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
@@ -22,8 +23,8 @@ from megatron_prune.planning.plan import Plan
 from megatron_prune.planning.selection import Scores
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.calibrate import CalibrationOptions, Subject, measure, obtain_calibration, request_key
-from megatron_prune.steps.choose import Request, TargetOptions, choose_plan, metrics_of
-from megatron_prune.steps.output import PARAM_DTYPES, Source, progress_bar
+from megatron_prune.steps.choose import Request, TargetOptions, choose_plans, metrics_of
+from megatron_prune.steps.output import PARAM_DTYPES, Source, log, progress_bar
 from megatron_prune.surgery.basis import (
     FINAL_SHARE,
     LARGEST_SPREAD,
@@ -79,7 +80,7 @@ def pruned_source(
     used = {axis: request.metric_of[axis] for axis in sorted(request.axes(subject.config))}
     made_by = {"metric": options.metric or used, "seed": options.seed, **made_by}
     if not wants_text(options):
-        plan = _plan(options, request, subject, made_by, None, None, world)
+        plan = _plans(options, request, subject, made_by, None, None, world)[0]
         cut = Cut(plan, subject.config)
         yield plan, Source(tensors=subject.tensors, origin=cut.origin, transform=cut.transform)
         return
@@ -87,6 +88,8 @@ def pruned_source(
     if held:
         check_scores(held, request, subject)
     refit = options.refit is not False
+    if options.search > 1 and not (refit and options.sequential is not False):
+        raise InputError("--search compares re-fitted models", do="leave out --no-refit and --no-sequential")
     asked = {name: getattr(options, name) for kind in (TargetOptions, FitOptions) for name in kind.__dataclass_fields__}
     read = request.plan.dumps() if request.plan else None
     key = request_key(options, subject, **{**asked, "plan": read, "scores": options.scores, "made_by": made_by})
@@ -98,17 +101,36 @@ def pruned_source(
         names = [] if held else request.metrics(subject.config)
         passes = names or moments
         statistics = measure(names, moments, options, subject, calibration, folder, world) if passes else None
-        plan = _plan(options, request, subject, made_by, held, statistics, world)
-        if not refit and plan.rotated:
+        plans = _plans(options, request, subject, made_by, held, statistics, world)
+        if not refit and plans[0].rotated:
             raise InputError("--no-refit with rotated hidden units", do="use --hidden_method select, or re-fit")
         if refit:
-            fit = dataclasses.asdict(options.fit())
-            plan = dataclasses.replace(plan, made_by={**plan.made_by, "refit": fit})
-            basis = stream_basis(plan, subject, statistics)
-            yield plan, refitted(options, plan, basis, subject, calibration, folder, world)
+            yield _best_fit(options, plans, subject, calibration, statistics, folder, world)
         else:
-            cut = Cut(plan, subject.config)
-            yield plan, Source(tensors=subject.tensors, origin=cut.origin, transform=cut.transform)
+            cut = Cut(plans[0], subject.config)
+            yield plans[0], Source(tensors=subject.tensors, origin=cut.origin, transform=cut.transform)
+
+
+def _best_fit(
+    options: FitOptions,
+    plans: list[Plan],
+    subject: Subject,
+    calibration: Calibration,
+    statistics: Statistics | None,
+    folder: Path,
+    world: World,
+) -> tuple[Plan, Source]:
+    """The plan, of several, whose re-fitted model has the lowest loss on the text, and that model's tensors."""
+    found, fit = [], dataclasses.asdict(options.fit())
+    for number, plan in enumerate(plans):
+        parts = folder / ("refit" if len(plans) == 1 else f"refit_{number}")
+        basis = stream_basis(plan, subject, statistics)
+        source, loss = refitted(options, plan, basis, subject, calibration, parts, world, measured=len(plans) > 1)
+        if len(plans) > 1 and world.is_main:
+            log.info("%s: perplexity %.3f on the calibration text", plan.summary(), math.exp(min(loss, 700.0)))
+        found.append((loss, number, dataclasses.replace(plan, made_by={**plan.made_by, "refit": fit}), source))
+    _, _, plan, source = min(found, key=lambda one: one[:2])
+    return plan, source
 
 
 def held_metrics(options: FitOptions) -> list[str] | None:
@@ -135,7 +157,7 @@ def check_scores(held: Path, request: Request, subject: Subject) -> None:
             )
 
 
-def _plan(
+def _plans(
     options: FitOptions,
     request: Request,
     subject: Subject,
@@ -143,8 +165,8 @@ def _plan(
     held: Path | None,
     statistics: Statistics | None,
     world: World,
-) -> Plan:
-    """The plan, from kept scores where there are some, else from what was measured and the weights."""
+) -> list[Plan]:
+    """The plans, from kept scores where there are some, else from what was measured and the weights."""
 
     def scores_of(name: str, wanted: list[tuple[str, int | None]]) -> Scores:
         metric = METRICS.get(name)
@@ -158,12 +180,13 @@ def _plan(
         blocks = range(1, subject.config.num_layers) if metric.block_wise else ()
         return scores | {("block", count): found.block_scores(count) for count in blocks}
 
-    return choose_plan(
+    return choose_plans(
         request,
         subject.config,
         subject.layout,
         subject.content_id,
         scores_of,
+        count=options.search,
         prune_type=made_by.get("prune_type", "balance"),
         made_by=made_by,
     )
@@ -175,15 +198,17 @@ def refitted(
     basis: Basis,
     subject: Subject,
     calibration: Calibration,
-    folder: Path,
+    parts: Path,
     world: World,
-) -> Source:
-    """Re-fit into ``folder``, going on from the layers that are there; every process takes part.
+    *,
+    measured: bool = False,
+) -> tuple[Source, float]:
+    """Re-fit into the directory ``parts``, going on from the layers that are there; every process takes part.
 
     Returns:
-        The pruned model's tensors, float32.
+        The pruned model's tensors, float32, and (if ``measured``, else 0) its loss on the calibration text.
     """
-    dtype, parts = PARAM_DTYPES[options.dtype], folder / "refit"
+    dtype = PARAM_DTYPES[options.dtype]
     if world.is_main:
         parts.mkdir(exist_ok=True)
     world.barrier()
@@ -195,8 +220,9 @@ def refitted(
             subject.tensors, plan, basis, calibration, stage, store, world, options.fit(), dtype=dtype, progress=advance
         )
         engine.run()
+    loss = engine.loss() if measured else 0.0
     stage.close()
-    return Source(tensors=store.tensors())
+    return Source(tensors=store.tensors()), loss
 
 
 def stream_basis(plan: Plan, subject: Subject, statistics: Statistics | None) -> Basis:

@@ -118,6 +118,21 @@ class Refit:
             self._store.save(None, self._outer(folds))
         self._world.barrier()
 
+    def loss(self) -> float:
+        """Mean next-token cross-entropy of the finished model on its samples, weighted, in nats; the same on every process."""
+        outer, samples, config = self._store.load(None), self._samples, self._store.config
+        norm = self._on_device(outer["final_norm"])
+        head = self._on_device(outer.get("output", outer["embedding"]))
+        sums = torch.zeros(2, dtype=torch.float64, device=self._stage.device)
+        for batch in samples.batches():
+            for stream, tokens, weight in zip(self._pruned[batch], samples.tokens[batch], samples.weights[batch]):
+                unit = torch.nn.functional.rms_norm(self._on_device(stream).float(), norm.shape, norm, config.norm_epsilon)
+                losses = torch.nn.functional.cross_entropy(unit[:-1] @ head.T, self._on_device(tokens)[1:], reduction="none")
+                counted = self._on_device(weight)[1:]
+                sums += torch.stack([(losses * counted).sum(), counted.sum()]).double()
+        total, count = self._stage.sum_copies(sums).tolist()
+        return total / count
+
     def _units(self, role: str, number: int) -> Tensor:
         """Kept units of a tensor of new layer ``number``, the stream uncut, float64."""
         tensor = TensorId(role, number)

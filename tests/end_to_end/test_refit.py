@@ -12,22 +12,23 @@ from tiny import build_tiny, logits, state_dict
 from megatron_prune.calibration.artifact import save_samples
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.prune_hf import PruneHfOptions, prune_hf
+from megatron_prune.surgery.refit import Refit
 
 RIDGE = 0.05
 SAMPLES = torch.randint(307, (12, 40), generator=torch.Generator().manual_seed(3))
 
 
-def run(model: Path, save: Path, sizes: dict, **options) -> Path:
+def run(model: Path, save: Path, sizes: dict | None, **options) -> Path:
     """Prune a Hugging Face directory on :data:`SAMPLES`."""
     samples = save.with_name("samples.safetensors")
     save_samples(samples, SAMPLES, {"content_id": "for a test"})
     config = save.with_name("sizes.json")
-    config.write_text(json.dumps(sizes))
+    if sizes:
+        config.write_text(json.dumps(sizes))
+        options["prune_config_path"] = str(config)
     defaults = {"data": (str(samples),), "nsamples": 12, "seq_length": 40, "ridge": RIDGE, "metric": "activation"}
     given = {**defaults, **options}
-    prune_hf(
-        PruneHfOptions(model_name_or_path=str(model), output_path=str(save), prune_config_path=str(config), **given), World()
-    )
+    prune_hf(PruneHfOptions(model_name_or_path=str(model), output_path=str(save), **given), World())
     return save
 
 
@@ -149,3 +150,16 @@ def test_re_fitting_brings_the_model_nearer(tmp_path):
     dense = logits(model, SAMPLES)
     error = lambda folder: (logits(folder, SAMPLES) - dense).square().mean().item()
     assert error(fitted) < 0.8 * error(bare)
+
+
+def test_a_search_keeps_the_shape_of_the_lowest_loss(tmp_path, monkeypatch):
+    """The losses it compares are those of stock transformers on the same text."""
+    losses: list[float] = []
+    plain = Refit.loss
+    monkeypatch.setattr(Refit, "loss", lambda self: losses.append(plain(self)) or losses[-1])
+    model = build_tiny(tmp_path / "model", "mistral", dtype="float32")
+    out = run(model, tmp_path / "out", None, ratio=0.25, search=3, hidden_method="select", ridge=None)
+    assert len(losses) == 3 and len(set(losses)) == 3
+    found = logits(out, SAMPLES)[:, :-1]
+    loss = torch.nn.functional.cross_entropy(found.flatten(0, 1), SAMPLES[:, 1:].flatten()).item()
+    assert loss == pytest.approx(min(losses), rel=1e-4)
