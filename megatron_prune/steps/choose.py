@@ -53,7 +53,9 @@ class TargetOptions:
     memory_batch: int = option("sequences in the KV cache of --memory", 1)
     search: int = option("within a budget, re-fit this many of the shapes that look best and keep the best perplexity", 1)
     multiple_of: str | None = option("sizes are multiples of these, such as hidden=64,ffn=128", None)
-    metric: str = option("how units are scored: random, magnitude, activation, wanda, taylor … (see the README)", "activation")
+    metric: str | None = option(
+        "how units are scored: random, magnitude, activation, wanda, taylor … (default: what measured best for each axis)", None
+    )
     depth_metric: str | None = option("how layers are chosen (default: angular where there is text, else the metric)", None)
     hidden_method: str | None = option(
         "how hidden units are cut (default: rotate where there is text, else select)", None, choices=HIDDEN_METHODS

@@ -26,6 +26,7 @@ from megatron_prune.planning.plan import load_plan
 from megatron_prune.runtime.huggingface_stage import HuggingFaceStage, able_family
 from megatron_prune.runtime.stage import reader
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.choose import BEST
 from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.export import ExportOptions, export
 from megatron_prune.steps.prune_hf import PruneHfOptions, prune_hf
@@ -256,7 +257,9 @@ def test_without_a_plan_both_routes_choose_the_same(megatron, ranks, text, tmp_p
     options = {"load": str(checkpoint), "save": str(tmp_path / "cut"), "save_plan": str(tmp_path / "cut.json"), **asked}
     ranks(1).run(rank_jobs.run_steps, ("prune", options))
     assert json.loads((tmp_path / "hf.json").read_text()) == json.loads((tmp_path / "cut.json").read_text())
-    assert load_plan(tmp_path / "hf.json").made_by["metric"] == "activation"
+    assert load_plan(tmp_path / "hf.json").made_by["metric"] == {
+        axis: BEST[axis] for axis in ("ffn", "hidden", "kv_head", "layer")
+    }
 
 
 def test_refitting_helps(tiny, text, tmp_path):

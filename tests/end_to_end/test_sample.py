@@ -31,7 +31,8 @@ def test_samples_are_what_prune_would_have_made_itself(checkpoint, tmp_path):
     main(words("prune", checkpoint, tmp_path / "kept", *cut, tmp_path / "kept.json", "--data", samples))
     main(words("prune", checkpoint, tmp_path / "made", *cut, tmp_path / "made.json"))
     units = [
-        [line for line in (tmp_path / name).read_text().split("\n") if '"ffn"' in line] for name in ("kept.json", "made.json")
+        [line for line in (tmp_path / name).read_text().split("\n") if line.strip().startswith('"ffn":')]
+        for name in ("kept.json", "made.json")
     ]
     assert units[0] == units[1] and len(units[0]) == 4
 

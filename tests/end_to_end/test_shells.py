@@ -130,5 +130,5 @@ def test_the_script_scores_re_fits_and_keeps_to_a_budget_with_its_settings(tiny,
     done = bash("scripts/prune_llama.sh", "--nsamples", "4", "--seq-length", "16", **settings)
     assert done.returncode == 0, done.stderr
     made_by = json.loads((tmp_path / "plan.json").read_text())["made_by"]
-    assert made_by["metric"] == "activation" and "refit" in made_by
+    assert made_by["metric"]["ffn"] == "fisher" and "refit" in made_by
     assert [source["share"] for source in made_by["calibration"]["sources"]] == [0.5, 0.5]
