@@ -30,7 +30,8 @@ from megatron_prune.planning.target import Target, check_parallel, resolve_targe
 from megatron_prune.surgery.basis import HIDDEN_METHODS
 
 BEST = {"hidden": "activation", "ffn": "fisher", "head": "obs", "kv_head": "obs", "layer": "angular"}
-"""Axis → the metric that measured best with re-fitting (README): how units are chosen where nothing else is asked for."""
+"""Axis → how units are chosen where nothing else is asked for: what measured best before least squares in first trials
+(channels: perplexity 61.2 by ``fisher``, 63.2 by ``activation``, 65.1 by ``obs`` on one protocol)."""
 
 Measure = Callable[[str, list[tuple[str, int | None]]], Scores]
 """(metric, wanted (axis, layer) pairs) → scores."""

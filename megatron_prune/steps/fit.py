@@ -88,6 +88,8 @@ def pruned_source(
     if held:
         check_scores(held, request, subject)
     refit = options.refit is not False
+    if not refit and request.rotates(subject.config):
+        raise InputError("--no-refit with rotated hidden units", do="use --hidden_method select, or re-fit")
     if options.search > 1 and not (refit and options.sequential is not False):
         raise InputError("--search compares re-fitted models", do="leave out --no-refit and --no-sequential")
     asked = {name: getattr(options, name) for kind in (TargetOptions, FitOptions) for name in kind.__dataclass_fields__}
@@ -102,8 +104,6 @@ def pruned_source(
         passes = names or moments
         statistics = measure(names, moments, options, subject, calibration, folder, world) if passes else None
         plans = _plans(options, request, subject, made_by, held, statistics, world)
-        if not refit and plans[0].rotated:
-            raise InputError("--no-refit with rotated hidden units", do="use --hidden_method select, or re-fit")
         if refit:
             yield _best_fit(options, plans, subject, calibration, statistics, folder, world)
         else:

@@ -48,13 +48,11 @@ class Fit:
         sequential: Z is what the pruned layers before left; else the dense stream.
         writers: ridge of ``o`` and ``down`` towards the cut matrices, as a share of the moment's mean diagonal.
         readers: the same for what reads the stream, where the stream is cut.
-        correction: share of the error of the layers before that a writer is asked to mend, 0 to 1.
     """
 
     sequential: bool = True
     writers: float | None = None
     readers: float | None = None
-    correction: float = 1.0
 
 
 class Refit:
@@ -89,7 +87,6 @@ class Refit:
         self._samples = Samples(tensors, calibration, stage, dtype)
         self._pruned = basis.encoded(self._samples.stream).clone()
         self._folds = folds_of(calibration)
-        self.strengths: dict[str, float] = {}
         self._dense = stage.layer(tensors.config)
         self._new = stage.layer(store.config)
 
@@ -157,13 +154,13 @@ class Refit:
         self._begin()
         if fit:
             self._fit_readers(weights, number, "input_norm", dense.norm_attention, new.norm_attention)
-        reference, contexts = self._reference(), []
+        contexts = []
         for batch in samples.batches():
             before, pruned = self._on_device(samples.stream[batch]), self._on_device(self._pruned[batch])
             contexts.append(new.context(new.norm_attention(pruned)).cpu())
             samples.stream[batch] = (before + dense.write_attention(dense.context(dense.norm_attention(before)))).cpu()
         if fit:
-            self._fit_writer(weights, number, "o", reference, contexts)
+            self._fit_writer(weights, "o", contexts)
         self._write(new.write_attention, contexts)
 
     def _mlp(self, weights: dict[str, Tensor], number: int, end: int, *, fit: bool) -> None:
@@ -171,7 +168,7 @@ class Refit:
         self._begin()
         if fit:
             self._fit_readers(weights, number, "post_norm", dense.norm_mlp, new.norm_mlp)
-        reference, channels = self._reference(), []
+        channels = []
         for batch in samples.batches():
             middle, pruned = self._on_device(samples.stream[batch]), self._on_device(self._pruned[batch])
             channels.append(new.channels(new.norm_mlp(pruned)).cpu())
@@ -180,7 +177,7 @@ class Refit:
         for layer in range(self._kept[number] + 1, end):
             self._advance(layer)
         if fit:
-            self._fit_writer(weights, number, "down", reference, channels)
+            self._fit_writer(weights, "down", channels)
         self._write(new.write_mlp, channels)
 
     def _advance(self, layer: int) -> None:
@@ -199,13 +196,6 @@ class Refit:
         if not self._fit.sequential:
             self._pruned = self._basis.encoded(self._samples.stream).clone()
 
-    def _reference(self) -> Tensor:
-        """What a writer starts from when its target is where the dense stream goes."""
-        share = self._fit.correction
-        if share == 1.0 or not self._fit.sequential:
-            return self._pruned
-        return share * self._pruned + (1.0 - share) * self._basis.encoded(self._samples.stream)
-
     def _write(self, write: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> None:
         for batch, value in zip(self._samples.batches(), inputs):
             self._pruned[batch] += write(self._on_device(value)).cpu()
@@ -223,8 +213,7 @@ class Refit:
             return
         folds = self._moment_of_norms(dense_norm, new_norm)
         reading = self._basis.reading(self._units(norm, number))
-        through, strength = fitted(folds, scale(folds, reading) * reading, self._fit.readers)
-        self.strengths[f"{number}.{norm}"] = strength
+        through, _ = fitted(folds, scale(folds, reading) * reading, self._fit.readers)
         weights |= {role: self._units(role, number) @ through for role in READERS[norm]}
         self._new.load(reader(weights), set(READERS[norm]))
 
@@ -239,17 +228,16 @@ class Refit:
             sums.add(batch, seen, dense_norm(self._on_device(samples.stream[batch])), samples.weights[batch])
         return sums.finish()
 
-    def _fit_writer(self, weights: dict[str, Tensor], number: int, role: str, reference: Tensor, inputs: list[Tensor]) -> None:
+    def _fit_writer(self, weights: dict[str, Tensor], role: str, inputs: list[Tensor]) -> None:
         """Fit ``o`` or ``down`` from its input to where the dense stream is now."""
         samples, width = self._samples, self._store.config.hidden_size
         sums = _FoldMoments(self, weights[role].shape[1], width)
         for batch, value in zip(samples.batches(), inputs):
             stream = samples.stream[batch]
-            wanted = self._basis.encoded(self._on_device(stream)) - self._on_device(reference[batch])
+            wanted = self._basis.encoded(self._on_device(stream)) - self._on_device(self._pruned[batch])
             even = samples.weights[batch] / stream.float().square().mean(dim=-1)
             sums.add(batch, self._stage.gather(self._on_device(value)), wanted, even)
-        weights[role], strength = fitted(sums.finish(), weights[role], self._fit.writers)
-        self.strengths[f"{number}.{role}"] = strength
+        weights[role], _ = fitted(sums.finish(), weights[role], self._fit.writers)
         self._new.load(reader(weights), {role})
 
     def _final_moments(self) -> list[tuple[Tensor, Tensor]]:
@@ -273,7 +261,7 @@ class Refit:
             weight = basis.tied_norm(norm)
             return found | {"final_norm": (scale(folds, basis.encode * weight) * weight).float()}
         reading = basis.reading(norm)
-        through, self.strengths["output"] = fitted(folds, scale(folds, reading) * reading, self._fit.readers)
+        through, _ = fitted(folds, scale(folds, reading) * reading, self._fit.readers)
         ones = torch.ones(self._store.config.hidden_size)
         return found | {"final_norm": ones, "output": whole("output") @ through.float()}
 
