@@ -14,18 +14,12 @@ from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError, PlanError
 from megatron_prune.families.family import Family
 from megatron_prune.importance.metric import METRICS
-from megatron_prune.planning.budget import (
-    Budget,
-    candidates,
-    check_multiples,
-    cut_axes,
-    loss_estimate,
-    parse_multiples,
-    rank_candidates,
-    read_budget,
-)
+from megatron_prune.planning.budget import Budget, read_budget
+from megatron_prune.planning.loss_estimate import cut_axes, loss_estimate, rank_candidates
+from megatron_prune.planning.multiples import check_multiples, parse_multiples
 from megatron_prune.planning.plan import Plan, check_plan, load_plan, make_plan
 from megatron_prune.planning.selection import Scores, needed_scores
+from megatron_prune.planning.shapes import candidates
 from megatron_prune.planning.target import Target, check_parallel, resolve_target
 from megatron_prune.surgery.basis import HIDDEN_METHODS
 

@@ -18,23 +18,12 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import FAMILIES
-from megatron_prune.planning import budget as module
-from megatron_prune.planning.budget import (
-    LIMIT,
-    LOSS_WEIGHTS,
-    VARIED,
-    Budget,
-    candidates,
-    check_multiples,
-    cut_axes,
-    estimated_loss,
-    parameters,
-    parse_bytes,
-    parse_count,
-    parse_multiples,
-    rank_candidates,
-    read_budget,
-)
+from megatron_prune.planning import loss_estimate as ranking
+from megatron_prune.planning import shapes as grid
+from megatron_prune.planning.budget import Budget, parameters, parse_bytes, parse_count, read_budget
+from megatron_prune.planning.loss_estimate import LOSS_WEIGHTS, cut_axes, loss_estimate, rank_candidates
+from megatron_prune.planning.multiples import VARIED, check_multiples, parse_multiples
+from megatron_prune.planning.shapes import LIMIT, candidates
 from megatron_prune.planning.target import PRUNE_TYPES, check_parallel
 
 FIELDS = {
@@ -168,7 +157,7 @@ def test_candidates_are_those_that_trying_every_shape_finds(data):
     layout = ParallelLayout(tensor=tensor, pipeline=pipeline)
     expected = brute_force(config, budget, steps, axes, layout, prune_type, legal)
     ask = dict(multiple_of=steps, tensor=tensor, pipeline=pipeline, prune_type=prune_type, legal=legal, axes=axes)
-    with mock.patch.object(module, "LIMIT", 10**6):
+    with mock.patch.object(grid, "LIMIT", 10**6):
         if expected:
             found = find(config, budget, **ask)
             assert set(found) == expected and len(found) == len(expected)
@@ -488,14 +477,14 @@ def test_cutting_more_never_lowers_the_estimate(shape, data, seed, even):
     scores = random_scores(seed)
     if data.draw(st.booleans()):
         scores |= {key: values - 1 for key, values in scores.items()}  # some below zero
-    more, less = (estimated_loss(SMALL, new, scores, even=even) for new in (smaller, shape))
+    more, less = (loss_estimate(SMALL, scores, even=even)(new) for new in (smaller, shape))
     assert more >= less >= 0
     if cut_axes(shape, smaller) and even:
         assert more > less
 
 
 def test_nothing_cut_costs_nothing():
-    assert estimated_loss(SMALL, SMALL, {}) == 0
+    assert loss_estimate(SMALL, {})(SMALL) == 0
 
 
 @pytest.mark.parametrize("value", [3.0, 0.0, -1.0])
@@ -503,8 +492,8 @@ def test_even_scores_cost_the_share_of_units(value):
     new = replace(SMALL, ffn_hidden_size=18, num_layers=3, num_attention_heads=3, num_query_groups=3)
     expected = LOSS_WEIGHTS["ffn"] * -math.log(18 / 24) + LOSS_WEIGHTS["layer"] * -math.log(3 / 4)
     expected += (LOSS_WEIGHTS["kv_head"] + LOSS_WEIGHTS["head"]) * -math.log(1 / 2)
-    assert estimated_loss(SMALL, new, even_scores(SMALL, value)) == pytest.approx(expected)
-    assert estimated_loss(SMALL, new, random_scores(0), even=1.0) == pytest.approx(expected)
+    assert loss_estimate(SMALL, even_scores(SMALL, value))(new) == pytest.approx(expected)
+    assert loss_estimate(SMALL, random_scores(0), even=1.0)(new) == pytest.approx(expected)
 
 
 def test_the_best_units_stay_and_each_layer_counts_the_same():
@@ -512,10 +501,10 @@ def test_the_best_units_stay_and_each_layer_counts_the_same():
     scores["ffn", 2] = torch.zeros(24)
     scores["ffn", 2][5] = 1000.0
     new = replace(SMALL, ffn_hidden_size=6)
-    assert estimated_loss(SMALL, new, scores) == pytest.approx(LOSS_WEIGHTS["ffn"] * -math.log((3 * 6 / 24 + 1) / 4))
+    assert loss_estimate(SMALL, scores)(new) == pytest.approx(LOSS_WEIGHTS["ffn"] * -math.log((3 * 6 / 24 + 1) / 4))
     heads = {("head", n): torch.tensor([1.0, 3.0] * 6) for n in range(4)}
     new = replace(SMALL, num_attention_heads=6)
-    assert estimated_loss(SMALL, new, heads) == pytest.approx(LOSS_WEIGHTS["head"] * -math.log(3 / 4))
+    assert loss_estimate(SMALL, heads)(new) == pytest.approx(LOSS_WEIGHTS["head"] * -math.log(3 / 4))
 
 
 def test_the_measured_shapes_come_in_about_their_measured_order():
@@ -523,7 +512,7 @@ def test_the_measured_shapes_come_in_about_their_measured_order():
     measured = {(30, 576, 896): 90.2, (30, 544, 992): 93.2, (24, 576, 1256): 81.9, (26, 576, 1120): 87.3, (30, 512, 1152): 100.3}
     for (layers, hidden, ffn), perplexity in measured.items():
         new = replace(SMOL, num_layers=layers, hidden_size=hidden, ffn_hidden_size=ffn)
-        ratio = estimated_loss(SMOL, new, even_scores(SMOL)) / math.log(perplexity / 42.5)
+        ratio = loss_estimate(SMOL, even_scores(SMOL))(new) / math.log(perplexity / 42.5)
         assert 0.95 < ratio < 1.14
 
 
@@ -532,8 +521,8 @@ def test_scores_that_are_missing_or_broken_are_refused_by_axis_and_layer(broken)
     scores = random_scores(0)
     scores["ffn", 2] = broken
     with pytest.raises(InputError, match="scores of ffn in layer 2"):
-        estimated_loss(SMALL, replace(SMALL, ffn_hidden_size=6), scores)
-    estimated_loss(SMALL, replace(SMALL, hidden_size=6), scores)
+        loss_estimate(SMALL, scores)(replace(SMALL, ffn_hidden_size=6))
+    loss_estimate(SMALL, scores)(replace(SMALL, hidden_size=6))
 
 
 def test_candidates_are_ranked_by_loss_then_parameters_then_axes_and_nan_comes_last():
@@ -547,7 +536,7 @@ def test_candidates_are_ranked_by_loss_then_parameters_then_axes_and_nan_comes_l
 
 def test_of_equal_loss_and_parameters_the_one_with_fewer_axes_cut_comes_first():
     by_heads = replace(SMALL, num_attention_heads=6)
-    with mock.patch.object(module, "parameters", lambda shape: 1):
+    with mock.patch.object(ranking, "parameters", lambda shape: 1):
         many = replace(by_heads, hidden_size=10)
         assert rank_candidates(SMALL, [many, by_heads], lambda shape: 0.0) == [(0.0, by_heads), (0.0, many)]
 
