@@ -15,6 +15,7 @@ from megatron_prune.importance.collect import collect, layer_reader
 from megatron_prune.importance.statistics import SITES, STREAM, Statistics
 from megatron_prune.runtime.stage import OpenLayer, Stage
 from megatron_prune.runtime.world import World
+from megatron_prune.surgery.reconstruct import Examples, reconstruct
 
 EVERYTHING = frozenset({*SITES, STREAM, "final_norm"})
 
@@ -58,3 +59,38 @@ def megatron_collect(world: World, folder: str, statistics: str, calibration: di
     finally:
         stage.close()
         forget_groups()
+
+
+def megatron_reconstruct(
+    world: World, folder: str, number: int, stream: numpy.ndarray, added: numpy.ndarray, roles: list[str], tp: int, passes: int
+) -> dict[str, numpy.ndarray]:
+    """:func:`reconstructed` with a layer that megatron-core runs; ranks beyond ``tp`` hold other samples."""
+    from megatron_prune.runtime.megatron_stage import MegatronStage
+
+    tensors = huggingface.open_model(Path(folder)).tensors
+    stage = MegatronStage(ParallelLayout(tensor=tp), world, dtype=torch.float32, seq_length=stream.shape[1])
+    try:
+        layer = stage.layer(tensors.config)
+        layer.load(layer_reader(tensors, number))
+        found = reconstructed(layer, stage, torch.from_numpy(stream), torch.from_numpy(added), set(roles), passes)
+        return {role: value.numpy() for role, value in found.items()}
+    finally:
+        stage.close()
+        forget_groups()
+
+
+def reconstructed(
+    layer: OpenLayer, stage: Stage, stream: torch.Tensor, added: torch.Tensor, roles: set[str], passes: int
+) -> dict[str, torch.Tensor]:
+    """The matrices of a block after it was fitted to give ``added``; token t of sample s weighs 1 + (s + t) % 3."""
+    numbers = torch.arange(len(stream))[stage.copy :: stage.copies]
+    weights = 1.0 + (torch.arange(len(stream))[:, None] + torch.arange(stream.shape[1])) % 3
+    mine = [part[numbers].to(stage.device) for part in (stream, added, weights)]
+    examples = Examples(
+        numbers=numbers, count=len(stream), length=stream.shape[1], at=lambda batch: tuple(part[batch] for part in mine)
+    )
+    attention = lambda x: layer.write_attention(layer.context(layer.norm_attention(x)))
+    mlp = lambda x: layer.write_mlp(layer.channels(layer.norm_mlp(x)))
+    parameters = [(parameter, 0.1) for parameter in layer.matrices(roles).values()]
+    assert reconstruct(parameters, attention if "o" in roles else mlp, examples, stage, passes)
+    return layer.full(roles)

@@ -18,7 +18,8 @@ from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import InputError
 from megatron_prune.importance.moments import Moment
-from megatron_prune.importance.statistics import SITES, STREAM, LayerStatistics, SiteStatistics, Statistics
+from megatron_prune.importance.sampled_rows import RowSums, sampled_tokens
+from megatron_prune.importance.statistics import ROWS, SITES, STREAM, LayerStatistics, SiteStatistics, Statistics
 from megatron_prune.runtime.stage import OpenLayer, Read, Stage
 from megatron_prune.runtime.world import World
 
@@ -91,7 +92,7 @@ def collect(
     Raises:
         InputError: naming the layer whose output is not finite.
     """
-    config, count = tensors.config, len(calibration.tokens)
+    config = tensors.config
     parts = [*range(config.num_layers), None]
     done = world.all_gather([statistics.path(part).exists() for part in parts])[0]
     if all(done):
@@ -101,7 +102,7 @@ def collect(
     layer_view = stage.layer(config)
     for layer in range(config.num_layers):
         layer_view.load(layer_reader(tensors, layer))
-        sums = None if done[layer] else _LayerSums(config, stage, moments, samples, count)
+        sums = None if done[layer] else _LayerSums(config, stage, moments, samples, calibration)
         for batch in samples.batches():
             samples.stream[batch] = _through(layer_view, samples, batch, sums, stage).to(samples.stream)
             progress(samples.weights[batch].numel())
@@ -111,7 +112,7 @@ def collect(
             if world.is_main:
                 found.save(statistics.path(layer))
     if not done[-1]:
-        found = _final(tensors, samples, stage, moments, count)
+        found = _final(tensors, samples, stage, moments, calibration)
         check_finite(found.sites["final_norm"].squares, "the final norm", world)
         if world.is_main:
             found.save(statistics.path(None))
@@ -134,6 +135,7 @@ def _through(layer: OpenLayer, samples: Samples, batch: slice, sums: _LayerSums 
         sums.add_norm("post_norm", normed, middle, batch)
         sums.add("channels", channels, batch, written=output)
         sums.add_ends(stream, output, batch)
+        sums.add_rows(stream, channels, batch)
     return output
 
 
@@ -202,7 +204,7 @@ class SiteSums:
 class _LayerSums:
     """The sums of one layer: every site, and how alike its input and output are."""
 
-    def __init__(self, config: ModelConfig, stage: Stage, moments: frozenset[str], samples: Samples, count: int):
+    def __init__(self, config: ModelConfig, stage: Stage, moments: frozenset[str], samples: Samples, calibration: Calibration):
         self._stage, self._samples = stage, samples
         self._sites = {
             site: SiteSums(stage, samples, config.dims[label], local=label != "hidden", moment=site in moments)
@@ -211,7 +213,8 @@ class _LayerSums:
         self._stream = Moment(stage, config.hidden_size, config.hidden_size) if STREAM in moments else None
         self._epsilon = config.norm_epsilon
         self._cosines = torch.zeros((), dtype=torch.float64, device=stage.device)
-        self._last = torch.zeros(count, config.hidden_size, dtype=torch.float32, device=stage.device)
+        self._last = torch.zeros(len(calibration.tokens), config.hidden_size, dtype=torch.float32, device=stage.device)
+        self._rows = _rows(config, stage, moments, calibration, channels=config.ffn_hidden_size)
 
     def add(self, site: str, value: Tensor, batch: slice, written: Tensor | None = None) -> None:
         self._sites[site].add(value, batch, written)
@@ -224,6 +227,10 @@ class _LayerSums:
         if self._stream is not None:
             unit = torch.nn.functional.rms_norm(stream, stream.shape[-1:], eps=self._epsilon)
             self._stream.add(unit, unit, self._samples.weights[batch].to(stream.device))
+
+    def add_rows(self, stream: Tensor, channels: Tensor, batch: slice) -> None:
+        if self._rows is not None:
+            self._rows.add(self._samples.numbers[batch], stream, channels)
 
     def add_ends(self, before: Tensor, after: Tensor, batch: slice) -> None:
         weights = self._samples.weights[batch].to(before.device)
@@ -242,20 +249,35 @@ class _LayerSums:
             similarity=similarity,
             last=self._stage.sum_copies(self._last).cpu(),
             stream=None if self._stream is None else self._stream.full().cpu(),
+            rows=None if self._rows is None else self._rows.finish(),
         )
 
 
-def _final(tensors: TensorMap, samples: Samples, stage: Stage, moments: frozenset[str], count: int) -> LayerStatistics:
+def _rows(
+    config: ModelConfig, stage: Stage, moments: frozenset[str], calibration: Calibration, *, channels: int
+) -> RowSums | None:
+    if ROWS not in moments:
+        return None
+    places = sampled_tokens(calibration)
+    return RowSums(stage, places, calibration.weights[places[:, 0]], hidden=config.hidden_size, channels=channels)
+
+
+def _final(
+    tensors: TensorMap, samples: Samples, stage: Stage, moments: frozenset[str], calibration: Calibration
+) -> LayerStatistics:
     """The final norm's output, filed like a layer of one site."""
     config = tensors.config
     weight = tensors.read_block(TensorId("final_norm"), range(config.hidden_size)).to(stage.device, samples.stream.dtype)
     sums = SiteSums(stage, samples, config.hidden_size, local=False, moment="final_norm" in moments)
     moment = Moment(stage, config.hidden_size, config.hidden_size) if STREAM in moments else None
-    last = torch.zeros(count, config.hidden_size, dtype=torch.float32, device=stage.device)
+    last = torch.zeros(len(calibration.tokens), config.hidden_size, dtype=torch.float32, device=stage.device)
+    rows = _rows(config, stage, moments, calibration, channels=0)
     for batch in samples.batches():
         stream = samples.stream[batch].to(stage.device)
         unit = torch.nn.functional.rms_norm(stream, stream.shape[-1:], eps=config.norm_epsilon)
         sums.add(unit * weight, batch)
+        if rows is not None:
+            rows.add(samples.numbers[batch], stream, None)
         if moment is not None:
             moment.add(unit, unit, samples.weights[batch].to(stage.device))
         ends = (samples.lengths[batch] - 1).to(stage.device)
@@ -265,4 +287,5 @@ def _final(tensors: TensorMap, samples: Samples, stage: Stage, moments: frozense
         similarity=1.0,
         last=stage.sum_copies(last).cpu(),
         stream=None if moment is None else moment.full().cpu(),
+        rows=None if rows is None else rows.finish(),
     )

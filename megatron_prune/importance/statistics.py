@@ -23,6 +23,9 @@ SITES = {"input_norm": "hidden", "context": "head", "post_norm": "hidden", "chan
 STREAM = "stream"
 """Asks for the second moment of the normalised stream at a layer's norms (:attr:`LayerStatistics.stream`)."""
 
+ROWS = "rows"
+"""Asks for what passes at a few sampled tokens (:class:`SampledRows`)."""
+
 INPUT_OF = {
     "q": "input_norm",
     "k": "input_norm",
@@ -58,6 +61,21 @@ class SiteStatistics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampledRows:
+    """The same few tokens at every layer.
+
+    Attributes:
+        weights: of the tokens, float64 [rows].
+        stream: what enters the layer there, float32 [rows, hidden].
+        kernel: products of the inputs of ``down`` of every two tokens, float32 [rows, rows]; ``None`` at the final norm.
+    """
+
+    weights: Tensor
+    stream: Tensor
+    kernel: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerStatistics:
     """Attributes:
     sites: site → sums.
@@ -65,17 +83,21 @@ class LayerStatistics:
     last: the layer's input at the last token of every sample, float32 [samples, hidden], by sample.
     stream: sum of w·x xᵀ over the layer's norms, x the stream divided by its root mean square (what a norm gives before
         its weight), float64 [hidden, hidden]; ``None`` where nobody asked for it.
+    rows: sampled tokens; ``None`` where nobody asked for them.
     """
 
     sites: dict[str, SiteStatistics]
     similarity: float
     last: Tensor
     stream: Tensor | None = None
+    rows: SampledRows | None = None
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all."""
         tensors = {"similarity": torch.tensor(self.similarity, dtype=torch.float64), "last": self.last}
         tensors |= {} if self.stream is None else {"stream": self.stream}
+        if self.rows is not None:
+            tensors |= {f"rows.{name}": value for name, value in vars(self.rows).items() if value is not None}
         for name, site in self.sites.items():
             tensors[f"{name}.tokens"] = torch.tensor(site.tokens, dtype=torch.float64)
             parts = {"total": site.total, "squares": site.squares, "sample_means": site.sample_means, "moment": site.moment}
@@ -89,7 +111,7 @@ class LayerStatistics:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():
                 name, _, part = key.partition(".")
-                if part and (moments or part != "moment"):
+                if part and name != "rows" and (moments or part != "moment"):
                     sites.setdefault(name, {})[part] = file.get_tensor(key)
             similarity, last = file.get_tensor("similarity").item(), file.get_tensor("last")
             stream = file.get_tensor("stream") if moments and "stream" in file.keys() else None
@@ -134,6 +156,20 @@ class Statistics:
         if moment is None:
             raise KeyError(f"no second moment of {role} in {self.path(layer)}")
         return moment
+
+    def rows(self, layer: int | None) -> SampledRows:
+        """What was seen at the sampled tokens: layer ``num_layers`` is the final norm; read from disk once.
+
+        Raises:
+            KeyError: if the pass did not sample any.
+        """
+        if ("rows", layer) not in self._kept:
+            with safe_open(self.path(None if layer == self.config.num_layers else layer), framework="pt") as file:
+                parts = {key[5:]: file.get_tensor(key) for key in file.keys() if key.startswith("rows.")}
+            if not parts:
+                raise KeyError(f"no sampled tokens of layer {layer} in {self.folder}")
+            self._kept["rows", layer] = SampledRows(**parts)
+        return self._kept["rows", layer]
 
     def stream_moment(self, final_share: float) -> Tensor:
         """Second moment of the normalised stream, a mean over all norms, float64 [hidden, hidden].

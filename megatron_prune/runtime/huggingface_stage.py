@@ -43,6 +43,9 @@ class HuggingFaceStage:
     def sum_copies(self, value: Tensor) -> Tensor:
         return value
 
+    def agreed(self, value: float) -> float:
+        return value
+
     def close(self) -> None:
         pass
 
@@ -73,7 +76,7 @@ class HuggingFaceLayer:
         described = AutoConfig.for_model(**family.hf_config(self._config, None))
         with torch.device("meta"):  # neither an embedding nor first weights are wanted
             model = AutoModelForCausalLM.from_config(described, attn_implementation="sdpa").model
-        self._layer = model.layers[0].to(dtype).to_empty(device=device).eval()
+        self._layer = model.layers[0].to(dtype).to_empty(device=device).eval().requires_grad_(False)
         rotary = type(model.rotary_emb)(model.config).to(device)
         places = torch.arange(seq_length, device=device)[None]
         self._positions = rotary(torch.empty(0, dtype=dtype, device=device), places)  # cos and sin, [1, tokens, head_dim]
@@ -85,15 +88,22 @@ class HuggingFaceLayer:
     def load(self, read: Read, roles: set[str] | None = None) -> None:
         for role in layer_roles(self._config):
             if roles is None or role in roles:
-                parameter = self._parameters[self._family.names[role].removeprefix(_PREFIX)].data
+                parameter = self._parameter(role).data
                 matrix = parameter.view(len(parameter), -1)
                 matrix.copy_(read(role, range(matrix.shape[0]), range(matrix.shape[1])).reshape(matrix.shape))
 
-    @torch.no_grad()
+    def matrices(self, roles: set[str]) -> dict[tuple[str, ...], nn.Parameter]:
+        return {(role,): self._parameter(role) for role in roles}
+
+    def full(self, roles: set[str]) -> dict[str, Tensor]:
+        return {role: self._parameter(role).detach().float().cpu().clone() for role in roles}
+
+    def _parameter(self, role: str) -> nn.Parameter:
+        return self._parameters[self._family.names[role].removeprefix(_PREFIX)]
+
     def norm_attention(self, stream: Tensor) -> Tensor:
         return self._layer.input_layernorm(stream)
 
-    @torch.no_grad()
     def context(self, normed: Tensor) -> Tensor:
         tokens = normed.shape[1]
         positions = tuple(part[:, :tokens] for part in self._positions)
@@ -107,19 +117,15 @@ class HuggingFaceLayer:
         seen = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=self._positions[0].device)
         return seen.tril().triu(1 - window)
 
-    @torch.no_grad()
     def write_attention(self, context: Tensor) -> Tensor:
         return self._o(context)
 
-    @torch.no_grad()
     def norm_mlp(self, stream: Tensor) -> Tensor:
         return self._layer.post_attention_layernorm(stream)
 
-    @torch.no_grad()
     def channels(self, normed: Tensor) -> Tensor:
         return self._layer.mlp(normed)
 
-    @torch.no_grad()
     def write_mlp(self, channels: Tensor) -> Tensor:
         return self._down(channels)
 

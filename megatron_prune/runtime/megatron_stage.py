@@ -16,7 +16,8 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.arch.sharding import ParallelLayout, layer_tensors, shard
+from megatron_prune.arch.sharding import ParallelLayout, blocks, layer_tensors, shard
+from megatron_prune.arch.tensors import tensor_shape
 from megatron_prune.runtime import cpu
 from megatron_prune.runtime.layers import local_layer_spec
 from megatron_prune.runtime.model import fill, inverse_frequencies, start_parallel, stop_parallel, transformer_config
@@ -29,7 +30,7 @@ class MegatronStage:
 
     def __init__(self, layout: ParallelLayout, world: World, *, dtype: torch.dtype, seq_length: int):
         stop_parallel()
-        self._layout = replace(layout, pipeline=1)
+        self._world, self._layout = world, replace(layout, pipeline=1)
         start_parallel(self._layout, world)
         self._dtype, self._seq_length = dtype, seq_length
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -60,6 +61,9 @@ class MegatronStage:
             torch.distributed.all_reduce(value, group=parallel_state.get_data_parallel_group())
         return value
 
+    def agreed(self, value: float) -> float:
+        return self._world.all_gather(value)[0]
+
     def close(self) -> None:
         """Take the process groups down."""
         stop_parallel()
@@ -79,7 +83,9 @@ class MegatronLayer:
         self._config, self._layout = replace(config, num_layers=1), layout
         with cpu.stand_in():
             core = transformer_config(self._config, layout, dtype)
-            self._layer = build_module(local_layer_spec(core), config=core, layer_number=1).to(device).eval()
+            self._layer = (
+                build_module(local_layer_spec(core), config=core, layer_number=1).to(device).eval().requires_grad_(False)
+            )
             rotary = RotaryEmbedding(config.kv_channels, 1.0, use_cpu_initialization=device.type == "cpu")
             rotary.inv_freq = inverse_frequencies(config).to(device)
             self._positions = rotary(seq_length)
@@ -95,6 +101,28 @@ class MegatronLayer:
                 full = tensor.full_shape(self._config, self._layout)
                 held = shard(tensor, full, self._layout.tensor, rank)
                 fill(self._parameters[tensor.local_name], tensor, held, full[0], self._config, read)
+
+    def matrices(self, roles: set[str]) -> dict[tuple[str, ...], nn.Parameter]:
+        held = [tensor for tensor in layer_tensors(self._config) if set(tensor.roles) & roles]
+        return {tensor.roles: self._parameters[tensor.local_name] for tensor in held}
+
+    def full(self, roles: set[str]) -> dict[str, Tensor]:
+        ranks = self._layout.tensor
+        found = {role: torch.empty(tensor_shape(role, self._config)) for role in roles}
+        for tensor in layer_tensors(self._config):
+            if not set(tensor.roles) & roles:
+                continue
+            shape = tensor.full_shape(self._config, self._layout)
+            mine = self._parameters[tensor.local_name].detach().cpu()
+            parts: list[Tensor] = [mine] * ranks
+            if ranks > 1:
+                torch.distributed.all_gather_object(parts, mine, group=parallel_state.get_tensor_model_parallel_group())
+            for number, part in enumerate(parts):
+                for role, stored, row, col, rows, cols in blocks(
+                    tensor, self._config, shape[0], shard(tensor, shape, ranks, number)
+                ):
+                    found[role][row : row + rows, col : col + cols] = part[stored : stored + rows]
+        return found
 
     def norm_attention(self, stream: Tensor) -> Tensor:
         return self._run(lambda x: self._layer.input_layernorm(x), stream)
@@ -118,5 +146,5 @@ class MegatronLayer:
     @staticmethod
     def _run(function, value: Tensor) -> Tensor:
         """Apply megatron-core's [tokens, samples, features] function to [samples, tokens, features]."""
-        with cpu.stand_in(), torch.no_grad():
+        with cpu.stand_in():
             return function(value.transpose(0, 1)).transpose(0, 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Callable, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_prune.arch.model import ModelConfig
 
@@ -53,6 +53,13 @@ class OpenLayer(Protocol):
     def load(self, read: Read, roles: set[str] | None = None) -> None:
         """Fill from role tensors, all or those of ``roles`` (fused ones, q k v and gate up, go together)."""
 
+    def matrices(self, roles: set[str]) -> dict[tuple[str, ...], nn.Parameter]:
+        """This rank's part of the matrices of ``roles``: the roles fused in each → the parameter, which needs no gradient
+        until it is told to."""
+
+    def full(self, roles: set[str]) -> dict[str, Tensor]:
+        """Those matrices as they are now, whole role tensors on the host, the same on every rank."""
+
 
 class Stage(Protocol):
     """Where layers run: this process's place among those that share a layer, and those that share the samples."""
@@ -77,6 +84,9 @@ class Stage(Protocol):
 
     def sum_copies(self, value: Tensor) -> Tensor:
         """Sum over the copies, which hold different samples."""
+
+    def agreed(self, value: float) -> float:
+        """The first process's number: what is decided by it is decided alike everywhere."""
 
     def close(self) -> None:
         """Give up what the stage holds."""

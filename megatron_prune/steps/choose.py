@@ -23,7 +23,7 @@ from megatron_prune.planning.shapes import candidates
 from megatron_prune.planning.target import Target, check_parallel, resolve_target
 from megatron_prune.surgery.basis import HIDDEN_METHODS
 
-BEST = {"hidden": "activation", "ffn": "fisher", "head": "obs", "kv_head": "obs", "layer": "angular"}
+BEST = {"hidden": "activation", "ffn": "fisher", "head": "obs", "kv_head": "obs", "layer": "fold"}
 """Axis → how units are chosen where nothing else is asked for: what measured best before least squares in first trials
 (channels: perplexity 61.2 by ``fisher``, 63.2 by ``activation``, 65.1 by ``obs`` on one protocol)."""
 
@@ -51,7 +51,9 @@ class TargetOptions:
     metric: str | None = option(
         "how units are scored: random, magnitude, activation, wanda, taylor … (default: what measured best for each axis)", None
     )
-    depth_metric: str | None = option("how layers are chosen (default: angular where there is text, else the metric)", None)
+    depth_metric: str | None = option(
+        "how layers are chosen (default: fold where there is text, angular with --no-refit, else the metric)", None
+    )
     hidden_method: str | None = option(
         "how hidden units are cut (default: rotate where there is text, else select)", None, choices=HIDDEN_METHODS
     )
@@ -102,20 +104,28 @@ class Request:
         shapes = self.shapes or (self.target.config,)
         return self.rotate and any(shape.hidden_size != config.hidden_size for shape in shapes)
 
+    def dropped(self, config: ModelConfig) -> list[int]:
+        """How many layers may have to go."""
+        shapes = self.shapes or ((self.target.config,) if self.target else ())
+        return sorted({config.num_layers - shape.num_layers for shape in shapes} - {0})
+
     def metrics(self, config: ModelConfig) -> list[str]:
         """Names of the metrics whose scores are needed."""
         return sorted({self.metric_of[axis] for axis in self.axes(config)})
 
 
-def metrics_of(options: TargetOptions, *, has_text: bool, held: list[str] | None = None) -> dict[str, str]:
+def metrics_of(options: TargetOptions, *, has_text: bool, held: list[str] | None = None, refit: bool = True) -> dict[str, str]:
     """Axis → metric: as asked for, else the best (of those whose scores are ``held``, where scores were named).
+
+    Args:
+        refit: whether what stays is re-fitted; ``fold`` judges layers by what that leaves.
 
     Raises:
         InputError: if there is no such metric.
     """
     chosen = {axis: options.metric or _best(axis, held) for axis in BEST}
     if has_text and not (options.metric and METRICS.get(options.metric).block_wise):
-        chosen["layer"] = _best("layer", held)
+        chosen["layer"] = _best("layer", held) if refit else "angular"
     chosen["layer"] = options.depth_metric or chosen["layer"]
     for name in chosen.values():
         METRICS.get(name)
@@ -137,6 +147,7 @@ def read_request(
     prune_type: str,
     has_text: bool,
     held: list[str] | None = None,
+    refit: bool = True,
     dtype_bytes: int = 2,
 ) -> Request:
     """Check what was asked for.
@@ -145,6 +156,7 @@ def read_request(
         content_id: tells the model's digest (asked for only when needed: it may have to read the model).
         has_text: whether there is calibration text.
         held: metrics whose scores were made before.
+        refit: whether what stays is re-fitted.
         dtype_bytes: of a weight, for a budget of memory.
 
     Raises:
@@ -155,7 +167,7 @@ def read_request(
     rotate = (options.hidden_method or ("rotate" if has_text else "select")) == "rotate"
     if rotate and not has_text:
         raise InputError("--hidden_method rotate needs text to find the subspace", do="name some with --data, or use select")
-    common = {"metric_of": metrics_of(options, has_text=has_text, held=held), "rotate": rotate}
+    common = {"metric_of": metrics_of(options, has_text=has_text, held=held, refit=refit), "rotate": rotate}
     if options.plan:
         return Request(plan=_read(options, config, layout, family, content_id, prune_type), **common)
     multiples = parse_multiples(options.multiple_of) if options.multiple_of else {}

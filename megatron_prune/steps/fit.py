@@ -45,17 +45,20 @@ class FitOptions(CalibrationOptions):
     """How what stays is re-fitted on the text."""
 
     refit: bool | None = option("re-fit what stays by least squares (default: where there is text)", None)
-    sequential: bool | None = option("later layers see what the pruned ones before them give (default: yes)", None)
+    sequential: bool = option("fit every block to mend what the pruned ones before it left", False)
     ridge: float | None = option(
         "how strongly o and down are held to the cut matrices, as a share of the moment's mean diagonal (default: for each "
         "what predicts one half of the samples best from the other)",
         None,
     )
     reader_ridge: float | None = option("the same for q, k, v, gate and up, where hidden units are cut", None)
+    reconstruct: int = option(
+        "passes over the text in which all matrices of a cut block are fitted together; 0 leaves it at least squares", 4
+    )
 
     def fit(self) -> Fit:
         """The engine's options."""
-        return Fit(sequential=self.sequential is not False, writers=self.ridge, readers=self.reader_ridge)
+        return Fit(sequential=self.sequential, writers=self.ridge, readers=self.reader_ridge, passes=self.reconstruct)
 
 
 def wants_text(options: FitOptions) -> bool:
@@ -90,8 +93,8 @@ def pruned_source(
     refit = options.refit is not False
     if not refit and request.rotates(subject.config):
         raise InputError("--no-refit with rotated hidden units", do="use --hidden_method select, or re-fit")
-    if options.search > 1 and not (refit and options.sequential is not False):
-        raise InputError("--search compares re-fitted models", do="leave out --no-refit and --no-sequential")
+    if options.search > 1 and not refit:
+        raise InputError("--search compares re-fitted models", do="leave out --no-refit")
     asked = {name: getattr(options, name) for kind in (TargetOptions, FitOptions) for name in kind.__dataclass_fields__}
     read = request.plan.dumps() if request.plan else None
     key = request_key(options, subject, **{**asked, "plan": read, "scores": options.scores, "made_by": made_by})
@@ -177,7 +180,7 @@ def _plans(
         shown = world.is_main and metric.reads_weights
         with progress_bar("scoring", total // (subject.layout.tensor * subject.layout.pipeline), shown=shown) as advance:
             scores = score(found, subject.tensors, subject.layout, wanted, world, advance)
-        blocks = range(1, subject.config.num_layers) if metric.block_wise else ()
+        blocks = request.dropped(subject.config) if metric.block_wise else ()
         return scores | {("block", count): found.block_scores(count) for count in blocks}
 
     return choose_plans(

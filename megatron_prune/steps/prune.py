@@ -84,6 +84,7 @@ def prune(options: PruneOptions, world: World) -> None:
         prune_type=options.prune_type,
         has_text=wants_text(options),
         held=held_metrics(options),
+        refit=options.refit is not False,
         dtype_bytes=commonest(Source(tensors=checkpoint.tensors).dtypes(checkpoint.config, None)).itemsize,
     )
     subject = megatron_subject(checkpoint, layout, options.tokenizer, world)

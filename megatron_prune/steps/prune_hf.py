@@ -84,6 +84,7 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
         prune_type="balance",
         has_text=wants_text(options),
         held=held_metrics(options),
+        refit=options.refit is not False,
         dtype_bytes=commonest(Source(tensors=model.tensors).dtypes(model.config, None)).itemsize,
     )
     if not options.scores:

@@ -9,9 +9,14 @@ pruned model). In every layer that stays, in order:
 4. ``down``: from the pruned channels to what brings Z to S at the input of the next layer *that stays*: a cut block of
    layers is folded into the matrix before it.
 
-Because Z is what the layers before really left, each layer also mends what they could not. With ``sequential=False`` Z is set
-to the dense stream before every matrix, which fits each to the dense model's own statistics. Moments are accumulated under
-TP × DP (``importance/moments.py``), solved on every rank alike, and only the layer at hand is in memory.
+After its last matrix, all matrices of an attention or feed-forward block that was cut are fitted together to the same
+(``reconstruct.py``).
+
+Z is set to the dense stream before every block, so that each is fitted to the dense model's own statistics, and blocks that
+are whole stay as they are. With ``sequential`` Z is what the layers before really left, and every block is fitted to mend what
+they could not: more fitting, which follows the text at hand more closely than the model (measured in ``docs/quality.md``).
+Moments are accumulated under TP × DP (``importance/moments.py``), solved on every rank alike, and only the layer at hand is in
+memory.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from megatron_prune.runtime.world import World
 from megatron_prune.surgery.basis import Basis
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.surgery.least_squares import fitted, scale
+from megatron_prune.surgery.reconstruct import Examples, reconstruct
 
 READERS = {"input_norm": ("q", "k", "v"), "post_norm": ("gate", "up")}
 """Norm → the matrices that read its output."""
@@ -48,11 +54,13 @@ class Fit:
         sequential: Z is what the pruned layers before left; else the dense stream.
         writers: ridge of ``o`` and ``down`` towards the cut matrices, as a share of the moment's mean diagonal.
         readers: the same for what reads the stream, where the stream is cut.
+        passes: over the text in which all matrices of a cut block are fitted together (``reconstruct.py``); 0 for none.
     """
 
-    sequential: bool = True
+    sequential: bool = False
     writers: float | None = None
     readers: float | None = None
+    passes: int = 4
 
 
 class Refit:
@@ -120,13 +128,20 @@ class Refit:
         outer, samples, config = self._store.load(None), self._samples, self._store.config
         norm = self._on_device(outer["final_norm"])
         head = self._on_device(outer.get("output", outer["embedding"]))
+        streams = outer["embedding"][samples.tokens].to(samples.stream)
+        new = self._new
+        for number in range(config.num_layers):
+            new.load(reader(self._store.load(number)))
+            for batch in samples.batches():
+                stream = self._on_device(streams[batch])
+                stream = stream + new.write_attention(new.context(new.norm_attention(stream)))
+                streams[batch] = (stream + new.write_mlp(new.channels(new.norm_mlp(stream)))).cpu()
         sums = torch.zeros(2, dtype=torch.float64, device=self._stage.device)
-        for batch in samples.batches():
-            for stream, tokens, weight in zip(self._pruned[batch], samples.tokens[batch], samples.weights[batch]):
-                unit = torch.nn.functional.rms_norm(self._on_device(stream).float(), norm.shape, norm, config.norm_epsilon)
-                losses = torch.nn.functional.cross_entropy(unit[:-1] @ head.T, self._on_device(tokens)[1:], reduction="none")
-                counted = self._on_device(weight)[1:]
-                sums += torch.stack([(losses * counted).sum(), counted.sum()]).double()
+        for stream, tokens, weight in zip(streams, samples.tokens, samples.weights):
+            unit = torch.nn.functional.rms_norm(self._on_device(stream).float(), norm.shape, norm, config.norm_epsilon)
+            losses = torch.nn.functional.cross_entropy(unit[:-1] @ head.T, self._on_device(tokens)[1:], reduction="none")
+            counted = self._on_device(weight)[1:]
+            sums += torch.stack([(losses * counted).sum(), counted.sum()]).double()
         total, count = self._stage.sum_copies(sums).tolist()
         return total / count
 
@@ -151,34 +166,44 @@ class Refit:
 
     def _attention(self, weights: dict[str, Tensor], number: int, *, fit: bool) -> None:
         dense, new, samples = self._dense, self._new, self._samples
+        block = lambda stream: new.write_attention(new.context(new.norm_attention(stream)))
+        fit = fit and (self._fit.sequential or self._cuts_attention())
         self._begin()
         if fit:
             self._fit_readers(weights, number, "input_norm", dense.norm_attention, new.norm_attention)
         contexts = []
         for batch in samples.batches():
-            before, pruned = self._on_device(samples.stream[batch]), self._on_device(self._pruned[batch])
-            contexts.append(new.context(new.norm_attention(pruned)).cpu())
+            before = self._on_device(samples.stream[batch])
+            if fit:
+                contexts.append(new.context(new.norm_attention(self._on_device(self._pruned[batch]))).cpu())
             samples.stream[batch] = (before + dense.write_attention(dense.context(dense.norm_attention(before)))).cpu()
         if fit:
             self._fit_writer(weights, "o", contexts)
-        self._write(new.write_attention, contexts)
+            if self._cuts_attention():
+                self._reconstruct(weights, {"q", "k", "v", "o"}, block)
+        self._write(block)
 
     def _mlp(self, weights: dict[str, Tensor], number: int, end: int, *, fit: bool) -> None:
         dense, new, samples = self._dense, self._new, self._samples
+        block = lambda stream: new.write_mlp(new.channels(new.norm_mlp(stream)))
+        fit = fit and (self._fit.sequential or self._cuts_mlp(number, end))
         self._begin()
         if fit:
             self._fit_readers(weights, number, "post_norm", dense.norm_mlp, new.norm_mlp)
         channels = []
         for batch in samples.batches():
-            middle, pruned = self._on_device(samples.stream[batch]), self._on_device(self._pruned[batch])
-            channels.append(new.channels(new.norm_mlp(pruned)).cpu())
+            middle = self._on_device(samples.stream[batch])
+            if fit:
+                channels.append(new.channels(new.norm_mlp(self._on_device(self._pruned[batch]))).cpu())
             samples.stream[batch] = (middle + dense.write_mlp(dense.channels(dense.norm_mlp(middle)))).cpu()
             self._progress(samples.weights[batch].numel())
         for layer in range(self._kept[number] + 1, end):
             self._advance(layer)
         if fit:
             self._fit_writer(weights, "down", channels)
-        self._write(new.write_mlp, channels)
+            if self._cuts_mlp(number, end):
+                self._reconstruct(weights, {"gate", "up", "down"}, block)
+        self._write(block)
 
     def _advance(self, layer: int) -> None:
         """Take the dense stream through a layer that goes."""
@@ -196,9 +221,11 @@ class Refit:
         if not self._fit.sequential:
             self._pruned = self._basis.encoded(self._samples.stream).clone()
 
-    def _write(self, write: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> None:
-        for batch, value in zip(self._samples.batches(), inputs):
-            self._pruned[batch] += write(self._on_device(value)).cpu()
+    def _write(self, block: Callable[[Tensor], Tensor]) -> None:
+        """After a block: what the pruned one adds (without ``sequential`` nobody looks at it)."""
+        if self._fit.sequential:
+            for batch in self._samples.batches():
+                self._pruned[batch] += block(self._on_device(self._pruned[batch])).cpu()
 
     def _fit_readers(
         self,
@@ -235,10 +262,43 @@ class Refit:
         for batch, value in zip(samples.batches(), inputs):
             stream = samples.stream[batch]
             wanted = self._basis.encoded(self._on_device(stream)) - self._on_device(self._pruned[batch])
-            even = samples.weights[batch] / stream.float().square().mean(dim=-1)
-            sums.add(batch, self._stage.gather(self._on_device(value)), wanted, even)
+            sums.add(batch, self._stage.gather(self._on_device(value)), wanted, self._even(batch))
         weights[role], _ = fitted(sums.finish(), weights[role], self._fit.writers)
         self._new.load(reader(weights), {role})
+
+    def _cuts_attention(self) -> bool:
+        old, new = self._tensors.config, self._store.config
+        sizes = lambda config: (config.num_attention_heads, config.num_query_groups, config.hidden_size)
+        return sizes(old) != sizes(new)
+
+    def _cuts_mlp(self, number: int, end: int) -> bool:
+        """Whether a layer's feed-forward block is cut, or a cut block of layers was folded into it."""
+        old, new = self._tensors.config, self._store.config
+        sizes = lambda config: (config.ffn_hidden_size, config.hidden_size)
+        return sizes(old) != sizes(new) or end > self._kept[number] + 1
+
+    def _reconstruct(self, weights: dict[str, Tensor], roles: set[str], block: Callable[[Tensor], Tensor]) -> None:
+        """Fit all of ``roles`` together to where the dense stream is now."""
+        if not self._fit.passes:
+            return
+        samples = self._samples
+
+        def at(batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            stream, pruned = self._on_device(samples.stream[batch]), self._on_device(self._pruned[batch])
+            return pruned, self._basis.encoded(stream) - pruned, self._even(batch)
+
+        count, length = len(self._folds), samples.stream.shape[1]
+        examples = Examples(numbers=samples.numbers, count=count, length=length, at=at)
+        size = lambda roles: torch.cat([weights[role].flatten() for role in roles]).square().mean().sqrt().item()
+        parts = {role: group for group in (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)) for role in group}
+        parameters = [(parameter, size(parts[fused[0]])) for fused, parameter in self._new.matrices(roles).items()]
+        if reconstruct(parameters, block, examples, self._stage, self._fit.passes):
+            weights |= {role: value.double() for role, value in self._new.full(roles).items()}
+
+    def _even(self, batch: slice | Tensor) -> Tensor:
+        """Weights of tokens that make them count alike, whatever the size of the dense stream."""
+        samples = self._samples
+        return self._on_device(samples.weights[batch] / samples.stream[batch].float().square().mean(dim=-1))
 
     def _final_moments(self) -> list[tuple[Tensor, Tensor]]:
         """Second moments of the final norms' outputs, as :meth:`_moment_of_norms`; the new norm's weight is 1."""

@@ -27,7 +27,7 @@ SAMPLES = {
     "lengths": [17, 9, 17, 2, 13],
     "weights": [1.0, 0.5, 1.25, 2.0, 0.75],
 }
-MOMENTS = [*SITES, "final_norm", "stream"]
+MOMENTS = [*SITES, "final_norm", "stream", "rows"]
 LAYERS = 4
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (3, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2)]
 """TP, PP, DP."""
@@ -99,6 +99,12 @@ def expected(source: Path, layer: int | None) -> dict[str, torch.Tensor]:
     unit = lambda x: x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt()
     places = ["before"] if layer is None else ["before", "middle"]
     found["stream"] = total(lambda run: sum(unit(run[place, layer]).T @ unit(run[place, layer]) for place in places))
+    lengths = torch.tensor(SAMPLES["lengths"])
+    found["rows.weights"] = torch.tensor(weights, dtype=torch.float64).repeat_interleave(lengths)  # so few that all are sampled
+    found["rows.stream"] = torch.cat([run["before", layer] for run in runs])
+    if layer is not None:
+        channels = torch.cat([run["channels", layer] for run in runs])
+        found["rows.kernel"] = channels @ channels.T
     found["last"] = torch.stack([run["before", layer][-1] for run in runs])
     cosine = torch.nn.functional.cosine_similarity
     turned = lambda run: cosine(run["before", layer], run["after", layer], dim=-1).sum()

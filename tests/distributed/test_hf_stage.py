@@ -219,7 +219,7 @@ CUTS = {
     "hidden select, untied": ("qwen2", {}, {"hidden_size_remain": 30, "hidden_method": "select"}),
     "layers": ("qwen2", {}, {"drop_layers": (1, 2)}),
     "the first and the last layer": ("mistral", {"sliding_window": 5}, {"drop_layers": (0, 3)}),
-    "not sequential": ("qwen2", {}, {"ffn_hidden_size_remain": 60, "hidden_size_remain": 36, "sequential": False}),
+    "sequential": ("qwen2", {}, {"ffn_hidden_size_remain": 60, "hidden_size_remain": 36, "sequential": True}),
     "a class of its kin": ("llama", {}, {"hidden_size_remain": 40, "target_family": "mistral", "ffn_hidden_size_remain": 48}),
 }
 

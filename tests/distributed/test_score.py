@@ -22,6 +22,7 @@ from megatron_prune.planning.plan import load_plan, make_plan, shape_of
 from megatron_prune.planning.selection import needed_scores
 from megatron_prune.planning.target import resolve_target
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.choose import BEST
 from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.export import ExportOptions, export
 
@@ -120,7 +121,9 @@ def test_scores_are_kept_with_what_they_were_made_from(scored, home):
     assert sorted(contents(folder)) == sorted(expected)
     manifest = ScoresManifest.load(folder)
     assert manifest.content_id == checkpoint.manifest.content_id and manifest.model == shape_of(checkpoint.config)
-    assert manifest.metrics == METRICS.names() and manifest.moments == ["channels", "context"] and manifest.dtype == "fp32"
+    assert (
+        manifest.metrics == METRICS.names() and manifest.moments == ["channels", "context", "rows"] and manifest.dtype == "fp32"
+    )
     assert manifest.parallel == {"tensor": 3, "pipeline": 1, "data": 1}
     calibration = load_calibration_file(folder)
     assert calibration.tokens.shape == (6, 16) and manifest.calibration["digest"] == calibration.digest
@@ -178,7 +181,7 @@ def test_any_target_is_planned_from_kept_scores_without_a_pass(scored, home, ran
     plan, scores = load_plan(tmp_path / "cut.json"), load_scores(scored(), metric)
     config = megatron.open_checkpoint(home / "qwen2").config
     target = resolve_target(config, **{name.removesuffix("_remain"): value for name, value in sizes.items()})
-    depth = {place: value for place, value in load_scores(scored(), "angular").items()}
+    depth = {place: value for place, value in load_scores(scored(), BEST["layer"]).items()}
     made = make_plan(config, target, {**scores, **depth}, prune_type="balance", ranks=1, made_by={}, content_id=None)
     assert (plan.hidden, plan.layers, plan.new) == (made.hidden, made.layers, made.new)
     calibration = ScoresManifest.load(scored()).calibration
@@ -387,7 +390,7 @@ def test_pruning_that_was_stopped_goes_on(home, whole, ranks, tmp_path, prefix, 
 
 @pytest.mark.parametrize(
     "change",
-    [{"ffn_hidden_size_remain": 24}, {"hidden_size_remain": 24}, {"ridge": 0.5}, {"sequential": False}, {"num_layers_remain": 2}],
+    [{"ffn_hidden_size_remain": 24}, {"hidden_size_remain": 24}, {"ridge": 0.5}, {"sequential": True}, {"num_layers_remain": 2}],
     ids=lambda change: next(iter(change)),
 )
 def test_layers_re_fitted_for_another_cut_are_not_used(home, ranks, tmp_path, change):

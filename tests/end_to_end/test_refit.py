@@ -26,7 +26,14 @@ def run(model: Path, save: Path, sizes: dict | None, **options) -> Path:
     if sizes:
         config.write_text(json.dumps(sizes))
         options["prune_config_path"] = str(config)
-    defaults = {"data": (str(samples),), "nsamples": 12, "seq_length": 40, "ridge": RIDGE, "metric": "activation"}
+    defaults = {
+        "data": (str(samples),),
+        "nsamples": 12,
+        "seq_length": 40,
+        "ridge": RIDGE,
+        "metric": "activation",
+        "reconstruct": 0,
+    }
     given = {**defaults, **options}
     prune_hf(PruneHfOptions(model_name_or_path=str(model), output_path=str(save), **given), World())
     return save
@@ -75,7 +82,7 @@ def kept_channels(model: dict, pruned: dict, layer: int) -> list[int]:
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_down_is_the_closed_form(tmp_path, family):
     model = build_tiny(tmp_path / "model", family, dtype="float32")
-    out = run(model, tmp_path / "out", {"ffn_hidden_size_remain": 64}, sequential=False)
+    out = run(model, tmp_path / "out", {"ffn_hidden_size_remain": 64})
     before, after, seen = state_dict(model), state_dict(out), activations(model, 4)
     for layer in range(4):
         kept = kept_channels(before, after, layer)
@@ -88,7 +95,7 @@ def test_down_is_the_closed_form(tmp_path, family):
 
 def test_a_cut_block_is_folded_into_the_matrix_before_it(tmp_path):
     model = build_tiny(tmp_path / "model", "llama", dtype="float32")
-    out = run(model, tmp_path / "out", {"drop_layers": [2]}, sequential=False)
+    out = run(model, tmp_path / "out", {"drop_layers": [2]})
     before, after, seen = state_dict(model), state_dict(out), activations(model, 4)
     down = before["model.layers.1.mlp.down_proj.weight"].double()
     wanted = seen["before", 3] - seen["middle", 1]
@@ -102,7 +109,7 @@ def test_a_cut_block_is_folded_into_the_matrix_before_it(tmp_path):
 def test_sequential_layers_see_what_the_pruned_ones_left(tmp_path):
     """The o of layer 1 is fitted from its context in the pruned model to where the dense stream goes."""
     model = build_tiny(tmp_path / "model", "llama", dtype="float32")
-    out = run(model, tmp_path / "out", {"ffn_hidden_size_remain": 64})
+    out = run(model, tmp_path / "out", {"ffn_hidden_size_remain": 64}, sequential=True)
     before, seen, pruned = state_dict(model), activations(model, 4), activations(out, 4)
     wanted = seen["middle", 1] - pruned["before", 1]
     o = before["model.layers.1.self_attn.o_proj.weight"].double()

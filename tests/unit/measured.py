@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.axes.axis import AXES
 from megatron_prune.importance.metric import METRICS, GradientMetric
-from megatron_prune.importance.statistics import SITES, LayerStatistics, SiteStatistics, Statistics
+from megatron_prune.importance.statistics import SITES, LayerStatistics, SampledRows, SiteStatistics, Statistics
 
 SAMPLES, TOKENS = 3, 40
 """Samples, and tokens in each."""
@@ -48,7 +48,10 @@ def measured(folder: Path, config: ModelConfig, seen: dict[tuple[str, int | None
                 moment=flat.T @ flat,
             )
         last = seen["before", layer][:, -1].float()
-        LayerStatistics(sites=sites, similarity=draw(1).item(), last=last).save(statistics.path(layer))
+        stream, channels = seen["before", layer].flatten(0, 1), seen.get(("channels", layer))
+        kernel = None if channels is None else (channels.flatten(0, 1) @ channels.flatten(0, 1).T).float()
+        rows = SampledRows(weights=1.0 + torch.arange(len(stream)).double() % 2, stream=stream.float(), kernel=kernel)
+        LayerStatistics(sites=sites, similarity=draw(1).item(), last=last, rows=rows).save(statistics.path(layer))
     kinds = [METRICS.get(name) for name in METRICS.names()]
     sums = {}
     for kind in kinds:

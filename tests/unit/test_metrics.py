@@ -12,6 +12,7 @@ from measured import activations, measured
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.errors import InputError
 from megatron_prune.importance.metric import METRICS
+from megatron_prune.importance.metrics.fold import RIDGE
 from megatron_prune.importance.metrics.obs import DAMPING
 from megatron_prune.importance.scoring import all_scores, score
 from megatron_prune.planning.selection import keep_layers
@@ -155,6 +156,31 @@ def test_angular_is_the_angle_between_the_ends_of_every_block(found):
     assert_scores(ours["layer", None], ours["block", 1])
     start = int(ours["block", 2].argmin())
     assert keep_layers(ours, LAYERS, 2) == [layer for layer in range(LAYERS) if layer not in (start, start + 1)]
+
+
+def test_fold_is_the_error_at_a_token_that_was_left_out_of_the_fit(found):
+    """Brute force: ridge regression on all other tokens, one token after the other."""
+    ours, width = found("fold"), SMALL.ffn_hidden_size
+    stream = [SEEN["before", layer].flatten(0, 1).float().double() for layer in (*range(LAYERS), None)]
+    counted = 1.0 + torch.arange(len(stream[0])).double() % 2
+    for count in range(1, LAYERS):
+        left = []
+        for first in range(LAYERS - count + 1):
+            added, size = stream[first + count] - stream[first], stream[first + count].square().sum(1)
+            if first > 0:
+                x = SEEN["channels", first - 1].flatten(0, 1)
+                w = counted / stream[first].square().mean(1)
+                damping = RIDGE * (w[:, None] * x.square()).sum() / width * torch.eye(width, dtype=torch.float64)
+                errors = []
+                for token in range(len(x)):
+                    others = torch.arange(len(x)) != token
+                    xs, ws = x[others], w[others, None]
+                    fitted = torch.linalg.solve(xs.T @ (ws * xs) + damping, xs.T @ (ws * added[others]))
+                    errors.append(added[token] - x[token] @ fitted)
+                added = torch.stack(errors)
+            left.append((counted * added.square().sum(1) / size).sum() / counted.sum())
+        assert_scores(ours["block", count], left, 1e-4)
+    assert_scores(ours["layer", None], ours["block", 1])
 
 
 def test_perplexity_is_the_loss_that_a_layer_saves(found, tmp_path):
