@@ -10,7 +10,7 @@ from megatron_prune.importance.statistics import SampledRows
 from megatron_prune.runtime.stage import Stage
 
 MOST = 2048
-"""Tokens that are sampled. On SmolLM2 1024 of them already order the blocks of layers as 3072 do."""
+"""Tokens that are sampled. On SmolLM2 1024 of them already find the best blocks of 2, 6 and 8 layers that 3072 find."""
 
 
 def sampled_tokens(calibration: Calibration) -> Tensor:
