@@ -145,11 +145,16 @@ def check_finite(stream: Tensor, where: str, world: World) -> None:
     Raises:
         InputError: naming the layer.
     """
-    if not all(world.all_gather(bool(stream.isfinite().all()))):
+    if not all(world.all_gather(is_finite(stream))):
         raise InputError(
             f"the output of {where} is not finite (NaN or infinity) on this text",
             do="look for broken weights with megatron-prune verify --strict, or compute with --dtype fp32",
         )
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite: a sum tells, unless it overflows by itself."""
+    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
 
 
 class SiteSums:
@@ -164,7 +169,7 @@ class SiteSums:
         self._stage, self._samples, self._local = stage, samples, local
         held = len(stage.share(width)) if local else width
         self._vectors = torch.zeros(3, held, dtype=torch.float64, device=stage.device)
-        self._moment = Moment(stage, width, width) if moment else None
+        self._moment = Moment(stage, width) if moment else None
 
     def add(self, value: Tensor, batch: slice, written: Tensor | None = None) -> None:
         """Add a batch, [samples, tokens, features].
@@ -177,20 +182,20 @@ class SiteSums:
         if short.any():
             value = value * (weights > 0)[..., None]
         each = samples.sample_weights[batch].to(value.device)
+        exact = value.float()
+        room = torch.empty_like(exact)
         sums = torch.stack(
             [
-                value.sum(dim=1, dtype=torch.float32),
-                torch.linalg.vector_norm(value, dim=1, dtype=torch.float32).square(),
-                torch.linalg.vector_norm(value, ord=1, dim=1, dtype=torch.float32)
-                .div(samples.lengths[batch].to(value.device)[:, None])
-                .square(),
+                exact.sum(dim=1),
+                torch.mul(exact, exact, out=room).sum(dim=1),
+                torch.abs(exact, out=room).sum(dim=1).div_(samples.lengths[batch].to(value.device)[:, None]).square_(),
             ]
         )
         self._vectors += torch.einsum("s,vsd->vd", each, sums.double())
         if self._moment is not None:
             full = self._stage.gather(value) if self._local else value
             even = weights if written is None else weights / written.float().square().mean(dim=-1)
-            self._moment.add(full, full, even)
+            self._moment.add(full, even)
 
     def finish(self) -> SiteStatistics:
         """The sums over all processes, the same on each."""
@@ -210,7 +215,7 @@ class _LayerSums:
             site: SiteSums(stage, samples, config.dims[label], local=label != "hidden", moment=site in moments)
             for site, label in SITES.items()
         }
-        self._stream = Moment(stage, config.hidden_size, config.hidden_size) if STREAM in moments else None
+        self._stream = Moment(stage, config.hidden_size) if STREAM in moments else None
         self._epsilon = config.norm_epsilon
         self._cosines = torch.zeros((), dtype=torch.float64, device=stage.device)
         self._last = torch.zeros(len(calibration.tokens), config.hidden_size, dtype=torch.float32, device=stage.device)
@@ -226,7 +231,7 @@ class _LayerSums:
     def add_stream(self, stream: Tensor, batch: slice) -> None:
         if self._stream is not None:
             unit = torch.nn.functional.rms_norm(stream, stream.shape[-1:], eps=self._epsilon)
-            self._stream.add(unit, unit, self._samples.weights[batch].to(stream.device))
+            self._stream.add(unit, self._samples.weights[batch].to(stream.device))
 
     def add_rows(self, stream: Tensor, channels: Tensor, batch: slice) -> None:
         if self._rows is not None:
@@ -269,7 +274,7 @@ def _final(
     config = tensors.config
     weight = tensors.read_block(TensorId("final_norm"), range(config.hidden_size)).to(stage.device, samples.stream.dtype)
     sums = SiteSums(stage, samples, config.hidden_size, local=False, moment="final_norm" in moments)
-    moment = Moment(stage, config.hidden_size, config.hidden_size) if STREAM in moments else None
+    moment = Moment(stage, config.hidden_size) if STREAM in moments else None
     last = torch.zeros(len(calibration.tokens), config.hidden_size, dtype=torch.float32, device=stage.device)
     rows = _rows(config, stage, moments, calibration, channels=0)
     for batch in samples.batches():
@@ -279,7 +284,7 @@ def _final(
         if rows is not None:
             rows.add(samples.numbers[batch], stream, None)
         if moment is not None:
-            moment.add(unit, unit, samples.weights[batch].to(stage.device))
+            moment.add(unit, samples.weights[batch].to(stage.device))
         ends = (samples.lengths[batch] - 1).to(stage.device)
         last[samples.numbers[batch].to(stage.device)] = stream[torch.arange(len(stream), device=stage.device), ends].float()
     return LayerStatistics(

@@ -340,16 +340,16 @@ class _FoldMoments:
     def __init__(self, run: Refit, features: int, targets: int):
         self._run, self._features = run, features
         self._folds = run._folds[run._samples.numbers]
-        self._sums = [Moment(run._stage, features, features + targets) for _ in range(int(run._folds.max()) + 1)]
+        self._sums = [Moment(run._stage, features, targets) for _ in range(int(run._folds.max()) + 1)]
 
     def add(self, batch: slice, value: Tensor, wanted: Tensor, weight: Tensor) -> None:
-        both, weight = torch.cat([value, wanted], dim=-1), self._run._on_device(weight)
+        weight = self._run._on_device(weight)
         for fold, sums in enumerate(self._sums):
             mine = (self._folds[batch] == fold).to(value.device)
             if mine.all():
-                sums.add(value, both, weight)
+                sums.add(value, weight, wanted)
             elif mine.any():
-                sums.add(value[mine], both[mine], weight[mine])
+                sums.add(value[mine], weight[mine], wanted[mine])
 
     def finish(self) -> list[tuple[Tensor, Tensor]]:
         whole = [sums.full().cpu() for sums in self._sums]
