@@ -4,8 +4,8 @@
 The error ``sum over tokens of w·||t - f(x)||²`` of attention (q, k, v, o) or of the feed-forward block (gate, up, down) is not
 quadratic in what stands before the last matrix, so Adam (Kingma & Ba 2015) takes steps over the same text: a few passes, the
 step of a matrix a share of its root mean square, falling to nothing. Every eighth sample is not fitted to but looked at after
-each pass; what was best there stays, the least squares it began with included. No labels and no loss of the model come into
-it: one block, its inputs and its outputs.
+each pass; what was best there stays, the least squares it began with included. Where the first pass does harm, it begins again
+with shorter steps. No labels and no loss of the model come into it: one block, its inputs and its outputs.
 
 Each rank steps its own shards. Gradients are summed over the copies, and what is fitted to at a step is the same samples at
 every layout: results differ by rounding.
@@ -23,6 +23,10 @@ from megatron_prune.runtime.stage import Stage
 
 RATE = 0.005
 """First step of a matrix, as a share of the root mean square of its weights."""
+SLOWER = 4
+"""If the first pass makes it worse, the rate is divided by this …"""
+SLOWEST = 16
+"""… until it has been divided by this."""
 STEP_TOKENS = 1024
 """Tokens of a step."""
 HELD_OUT = 8
@@ -69,18 +73,49 @@ def reconstruct(
     held = torch.tensor([number for number in range(examples.count) if number % every == every - 1])
     if not len(fitted):
         return False
-    masters = [parameter.detach().float().clone() for parameter, _ in parameters]
-    groups = [{"params": [master], "lr": RATE * size} for master, (_, size) in zip(masters, parameters)]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    each = max(1, STEP_TOKENS // examples.length)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (passes * -(-len(fitted) // each)))
-    draw = torch.Generator().manual_seed(0)
+    started = [parameter.detach().float().clone() for parameter, _ in parameters]
     best = start = _error(forward, examples, held, stage)
     if start == 0.0:
         return False
-    kept = [master.clone() for master in masters]
+    kept = started
     for parameter, _ in parameters:
         parameter.requires_grad_(True)
+    rate = RATE
+    while best == start and rate >= RATE / SLOWEST:
+        masters = [value.clone() for value in started]
+        steps = _steps(masters, parameters, forward, examples, fitted, stage, passes, rate, start)
+        for _ in steps:
+            error = _error(forward, examples, held, stage)
+            if error < best:
+                best, kept = error, [master.clone() for master in masters]
+            elif best == start:
+                break
+        rate /= SLOWER
+    _copy(kept, parameters)
+    for parameter, _ in parameters:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    return best < start
+
+
+def _steps(
+    masters: list[Tensor],
+    parameters: list[tuple[nn.Parameter, float]],
+    forward: Callable[[Tensor], Tensor],
+    examples: Examples,
+    fitted: Tensor,
+    stage: Stage,
+    passes: int,
+    rate: float,
+    start: float,
+) -> Iterator[None]:
+    """Take the steps of one pass after the other, on ``masters`` and the parameters; yields after each pass."""
+    groups = [{"params": [master], "lr": rate * size} for master, (_, size) in zip(masters, parameters)]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+    each = max(1, STEP_TOKENS // examples.length)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (passes * -(-len(fitted) // each)))
+    draw = torch.Generator().manual_seed(0)
+    _copy(masters, parameters)
     for _ in range(passes):
         for chosen in fitted[torch.randperm(len(fitted), generator=draw)].split(each):
             for parameter, _ in parameters:
@@ -93,14 +128,7 @@ def reconstruct(
             optimizer.step()
             schedule.step()
             _copy(masters, parameters)
-        error = _error(forward, examples, held, stage)
-        if error < best:
-            best, kept = error, [master.clone() for master in masters]
-    _copy(kept, parameters)
-    for parameter, _ in parameters:
-        parameter.requires_grad_(False)
-        parameter.grad = None
-    return best < start
+        yield
 
 
 def _copy(values: list[Tensor], parameters: list[tuple[nn.Parameter, float]]) -> None:

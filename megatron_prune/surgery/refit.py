@@ -10,7 +10,10 @@ pruned model). In every layer that stays, in order:
    layers is folded into the matrix before it.
 
 After its last matrix, all matrices of an attention or feed-forward block that was cut are fitted together to the same
-(``reconstruct.py``).
+(``reconstruct.py``). What one matrix can not carry of a cut block of layers is left to the layers on either side: the layer
+before it and the few that follow it, a window, are fitted together in the same way to the dense stream after the last of them
+(as CBQ, Ding et al. 2023, arXiv 2312.07950, does across blocks that are quantised). Layers *before* the fold stay out of it: they
+lower the error too, but unsettle tokens of massive activation (``docs/quality.md``).
 
 Z is set to the dense stream before every block, so that each is fitted to the dense model's own statistics, and blocks that
 are whole stay as they are. With ``sequential`` Z is what the layers before really left, and every block is fitted to mend what
@@ -35,13 +38,17 @@ from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.importance.collect import Samples, check_finite, layer_reader
 from megatron_prune.importance.moments import Moment
 from megatron_prune.planning.plan import Plan
-from megatron_prune.runtime.stage import Stage, reader
+from megatron_prune.runtime.stage import OpenLayer, Stage, reader
 from megatron_prune.runtime.world import World
 from megatron_prune.surgery.basis import Basis
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.surgery.least_squares import fitted, scale
 from megatron_prune.surgery.reconstruct import Examples, reconstruct
 
+AFTER = 4
+"""Layers after a cut block that are fitted with the one before it."""
+WINDOW_PASSES = 2
+"""Passes over the text for a window of layers, where a block of its own takes one."""
 READERS = {"input_norm": ("q", "k", "v"), "post_norm": ("gate", "up")}
 """Norm → the matrices that read its output."""
 
@@ -96,7 +103,9 @@ class Refit:
         self._pruned = basis.encoded(self._samples.stream).clone()
         self._folds = folds_of(calibration)
         self._dense = stage.layer(tensors.config)
-        self._new = stage.layer(store.config)
+        self._windows = windows_of(self._kept, tensors.config.num_layers)
+        self._open = [stage.layer(store.config) for _ in range(max(map(len, self._windows)))]
+        self._new = self._open[0]
 
     def run(self) -> None:
         """Fit every layer that stays, then what is outside the layers; every process takes part.
@@ -104,19 +113,10 @@ class Refit:
         Raises:
             InputError: naming a layer whose output is not finite.
         """
-        ends = [*self._kept[1:], self._tensors.config.num_layers]
         for layer in range(self._kept[0]):
             self._advance(layer)
-        for number, (layer, end) in enumerate(zip(self._kept, ends)):
-            finished = self._world.all_gather(self._store.path(number).exists())[0]
-            weights = self._store.load(number) if finished else self._initial(number)
-            self._new.load(reader(weights))
-            self._dense.load(layer_reader(self._tensors, layer))
-            self._attention(weights, number, fit=not finished)
-            self._mlp(weights, number, end, fit=not finished)
-            check_finite(self._pruned, f"re-fitted layer {layer}", self._world)
-            if not finished and self._world.is_main:
-                self._store.save(number, {role: weight.float() for role, weight in weights.items()})
+        for window in self._windows:
+            self._fit_window(window)
             self._world.barrier()
         folds = self._final_moments()
         if self._world.is_main and not self._store.path(None).exists():
@@ -129,13 +129,10 @@ class Refit:
         norm = self._on_device(outer["final_norm"])
         head = self._on_device(outer.get("output", outer["embedding"]))
         streams = outer["embedding"][samples.tokens].to(samples.stream)
-        new = self._new
         for number in range(config.num_layers):
-            new.load(reader(self._store.load(number)))
+            self._new.load(reader(self._store.load(number)))
             for batch in samples.batches():
-                stream = self._on_device(streams[batch])
-                stream = stream + new.write_attention(new.context(new.norm_attention(stream)))
-                streams[batch] = (stream + new.write_mlp(new.channels(new.norm_mlp(stream)))).cpu()
+                streams[batch] = through([self._new], self._on_device(streams[batch])).cpu()
         sums = torch.zeros(2, dtype=torch.float64, device=self._stage.device)
         for stream, tokens, weight in zip(streams, samples.tokens, samples.weights):
             unit = torch.nn.functional.rms_norm(self._on_device(stream).float(), norm.shape, norm, config.norm_epsilon)
@@ -144,6 +141,28 @@ class Refit:
             sums += torch.stack([(losses * counted).sum(), counted.sum()]).double()
         total, count = self._stage.sum_copies(sums).tolist()
         return total / count
+
+    def _fit_window(self, window: range) -> None:
+        """Fit new layers one after the other, then all together if a block of layers was cut among them; file them."""
+        fit = not self._world.all_gather(all(self._store.path(number).exists() for number in window))[0]
+        ends = [*self._kept[1:], self._tensors.config.num_layers]
+        joint = fit and self._fit.passes and any(ends[number] > self._kept[number] + 1 for number in window)
+        self._begin()
+        entered = self._pruned.clone() if joint else None
+        found = []
+        for number, self._new in zip(window, self._open):
+            layer, end = self._kept[number], ends[number]
+            found.append(self._initial(number) if fit else self._store.load(number))
+            self._new.load(reader(found[-1]))
+            self._dense.load(layer_reader(self._tensors, layer))
+            self._attention(found[-1], number, fit=fit)
+            self._mlp(found[-1], number, end, fit=fit)
+            check_finite(self._pruned, f"re-fitted layer {layer}", self._world)
+        if joint:
+            self._reconstruct_window(found, entered)
+        if fit and self._world.is_main:
+            for number, weights in zip(window, found):
+                self._store.save(number, {role: weight.float() for role, weight in weights.items()})
 
     def _units(self, role: str, number: int) -> Tensor:
         """Kept units of a tensor of new layer ``number``, the stream uncut, float64."""
@@ -167,7 +186,7 @@ class Refit:
     def _attention(self, weights: dict[str, Tensor], number: int, *, fit: bool) -> None:
         dense, new, samples = self._dense, self._new, self._samples
         block = lambda stream: new.write_attention(new.context(new.norm_attention(stream)))
-        fit = fit and (self._fit.sequential or self._cuts_attention())
+        fit = fit and (self._fit.sequential or self._narrows_attention())
         self._begin()
         if fit:
             self._fit_readers(weights, number, "input_norm", dense.norm_attention, new.norm_attention)
@@ -179,14 +198,14 @@ class Refit:
             samples.stream[batch] = (before + dense.write_attention(dense.context(dense.norm_attention(before)))).cpu()
         if fit:
             self._fit_writer(weights, "o", contexts)
-            if self._cuts_attention():
+            if self._narrows_attention():
                 self._reconstruct(weights, {"q", "k", "v", "o"}, block)
         self._write(block)
 
     def _mlp(self, weights: dict[str, Tensor], number: int, end: int, *, fit: bool) -> None:
         dense, new, samples = self._dense, self._new, self._samples
         block = lambda stream: new.write_mlp(new.channels(new.norm_mlp(stream)))
-        fit = fit and (self._fit.sequential or self._cuts_mlp(number, end))
+        fit = fit and (self._fit.sequential or self._narrows_mlp() or end > self._kept[number] + 1)
         self._begin()
         if fit:
             self._fit_readers(weights, number, "post_norm", dense.norm_mlp, new.norm_mlp)
@@ -201,7 +220,7 @@ class Refit:
             self._advance(layer)
         if fit:
             self._fit_writer(weights, "down", channels)
-            if self._cuts_mlp(number, end):
+            if self._narrows_mlp():
                 self._reconstruct(weights, {"gate", "up", "down"}, block)
         self._write(block)
 
@@ -210,9 +229,7 @@ class Refit:
         dense, samples = self._dense, self._samples
         dense.load(layer_reader(self._tensors, layer))
         for batch in samples.batches():
-            stream = self._on_device(samples.stream[batch])
-            stream = stream + dense.write_attention(dense.context(dense.norm_attention(stream)))
-            samples.stream[batch] = (stream + dense.write_mlp(dense.channels(dense.norm_mlp(stream)))).cpu()
+            samples.stream[batch] = through([dense], self._on_device(samples.stream[batch])).cpu()
             self._progress(samples.weights[batch].numel())
         check_finite(samples.stream, f"layer {layer}", self._world)
 
@@ -266,34 +283,66 @@ class Refit:
         weights[role], _ = fitted(sums.finish(), weights[role], self._fit.writers)
         self._new.load(reader(weights), {role})
 
-    def _cuts_attention(self) -> bool:
+    def _narrows_attention(self) -> bool:
         old, new = self._tensors.config, self._store.config
         sizes = lambda config: (config.num_attention_heads, config.num_query_groups, config.hidden_size)
         return sizes(old) != sizes(new)
 
-    def _cuts_mlp(self, number: int, end: int) -> bool:
-        """Whether a layer's feed-forward block is cut, or a cut block of layers was folded into it."""
+    def _narrows_mlp(self) -> bool:
         old, new = self._tensors.config, self._store.config
-        sizes = lambda config: (config.ffn_hidden_size, config.hidden_size)
-        return sizes(old) != sizes(new) or end > self._kept[number] + 1
+        return (old.ffn_hidden_size, old.hidden_size) != (new.ffn_hidden_size, new.hidden_size)
 
     def _reconstruct(self, weights: dict[str, Tensor], roles: set[str], block: Callable[[Tensor], Tensor]) -> None:
-        """Fit all of ``roles`` together to where the dense stream is now."""
-        if not self._fit.passes:
+        """Fit all of ``roles`` in the layer at hand together to where the dense stream is now."""
+        self._together([(self._new, weights)], roles, block, self._pruned, self._fit.passes)
+
+    def _reconstruct_window(self, found: list[dict[str, Tensor]], entered: Tensor) -> None:
+        """Fit all matrices of the open layers together to where the dense stream is now.
+
+        Args:
+            found: the layers' role tensors.
+            entered: the pruned stream before the first of them.
+        """
+        layers = self._open[: len(found)]
+
+        def added(stream: Tensor) -> Tensor:
+            return through(layers, stream) - stream
+
+        roles = {"q", "k", "v", "o", "gate", "up", "down"}
+        self._together(list(zip(layers, found)), roles, added, entered, WINDOW_PASSES * self._fit.passes)
+        if self._fit.sequential:
+            for batch in self._samples.batches():
+                self._pruned[batch] = through(layers, self._on_device(entered[batch])).cpu()
+
+    def _together(
+        self,
+        layers: list[tuple[OpenLayer, dict[str, Tensor]]],
+        roles: set[str],
+        added: Callable[[Tensor], Tensor],
+        entered: Tensor,
+        passes: int,
+    ) -> None:
+        """Fit the matrices of ``layers``, and their role tensors, so that ``added`` leads from ``entered`` to the dense stream."""
+        if not passes:
             return
         samples = self._samples
 
         def at(batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            stream, pruned = self._on_device(samples.stream[batch]), self._on_device(self._pruned[batch])
-            return pruned, self._basis.encoded(stream) - pruned, self._even(batch)
+            stream, before = self._on_device(samples.stream[batch]), self._on_device(entered[batch])
+            return before, self._basis.encoded(stream) - before, self._even(batch)
 
         count, length = len(self._folds), samples.stream.shape[1]
         examples = Examples(numbers=samples.numbers, count=count, length=length, at=at)
-        size = lambda roles: torch.cat([weights[role].flatten() for role in roles]).square().mean().sqrt().item()
+        size = lambda weights, roles: torch.cat([weights[role].flatten() for role in roles]).square().mean().sqrt().item()
         parts = {role: group for group in (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)) for role in group}
-        parameters = [(parameter, size(parts[fused[0]])) for fused, parameter in self._new.matrices(roles).items()]
-        if reconstruct(parameters, block, examples, self._stage, self._fit.passes):
-            weights |= {role: value.double() for role, value in self._new.full(roles).items()}
+        parameters = [
+            (parameter, size(weights, parts[fused[0]]))
+            for layer, weights in layers
+            for fused, parameter in layer.matrices(roles).items()
+        ]
+        if reconstruct(parameters, added, examples, self._stage, passes):
+            for layer, weights in layers:
+                weights |= {role: value.double() for role, value in layer.full(roles).items()}
 
     def _even(self, batch: slice | Tensor) -> Tensor:
         """Weights of tokens that make them count alike, whatever the size of the dense stream."""
@@ -332,6 +381,29 @@ class Refit:
 def folds_of(calibration: Calibration) -> Tensor:
     """Which of two folds each sample is in, int64 [samples]: every other one, so that both have the same mixture."""
     return torch.arange(len(calibration.tokens)) % 2
+
+
+def windows_of(kept: list[int], layers: int) -> list[range]:
+    """New layers that are fitted together: one each, or the one before a cut block of layers and ``AFTER`` that follow.
+
+    Args:
+        kept: layers that stay, ascending.
+        layers: of the dense model.
+    """
+    ends, windows = [*kept[1:], layers], []
+    while not windows or windows[-1].stop < len(kept):
+        start = windows[-1].stop if windows else 0
+        length = 1 if ends[start] == kept[start] + 1 else 1 + AFTER
+        windows.append(range(start, min(start + length, len(kept))))
+    return windows
+
+
+def through(layers: list[OpenLayer], stream: Tensor) -> Tensor:
+    """The stream after all of ``layers``."""
+    for layer in layers:
+        stream = stream + layer.write_attention(layer.context(layer.norm_attention(stream)))
+        stream = stream + layer.write_mlp(layer.channels(layer.norm_mlp(stream)))
+    return stream
 
 
 class _FoldMoments:

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import build_tiny, logits, state_dict
 
 from megatron_prune.calibration.artifact import save_samples
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.prune_hf import PruneHfOptions, prune_hf
-from megatron_prune.surgery.refit import Refit
+from megatron_prune.surgery.reconstruct import RATE
+from megatron_prune.surgery.refit import AFTER, Refit, windows_of
 
 RIDGE = 0.05
 SAMPLES = torch.randint(307, (12, 40), generator=torch.Generator().manual_seed(3))
@@ -106,6 +109,57 @@ def test_a_cut_block_is_folded_into_the_matrix_before_it(tmp_path):
         assert torch.equal(after[f"model.layers.2.{name}.weight"], before[f"model.layers.3.{name}.weight"])
 
 
+def test_layers_after_a_cut_block_learn_with_the_one_before_it(tmp_path):
+    """Adam's steps on the layers 1, 3, 4, 5 and 6, begun where least squares ended, by transformers in float64."""
+    model = build_tiny(tmp_path / "model", "llama", dtype="float32", num_hidden_layers=8)
+    folded, out = (run(model, tmp_path / name, {"drop_layers": [2]}, reconstruct=passes) for name, passes in (("f", 0), ("o", 1)))
+    before, start, after, seen = state_dict(model), state_dict(folded), state_dict(out), activations(model, 8)
+    for new, old in ((0, 0), (6, 7)):
+        for name in (name for name in after if name.startswith(f"model.layers.{new}.")):
+            assert torch.equal(after[name], before[name.replace(f"layers.{new}", f"layers.{old}")])
+
+    from transformers import AutoModelForCausalLM
+
+    pruned = AutoModelForCausalLM.from_pretrained(folded, dtype=torch.float64)
+    layers = pruned.model.layers
+    streams = {}
+    for number in (1, 6):
+        layers[number].register_forward_pre_hook(lambda _, given, number=number: streams.update({number: given[0]}))
+    by_sample = lambda flat: flat.view(*SAMPLES.shape, -1)
+    layers[1].register_forward_pre_hook(lambda _, given: (by_sample(seen["before", 1])[chosen], *given[1:]))
+    wanted = by_sample(seen["before", 7])
+    even = wanted.square().mean(dim=-1)
+    held, others = [7], [n for n in range(len(SAMPLES)) if n != 7]
+
+    def error(of: list[int]) -> torch.Tensor:
+        nonlocal chosen
+        chosen = of
+        pruned(SAMPLES[of])
+        return ((streams[6] - wanted[of]).square().sum(dim=-1) / even[of]).sum()
+
+    chosen = held
+    matrices = {name: value for name, value in pruned.named_parameters() if name.endswith("_proj.weight")}
+    matrices = {name: value for name, value in matrices.items() if name.split(".")[2] in "12345"}
+    fused = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate up", "up": "gate up"}
+    groups: dict = {}
+    for name, value in matrices.items():
+        role = name.split(".")[-2].removesuffix("_proj")
+        groups.setdefault((name.split(".")[2], fused.get(role, role)), []).append(value)
+    size = lambda values: torch.cat([value.detach().flatten() for value in values]).square().mean().sqrt().item()
+    adam = torch.optim.Adam([{"params": g, "lr": RATE * size(g)} for g in groups.values()], betas=(0.9, 0.99))
+    first = error(held).item()
+    for step in range(2):
+        adam.zero_grad()
+        (error(others) / first).backward()
+        adam.step()
+        for group in adam.param_groups:
+            group["lr"] /= 2
+    assert error(held).item() < first
+    for name, value in matrices.items():
+        moved = (value.detach() - start[name]).abs().mean()
+        assert (value.detach() - after[name]).abs().mean() <= 0.01 * moved, name
+
+
 def test_sequential_layers_see_what_the_pruned_ones_left(tmp_path):
     """The o of layer 1 is fitted from its context in the pruned model to where the dense stream goes."""
     model = build_tiny(tmp_path / "model", "llama", dtype="float32")
@@ -170,3 +224,13 @@ def test_a_search_keeps_the_shape_of_the_lowest_loss(tmp_path, monkeypatch):
     found = logits(out, SAMPLES)[:, :-1]
     loss = torch.nn.functional.cross_entropy(found.flatten(0, 1), SAMPLES[:, 1:].flatten()).item()
     assert loss == pytest.approx(min(losses), rel=1e-4)
+
+
+@given(kept=st.sets(st.integers(0, 19), min_size=1).map(sorted), layers=st.integers(20, 22))
+def test_windows_hold_every_layer_once_and_begin_before_a_cut_block(kept, layers):
+    windows = windows_of(kept, layers)
+    assert [number for window in windows for number in window] == list(range(len(kept)))
+    followed = [end > layer + 1 for layer, end in zip(kept, [*kept[1:], layers])]
+    for window in windows:
+        assert len(window) == 1 or followed[window[0]]
+        assert len(window) == 1 + AFTER or not followed[window[0]] or window.stop == len(kept)
