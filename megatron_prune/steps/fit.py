@@ -217,12 +217,9 @@ def refitted(
     world.barrier()
     store = RoleStore(parts, plan.new_config(subject.config))
     stage = subject.runner.stage(subject.config, store.config, dtype=dtype, seq_length=calibration.tokens.shape[1])
-    total = subject.config.num_layers * calibration.tokens[stage.copy :: stage.copies].numel()
-    with progress_bar("re-fitting", total, shown=world.is_main, unit="tokens × layers") as advance:
-        engine = Refit(
-            subject.tensors, plan, basis, calibration, stage, store, world, options.fit(), dtype=dtype, progress=advance
-        )
-        engine.run()
+    engine = Refit(subject.tensors, plan, basis, calibration, stage, store, world, options.fit(), dtype=dtype)
+    with progress_bar("re-fitting", engine.work(), shown=world.is_main, unit="tokens × layers") as advance:
+        engine.run(advance)
     loss = engine.loss() if measured else 0.0
     stage.close()
     return Source(tensors=store.tensors()), loss

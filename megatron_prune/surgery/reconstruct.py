@@ -57,6 +57,7 @@ def reconstruct(
     examples: Examples,
     stage: Stage,
     passes: int,
+    progress: Callable[[int], None] = lambda passes: None,
 ) -> bool:
     """Fit in place; every process takes part.
 
@@ -64,6 +65,7 @@ def reconstruct(
         parameters: this rank's part of each matrix, and the root mean square of the whole matrix.
         forward: what the block adds to the stream, full on every rank.
         passes: over the samples that are fitted to.
+        progress: called with the number of passes made, -1 for one that was in vain; all together ``passes``.
 
     Returns:
         Whether any pass did better than the start on the samples that were held out; if none did, nothing has changed.
@@ -72,10 +74,12 @@ def reconstruct(
     fitted = torch.tensor([number for number in range(examples.count) if number % every != every - 1])
     held = torch.tensor([number for number in range(examples.count) if number % every == every - 1])
     if not len(fitted):
+        progress(passes)
         return False
     started = [parameter.detach().float().clone() for parameter, _ in parameters]
     best = start = _error(forward, examples, held, stage)
     if start == 0.0:
+        progress(passes)
         return False
     kept = started
     for parameter, _ in parameters:
@@ -85,16 +89,20 @@ def reconstruct(
         masters = [value.clone() for value in started]
         steps = _steps(masters, parameters, forward, examples, fitted, stage, passes, rate, start)
         for _ in steps:
+            progress(1)
             error = _error(forward, examples, held, stage)
             if error < best:
                 best, kept = error, [master.clone() for master in masters]
             elif best == start:
+                progress(-1)
                 break
         rate /= SLOWER
     _copy(kept, parameters)
     for parameter, _ in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
+    if best == start:
+        progress(passes)
     return best < start
 
 

@@ -78,7 +78,6 @@ class Refit:
         plan: what stays.
         basis: of the pruned stream.
         store: where finished layers go; those that are there already are used as they are.
-        progress: called with the number of tokens that went through a dense layer.
     """
 
     def __init__(
@@ -93,10 +92,9 @@ class Refit:
         fit: Fit,
         *,
         dtype: torch.dtype = torch.float32,
-        progress: Callable[[int], None] = lambda count: None,
     ):
         self._tensors, self._basis, self._stage, self._store = tensors, basis, stage, store
-        self._world, self._fit, self._progress = world, fit, progress
+        self._world, self._fit = world, fit
         self._cut = Cut(plan, tensors.config)
         self._kept = [entry.layer for entry in plan.layers]
         self._samples = Samples(tensors, calibration, stage, dtype)
@@ -107,12 +105,21 @@ class Refit:
         self._open = [stage.layer(store.config) for _ in range(max(map(len, self._windows)))]
         self._new = self._open[0]
 
-    def run(self) -> None:
+    def work(self) -> int:
+        """What :meth:`run` reports in all: tokens × layers of the dense model, and tokens × blocks × passes of joint fits."""
+        each = map(self._joint_work, self._windows)
+        return self._samples.tokens.numel() * self._tensors.config.num_layers + sum(each)
+
+    def run(self, progress: Callable[[int], None] = lambda work: None) -> None:
         """Fit every layer that stays, then what is outside the layers; every process takes part.
+
+        Args:
+            progress: called with the share of :meth:`work` done since.
 
         Raises:
             InputError: naming a layer whose output is not finite.
         """
+        self._progress = progress
         for layer in range(self._kept[0]):
             self._advance(layer)
         for window in self._windows:
@@ -146,7 +153,7 @@ class Refit:
         """Fit new layers one after the other, then all together if a block of layers was cut among them; file them."""
         fit = not self._world.all_gather(all(self._store.path(number).exists() for number in window))[0]
         ends = [*self._kept[1:], self._tensors.config.num_layers]
-        joint = fit and self._fit.passes and any(ends[number] > self._kept[number] + 1 for number in window)
+        joint = fit and self._fit.passes and self._folds_layers(window)
         self._begin()
         entered = self._pruned.clone() if joint else None
         found = []
@@ -160,9 +167,23 @@ class Refit:
             check_finite(self._pruned, f"re-fitted layer {layer}", self._world)
         if joint:
             self._reconstruct_window(found, entered)
-        if fit and self._world.is_main:
+        if not fit:
+            self._progress(self._joint_work(window))
+        elif self._world.is_main:
             for number, weights in zip(window, found):
                 self._store.save(number, {role: weight.float() for role, weight in weights.items()})
+
+    def _folds_layers(self, window: range) -> bool:
+        """Whether a block of layers was cut among those of a window, or after them."""
+        last = window.stop
+        end = self._kept[last] if last < len(self._kept) else self._tensors.config.num_layers
+        return end - self._kept[window.start] > len(window)
+
+    def _joint_work(self, window: range) -> int:
+        """Tokens × blocks × passes of a window's joint fits."""
+        alone = len(window) * (self._narrows_attention() + self._narrows_mlp())
+        together = 2 * len(window) * WINDOW_PASSES if self._folds_layers(window) else 0
+        return self._samples.tokens.numel() * self._fit.passes * (alone + together)
 
     def _units(self, role: str, number: int) -> Tensor:
         """Kept units of a tensor of new layer ``number``, the stream uncut, float64."""
@@ -294,7 +315,7 @@ class Refit:
 
     def _reconstruct(self, weights: dict[str, Tensor], roles: set[str], block: Callable[[Tensor], Tensor]) -> None:
         """Fit all of ``roles`` in the layer at hand together to where the dense stream is now."""
-        self._together([(self._new, weights)], roles, block, self._pruned, self._fit.passes)
+        self._together([(self._new, weights)], roles, block, self._pruned, self._fit.passes, blocks=1)
 
     def _reconstruct_window(self, found: list[dict[str, Tensor]], entered: Tensor) -> None:
         """Fit all matrices of the open layers together to where the dense stream is now.
@@ -308,8 +329,8 @@ class Refit:
         def added(stream: Tensor) -> Tensor:
             return through(layers, stream) - stream
 
-        roles = {"q", "k", "v", "o", "gate", "up", "down"}
-        self._together(list(zip(layers, found)), roles, added, entered, WINDOW_PASSES * self._fit.passes)
+        roles, passes = {"q", "k", "v", "o", "gate", "up", "down"}, WINDOW_PASSES * self._fit.passes
+        self._together(list(zip(layers, found)), roles, added, entered, passes, blocks=2 * len(layers))
         if self._fit.sequential:
             for batch in self._samples.batches():
                 self._pruned[batch] = through(layers, self._on_device(entered[batch])).cpu()
@@ -321,6 +342,8 @@ class Refit:
         added: Callable[[Tensor], Tensor],
         entered: Tensor,
         passes: int,
+        *,
+        blocks: int,
     ) -> None:
         """Fit the matrices of ``layers``, and their role tensors, so that ``added`` leads from ``entered`` to the dense stream."""
         if not passes:
@@ -340,7 +363,8 @@ class Refit:
             for layer, weights in layers
             for fused, parameter in layer.matrices(roles).items()
         ]
-        if reconstruct(parameters, added, examples, self._stage, passes):
+        progress = lambda passes: self._progress(passes * blocks * samples.tokens.numel())
+        if reconstruct(parameters, added, examples, self._stage, passes, progress):
             for layer, weights in layers:
                 weights |= {role: value.double() for role, value in layer.full(roles).items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -224,6 +225,29 @@ def test_a_search_keeps_the_shape_of_the_lowest_loss(tmp_path, monkeypatch):
     found = logits(out, SAMPLES)[:, :-1]
     loss = torch.nn.functional.cross_entropy(found.flatten(0, 1), SAMPLES[:, 1:].flatten()).item()
     assert loss == pytest.approx(min(losses), rel=1e-4)
+
+
+@pytest.mark.parametrize("rate", [RATE, 30.0])
+@pytest.mark.parametrize("sizes", [{"drop_layers": [1]}, {"ffn_hidden_size_remain": 56, "num_query_groups_remain": 4}])
+def test_progress_comes_to_the_work_announced(tmp_path, sizes, rate, monkeypatch):
+    """Also where steps are so long that no pass helps, and all are taken back."""
+    seen = []
+
+    @contextlib.contextmanager
+    def bar(label, total, **_):
+        found = []
+        yield found.append
+        if label == "re-fitting":
+            seen.append((total, sum(found), min(found)))
+
+    monkeypatch.setattr("megatron_prune.steps.fit.progress_bar", bar)
+    monkeypatch.setattr("megatron_prune.surgery.reconstruct.RATE", rate)
+    monkeypatch.setattr("megatron_prune.surgery.reconstruct.SLOWEST", 1)
+    model = build_tiny(tmp_path / "model", "llama", dtype="float32")
+    run(model, tmp_path / "out", sizes, reconstruct=2)
+    ((total, reported, least),) = seen
+    assert reported == total > 4 * SAMPLES.numel()
+    assert least < 0 or rate == RATE
 
 
 @given(kept=st.sets(st.integers(0, 19), min_size=1).map(sorted), layers=st.integers(20, 22))
