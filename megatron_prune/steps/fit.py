@@ -57,7 +57,15 @@ class FitOptions(CalibrationOptions):
     )
 
     def fit(self) -> Fit:
-        """The engine's options."""
+        """The engine's options.
+
+        Raises:
+            InputError: if a number is negative.
+        """
+        for name in ("ridge", "reader_ridge", "reconstruct"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise InputError(f"--{name}", got=value, needed="at least 0")
         return Fit(sequential=self.sequential, writers=self.ridge, readers=self.reader_ridge, passes=self.reconstruct)
 
 
@@ -80,6 +88,7 @@ def pruned_source(
     Raises:
         InputError: if scores are of another model, or data does not fit.
     """
+    options.fit()
     used = {axis: request.metric_of[axis] for axis in sorted(request.axes(subject.config))}
     made_by = {"metric": options.metric or used, "seed": options.seed, **made_by}
     if not wants_text(options):

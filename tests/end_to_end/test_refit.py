@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny import build_tiny, logits, state_dict
 
 from megatron_prune.calibration.artifact import save_samples
+from megatron_prune.errors import InputError
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.prune_hf import PruneHfOptions, prune_hf
 from megatron_prune.surgery.reconstruct import RATE
@@ -248,6 +249,14 @@ def test_progress_comes_to_the_work_announced(tmp_path, sizes, rate, monkeypatch
     ((total, reported, least),) = seen
     assert reported == total > 4 * SAMPLES.numel()
     assert least < 0 or rate == RATE
+
+
+@pytest.mark.parametrize("option, value", [("reconstruct", -1), ("ridge", -0.5), ("reader_ridge", float("nan"))])
+def test_negative_strengths_and_passes_are_refused_before_work(tmp_path, option, value):
+    model = build_tiny(tmp_path / "model", "llama", dtype="float32")
+    with pytest.raises(InputError, match=rf"--{option}\s+got: {value}\s+needed: at least 0"):
+        run(model, tmp_path / "out", {"ffn_hidden_size_remain": 64}, **{option: value})
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
 @given(kept=st.sets(st.integers(0, 19), min_size=1).map(sorted), layers=st.integers(20, 22))
