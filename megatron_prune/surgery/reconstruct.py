@@ -5,7 +5,8 @@ The error ``sum over tokens of w·||t - f(x)||²`` of attention (q, k, v, o) or 
 quadratic in what stands before the last matrix, so Adam (Kingma & Ba 2015) takes steps over the same text: a few passes, the
 step of a matrix a share of its root mean square, falling to nothing. Every eighth sample is not fitted to but looked at after
 each pass; what was best there stays, the least squares it began with included. Where the first pass does harm, it begins again
-with shorter steps. No labels and no loss of the model come into it: one block, its inputs and its outputs.
+with shorter steps. No labels and no loss of the model come into it: one block, or a few layers in
+a row, its inputs and its outputs.
 
 Each rank steps its own shards. Gradients are summed over the copies, and what is fitted to at a step is the same samples at
 every layout: results differ by rounding.

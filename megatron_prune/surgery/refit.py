@@ -1,4 +1,5 @@
-"""Re-fitting: what stays learns, by least squares, to do what the whole did. Layer by layer, no gradients, stock output.
+"""Re-fitting: what stays learns, by least squares, to do what the whole did, then by a few gradient steps on each block's
+own output. Layer by layer, stock output.
 
 Two streams of the same tokens go through the model side by side, the dense one S and the pruned one Z (in the basis of the
 pruned model). In every layer that stays, in order:
@@ -16,10 +17,10 @@ before it and the few that follow it, a window, are fitted together in the same 
 lower the error too, but unsettle tokens of massive activation (``docs/quality.md``).
 
 Z is set to the dense stream before every block, so that each is fitted to the dense model's own statistics, and blocks that
-are whole stay as they are. With ``sequential`` Z is what the layers before really left, and every block is fitted to mend what
+are whole and in no window stay as they are. With ``sequential`` Z is what the layers before really left, and every block is fitted to mend what
 they could not: more fitting, which follows the text at hand more closely than the model (measured in ``docs/quality.md``).
-Moments are accumulated under TP × DP (``importance/moments.py``), solved on every rank alike, and only the layer at hand is in
-memory.
+Moments are accumulated under TP × DP (``importance/moments.py``), solved on every rank alike, and only the layer at hand, or those
+of a window, are in memory.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ class Refit:
         for number in range(config.num_layers):
             self._new.load(reader(self._store.load(number)))
             for batch in samples.batches():
-                streams[batch] = through([self._new], self._on_device(streams[batch])).cpu()
+                streams[batch] = run_layers([self._new], self._on_device(streams[batch])).cpu()
         sums = torch.zeros(2, dtype=torch.float64, device=self._stage.device)
         for stream, tokens, weight in zip(streams, samples.tokens, samples.weights):
             unit = torch.nn.functional.rms_norm(self._on_device(stream).float(), norm.shape, norm, config.norm_epsilon)
@@ -250,7 +251,7 @@ class Refit:
         dense, samples = self._dense, self._samples
         dense.load(layer_reader(self._tensors, layer))
         for batch in samples.batches():
-            samples.stream[batch] = through([dense], self._on_device(samples.stream[batch])).cpu()
+            samples.stream[batch] = run_layers([dense], self._on_device(samples.stream[batch])).cpu()
             self._progress(samples.weights[batch].numel())
         check_finite(samples.stream, f"layer {layer}", self._world)
 
@@ -327,13 +328,13 @@ class Refit:
         layers = self._open[: len(found)]
 
         def added(stream: Tensor) -> Tensor:
-            return through(layers, stream) - stream
+            return run_layers(layers, stream) - stream
 
         roles, passes = {"q", "k", "v", "o", "gate", "up", "down"}, WINDOW_PASSES * self._fit.passes
         self._together(list(zip(layers, found)), roles, added, entered, passes, blocks=2 * len(layers))
         if self._fit.sequential:
             for batch in self._samples.batches():
-                self._pruned[batch] = through(layers, self._on_device(entered[batch])).cpu()
+                self._pruned[batch] = run_layers(layers, self._on_device(entered[batch])).cpu()
 
     def _together(
         self,
@@ -422,7 +423,7 @@ def windows_of(kept: list[int], layers: int) -> list[range]:
     return windows
 
 
-def through(layers: list[OpenLayer], stream: Tensor) -> Tensor:
+def run_layers(layers: list[OpenLayer], stream: Tensor) -> Tensor:
     """The stream after all of ``layers``."""
     for layer in layers:
         stream = stream + layer.write_attention(layer.context(layer.norm_attention(stream)))
