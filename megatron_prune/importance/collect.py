@@ -202,7 +202,7 @@ class SiteSums:
         vectors = self._stage.gather(self._vectors) if self._local else self._vectors
         total, squares, means = self._stage.sum_copies(vectors.contiguous()).cpu()
         tokens = self._stage.sum_copies(self._samples.weights.double().sum().to(self._stage.device)).item()
-        moment = None if self._moment is None else self._moment.full().cpu()
+        moment = None if self._moment is None else self._moment.whole()
         return SiteStatistics(tokens=tokens, total=total, squares=squares, sample_means=means, moment=moment)
 
 
@@ -253,7 +253,7 @@ class _LayerSums:
             sites=sites,
             similarity=similarity,
             last=self._stage.sum_copies(self._last).cpu(),
-            stream=None if self._stream is None else self._stream.full().cpu(),
+            stream=None if self._stream is None else self._stream.whole(),
             rows=None if self._rows is None else self._rows.finish(),
         )
 
@@ -291,6 +291,6 @@ def _final(
         sites={"final_norm": sums.finish()},
         similarity=1.0,
         last=stage.sum_copies(last).cpu(),
-        stream=None if moment is None else moment.full().cpu(),
+        stream=None if moment is None else moment.whole(),
         rows=None if rows is None else rows.finish(),
     )

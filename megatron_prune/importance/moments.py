@@ -2,7 +2,7 @@
 
 The input of a row-parallel matrix spans the ranks, and its second moment couples all of them. Every rank of a
 tensor-parallel group accumulates a share of the rows; copies hold other samples and are added at the end. No rank
-accumulates a whole moment, and none is held for more than one layer.
+accumulates a whole moment, none is held for more than one layer, and only the first process ever sees one in one piece.
 
 A moment is symmetric. Its rows and columns are cut into blocks in a ring, and each row of blocks is multiplied with itself
 and the half of the ring that follows: every pair once, the same work on every rank, a little over half of the products.
@@ -61,9 +61,14 @@ class Moment:
             if beside is not None:
                 self._sum[:, self._features :] += left.T @ beside.flatten(0, -2)[part].float()
 
-    def full(self) -> Tensor:
-        """The finished moment, float64 [features, features + beside], the same on every rank."""
-        whole = self._stage.gather_rows(self._stage.sum_copies(self._sum.clone()))
+    def whole(self) -> Tensor | None:
+        """The finished moment, float64 [features, features + beside], on the host of the first process; ``None`` on all others.
+
+        Nothing can be added after it.
+        """
+        whole = self._stage.gather_rows(self._stage.sum_copies(self._sum), self._features)
+        if whole is None:
+            return None
         count = len(self._ring)
         for row, rows in enumerate(self._ring):
             for distance in range(count // 2 + 1, count):

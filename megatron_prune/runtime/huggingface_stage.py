@@ -34,8 +34,8 @@ class HuggingFaceStage:
     def gather(self, local: Tensor) -> Tensor:
         return local
 
-    def gather_rows(self, local: Tensor) -> Tensor:
-        return local
+    def gather_rows(self, local: Tensor, extent: int) -> Tensor | None:
+        return local.cpu()
 
     def share(self, extent: int) -> range:
         return range(extent)
@@ -44,6 +44,9 @@ class HuggingFaceStage:
         return value
 
     def agreed(self, value: float) -> float:
+        return value
+
+    def spread(self, value: Tensor) -> Tensor:
         return value
 
     def close(self) -> None:

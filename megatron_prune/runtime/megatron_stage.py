@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
@@ -46,23 +47,38 @@ class MegatronStage:
         with cpu.stand_in():
             return gather_from_tensor_model_parallel_region(local.contiguous())
 
-    def gather_rows(self, local: Tensor) -> Tensor:
+    def gather_rows(self, local: Tensor, extent: int) -> Tensor | None:
+        if self.copy:
+            return None
+        local = local.cpu().contiguous()
         if self.ranks == 1:
             return local
-        parts: list[Tensor] = [None] * self.ranks
-        torch.distributed.all_gather_object(parts, local.cpu(), group=parallel_state.get_tensor_model_parallel_group())
-        return torch.cat(parts).to(self.device)
+        processes = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
+        if self.rank:
+            dist.send(local, processes[0])
+            return None
+        whole = local.new_empty(extent, *local.shape[1:])
+        whole[: len(local)] = local
+        for rank in range(1, self.ranks):
+            dist.recv(whole[self._share_of(rank, extent)], processes[rank])
+        return whole
 
     def share(self, extent: int) -> range:
-        return range(extent * self.rank // self.ranks, extent * (self.rank + 1) // self.ranks)
+        return range(extent)[self._share_of(self.rank, extent)]
+
+    def _share_of(self, rank: int, extent: int) -> slice:
+        return slice(extent * rank // self.ranks, extent * (rank + 1) // self.ranks)
 
     def sum_copies(self, value: Tensor) -> Tensor:
         if self.copies > 1:
-            torch.distributed.all_reduce(value, group=parallel_state.get_data_parallel_group())
+            dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
         return value
 
     def agreed(self, value: float) -> float:
         return self._world.all_gather(value)[0]
+
+    def spread(self, value: Tensor) -> Tensor:
+        return self._world.spread(value)
 
     def close(self) -> None:
         """Take the process groups down."""
@@ -116,7 +132,7 @@ class MegatronLayer:
             mine = self._parameters[tensor.local_name].detach().cpu()
             parts: list[Tensor] = [mine] * ranks
             if ranks > 1:
-                torch.distributed.all_gather_object(parts, mine, group=parallel_state.get_tensor_model_parallel_group())
+                dist.all_gather_object(parts, mine, group=parallel_state.get_tensor_model_parallel_group())
             for number, part in enumerate(parts):
                 for role, stored, row, col, rows, cols in blocks(
                     tensor, self._config, shape[0], shard(tensor, shape, ranks, number)

@@ -76,8 +76,9 @@ class Stage(Protocol):
     def gather(self, local: Tensor) -> Tensor:
         """Join the last dimension of every rank's part."""
 
-    def gather_rows(self, local: Tensor) -> Tensor:
-        """Join the first dimension of every rank's :meth:`share`."""
+    def gather_rows(self, local: Tensor, extent: int) -> Tensor | None:
+        """Join the first dimension, ``extent`` in all, of every rank's :meth:`share`: on the host of the first process, ``None``
+        on all others."""
 
     def share(self, extent: int) -> range:
         """This rank's equal share of something that all ranks hold."""
@@ -87,6 +88,9 @@ class Stage(Protocol):
 
     def agreed(self, value: float) -> float:
         """The first process's number: what is decided by it is decided alike everywhere."""
+
+    def spread(self, value: Tensor) -> Tensor:
+        """The first process's ``value`` on the host, written into those of all others, which have its shape."""
 
     def close(self) -> None:
         """Give up what the stage holds."""

@@ -59,6 +59,13 @@ class World:
         dist.all_gather_object(gathered, value)
         return gathered
 
+    def spread(self, value: torch.Tensor) -> torch.Tensor:
+        """The main process's tensor on the host, written into those of all others, which have its shape and dtype."""
+        if self.size > 1:
+            self.connect()
+            dist.broadcast(value, 0)
+        return value
+
     def disconnect(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():

@@ -19,7 +19,7 @@ lower the error too, but unsettle tokens of massive activation (``docs/quality.m
 Z is set to the dense stream before every block, so that each is fitted to the dense model's own statistics, and blocks that
 are whole and in no window stay as they are. With ``sequential`` Z is what the layers before really left, and every block is fitted to mend what
 they could not: more fitting, which follows the text at hand more closely than the model (measured in ``docs/quality.md``).
-Moments are accumulated under TP × DP (``importance/moments.py``), solved on every rank alike, and only the layer at hand, or those
+Moments are accumulated under TP × DP (``importance/moments.py``) and solved by the first process; only the layer at hand, or those
 of a window, are in memory.
 """
 
@@ -50,6 +50,8 @@ AFTER = 4
 """Layers after a cut block that are fitted with the one before it."""
 WINDOW_PASSES = 2
 """Passes over the text for a window of layers, where a block of its own takes one."""
+Folds = list[tuple[Tensor, Tensor]]
+"""Of every fold of the samples, A and T (``least_squares.py``), float64."""
 READERS = {"input_norm": ("q", "k", "v"), "post_norm": ("gate", "up")}
 """Norm → the matrices that read its output."""
 
@@ -165,6 +167,7 @@ class Refit:
             self._dense.load(layer_reader(self._tensors, layer))
             self._attention(found[-1], number, fit=fit)
             self._mlp(found[-1], number, end, fit=fit)
+            found[-1] = {role: weight.float() for role, weight in found[-1].items()}
             check_finite(self._pruned, f"re-fitted layer {layer}", self._world)
         if joint:
             self._reconstruct_window(found, entered)
@@ -172,7 +175,7 @@ class Refit:
             self._progress(self._joint_work(window))
         elif self._world.is_main:
             for number, weights in zip(window, found):
-                self._store.save(number, {role: weight.float() for role, weight in weights.items()})
+                self._store.save(number, weights)
 
     def _folds_layers(self, window: range) -> bool:
         """Whether a block of layers was cut among those of a window, or after them."""
@@ -279,14 +282,12 @@ class Refit:
             return
         folds = self._moment_of_norms(dense_norm, new_norm)
         reading = self._basis.reading(self._units(norm, number))
-        through, _ = fitted(folds, scale(folds, reading) * reading, self._fit.readers)
+        through = self._solved(reading, lambda: self._through(folds, reading))
         weights |= {role: self._units(role, number) @ through for role in READERS[norm]}
         self._new.load(reader(weights), set(READERS[norm]))
 
-    def _moment_of_norms(
-        self, dense_norm: Callable[[Tensor], Tensor], new_norm: Callable[[Tensor], Tensor]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """By fold, second moment of the pruned norm's output, [width, width], and of the dense one's with it."""
+    def _moment_of_norms(self, dense_norm: Callable[[Tensor], Tensor], new_norm: Callable[[Tensor], Tensor]) -> Folds | None:
+        """Second moment of the pruned norm's output, [width, width], and of the dense one's with it; on the first process."""
         samples, width = self._samples, self._store.config.hidden_size
         sums = _FoldMoments(self, width, samples.stream.shape[-1])
         for batch in samples.batches():
@@ -302,7 +303,8 @@ class Refit:
             stream = samples.stream[batch]
             wanted = self._basis.encoded(self._on_device(stream)) - self._on_device(self._pruned[batch])
             sums.add(batch, self._stage.gather(self._on_device(value)), wanted, self._even(batch))
-        weights[role], _ = fitted(sums.finish(), weights[role], self._fit.writers)
+        folds = sums.finish()
+        weights[role] = self._solved(weights[role], lambda: fitted(folds, weights[role], self._fit.writers)[0])
         self._new.load(reader(weights), {role})
 
     def _narrows_attention(self) -> bool:
@@ -367,14 +369,14 @@ class Refit:
         progress = lambda passes: self._progress(passes * blocks * samples.tokens.numel())
         if reconstruct(parameters, added, examples, self._stage, passes, progress):
             for layer, weights in layers:
-                weights |= {role: value.double() for role, value in layer.full(roles).items()}
+                weights |= layer.full(roles)
 
     def _even(self, batch: slice | Tensor) -> Tensor:
         """Weights of tokens that make them count alike, whatever the size of the dense stream."""
         samples = self._samples
         return self._on_device(samples.weights[batch] / samples.stream[batch].float().square().mean(dim=-1))
 
-    def _final_moments(self) -> list[tuple[Tensor, Tensor]]:
+    def _final_moments(self) -> Folds | None:
         """Second moments of the final norms' outputs, as :meth:`_moment_of_norms`; the new norm's weight is 1."""
         self._begin()
         config = self._tensors.config
@@ -382,7 +384,7 @@ class Refit:
         norm = lambda stream: torch.nn.functional.rms_norm(stream, stream.shape[-1:], eps=config.norm_epsilon)
         return self._moment_of_norms(lambda stream: norm(stream) * self._on_device(weight), norm)
 
-    def _outer(self, folds: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    def _outer(self, folds: Folds) -> dict[str, Tensor]:
         """Embedding, final norm and head in the new basis, float32."""
         config, basis = self._tensors.config, self._basis
         shape = (range(config.vocab_size), range(config.hidden_size))
@@ -395,9 +397,16 @@ class Refit:
             weight = basis.tied_norm(norm)
             return found | {"final_norm": (scale(folds, basis.encode * weight) * weight).float()}
         reading = basis.reading(norm)
-        through, _ = fitted(folds, scale(folds, reading) * reading, self._fit.readers)
         ones = torch.ones(self._store.config.hidden_size)
-        return found | {"final_norm": ones, "output": whole("output") @ through.float()}
+        return found | {"final_norm": ones, "output": whole("output") @ self._through(folds, reading).float()}
+
+    def _through(self, folds: Folds, reading: Tensor) -> Tensor:
+        """The map from a pruned norm's output to the dense one's that ``reading`` is a start for, float64."""
+        return fitted(folds, scale(folds, reading) * reading, self._fit.readers)[0]
+
+    def _solved(self, like: Tensor, solve: Callable[[], Tensor]) -> Tensor:
+        """What the first process solves, the same on every one: float64 in the shape of ``like``."""
+        return self._stage.spread(solve().contiguous() if self._world.is_main else torch.empty_like(like))
 
     def _on_device(self, value: Tensor) -> Tensor:
         return value.to(self._stage.device)
@@ -448,6 +457,8 @@ class _FoldMoments:
             elif mine.any():
                 sums.add(value[mine], weight[mine], wanted[mine])
 
-    def finish(self) -> list[tuple[Tensor, Tensor]]:
-        whole = [sums.full().cpu() for sums in self._sums]
+    def finish(self) -> Folds | None:
+        whole = [sums.whole() for sums in self._sums]
+        if whole[0] is None:
+            return None
         return [(part[:, : self._features], part[:, self._features :].T) for part in whole]

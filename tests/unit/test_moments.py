@@ -22,7 +22,7 @@ class OneOf:
     def sum_copies(self, value):
         return value
 
-    def gather_rows(self, local):
+    def gather_rows(self, local, extent):
         return torch.cat([*self._parts, local])
 
 
@@ -56,6 +56,6 @@ def test_every_pair_is_summed_once(features, beside, ranks, seed, small_chunks):
             moment.add(values[sample], weights[sample], others[sample] if beside else None)
         parts.append(moment._sum)
     parts.pop()
-    found = moment.full()
+    found = moment.whole()
     assert found.dtype == torch.float64
     assert torch.equal(found, (left.T @ right).double())
