@@ -24,7 +24,7 @@ class Metric(ABC):
     Attributes:
         needs: what must have been collected: ``"activations"`` (a forward pass), ``"gradients"`` (forward and backward
             passes of the whole model) or ``"losses"`` (a forward pass for every layer taken out).
-        moments: sites (``statistics.SITES``) whose second moments it reads.
+        moments: axis → the site (``statistics.SITES``) whose second moments, or the tokens, it reads to score that axis.
         axes: the axes it can score.
         reads_weights: whether :meth:`per_weight` is called at all.
         block_wise: whether it judges consecutive layers as a whole (:meth:`block_scores`).
@@ -35,7 +35,7 @@ class Metric(ABC):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    moments: ClassVar[frozenset[str]] = frozenset()
+    moments: ClassVar[dict[str, str]] = {}
     axes: ClassVar[frozenset[str]] = frozenset({"hidden", "ffn", "head", "kv_head", "layer"})
     reads_weights: ClassVar[bool] = False
     block_wise: ClassVar[bool] = False

@@ -179,7 +179,7 @@ def measure(
     """Run the passes that ``metrics`` need, leaving out what ``folder`` holds already.
 
     Args:
-        moments: second moments that are wanted beyond those of the metrics.
+        moments: sites whose second moments are wanted.
 
     Raises:
         InputError: naming a layer or parameter where something is not finite.
@@ -189,7 +189,7 @@ def measure(
     needs = frozenset().union(*(kind.needs for kind in kinds))
     dtype = PARAM_DTYPES[options.dtype]
     if moments or "activations" in needs:
-        _forward_pass(moments.union(*(kind.moments for kind in kinds)), dtype, subject, calibration, statistics, world)
+        _forward_pass(moments, dtype, subject, calibration, statistics, world)
     if needs & {"gradients", "losses"}:
         found = [kind(statistics=statistics) for kind in kinds if kind.needs & {"gradients", "losses"}]
         subject.runner.whole_model_passes(found, subject, calibration, dtype, world)

@@ -113,6 +113,11 @@ class Request:
         """Names of the metrics whose scores are needed."""
         return sorted({self.metric_of[axis] for axis in self.axes(config)})
 
+    def moments(self, config: ModelConfig) -> frozenset[str]:
+        """Sites whose second moments those metrics read."""
+        kinds = ((axis, METRICS.get(self.metric_of[axis])) for axis in self.axes(config))
+        return frozenset(kind.moments[axis] for axis, kind in kinds if axis in kind.moments)
+
 
 def metrics_of(options: TargetOptions, *, has_text: bool, held: list[str] | None = None, refit: bool = True) -> dict[str, str]:
     """Axis → metric: as asked for, else the best (of those whose scores are ``held``, where scores were named).

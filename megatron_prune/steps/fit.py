@@ -111,8 +111,8 @@ def pruned_source(
         known = load_calibration_file(held) if held and options.data is None else None
         calibration = known or obtain_calibration(options, subject, folder, world)
         made_by |= {"calibration": {"digest": calibration.digest, "sources": calibration.provenance}}
-        moments = frozenset({STREAM} if request.rotates(subject.config) else ())
-        names = [] if held else request.metrics(subject.config)
+        names, moments = ([], frozenset()) if held else (request.metrics(subject.config), request.moments(subject.config))
+        moments |= {STREAM} if request.rotates(subject.config) else set()
         passes = names or moments
         statistics = measure(names, moments, options, subject, calibration, folder, world) if passes else None
         plans = _plans(options, request, subject, made_by, held, statistics, world)

@@ -55,7 +55,7 @@ def score(options: ScoreOptions, world: World) -> None:
     key = request_key(options, subject, metrics=metrics)
     with staging.work(save, key, main=world.is_main, barrier=world.barrier) as folder:
         calibration = obtain_calibration(options, subject, folder, world)
-        moments = frozenset().union(*(METRICS.get(name).moments for name in metrics))
+        moments = frozenset().union(*(METRICS.get(name).moments.values() for name in metrics))
         statistics = measure(metrics, moments, options, subject, calibration, folder, world)
         scores = scores_of(metrics, statistics, options.seed, subject, world)
         if world.is_main:

@@ -15,6 +15,7 @@ from megatron_prune.importance.metric import METRICS
 from megatron_prune.importance.metrics.fold import RIDGE
 from megatron_prune.importance.metrics.obs import DAMPING
 from megatron_prune.importance.scoring import all_scores, score
+from megatron_prune.importance.statistics import ROWS, SITES
 from megatron_prune.planning.selection import keep_layers
 from megatron_prune.runtime.world import World
 
@@ -196,6 +197,7 @@ def test_a_metric_says_what_it_needs(found, name):
     kind = METRICS.get(name)
     assert kind.needs <= {"activations", "gradients", "losses"} and kind.axes
     assert not kind.moments or "activations" in kind.needs
+    assert kind.moments.keys() <= kind.axes and set(kind.moments.values()) <= {*SITES, ROWS}
     assert all(value.dtype == torch.float64 for value in found(name).values())
 
 

@@ -247,3 +247,21 @@ def test_a_plan_dealt_over_two_ranks_is_evened_out_on_one(tmp_path):
 def test_the_summary_names_what_changes_and_nothing_else():
     text = check(good()).summary()
     assert "hidden_size 20 → 5" in text and "num_layers 4 → 2" in text and "vocab_size" not in text
+
+
+@pytest.mark.parametrize(
+    "sizes, wanted",
+    [
+        ({"num_query_groups_remain": 1}, {"context"}),
+        ({"ffn_hidden_size_remain": SMALL.ffn_hidden_size - 4}, set()),
+        ({"ffn_hidden_size_remain": SMALL.ffn_hidden_size - 4, "metric": "obs"}, {"channels"}),
+        ({"num_layers_remain": SMALL.num_layers - 1}, {"rows"}),
+        ({"drop_layers": (1,)}, set()),
+    ],
+)
+def test_only_the_second_moments_of_what_is_cut_are_asked_for(sizes, wanted):
+    given = {"prune_type": "global", "has_text": True, "held": None, "refit": True, "dtype_bytes": 4}
+    options = TargetOptions(**sizes)
+    family = dataclasses.replace(FAMILIES.get("qwen3"), qkv_bias=True)  # no family has all that SMALL has
+    request = read_request(options, SMALL, ParallelLayout(), family, lambda: "id", **given)
+    assert request.moments(SMALL) == wanted

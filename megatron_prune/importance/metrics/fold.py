@@ -28,7 +28,7 @@ class Fold(Metric):
     """Error after folding."""
 
     needs = frozenset({"activations"})
-    moments = frozenset({ROWS})
+    moments = {"layer": ROWS}
     axes = frozenset({"layer"})
     block_wise = True
 

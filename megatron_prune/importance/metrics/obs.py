@@ -24,7 +24,7 @@ class Obs(Metric):
     """Error after re-fitting."""
 
     needs = frozenset({"activations"})
-    moments = frozenset({"context", "channels"})
+    moments = {"ffn": "channels", "head": "context", "kv_head": "context"}
     axes = frozenset({"ffn", "head", "kv_head"})
     reads_weights = True
 
