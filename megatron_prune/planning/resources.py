@@ -4,8 +4,8 @@ Counts are bytes. Training follows Megatron-LM's mixed precision with the distri
 arXiv 1909.08053; Rajbhandari et al. 2020, arXiv 1910.02054), activations Korthikanti et al. 2022 (arXiv 2205.05198) with
 flash attention, rewritten for gated feed-forward and grouped-query attention.
 
-What streaming needs, and the parameters of a rank, are compared with real runs in the tests; the training formulas are
-theory until recovery exists to compare them with.
+What streaming, measuring and re-fitting need, and the parameters of a rank, are compared with real runs in the tests; the
+training formulas are theory until recovery exists to compare them with.
 """
 
 from __future__ import annotations
@@ -36,6 +36,30 @@ class Training:
     distributed_optimizer: bool = True
     sequence_parallel: bool = True
     recompute: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """What a model is measured on and re-fitted to, in float32.
+
+    Attributes:
+        samples: of all sources together.
+        seq_length: tokens in one.
+        copies: groups of tensor-parallel ranks that share the samples when single layers run: stages × data-parallel.
+        sampled: own samples that are made in one batch.
+        batch_tokens: tokens that go through a layer together.
+    """
+
+    samples: int
+    seq_length: int
+    copies: int
+    sampled: int
+    batch_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Of the copy that has most."""
+        return -(-self.samples // self.copies) * self.seq_length
 
 
 def weight_bytes(config: ModelConfig, itemsize: int) -> int:
@@ -90,6 +114,49 @@ def activation_bytes(config: ModelConfig, layout: ParallelLayout, run: Training)
     layers = config.num_layers // layout.pipeline
     logits = 2 * 4 * tokens * layout.padded_vocab(config.vocab_size) // ranks if layout.pipeline == 1 else 0
     return int(tokens * width * per_layer * layers * layout.pipeline) + logits
+
+
+def sampling_memory(config: ModelConfig, layout: ParallelLayout, text: Text) -> int:
+    """Peak of the fullest rank while the model samples text: its weights, cached keys and values, logits."""
+    batch = min(text.sampled, text.samples)
+    cached = 2 * config.num_query_groups * config.kv_channels * config.num_layers // (layout.tensor * layout.pipeline)
+    logits = 3 * layout.padded_vocab(config.vocab_size)
+    return RUNTIME_BYTES + 4 * (rank_parameters(config, layout) + batch * (cached * text.seq_length + logits))
+
+
+def gradient_memory(config: ModelConfig, layout: ParallelLayout, text: Text) -> int:
+    """Peak of the fullest rank while channels are scored by gradients: its weights, a sample's activations, the embedding's
+    gradient, through which those of the units flow."""
+    run = Training(seq_length=text.seq_length, mixed_precision=False, sequence_parallel=False)
+    embedding = layout.padded_vocab(config.vocab_size) * config.hidden_size // layout.tensor
+    weights = rank_parameters(config, layout) + 2 * embedding
+    return RUNTIME_BYTES + 4 * weights + activation_bytes(config, layout, run)
+
+
+def refit_memory(config: ModelConfig, target: ModelConfig, layout: ParallelLayout, text: Text, window: int) -> int:
+    """Peak of the first process in re-fitting (``surgery/refit.py``); the others do without the solver's matrices.
+
+    The dense and the pruned stream of all its samples, what enters the matrix at hand, a dense layer and the new ones of a
+    window, and then either the second moments of both halves of the samples with what solving adds, or the copies of the
+    window's weights that the joint fit steps and looks back to.
+
+    Args:
+        window: layers that are fitted together.
+    """
+    hidden, new_hidden, ranks = config.hidden_size, target.hidden_size, layout.tensor
+    features = max(target.ffn_hidden_size, target.num_attention_heads * target.kv_channels, new_hidden)
+    dense, new = layer_parameters(config), layer_parameters(target)
+    streams = 4 * text.tokens * (hidden + new_hidden * (2 if window > 1 else 1) + features // ranks)
+    layers = (4 * dense + 4 * window * new) // ranks + 4 * (window + 1) * new
+    batch = 4 * min(text.tokens, text.batch_tokens) * (3 * config.ffn_hidden_size // ranks + features + 4 * hidden)
+    solving = 8 * (7 * features**2 + 10 * features * max(hidden, new_hidden))
+    joint = 4 * 7 * window * new // ranks
+    return RUNTIME_BYTES + streams + layers + batch + max(solving, joint)
+
+
+def layer_parameters(config: ModelConfig) -> int:
+    """Of one layer, over all ranks."""
+    return sum(prod(tensor_shape(t.role, config)) for t in tensor_ids(config) if t.layer == 0)
 
 
 def training_disk(config: ModelConfig, run: Training) -> int:

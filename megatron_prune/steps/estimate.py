@@ -17,9 +17,23 @@ from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.config import add_options, option, require_positive
 from megatron_prune.families.family import family_of
-from megatron_prune.planning.resources import Training, streaming_memory, training_disk, training_memory, weight_bytes
+from megatron_prune.importance.collect import BATCH_TOKENS
+from megatron_prune.planning.resources import (
+    Text,
+    Training,
+    gradient_memory,
+    refit_memory,
+    sampling_memory,
+    streaming_memory,
+    training_disk,
+    training_memory,
+    weight_bytes,
+)
 from megatron_prune.planning.target import resolve_target
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.calibrate import SEQ_LENGTH
+from megatron_prune.steps.megatron_runner import SAMPLED_TOGETHER
+from megatron_prune.surgery.refit import AFTER
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -31,7 +45,7 @@ class EstimateOptions:
     path: str = option("Hugging Face directory, config.json, hub id, or Megatron checkpoint")
     target_tensor_parallel_size: int = option("tensor-parallel ranks", 1)
     target_pipeline_parallel_size: int = option("pipeline stages", 1)
-    data_parallel_size: int = option("data-parallel copies in recovery", 1)
+    data_parallel_size: int = option("data-parallel copies in scoring, re-fitting and recovery", 1)
     make_vocab_size_divisible_by: int = option("the padded vocabulary is a multiple of this × the tensor-parallel size", 128)
     target_params_dtype: str = option("element type of checkpoints and of recovery", "bf16", choices=list(ITEM_BYTES))
     hidden_size_remain: int | None = option("residual channels that stay", None)
@@ -41,6 +55,8 @@ class EstimateOptions:
     num_layers_remain: int | None = option("layers that stay", None)
     micro_batch_size: int = option("sequences in a forward pass of recovery", 1)
     seq_length: int = option("tokens in a sequence of recovery", 4096)
+    nsamples: int = option("samples of calibration text, of all sources together", 256)
+    sample_length: int = option("tokens in a sample of calibration text", SEQ_LENGTH)
     recompute: bool = option("recovery recomputes activations layer by layer", False)
     json: bool = option("print JSON", False)
 
@@ -61,7 +77,9 @@ def estimate(options: EstimateOptions, world: World) -> None:
         InputError: if the layout or the requested shape does not fit the model.
     """
     sizes = ["target_tensor_parallel_size", "target_pipeline_parallel_size", "data_parallel_size"]
-    require_positive(options, *sizes, "make_vocab_size_divisible_by", "micro_batch_size", "seq_length")
+    require_positive(
+        options, *sizes, "make_vocab_size_divisible_by", "micro_batch_size", "seq_length", "nsamples", "sample_length"
+    )
     config = read_config(options.path)
     layout = ParallelLayout(
         tensor=options.target_tensor_parallel_size,
@@ -104,12 +122,29 @@ def estimate_steps(config: ModelConfig, target: ModelConfig, layout: ParallelLay
         recompute=options.recompute,
     )
     parts = training_memory(target, layout, run)
+    text = Text(
+        samples=options.nsamples,
+        seq_length=options.sample_length,
+        copies=layout.pipeline * options.data_parallel_size,
+        sampled=SAMPLED_TOGETHER,
+        batch_tokens=BATCH_TOKENS,
+    )
+    window = 1 if target.num_layers == config.num_layers else 1 + AFTER
     return {
         "parameters": parameter_count(config),
         "target_parameters": parameter_count(target),
         "steps": {
             "conversion": {"memory_per_rank": streaming_memory(config, item), "disk": weight_bytes(config, item)},
-            "pruning": {"memory_per_rank": streaming_memory(config, item, buffers=2), "disk": weight_bytes(target, item)},
+            "sampling text": {
+                "memory_per_rank": sampling_memory(config, layout, text),
+                "disk": 8 * text.samples * text.seq_length,
+            },
+            "scoring by gradients": {"memory_per_rank": gradient_memory(config, layout, text), "disk": 0},
+            "re-fitting": {
+                "memory_per_rank": refit_memory(config, target, layout, text, window),
+                "disk": weight_bytes(target, 4),
+            },
+            "cutting": {"memory_per_rank": streaming_memory(config, item, buffers=2), "disk": weight_bytes(target, item)},
             "export": {"memory_per_rank": streaming_memory(target, item), "disk": weight_bytes(target, item)},
             "recovery": {"memory_per_rank": sum(parts.values()), "disk": training_disk(target, run), "parts": parts},
         },

@@ -47,7 +47,7 @@ class MegatronRunner:
         from megatron_prune.runtime.sampling import sample
 
         model = build_model(tensors, self._layout, self._world, dtype=dtype, seq_length=length)
-        tokens = sample(model, count=count, length=length, seed=seed, bos=bos, batch_size=BATCH, progress=progress)
+        tokens = sample(model, count=count, length=length, seed=seed, bos=bos, batch_size=SAMPLED_TOGETHER, progress=progress)
         stop_parallel()
         return tokens
 
@@ -73,5 +73,5 @@ class MegatronRunner:
         stop_parallel()
 
 
-BATCH = 96
-"""Samples made together: a token costs half of what it does 32 at a time (weights are read once for all)."""
+SAMPLED_TOGETHER = 96
+"""Samples made in a batch: a token costs half of what it does 32 at a time (weights are read once for all)."""

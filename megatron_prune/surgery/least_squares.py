@@ -25,7 +25,8 @@ def ridge(moment: Tensor, target: Tensor, start: Tensor, strength: float) -> Ten
     """
     start = start.to(moment)
     scale = moment.diagonal().mean().clamp(min=torch.finfo(moment.dtype).tiny)
-    damped = moment + strength * scale * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    damped = moment.clone()
+    damped.diagonal().add_(strength * scale)
     factor, broken = torch.linalg.cholesky_ex(damped)
     rest = target - start @ moment
     if broken.item():  # rank-deficient within rounding: features that are always zero, fewer tokens than features
