@@ -54,7 +54,7 @@ class ParallelLayout:
         """Pipeline stage that holds a global layer."""
         return layer // (num_layers // self.pipeline)
 
-    def check(self, config: ModelConfig) -> None:
+    def check(self, config: ModelConfig, what: str = "the model") -> None:
         """Refuse a layout that does not divide ``config``.
 
         Raises:
@@ -67,7 +67,7 @@ class ParallelLayout:
         legal = legal_tensor_sizes(config)
         raise_all(
             InputError,
-            f"the model does not divide over TP {self.tensor} × PP {self.pipeline}",
+            f"{what} does not divide over TP {self.tensor} × PP {self.pipeline}",
             problems,
             do=f"use a tensor-parallel size out of {legal} and a pipeline size that divides {config.num_layers}",
         )

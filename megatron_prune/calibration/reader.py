@@ -151,6 +151,17 @@ def _is_word(key: str) -> bool:
     return "/" not in key and not key.startswith(".")
 
 
+def stamps(name: str) -> list[tuple[str, int, int]]:
+    """(file, bytes, time of the last change) of the files here that ``name`` stands for; none for what comes from a hub."""
+    path = Path(name)
+    beside = {path, *(Path(f"{path.with_suffix('') if path.suffix in _PAIR else path}{suffix}") for suffix in _PAIR)}
+    files = sorted(path.rglob("*") if path.is_dir() else beside)
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+
+
+_PAIR = (".bin", ".idx")
+
+
 def open_reader(name: str, *, encode: Encoder, field: str, split: str) -> Reader:
     """The reader for ``name``; nothing is read yet.
 

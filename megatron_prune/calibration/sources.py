@@ -57,7 +57,7 @@ def parse_data(specs: Sequence[str] | None) -> list[DataSpec]:
     for number, name in enumerate(names):
         if not name:
             raise InputError("--data", got=repr(specs[number]), needed="NAME or NAME:WEIGHT")
-        if name in names[:number]:
+        if _identity(name) in map(_identity, names[:number]):
             raise InputError(f"--data lists {name} twice", do="name it once, with the weight it is to have")
     weighted = [weight is not None for _, weight in parts]
     if any(weighted) and not all(weighted):
@@ -68,6 +68,12 @@ def parse_data(specs: Sequence[str] | None) -> list[DataSpec]:
     if any(DataSpec(name=name, weight=1.0).is_self for name in names):
         return _normalised(names, [1.0] * len(names))
     return _normalised([*names, SELF], [1.0] * len(names) + [float(len(names))])
+
+
+def _identity(name: str) -> str:
+    """The same for two spellings of one file or pair of files."""
+    path = Path(name)
+    return name if name == path.stem else str((path.with_suffix("") if path.suffix in (".bin", ".idx") else path).resolve())
 
 
 def _split(spec: str) -> tuple[str, float | None]:
@@ -144,6 +150,15 @@ def _check_sizes(seq_length: int, nsamples: int, seed: int, max_position_embeddi
         raise InputError("--seq-length", got=seq_length, needed=f"at most the model's {max_position_embeddings}")
     if nsamples < 1:
         raise InputError("--nsamples", got=nsamples, needed="a positive number")
+    check_seed(seed)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that not all generators take.
+
+    Raises:
+        InputError: if it is negative or too large.
+    """
     if not 0 <= seed < 1 << 63:
         raise InputError("--seed", got=seed, needed="a whole number from 0 on, below 2^63")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass, field
 from math import prod
@@ -259,6 +260,10 @@ def resolve(name_or_path: str) -> Path:
     return Path(_from_hub(name_or_path, fetch))
 
 
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+"""``owner/name``."""
+
+
 def fetch_config(name: str) -> Path:
     """``config.json`` of a hub id, and nothing else of it.
 
@@ -272,19 +277,16 @@ def fetch_config(name: str) -> Path:
 
 def _from_hub(name: str, fetch: Callable[[], str]) -> str:
     """What ``fetch`` brings; an offline machine serves what it fetched before."""
-    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if Path(name).exists() or Path(name).parent != Path() and Path(name).parent.is_dir() or not _HUB_ID.fullmatch(name):
         raise InputError(f"no such model directory: {name}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    failures = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
     try:
         return fetch()
-    except failures as error:
+    except Exception as error:  # the HTTP client's own kinds are no part of any interface
         try:
-            cached = Path(snapshot_download(name, local_files_only=True))
-            return str(cached)
-        except failures:
+            return snapshot_download(name, local_files_only=True)
+        except Exception:
             raise InputError(
                 f"{name} is neither a directory nor a model that can be fetched from the hub", got=str(error).split("\n")[0]
             ) from None

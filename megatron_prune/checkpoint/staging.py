@@ -28,10 +28,12 @@ def check_output(path: Path, *, overwrite: bool, source: Path | None = None) -> 
 
     Raises:
         InputError: if ``path`` exists and ``overwrite`` is not set, is a file, or its parent is not writable; if it is
-            ``source`` or holds it.
+            ``source``, holds it or lies in it.
     """
-    if source is not None and path.resolve() in (source.resolve(), *source.resolve().parents):
-        raise InputError(f"output {path} is or holds the input {source}", do="name another directory")
+    if source is not None:
+        out, held = path.resolve(), source.resolve()
+        if out == held or out in held.parents or held in out.parents:
+            raise InputError(f"output {path} is, holds or lies in the input {source}", do="name another directory")
     path = path.absolute()
     _recover(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
@@ -159,31 +161,30 @@ def _place(partial: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def work(path: Path, key: str, *, main: bool, barrier: Callable[[], None]) -> Iterator[Path]:
+def work(path: Path, key: str, *, main: bool, agree: Callable[[Exception | None], None]) -> Iterator[Path]:
     """The hidden sibling of output ``path`` where a long run keeps its finished parts.
 
     It stays when the run is stopped, and the next run with the same ``key`` goes on from it; what another request left
     there is removed. It goes when the run ends well, unless :func:`finish_work` made it the output.
 
     Args:
-        main: whether this process makes and removes it; the others wait at ``barrier``.
+        main: whether this process makes and removes it.
+        agree: waits for all processes, and raises on all of them what one hands it.
 
     Raises:
         InputError: if another run is at work on the same output.
     """
     folder = path.absolute().with_name(f".{path.name}.work")
+    error = None
     if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        _locks[folder] = _lock(folder)
-        note = folder / _KEY_FILE
-        if not note.is_file() or note.read_text(encoding="utf-8") != key:
-            for entry in folder.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            write_text(note, key)
-    barrier()
+        try:
+            _take_up(folder, key)
+        except (InputError, OSError) as found:
+            error = found
+    agree(error)
     try:
         yield folder
-        barrier()
+        agree(None)
         if main:
             shutil.rmtree(folder, ignore_errors=True)
     except BaseException:
@@ -193,6 +194,17 @@ def work(path: Path, key: str, *, main: bool, barrier: Callable[[], None]) -> It
     finally:
         if main:
             _unlock(_locks.pop(folder, None))
+
+
+def _take_up(folder: Path, key: str) -> None:
+    """Lock a work directory, emptied of what another request left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _locks[folder] = _lock(folder)
+    note = folder / _KEY_FILE
+    if not note.is_file() or note.read_text(encoding="utf-8") != key:
+        for entry in folder.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        write_text(note, key)
 
 
 def finish_work(folder: Path, path: Path) -> None:

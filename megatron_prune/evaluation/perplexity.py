@@ -20,7 +20,7 @@ def perplexity(model: RunningModel, windows: torch.Tensor, world: World, *, micr
             where they do not fill a batch on every copy.
 
     Returns:
-        The same value on every process.
+        The same value on every process; NaN or infinity where a loss is not finite.
     """
     copies, copy = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     each = -(-len(windows) // (copies * micro_batch_size)) * micro_batch_size
@@ -33,4 +33,4 @@ def perplexity(model: RunningModel, windows: torch.Tensor, world: World, *, micr
         total, counted = means.sum().item(), float(len(means))
     sums = [sum(column) for column in zip(*world.all_gather((total, counted)))]
     loss = sums[0] / sums[1]
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss

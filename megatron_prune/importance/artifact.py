@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,6 +118,14 @@ def load_scores(folder: Path, metric: str) -> Scores:
 
 def _key(metric: str, axis: str, place: int | None) -> str:
     return f"{metric}.{axis}.{'all' if place is None else place}"
+
+
+def scores_digest(folder: Path) -> str:
+    """SHA-256 of a directory's manifest and scores."""
+    digest = hashlib.sha256()
+    for name in (FILE, SCORES_FILE):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
 
 
 def save_calibration(folder: Path, calibration: Calibration) -> None:

@@ -148,7 +148,7 @@ def check_finite(stream: Tensor, where: str, world: World) -> None:
     if not all(world.all_gather(is_finite(stream))):
         raise InputError(
             f"the output of {where} is not finite (NaN or infinity) on this text",
-            do="look for broken weights with megatron-prune verify --strict, or compute with --dtype fp32",
+            do="look for broken weights with megatron-prune inspect --weights, or compute with --dtype fp32",
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.calibration.tokens import Calibration
-from megatron_prune.errors import InputError
+from megatron_prune.errors import InputError, raise_all
 from megatron_prune.importance.statistics import Statistics, replace_file
 
 
@@ -72,6 +72,12 @@ def collect_gates(
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval().requires_grad_(False)
+    raise_all(
+        InputError,
+        "there are no gradients where weights are not finite (NaN or infinity)",
+        sorted(name for name, parameter in model.named_parameters() if not parameter.isfinite().all()),
+        do="mend the checkpoint, or use a metric of weights only",
+    )
     weights, predicted = calibration.weights.tolist(), (calibration.lengths - 1).tolist()
     heads = [GateSums(config.kv_channels, weights, predicted) for _ in model.model.layers]
     channels = [GateSums(1, weights, predicted) for _ in model.model.layers]

@@ -96,7 +96,7 @@ def _check_weights(model: RunningModel, placed: list[Placed], world: World) -> N
         InputError,
         "there are no gradients where weights are not finite (NaN or infinity)",
         sorted({name for names in world.all_gather(broken) for name in names}),
-        do="mend the checkpoint (megatron-prune verify --strict lists its defects), or use a metric of weights only",
+        do="mend the checkpoint (megatron-prune inspect --weights names them), or use a metric of weights only",
     )
 
 
@@ -214,7 +214,7 @@ class _Hooks:
         if broken_layer < self._model.config.num_layers:
             raise InputError(
                 f"the output of layer {broken_layer} is not finite (NaN or infinity) on this text",
-                do="look for broken weights with megatron-prune verify --strict, or compute with --dtype fp32",
+                do="look for broken weights with megatron-prune inspect --weights, or compute with --dtype fp32",
             )
         copies = parallel_state.get_data_parallel_group()
         broken: set[tuple[float, str]] = set()

@@ -53,7 +53,7 @@ def collect_losses(
             what = "the model" if place == layers else f"the model without layer {place}"
             raise InputError(
                 f"the loss of {what} is not finite (NaN or infinity) on this text",
-                do="look for broken weights with megatron-prune verify --strict, or compute with --dtype fp32",
+                do="look for broken weights with megatron-prune inspect --weights, or compute with --dtype fp32",
             )
         if world.is_main:
             replace_file(path, {"losses": losses})

@@ -244,6 +244,10 @@ def check_plan(plan: Plan, config: ModelConfig, where: object) -> None:
     raise_all(PlanError, f"{where} does not fit the checkpoint", problems)
     new = plan.new
     problems += [f"{name} cannot change" for name in ("kv_channels", "vocab_size") if new[name] != getattr(config, name)]
+    if plan.untied and not config.tie_embeddings:
+        problems.append("it makes the head a matrix of its own, which it is already")
+    if plan.rotated and not 0 < new["hidden_size"] < config.hidden_size:
+        problems.append(f"it rotates the stream and keeps {new['hidden_size']} channels of {config.hidden_size}")
     if not plan.rotated:
         problems += _unit_problems("hidden", plan.hidden, config.hidden_size, new["hidden_size"])
     numbers = [entry.layer for entry in plan.layers]

@@ -138,7 +138,7 @@ def check_parallel(old: ModelConfig, new: ModelConfig, layout: ParallelLayout, p
         problems.append(f"{new.num_layers} layers do not divide over {layout.pipeline} pipeline stages; legal: {legal}")
     raise_all(InputError, f"the requested shape does not divide over TP {ranks} × PP {layout.pipeline}", problems)
     if prune_type != "unbalance":
-        layout.check(new)
+        layout.check(new, "the requested shape")
 
 
 def _not_divisible(name: str, value: int, largest: int, ranks: int, changed: bool) -> list[str]:

@@ -59,6 +59,12 @@ class World:
         dist.all_gather_object(gathered, value)
         return gathered
 
+    def agree(self, error: Exception | None) -> None:
+        """Raise what the first process of those that found something wrong found, on every process alike."""
+        for found in self.all_gather(error):
+            if found is not None:
+                raise found
+
     def spread(self, value: torch.Tensor) -> torch.Tensor:
         """The main process's tensor on the host, written into those of all others, which have its shape and dtype."""
         if self.size > 1:

@@ -11,10 +11,12 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.calibration.reader import stamps
 from megatron_prune.calibration.sources import load_calibration, parse_data
 from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.config import option, require_positive
+from megatron_prune.errors import InputError
 from megatron_prune.importance.artifact import load_calibration_file, save_calibration
 from megatron_prune.importance.collect import collect
 from megatron_prune.importance.metric import METRICS, Metric
@@ -110,7 +112,23 @@ def bos_token(folder: Path | None) -> int | None:
 def request_key(options: CalibrationOptions, subject: Subject, **more: object) -> str:
     """What an interrupted run must have been asked for to be gone on with."""
     fields = {name: getattr(options, name) for name in CalibrationOptions.__dataclass_fields__}
+    fields["files"] = [stamps(spec.name) for spec in parse_data(options.data)]
     return json.dumps({**fields, **more, "content_id": subject.content_id}, sort_keys=True, default=str)
+
+
+def check_dtype(options: CalibrationOptions, metrics: list[str]) -> None:
+    """Refuse gradients in fp16, where small ones become zero.
+
+    Raises:
+        InputError: naming the metrics.
+    """
+    gradient = [name for name in metrics if "gradients" in METRICS.get(name).needs]
+    if options.dtype == "fp16" and gradient:
+        raise InputError(
+            "gradients in fp16: small ones become zero there",
+            got="metrics " + ", ".join(gradient),
+            do="compute with --dtype bf16 or fp32, or use a metric that needs none (activation, wanda, obs)",
+        )
 
 
 def obtain_calibration(options: CalibrationOptions, subject: Subject, folder: Path, world: World) -> Calibration:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Callable, ClassVar
 
@@ -55,7 +56,9 @@ class TargetOptions:
         "how layers are chosen (default: fold where there is text, angular with --no-refit, else the metric)", None
     )
     hidden_method: str | None = option(
-        "how hidden units are cut (default: rotate where there is text, else select)", None, choices=HIDDEN_METHODS
+        "how hidden units are cut (default: rotate where there is text and what stays is re-fitted, else select)",
+        None,
+        choices=HIDDEN_METHODS,
     )
     untie: bool = option("store the head of a tied model as a matrix of its own", False)
     plan: str | None = option("apply this plan instead of making one", None)
@@ -169,12 +172,12 @@ def read_request(
     """
     layout.check(config)
     require_positive(options, "search", "memory_seq_length", "memory_batch")
-    rotate = (options.hidden_method or ("rotate" if has_text else "select")) == "rotate"
+    rotate = (options.hidden_method or ("rotate" if has_text and refit else "select")) == "rotate"
     if rotate and not has_text:
         raise InputError("--hidden_method rotate needs text to find the subspace", do="name some with --data, or use select")
     common = {"metric_of": metrics_of(options, has_text=has_text, held=held, refit=refit), "rotate": rotate}
     if options.plan:
-        return Request(plan=_read(options, config, layout, family, content_id, prune_type), **common)
+        return Request(plan=_read(options, config, layout, family, content_id, prune_type, has_text), **common)
     multiples = parse_multiples(options.multiple_of) if options.multiple_of else {}
     budget = read_budget(
         params=options.params,
@@ -253,17 +256,26 @@ def choose_plans(
     measure: Measure,
     *,
     count: int,
+    possible: Callable[[ModelConfig], bool],
     prune_type: str,
     made_by: dict[str, object],
 ) -> list[Plan]:
     """Make the plan from scores; within a budget, one for each of the ``count`` shapes that look best, the best first.
 
     The same on every process.
+
+    Args:
+        possible: whether a shape within a budget can be made; if none can, they are as if all could.
     """
     if request.plan is not None:
         return [request.plan]
+    if request.target:
+        targets = [request.target]
+    else:
+        ranked = best_shapes(request, config, measure)
+        targets = list(islice((target for target in ranked if possible(target.config)), count)) or ranked[:count]
     plans = []
-    for target in [request.target] if request.target else best_shapes(request, config, measure)[:count]:
+    for target in targets:
         needed, scores = needed_scores(config, target), {}
         for axis in sorted({axis for axis, _ in needed}):  # the same order on every process: scoring communicates
             if axis == "hidden" and request.rotate:
@@ -306,6 +318,7 @@ def _read(
     family: Family,
     content_id: Callable[[], str],
     prune_type: str,
+    has_text: bool,
 ) -> Plan:
     extra = [
         f"--{item.name}" for item in fields(TargetOptions) if item.name != "plan" and getattr(options, item.name) != item.default
@@ -316,6 +329,8 @@ def _read(
         raise InputError(f"--plan and {', '.join(extra)} both say what stays", do="give one of the two")
     plan = load_plan(Path(options.plan))
     check_plan(plan, config, options.plan)
+    if plan.rotated and not has_text:
+        raise PlanError(f"{options.plan} rotates the stream, which needs text", do="name some with --data (--data self will do)")
     if layout.tensor == 1:
         plan = plan.without_shards()
     uneven = plan.shard_sizes()

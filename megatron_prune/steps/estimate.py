@@ -16,6 +16,7 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.config import add_options, option, require_positive
+from megatron_prune.errors import InputError
 from megatron_prune.families.family import family_of
 from megatron_prune.importance.collect import BATCH_TOKENS
 from megatron_prune.planning.resources import (
@@ -56,7 +57,9 @@ class EstimateOptions:
     micro_batch_size: int = option("sequences in a forward pass of recovery", 1)
     seq_length: int = option("tokens in a sequence of recovery", 4096)
     nsamples: int = option("samples of calibration text, of all sources together", 256)
-    sample_length: int = option("tokens in a sample of calibration text", SEQ_LENGTH)
+    sample_length: int | None = option(
+        "tokens in a sample of calibration text (default: 512, or the model's context where that is shorter)", None
+    )
     recompute: bool = option("recovery recomputes activations layer by layer", False)
     json: bool = option("print JSON", False)
 
@@ -77,9 +80,7 @@ def estimate(options: EstimateOptions, world: World) -> None:
         InputError: if the layout or the requested shape does not fit the model.
     """
     sizes = ["target_tensor_parallel_size", "target_pipeline_parallel_size", "data_parallel_size"]
-    require_positive(
-        options, *sizes, "make_vocab_size_divisible_by", "micro_batch_size", "seq_length", "nsamples", "sample_length"
-    )
+    require_positive(options, *sizes, "make_vocab_size_divisible_by", "micro_batch_size", "seq_length", "nsamples")
     config = read_config(options.path)
     layout = ParallelLayout(
         tensor=options.target_tensor_parallel_size,
@@ -122,9 +123,12 @@ def estimate_steps(config: ModelConfig, target: ModelConfig, layout: ParallelLay
         recompute=options.recompute,
     )
     parts = training_memory(target, layout, run)
+    length = min(SEQ_LENGTH, config.max_position_embeddings) if options.sample_length is None else options.sample_length
+    if not 2 <= length <= config.max_position_embeddings:
+        raise InputError("--sample-length", got=length, needed=f"2 to the model's {config.max_position_embeddings}")
     text = Text(
         samples=options.nsamples,
-        seq_length=options.sample_length,
+        seq_length=length,
         copies=layout.pipeline * options.data_parallel_size,
         sampled=SAMPLED_TOGETHER,
         batch_tokens=BATCH_TOKENS,

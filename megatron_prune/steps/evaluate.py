@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
     """Run the step; every process takes part.
 
     Raises:
-        InputError: if the text, the tokenizer or the layout does not fit.
+        InputError: if the text, the tokenizer or the layout does not fit, or the loss is not finite.
     """
     require_positive(options, "seq_length", "windows", "micro_batch_size")
     if options.seq_length < 2:
@@ -73,6 +74,11 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
     running = build_model(checkpoint.tensors, layout, world, dtype=dtype, seq_length=options.seq_length)
     value = perplexity(running, windows, world, micro_batch_size=options.micro_batch_size)
     stop_parallel()
+    if not math.isfinite(value):
+        raise InputError(
+            f"the loss of {options.load_dir} on {options.data} is not finite (NaN or infinity)",
+            do="look for broken weights with megatron-prune inspect --weights, or compute with --dtype fp32",
+        )
     if world.is_main:
         result = {
             "checkpoint": str(options.load_dir),

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
+from torch import Tensor
+
+from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import TensorId, tensor_ids
+from megatron_prune.calibration.sources import check_seed
 from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint import staging
 from megatron_prune.checkpoint.role_store import RoleStore
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
-from megatron_prune.importance.artifact import ScoresManifest, load_calibration_file, load_scores
+from megatron_prune.importance.artifact import ScoresManifest, load_calibration_file, load_scores, scores_digest
 from megatron_prune.importance.metric import METRICS
 from megatron_prune.importance.scoring import score
 from megatron_prune.importance.statistics import STREAM, Statistics
 from megatron_prune.planning.plan import Plan
 from megatron_prune.planning.selection import Scores
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.calibrate import CalibrationOptions, Subject, measure, obtain_calibration, request_key
+from megatron_prune.steps.calibrate import CalibrationOptions, Subject, check_dtype, measure, obtain_calibration, request_key
 from megatron_prune.steps.choose import Request, TargetOptions, choose_plans, metrics_of
 from megatron_prune.steps.output import PARAM_DTYPES, Source, log, progress_bar
 from megatron_prune.surgery.basis import (
@@ -60,12 +65,12 @@ class FitOptions(CalibrationOptions):
         """The engine's options.
 
         Raises:
-            InputError: if a number is negative.
+            InputError: if a number is negative or not finite.
         """
         for name in ("ridge", "reader_ridge", "reconstruct"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise InputError(f"--{name}", got=value, needed="at least 0")
+            if value is not None and not 0 <= value < math.inf:
+                raise InputError(f"--{name}", got=value, needed="at least 0 and finite")
         return Fit(sequential=self.sequential, writers=self.ridge, readers=self.reader_ridge, passes=self.reconstruct)
 
 
@@ -89,6 +94,9 @@ def pruned_source(
         InputError: if scores are of another model, or data does not fit.
     """
     options.fit()
+    check_seed(options.seed)
+    refit = wants_text(options) and options.refit is not False
+    _check_refit_options(options, request, refit)
     used = {axis: request.metric_of[axis] for axis in sorted(request.axes(subject.config))}
     made_by = {"metric": options.metric or used, "seed": options.seed, **made_by}
     if not wants_text(options):
@@ -99,15 +107,14 @@ def pruned_source(
     held = Path(options.scores) if options.scores else None
     if held:
         check_scores(held, request, subject)
-    refit = options.refit is not False
+    else:
+        check_dtype(options, request.metrics(subject.config))
     if not refit and request.rotates(subject.config):
         raise InputError("--no-refit with rotated hidden units", do="use --hidden_method select, or re-fit")
-    if options.search > 1 and not refit:
-        raise InputError("--search compares re-fitted models", do="leave out --no-refit")
     asked = {name: getattr(options, name) for kind in (TargetOptions, FitOptions) for name in kind.__dataclass_fields__}
     read = request.plan.dumps() if request.plan else None
-    key = request_key(options, subject, **{**asked, "plan": read, "scores": options.scores, "made_by": made_by})
-    with staging.work(save, key, main=world.is_main, barrier=world.barrier) as folder:
+    key = request_key(options, subject, **{**asked, "plan": read, "scores": held and scores_digest(held), "made_by": made_by})
+    with staging.work(save, key, main=world.is_main, agree=world.agree) as folder:
         known = load_calibration_file(held) if held and options.data is None else None
         calibration = known or obtain_calibration(options, subject, folder, world)
         made_by |= {"calibration": {"digest": calibration.digest, "sources": calibration.provenance}}
@@ -143,6 +150,29 @@ def _best_fit(
         found.append((loss, number, dataclasses.replace(plan, made_by={**plan.made_by, "refit": fit}), source))
     _, _, plan, source = min(found, key=lambda one: one[:2])
     return plan, source
+
+
+def _check_refit_options(options: FitOptions, request: Request, refit: bool) -> None:
+    """Refuse options that a run would not look at.
+
+    Raises:
+        InputError: naming them.
+    """
+    if options.search > 1 and not (refit and request.shapes):
+        raise InputError(
+            "--search compares re-fitted models of several shapes",
+            do="name a budget (--params, --ratio, --memory) and text, without --no-refit",
+        )
+    kinds = FitOptions.__dataclass_fields__
+    idle = [name for name in REFIT_OPTIONS if getattr(options, name) != kinds[name].default]
+    if idle and not refit:
+        raise InputError(
+            ", ".join(f"--{name}" for name in idle) + " where nothing is re-fitted",
+            do="leave it out, or re-fit: name text with --data, without --no-refit",
+        )
+
+
+REFIT_OPTIONS = ("sequential", "ridge", "reader_ridge", "reconstruct")
 
 
 def held_metrics(options: FitOptions) -> list[str] | None:
@@ -192,6 +222,16 @@ def _plans(
         blocks = request.dropped(subject.config) if metric.block_wise else ()
         return scores | {("block", count): found.block_scores(count) for count in blocks}
 
+    moment = statistics.stream_moment(FINAL_SHARE) if request.shapes and request.rotates(subject.config) else None
+
+    @functools.cache
+    def rotates_well(width: int) -> bool:
+        return _tied_spread(subject, statistics, moment, width) <= LARGEST_SPREAD
+
+    def possible(shape: ModelConfig) -> bool:
+        tied_cut = request.rotate and shape.tie_embeddings and shape.hidden_size != subject.config.hidden_size
+        return not tied_cut or rotates_well(shape.hidden_size)
+
     return choose_plans(
         request,
         subject.config,
@@ -199,6 +239,7 @@ def _plans(
         subject.content_id,
         scores_of,
         count=options.search,
+        possible=possible,
         prune_type=made_by.get("prune_type", "balance"),
         made_by=made_by,
     )
@@ -234,6 +275,13 @@ def refitted(
     return Source(tensors=store.tensors()), loss
 
 
+def _tied_spread(subject: Subject, statistics: Statistics, moment: Tensor, width: int) -> float:
+    """How much a rotation to ``width`` that keeps the head tied disturbs the norms, before any cut."""
+    weight = subject.tensors.read_block(TensorId("final_norm"), range(subject.config.hidden_size)).double()
+    streams = [statistics.layer(layer).last for layer in (*range(subject.config.num_layers), None)]
+    return denominator_spread(tied_scale(weight, massive_channels(moment, weight, width)), streams)
+
+
 def stream_basis(plan: Plan, subject: Subject, statistics: Statistics | None) -> Basis:
     """The basis of the pruned stream.
 
@@ -251,8 +299,7 @@ def stream_basis(plan: Plan, subject: Subject, statistics: Statistics | None) ->
     if not plan.new_config(subject.config).tie_embeddings:
         return rotation(moment, width)
     weight = subject.tensors.read_block(TensorId("final_norm"), range(subject.config.hidden_size)).double()
-    streams = [statistics.layer(layer).last for layer in (*range(subject.config.num_layers), None)]
-    spread = denominator_spread(tied_scale(weight, massive_channels(moment, weight, width)), streams)
+    spread = _tied_spread(subject, statistics, moment, width)
     if spread > LARGEST_SPREAD:
         raise InputError(
             "the final norm varies too much for a rotation that keeps the head tied to the embedding",

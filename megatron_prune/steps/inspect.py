@@ -1,4 +1,5 @@
-"""What a checkpoint is: shape, parallel layout, parameters, bytes, dtype, recipe. Reads headers only."""
+"""What a checkpoint is: shape, parallel layout, parameters, bytes, dtype, recipe, read from headers; and, if asked for, which
+weights are not sound."""
 
 from __future__ import annotations
 
@@ -19,13 +20,15 @@ from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.manifest import read_recipe
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.output import Source, run
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
-    """Print what a Megatron checkpoint or a Hugging Face model is, without reading its weights."""
+    """Print what a Megatron checkpoint or a Hugging Face model is, without reading its weights unless asked to."""
 
     path: str
+    weights: bool = False
     json: bool = False
 
 
@@ -33,6 +36,7 @@ def parse(argv: list[str], prog: str) -> InspectOptions:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog=prog, description=InspectOptions.__doc__, allow_abbrev=False)
     parser.add_argument("path", metavar="CKPT|HF", help="Megatron checkpoint, Hugging Face directory, or hub id")
+    parser.add_argument("--weights", action="store_true", help="read all weights and name those that hold NaN or infinity")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return InspectOptions(**vars(parser.parse_args(argv)))
 
@@ -43,7 +47,10 @@ def inspect(options: InspectOptions, world: World) -> None:
     Raises:
         CheckpointError: if it is not a whole checkpoint of a kind this project knows.
     """
-    facts = describe(options.path)
+    facts, tensors = describe(options.path)
+    if options.weights:
+        report = run(world, Source(tensors=tensors), None, label="reading", strict=False)
+        facts["unsound_weights"] = dict(sorted(report.troubled.items()))
     if not world.is_main:
         return
     if options.json:
@@ -56,7 +63,7 @@ def inspect(options: InspectOptions, world: World) -> None:
         elif isinstance(value, bool):
             value = "yes" if value else "no"
         elif isinstance(value, dict):
-            value = ", ".join(f"{name} {amount}" for name, amount in value.items())
+            value = ", ".join(f"{name} {amount}" for name, amount in value.items()) or "none"
         elif isinstance(value, int):
             value = f"{value:,}"
         table.add_row(key.replace("_", " "), str(value))
@@ -71,8 +78,8 @@ def _recipe_line(entry: dict[str, Any]) -> str:
     return f"{entry['step']}: " + ", ".join(plain + changes)
 
 
-def describe(name_or_path: str) -> dict[str, Any]:
-    """Facts about a model in either kind of checkpoint."""
+def describe(name_or_path: str) -> tuple[dict[str, Any], TensorMap]:
+    """Facts about a model in either kind of checkpoint, and its tensors."""
     path = Path(name_or_path)
     if path.is_dir() and not huggingface.is_huggingface(path):
         checkpoint = megatron.open_checkpoint(path)
@@ -80,10 +87,10 @@ def describe(name_or_path: str) -> dict[str, Any]:
         layout = {"tensor": checkpoint.layout.tensor, "pipeline": checkpoint.layout.pipeline}
         padded = {"padded_vocabulary": checkpoint.layout.padded_vocab(checkpoint.config.vocab_size)}
         tail = {"parallel": layout, **padded, "recipe": checkpoint.manifest.recipe, "content_id": checkpoint.manifest.content_id}
-        return {**head, **_common(checkpoint.config, checkpoint.tensors, checkpoint.path), **tail}
+        return {**head, **_common(checkpoint.config, checkpoint.tensors, checkpoint.path), **tail}, checkpoint.tensors
     model = huggingface.open_model(huggingface.resolve(name_or_path))
     facts = {"kind": "Hugging Face model", "family": model.family.name, **_common(model.config, model.tensors, model.path)}
-    return {**facts, "recipe": read_recipe(model.path)}
+    return {**facts, "recipe": read_recipe(model.path)}, model.tensors
 
 
 def _common(config: ModelConfig, tensors: TensorMap, path: Path) -> dict[str, Any]:

@@ -147,8 +147,13 @@ def staged(world: World, save: Path, *, needed: int, overwrite: bool) -> Iterato
     """A partial output directory that is put in place at the end, or removed on an error."""
     _check_room(save, needed)
     partial = staging.partial_path(save)
+    error = None
     if world.is_main:
-        staging.begin(save)
+        try:
+            staging.begin(save)
+        except (InputError, OSError) as found:
+            error = found
+    world.agree(error)
     try:
         yield partial
         world.barrier()

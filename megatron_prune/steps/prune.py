@@ -87,6 +87,8 @@ def prune(options: PruneOptions, world: World) -> None:
         refit=options.refit is not False,
         dtype_bytes=commonest(Source(tensors=checkpoint.tensors).dtypes(checkpoint.config, None)).itemsize,
     )
+    if options.strict and wants_text(options):  # before long work, not while its result is written
+        run(world, Source(tensors=checkpoint.tensors), None, label="checking", strict=True)
     subject = megatron_subject(checkpoint, layout, options.tokenizer, world)
     made_by = {"prune_type": options.prune_type, "tensor_parallel": layout.tensor, "pipeline_parallel": layout.pipeline}
     with pruned_source(options, request, subject, made_by, save, world) as (plan, source):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune.calibration.artifact import save_samples
+from megatron_prune.calibration.sources import check_seed
 from megatron_prune.checkpoint import megatron, staging
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
@@ -37,6 +38,7 @@ def sample(options: SampleOptions, world: World) -> None:
         InputError: on a checkpoint, sizes or a layout that do not fit.
     """
     require_positive(options, "nsamples", "seq_length")
+    check_seed(options.seed)
     if not options.save.endswith(".safetensors"):
         raise InputError("--save", got=options.save, needed="a file name that ends in .safetensors")
     staging.check_file(Path(options.save))

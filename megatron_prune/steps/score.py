@@ -17,6 +17,7 @@ from megatron_prune.steps.calibrate import (
     CalibrationOptions,
     Subject,
     bos_token,
+    check_dtype,
     measure,
     obtain_calibration,
     request_key,
@@ -52,8 +53,9 @@ def score(options: ScoreOptions, world: World) -> None:
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     layout.check(checkpoint.config)
     subject = megatron_subject(checkpoint, layout, options.tokenizer, world)
+    check_dtype(options, metrics)
     key = request_key(options, subject, metrics=metrics)
-    with staging.work(save, key, main=world.is_main, barrier=world.barrier) as folder:
+    with staging.work(save, key, main=world.is_main, agree=world.agree) as folder:
         calibration = obtain_calibration(options, subject, folder, world)
         moments = frozenset().union(*(METRICS.get(name).moments.values() for name in metrics))
         statistics = measure(metrics, moments, options, subject, calibration, folder, world)

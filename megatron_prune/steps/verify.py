@@ -107,10 +107,11 @@ def _difference(checkpoint: MegatronCheckpoint, layout, world: World, tokens: to
     with torch.no_grad():
         reference = reference_model(tokens).logits.float()
     gap = (logits[0] - reference).abs()
-    same = (logits[0].argmax(-1) == reference.argmax(-1)).float().mean()
+    finite = gap.isfinite().all(dim=-1)
+    same = ((logits[0].argmax(-1) == reference.argmax(-1)) & finite).float().mean()
     return {
         "largest": gap.max().item() if gap.isfinite().all() else float("inf"),
-        "mean": gap.mean().item(),
+        "mean": gap.mean().item() if finite.all() else float("inf"),
         "deviation": reference.std().item(),
         "same": same.item(),
     }

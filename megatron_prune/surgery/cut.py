@@ -34,6 +34,8 @@ class Cut:
 
     def transform(self, tensor: TensorId, data: torch.Tensor, scratch: Scratch) -> torch.Tensor:
         """The kept rows and columns of a full tensor, in the plan's order; in memory of ``scratch``, or ``data`` itself."""
+        if self._plan.rotated:
+            raise RuntimeError("a rotated stream has no channels that stay: its plan is for surgery/refit.py")
         return self._keep(tensor, data, scratch, ROLES[tensor.role])
 
     def units(self, tensor: TensorId, data: torch.Tensor, scratch: Scratch) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 from pathlib import Path
 
@@ -312,6 +314,12 @@ def test_text_that_does_not_do(home, tmp_path, refused, verb, text, more, messag
         ("--params 10", "no shape meets the budget.*at least .*smallest shape is hidden"),
         ("--params 100K --multiple_of width=7", "width.*hidden"),
         ("--ffn_hidden_size_remain 50 --multiple_of ffn=16", "50 is not a multiple of 16; nearest: 48 or 64"),
+        ("--ratio 0.3 --metric random --search 3", "--search compares re-fitted models"),
+        ("--ffn_hidden_size_remain 48 --search 3", "--search compares re-fitted models of several shapes"),
+        ("--ffn_hidden_size_remain 48 --metric random --reconstruct 9", "--reconstruct where nothing is re-fitted"),
+        ("--ffn_hidden_size_remain 48 --no-refit --sequential --ridge 1", "--sequential, --ridge where nothing is re-fitted"),
+        ("--ffn_hidden_size_remain 48 --dtype fp16", "gradients in fp16.*metrics fisher.*bf16"),
+        ("--ffn_hidden_size_remain 48 --metric random --seed -1", "--seed.*-1"),
         ("--metric magnitude --hidden_method rotate --hidden_size_remain 36", "rotate needs text.*--data"),
         ("--plan plan.json --ratio 0.25", "--plan and --ratio both say what stays"),
         ("--plan plan.json --ffn_hidden_size_remain 48 --metric wanda", "--plan and .*ffn_hidden_size_remain.*--metric"),
@@ -321,7 +329,14 @@ def test_a_request_that_cannot_be_met(home, tmp_path, refused, more, message):
     refused(words(home, "prune", tmp_path, *more.split()), message)
 
 
-@pytest.mark.parametrize("more, message", [("--metrics beauty", "beauty.*activation"), ("--metrics ,", "--metrics names none")])
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ("--metrics beauty", "beauty.*activation"),
+        ("--metrics ,", "--metrics names none"),
+        ("--metrics activation,taylor --dtype fp16", "gradients in fp16.*metrics taylor"),
+    ],
+)
 def test_metrics_that_do_not_exist_are_not_measured(home, tmp_path, refused, more, message):
     refused(words(home, "score", tmp_path, *more.split()), message)
 
@@ -330,7 +345,40 @@ def test_scores_over_a_full_directory_or_over_the_model_are_refused(home, tmp_pa
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious").write_text("kept")
     refused(words(home, "score", tmp_path), "out exists.*--overwrite")
-    refused(["score", "--load", home / "qwen2", "--save", home / "qwen2", "--overwrite"], "is or holds the input")
+    for save in ("qwen2", "qwen2/release", "qwen2/new", "."):
+        refused(["score", "--load", home / "qwen2", "--save", home / save, "--overwrite"], "is, holds or lies in the input")
+
+
+def test_a_rotated_plan_needs_text(home, ranks, tmp_path, refused):
+    """Without it there is nothing to find the rotation by, and no channel stays as it was."""
+    prune(ranks(1), home, tmp_path / "rotated", data=(f"{home / 'text.txt'}:1",), hidden_size_remain=36)
+    plan = tmp_path / "rotated.json"
+    refused(words(home, "prune", tmp_path, "--plan", plan), "rotates the stream, which needs text.*--data")
+    again = prune(ranks(1), home, tmp_path / "again", data=(f"{home / 'text.txt'}:1",), plan=str(plan))
+    assert again[-1] == "refit/outer"
+    for name in ("rotated", "again"):
+        export(ExportOptions(load_dir=str(tmp_path / name), save_dir=str(tmp_path / f"{name}_hf")), World())
+    ours, theirs = (state_dict(tmp_path / f"{name}_hf") for name in ("rotated", "again"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("verb", ["score", "prune"])
+def test_an_output_that_another_run_works_on_is_refused_on_every_rank(home, ranks, tmp_path, verb):
+    """Nobody is left waiting for the rank that noticed."""
+    work = tmp_path / ".out.work"
+    work.mkdir()
+    options = {"load": str(home / "qwen2"), "save": str(tmp_path / "out"), "data": (f"{home / 'text.txt'}:1",)}
+    options |= {**TEXT_OPTIONS, "tensor_model_parallel_size": 3}
+    if verb == "prune":
+        options |= {"ffn_hidden_size_remain": 48}
+    with open(work / "held", "w"):
+        other = os.open(work, os.O_RDONLY)
+        fcntl.flock(other, fcntl.LOCK_EX)
+        try:
+            assert ranks(3).run(jobs.step_measuring, verb, options) == [("InputError", [])] * 3
+        finally:
+            os.close(other)
+    assert [path.name for path in work.iterdir()] == ["held"]
 
 
 # ---------------------------------------------------------------------------------------------------- stopped and gone on
@@ -404,3 +452,26 @@ def test_layers_re_fitted_for_another_cut_are_not_used(home, ranks, tmp_path, ch
         export(ExportOptions(load_dir=str(tmp_path / name), save_dir=str(tmp_path / f"{name}_hf")), World())
     ours, theirs = (state_dict(tmp_path / f"{name}_hf") for name in ("cut", "alone"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_layers_re_fitted_by_other_scores_or_on_another_text_are_not_used(home, ranks, tmp_path):
+    """Of scores and text, what counts is what they hold, not what they are called."""
+
+    def score(seed: int) -> None:
+        options = score_options(home, tmp_path / "s", metrics=("activation",), overwrite=True, seed=seed)
+        assert ranks(1).run(jobs.step_measuring, "score", options) == [(None, LAYERS)]
+
+    score(1)
+    given = {"scores": str(tmp_path / "s"), "ffn_hidden_size_remain": 48, "metric": "activation"}
+    options = {"load": str(home / "qwen2"), "save": str(tmp_path / "cut"), **TEXT_OPTIONS, **given}
+    assert killed(ranks(1), "prune", options, "refit", 2) == ["refit/layer_0000", "refit/layer_0001"]
+    score(2)
+    assert prune(ranks(1), home, tmp_path / "cut", **given)[:2] == ["refit/layer_0000", "refit/layer_0001"]
+
+    text = tmp_path / "text.txt"
+    text.write_text((home / "text.txt").read_text())
+    given = {"data": (f"{text}:1",), "ffn_hidden_size_remain": 48, "metric": "activation"}
+    options = {"load": str(home / "qwen2"), "save": str(tmp_path / "other"), **TEXT_OPTIONS, **given}
+    killed(ranks(1), "prune", options, "refit", 2)
+    text.write_text((home / "text.txt").read_text().upper())
+    assert prune(ranks(1), home, tmp_path / "other", **given)[0] == "layer_0000"

@@ -240,6 +240,11 @@ EDITS = {
     "a size left out": (lambda p: p["new"].pop("kv_channels"), "new.* must name exactly"),
     "another head dimension": (lambda p: p["new"].update(kv_channels=4), "kv_channels cannot change"),
     "a size that is no number": (lambda p: p["new"].update(hidden_size="36"), "36"),
+    "a head untied that is untied": (lambda p: p.update(untied=True), "a matrix of its own, which it is already"),
+    "a rotation to more channels": (
+        lambda p: (p.update(hidden="rotated"), p["new"].update(hidden_size=50)),
+        "rotates the stream and keeps 50 channels of 48",
+    ),
     "no layers": (lambda p: p.update(layers=[]), "layers: 0 units"),
     "a unit that is no number": (lambda p: p["hidden"].__setitem__(0, "0"), "not a plan"),
     "an unknown key": (lambda p: p.update(colour="red"), "not a plan.*colour"),
@@ -392,6 +397,20 @@ def test_nan_and_infinity_are_a_warning_with_the_tensors_name_and_an_error_with_
     refused(["transfer", "--load-dir", tmp_path / "out", "--save-dir", tmp_path / "back", "--strict"], name)
     words = ["--load", tmp_path / "out", "--save", tmp_path / "cut", "--save-plan", tmp_path / "plan.json", "--strict"]
     refused(["prune", *words, "--metric", "random", "--ffn_hidden_size_remain", 60], name)
+    refused(["prune", *words, "--ffn_hidden_size_remain", 60, "--nsamples", 2, "--seq-length", 16], name)  # before it samples
+    (tmp_path / "text").write_text(200 * "a small text ")
+    refused(
+        ["evaluate", "--load-dir", tmp_path / "out", "--data", tmp_path / "text", "--seq-length", 16],
+        "loss .*not finite.*inspect",
+    )
+    for model in (hf, tmp_path / "out"):
+        capsys.readouterr()
+        main(["inspect", str(model), "--weights", "--json"])
+        assert json.loads(capsys.readouterr().out)["unsound_weights"] == {"layer 2 up": word}
+    words = ["--model_name_or_path", hf, "--output_path", tmp_path / "o", "--data", f"{tmp_path / 'text'}:1"]
+    with pytest.raises(SystemExit) as left:
+        main([str(word) for word in ["prune-hf", *words, "--ffn_hidden_size_remain", 60, "--nsamples", 2, "--seq-length", 16]])
+    assert left.value.code == 2 and "model.layers.2.mlp.up_proj.weight" in capsys.readouterr().err
     main(["export", "--load-dir", str(tmp_path / "out"), "--save-dir", str(tmp_path / "back")])
     assert (tmp_path / "back/model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
 

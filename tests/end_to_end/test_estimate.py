@@ -144,6 +144,7 @@ def test_estimate_needs_no_weights(tiny, tmp_path, capsys):
     )
     facts = json.loads(capsys.readouterr().out)
     config = huggingface.open_model(source).config
+    assert facts["steps"]["sampling text"]["disk"] == 8 * 256 * 64  # the context is 64
     assert facts["parameters"] == parameter_count(config)
     assert facts["target_parameters"] == parameter_count(config) - 4 * 3 * 48 * 48
     assert facts["steps"]["cutting"]["disk"] == 2 * facts["target_parameters"]

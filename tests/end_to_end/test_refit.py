@@ -40,6 +40,8 @@ def run(model: Path, save: Path, sizes: dict | None, **options) -> Path:
         "reconstruct": 0,
     }
     given = {**defaults, **options}
+    if given.get("refit") is False:
+        given |= {"ridge": None, "reconstruct": 4}  # as they are by default
     prune_hf(PruneHfOptions(model_name_or_path=str(model), output_path=str(save), **given), World())
     return save
 
@@ -251,7 +253,19 @@ def test_progress_comes_to_the_work_announced(tmp_path, sizes, rate, monkeypatch
     assert least < 0 or rate == RATE
 
 
-@pytest.mark.parametrize("option, value", [("reconstruct", -1), ("ridge", -0.5), ("reader_ridge", float("nan"))])
+def test_a_budget_leaves_out_shapes_whose_rotation_a_tied_head_forbids(tmp_path, monkeypatch):
+    """Not found out after other shapes were fitted, and no reason to end."""
+    monkeypatch.setattr("megatron_prune.steps.fit.LARGEST_SPREAD", 0.0)
+    model = build_tiny(tmp_path / "model", "mistral", dtype="float32", tie_word_embeddings=True)
+    out = run(model, tmp_path / "out", None, ratio=0.3, search=40)
+    assert json.loads((out / "config.json").read_text())["hidden_size"] == 48
+    with pytest.raises(InputError, match="varies too much(.|\n)*--untie(.|\n)*select"):
+        run(model, tmp_path / "exact", None, hidden_size_remain=36)
+
+
+@pytest.mark.parametrize(
+    "option, value", [("reconstruct", -1), ("ridge", -0.5), ("ridge", float("inf")), ("reader_ridge", float("nan"))]
+)
 def test_negative_strengths_and_passes_are_refused_before_work(tmp_path, option, value):
     model = build_tiny(tmp_path / "model", "llama", dtype="float32")
     with pytest.raises(InputError, match=rf"--{option}\s+got: {value}\s+needed: at least 0"):

@@ -37,6 +37,12 @@ def test_samples_are_what_prune_would_have_made_itself(checkpoint, tmp_path):
     assert units[0] == units[1] and len(units[0]) == 4
 
 
+def test_a_seed_that_numpy_does_not_take_is_refused(checkpoint, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(words("sample", checkpoint, tmp_path / "own.safetensors", "--seed", -1))
+    assert left.value.code == 2 and "--seed" in capsys.readouterr().err
+
+
 def test_the_seed_decides(checkpoint, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         main(words("sample", checkpoint, tmp_path / f"{name}.safetensors", "--seed", seed))

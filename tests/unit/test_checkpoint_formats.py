@@ -720,3 +720,24 @@ def test_a_directory_without_a_tracker_and_a_missing_one_are_refused(tmp_path):
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(CheckpointError, match="is not a Megatron checkpoint"):
             megatron.open_checkpoint(path)
+
+
+def test_a_hub_that_cannot_be_reached_is_said_whatever_its_client_raises(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    class Unreachable(Exception):
+        pass
+
+    def fail(*_, **__):
+        raise Unreachable("no route to host")
+
+    for name in ("snapshot_download", "model_info", "list_repo_files", "hf_hub_download"):
+        monkeypatch.setattr(huggingface_hub, name, fail)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
+    for fetch in (huggingface.resolve, huggingface.fetch_config):
+        with pytest.raises(InputError, match="neither a directory nor a model that can be fetched.*\n.*no route"):
+            fetch("owner/name")
+    (tmp_path / "owner").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no such model directory: owner/name"):
+        huggingface.resolve("owner/name")

@@ -227,8 +227,13 @@ def test_checking_writes_nothing(tmp_path):
 # ------------------------------------------------------------------------------------------------------- work that goes on
 
 
+def raise_it(error):
+    if error is not None:
+        raise error
+
+
 def work(out, key="a", main=True):
-    return staging.work(out, key, main=main, barrier=lambda: None)
+    return staging.work(out, key, main=main, agree=raise_it)
 
 
 def test_work_stays_when_it_is_stopped_and_goes_when_it_ends(tmp_path):

@@ -41,4 +41,8 @@ def _document(file: Path, number: int, line: str, field: str) -> str:
             got="fields " + ", ".join(record) if field not in record else type(record[field]).__name__,
             do="name the field of the text with --data-field",
         )
+    try:
+        record[field].encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{file}, line {number} is no text", got=str(error), needed="characters, not halves of them") from None
     return record[field]

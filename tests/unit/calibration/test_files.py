@@ -80,6 +80,7 @@ def test_json_lines_are_joined_with_blank_lines(load, ids, tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"text"', "a.jsonl, line 2 is not JSON"),
         ("a.jsonl", b'["x"]', "line 1.*got: list.*JSON object"),
         ("a.jsonl", b'{"body": "x"}', "line 1 has no text in field 'text'.*fields body.*--data-field"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud800 y"}', "a.jsonl, line 2 is no text.*surrogates"),
         ("a.jsonl", b'{"text": null}', "line 1 has no text in field 'text'.*NoneType"),
         ("a.safetensors", b"no", "not a whole file of samples"),
         ("a.idx", b"x", "there is no file .*a.bin"),

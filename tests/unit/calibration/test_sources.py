@@ -60,6 +60,8 @@ def test_nothing_given_is_the_models_own_samples():
         (["a.txt:1", "b.txt"], "b.txt without a weight"),
         (["a.txt", "a.txt"], "lists a.txt twice"),
         (["a.txt:1", "a.txt:2"], "twice"),
+        (["b/a.txt", "./b/../b/a.txt"], "twice"),
+        (["c.bin:1", "c.idx:1"], "twice"),
         ([""], "NAME or NAME:WEIGHT"),
         ([":1"], "NAME or NAME:WEIGHT"),
         (["a.txt:1e-320", "b.txt:1e300"], "far apart"),
