@@ -66,7 +66,11 @@ class World:
                 raise found
 
     def spread(self, value: torch.Tensor) -> torch.Tensor:
-        """The main process's tensor on the host, written into those of all others, which have its shape and dtype."""
+        """The main process's tensor on the host, written into those of all others, which have its shape and dtype.
+
+        All are contiguous: memory is what is sent, whatever its order.
+        """
+        assert value.is_contiguous()
         if self.size > 1:
             self.connect()
             dist.broadcast(value, 0)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
+import torch
 from torch import Tensor
 
 from megatron_prune.arch.model import ModelConfig
@@ -50,7 +51,11 @@ class FitOptions(CalibrationOptions):
     """How what stays is re-fitted on the text."""
 
     refit: bool | None = option("re-fit what stays by least squares (default: where there is text)", None)
-    sequential: bool = option("fit every block to mend what the pruned ones before it left", False)
+    sequential: bool | None = option(
+        "fit every block to mend what the pruned ones before it left, or to the dense model's own stream (default: the stream; "
+        "where that leaves a model far from the dense one, both ways, and the better one stays)",
+        None,
+    )
     ridge: float | None = option(
         "how strongly o and down are held to the cut matrices, as a share of the moment's mean diagonal (default: for each "
         "what predicts one half of the samples best from the other)",
@@ -71,7 +76,7 @@ class FitOptions(CalibrationOptions):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise InputError(f"--{name}", got=value, needed="at least 0 and finite")
-        return Fit(sequential=self.sequential, writers=self.ridge, readers=self.reader_ridge, passes=self.reconstruct)
+        return Fit(sequential=bool(self.sequential), writers=self.ridge, readers=self.reader_ridge, passes=self.reconstruct)
 
 
 def wants_text(options: FitOptions) -> bool:
@@ -140,16 +145,31 @@ def _best_fit(
     world: World,
 ) -> tuple[Plan, Source]:
     """The plan, of several, whose re-fitted model has the lowest loss on the text, and that model's tensors."""
-    found, fit = [], dataclasses.asdict(options.fit())
+    found = []
     for number, plan in enumerate(plans):
+        fit, basis = options.fit(), stream_basis(plan, subject, statistics)
         parts = folder / ("refit" if len(plans) == 1 else f"refit_{number}")
-        basis = stream_basis(plan, subject, statistics)
-        source, loss = refitted(options, plan, basis, subject, calibration, parts, world, measured=len(plans) > 1)
+        given = (plan, basis, subject, calibration, PARAM_DTYPES[options.dtype], world)
+        best = refitted(fit, parts, *given, measured=len(plans) > 1)
+        if options.sequential is None and best.lost > SEVERE:
+            if world.is_main:
+                log.info("%.2f nats a token lost: fitting once more, each block to mend what those before it left", best.lost)
+            mending = dataclasses.replace(fit, sequential=True)
+            other = refitted(mending, parts.with_name(f"{parts.name}_mending"), *given, measured=len(plans) > 1)
+            if world.is_main:
+                log.info("%.2f nats lost so; the better one stays", other.lost)
+            if other.lost < best.lost:
+                best, fit = other, mending
         if len(plans) > 1 and world.is_main:
-            log.info("%s: perplexity %.3f on the calibration text", plan.summary(), math.exp(min(loss, 700.0)))
-        found.append((loss, number, dataclasses.replace(plan, made_by={**plan.made_by, "refit": fit}), source))
+            log.info("%s: perplexity %.3f on the calibration text", plan.summary(), math.exp(min(best.loss, 700.0)))
+        made_by = {**plan.made_by, "refit": dataclasses.asdict(fit)}
+        found.append((best.loss, number, dataclasses.replace(plan, made_by=made_by), best.source))
     _, _, plan, source = min(found, key=lambda one: one[:2])
     return plan, source
+
+
+SEVERE = 0.5
+"""Nats a token above the dense model's loss from which on mending may be better (``docs/quality.md``)."""
 
 
 def _check_refit_options(options: FitOptions, request: Request, refit: bool) -> None:
@@ -245,34 +265,51 @@ def _plans(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Refitted:
+    """A re-fitted model.
+
+    Attributes:
+        source: its tensors, float32.
+        lost: what its loss is above the dense model's on the samples that joint fits hold out, in nats a token.
+        loss: on all of the calibration text; 0 if that was not asked for.
+    """
+
+    source: Source
+    lost: float
+    loss: float
+
+
 def refitted(
-    options: FitOptions,
+    fit: Fit,
+    parts: Path,
     plan: Plan,
     basis: Basis,
     subject: Subject,
     calibration: Calibration,
-    parts: Path,
+    dtype: torch.dtype,
     world: World,
     *,
-    measured: bool = False,
-) -> tuple[Source, float]:
+    measured: bool,
+) -> Refitted:
     """Re-fit into the directory ``parts``, going on from the layers that are there; every process takes part.
 
-    Returns:
-        The pruned model's tensors, float32, and (if ``measured``, else 0) its loss on the calibration text.
+    Args:
+        dtype: what to compute in.
+        measured: whether the loss on all of the text is wanted.
     """
-    dtype = PARAM_DTYPES[options.dtype]
     if world.is_main:
         parts.mkdir(exist_ok=True)
     world.barrier()
     store = RoleStore(parts, plan.new_config(subject.config))
     stage = subject.runner.stage(subject.config, store.config, dtype=dtype, seq_length=calibration.tokens.shape[1])
-    engine = Refit(subject.tensors, plan, basis, calibration, stage, store, world, options.fit(), dtype=dtype)
+    engine = Refit(subject.tensors, plan, basis, calibration, stage, store, world, fit, dtype=dtype)
     with progress_bar("re-fitting", engine.work(), shown=world.is_main, unit="tokens × layers") as advance:
         engine.run(advance)
     loss = engine.loss() if measured else 0.0
+    lost = engine.loss(held_out=True) - engine.dense_loss(held_out=True)
     stage.close()
-    return Source(tensors=store.tensors()), loss
+    return Refitted(source=Source(tensors=store.tensors()), lost=lost, loss=loss)
 
 
 def _tied_spread(subject: Subject, statistics: Statistics, moment: Tensor, width: int) -> float:

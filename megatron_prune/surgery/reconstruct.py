@@ -71,9 +71,7 @@ def reconstruct(
     Returns:
         Whether any pass did better than the start on the samples that were held out; if none did, nothing has changed.
     """
-    every = min(HELD_OUT, examples.count)
-    fitted = torch.tensor([number for number in range(examples.count) if number % every != every - 1])
-    held = torch.tensor([number for number in range(examples.count) if number % every == every - 1])
+    fitted, held = fitted_and_held_out(examples.count)
     if not len(fitted):
         progress(passes)
         return False
@@ -105,6 +103,13 @@ def reconstruct(
     if best == start:
         progress(passes)
     return best < start
+
+
+def fitted_and_held_out(count: int) -> tuple[Tensor, Tensor]:
+    """Numbers of the samples that are fitted to, and of every eighth, which is only looked at (the last of fewer)."""
+    numbers, every = torch.arange(count), min(HELD_OUT, count)
+    held = numbers % every == every - 1
+    return numbers[~held], numbers[held]
 
 
 def _steps(

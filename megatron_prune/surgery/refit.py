@@ -17,8 +17,9 @@ before it and the few that follow it, a window, are fitted together in the same 
 lower the error too, but unsettle tokens of massive activation (``docs/quality.md``).
 
 Z is set to the dense stream before every block, so that each is fitted to the dense model's own statistics, and blocks that
-are whole and in no window stay as they are. With ``sequential`` Z is what the layers before really left, and every block is fitted to mend what
-they could not: more fitting, which follows the text at hand more closely than the model (measured in ``docs/quality.md``).
+are whole and in no window stay as they are. With ``sequential`` Z is what the layers before really left, and every block is fitted
+to mend what they could not: more fitting, which follows the text at hand more closely than the model, but keeps errors from piling
+up where a cut is severe (measured in ``docs/quality.md``).
 Moments are accumulated under TP × DP (``importance/moments.py``) and solved by the first process; only the layer at hand, or those
 of a window, are in memory.
 """
@@ -36,7 +37,7 @@ from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint.region import Scratch
 from megatron_prune.checkpoint.role_store import RoleStore
 from megatron_prune.checkpoint.tensor_map import TensorMap
-from megatron_prune.importance.collect import Samples, check_finite, layer_reader
+from megatron_prune.importance.collect import BATCH_TOKENS, Samples, check_finite, layer_reader
 from megatron_prune.importance.moments import Moment
 from megatron_prune.planning.plan import Plan
 from megatron_prune.runtime.stage import OpenLayer, Stage, reader
@@ -44,7 +45,7 @@ from megatron_prune.runtime.world import World
 from megatron_prune.surgery.basis import Basis
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.surgery.least_squares import fitted, scale
-from megatron_prune.surgery.reconstruct import Examples, reconstruct
+from megatron_prune.surgery.reconstruct import Examples, fitted_and_held_out, reconstruct
 
 AFTER = 4
 """Layers after a cut block that are fitted with the one before it."""
@@ -133,24 +134,47 @@ class Refit:
             self._store.save(None, self._outer(folds))
         self._world.barrier()
 
-    def loss(self) -> float:
-        """Mean next-token cross-entropy of the finished model on its samples, weighted, in nats; the same on every process."""
-        outer, samples, config = self._store.load(None), self._samples, self._store.config
-        norm = self._on_device(outer["final_norm"])
-        head = self._on_device(outer.get("output", outer["embedding"]))
-        streams = outer["embedding"][samples.tokens].to(samples.stream)
-        for number in range(config.num_layers):
+    def loss(self, *, held_out: bool = False) -> float:
+        """Mean next-token cross-entropy of the finished model on its samples, weighted, in nats; the same on every process.
+
+        Args:
+            held_out: on those alone that joint fits do not fit to.
+        """
+        outer, samples, chosen = self._store.load(None), self._samples, self._chosen(held_out)
+        streams = outer["embedding"][samples.tokens[chosen]].to(samples.stream)
+        for number in range(self._store.config.num_layers):
             self._new.load(reader(self._store.load(number)))
-            for batch in samples.batches():
+            for batch in torch.arange(len(chosen)).split(max(1, BATCH_TOKENS // streams.shape[1])):
                 streams[batch] = run_layers([self._new], self._on_device(streams[batch])).cpu()
+        return self._mean_loss(streams, chosen, outer["final_norm"], outer.get("output", outer["embedding"]))
+
+    def dense_loss(self, *, held_out: bool = False) -> float:
+        """:meth:`loss` of the dense model, whose stream is at its end after :meth:`run`."""
+        chosen, config = self._chosen(held_out), self._tensors.config
+        head = TensorId("embedding" if config.tie_embeddings else "output")
+        matrix = self._tensors.read_block(head, range(config.vocab_size), range(config.hidden_size)).float()
+        norm = self._tensors.read_block(TensorId("final_norm"), range(config.hidden_size)).float()
+        return self._mean_loss(self._samples.stream[chosen], chosen, norm, matrix)
+
+    def _chosen(self, held_out: bool) -> Tensor:
+        """This process's samples, all or those held out, int64."""
+        numbers = self._samples.numbers
+        if not held_out:
+            return torch.arange(len(numbers))
+        return torch.isin(numbers, fitted_and_held_out(len(self._folds))[1]).nonzero().flatten()
+
+    def _mean_loss(self, streams: Tensor, chosen: Tensor, norm: Tensor, head: Tensor) -> float:
+        """From the streams of ``chosen`` samples after the last layer."""
+        norm, head, epsilon = self._on_device(norm), self._on_device(head), self._tensors.config.norm_epsilon
         sums = torch.zeros(2, dtype=torch.float64, device=self._stage.device)
-        for stream, tokens, weight in zip(streams, samples.tokens, samples.weights):
-            unit = torch.nn.functional.rms_norm(self._on_device(stream).float(), norm.shape, norm, config.norm_epsilon)
-            losses = torch.nn.functional.cross_entropy(unit[:-1] @ head.T, self._on_device(tokens)[1:], reduction="none")
-            counted = self._on_device(weight)[1:]
+        for stream, number in zip(streams, chosen):
+            unit = torch.nn.functional.rms_norm(self._on_device(stream).float(), norm.shape, norm, epsilon)
+            tokens = self._on_device(self._samples.tokens[number])
+            losses = torch.nn.functional.cross_entropy(unit[:-1] @ head.T, tokens[1:], reduction="none")
+            counted = self._on_device(self._samples.weights[number])[1:]
             sums += torch.stack([(losses * counted).sum(), counted.sum()]).double()
         total, count = self._stage.sum_copies(sums).tolist()
-        return total / count
+        return self._stage.agreed(total / count)
 
     def _fit_window(self, window: range) -> None:
         """Fit new layers one after the other, then all together if a block of layers was cut among them; file them."""
@@ -406,7 +430,8 @@ class Refit:
 
     def _solved(self, like: Tensor, solve: Callable[[], Tensor]) -> Tensor:
         """What the first process solves, the same on every one: float64 in the shape of ``like``."""
-        return self._stage.spread(solve().contiguous() if self._world.is_main else torch.empty_like(like))
+        found = solve() if self._world.is_main else torch.empty(like.shape, dtype=torch.float64)
+        return self._stage.spread(found.contiguous())
 
     def _on_device(self, value: Tensor) -> Tensor:
         return value.to(self._stage.device)

@@ -245,7 +245,9 @@ def test_a_refitted_model_is_that_of_the_megatron_route(megatron, ranks, text, t
     left, right = state_dict(ours), state_dict(theirs)
     assert left.keys() == right.keys()
     for name in left:
-        assert relative(left[name], right[name]) < 1e-4, name
+        assert (left[name] - right[name]).norm() < 5e-5 * right[name].norm(), name
+        # Adam moves an element whose gradient is nothing but rounding as far as any other
+        assert relative(left[name], right[name]) < 5e-4, name
     found = logits(ours, torch.arange(40)[None])
     assert found.isfinite().all() and relative(found, logits(theirs, torch.arange(40)[None])) < 1e-3
 

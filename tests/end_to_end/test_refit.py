@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tiny import build_tiny, logits, state_dict
 from megatron_prune.calibration.artifact import save_samples
 from megatron_prune.errors import InputError
 from megatron_prune.runtime.world import World
+from megatron_prune.steps import fit
 from megatron_prune.steps.prune_hf import PruneHfOptions, prune_hf
 from megatron_prune.surgery.reconstruct import RATE
 from megatron_prune.surgery.refit import AFTER, Refit, windows_of
@@ -221,9 +223,10 @@ def test_a_search_keeps_the_shape_of_the_lowest_loss(tmp_path, monkeypatch):
     """The losses it compares are those of stock transformers on the same text."""
     losses: list[float] = []
     plain = Refit.loss
-    monkeypatch.setattr(Refit, "loss", lambda self: losses.append(plain(self)) or losses[-1])
+    monkeypatch.setattr(Refit, "loss", lambda self, **k: losses.append(plain(self, **k)) or losses[-1])
     model = build_tiny(tmp_path / "model", "mistral", dtype="float32")
-    out = run(model, tmp_path / "out", None, ratio=0.25, search=3, hidden_method="select", ridge=None)
+    out = run(model, tmp_path / "out", None, ratio=0.25, search=3, hidden_method="select", ridge=None, sequential=False)
+    losses = losses[::2]  # between them those on the sample that is held out
     assert len(losses) == 3 and len(set(losses)) == 3
     found = logits(out, SAMPLES)[:, :-1]
     loss = torch.nn.functional.cross_entropy(found.flatten(0, 1), SAMPLES[:, 1:].flatten()).item()
@@ -251,6 +254,26 @@ def test_progress_comes_to_the_work_announced(tmp_path, sizes, rate, monkeypatch
     ((total, reported, least),) = seen
     assert reported == total > 4 * SAMPLES.numel()
     assert least < 0 or rate == RATE
+
+
+@pytest.mark.parametrize("sizes", [{"ffn_hidden_size_remain": 8}, {"num_query_groups_remain": 2}])
+def test_where_much_is_lost_both_ways_are_tried_and_the_better_one_stays(tmp_path, monkeypatch, sizes):
+    """What they lose is what stock transformers lose on the sample that joint fits hold out."""
+    monkeypatch.setattr("megatron_prune.steps.fit.SEVERE", -math.inf)
+    seen: list[float] = []
+    plain = fit.refitted
+    monkeypatch.setattr("megatron_prune.steps.fit.refitted", lambda *a, **k: seen.append(plain(*a, **k)) or seen[-1])
+    model = build_tiny(tmp_path / "model", "llama", dtype="float32")
+    out = run(model, tmp_path / "out", sizes, ridge=None)
+    ways = [run(model, tmp_path / str(way), sizes, ridge=None, sequential=way) for way in (False, True)]
+    held = SAMPLES[7:8]
+    loss = lambda folder: torch.nn.functional.cross_entropy(logits(folder, held)[0, :-1], held[0, 1:]).item()
+    lost = [loss(way) - loss(model) for way in ways]
+    assert [one.lost for one in seen] == pytest.approx([*lost, *lost], abs=1e-4)
+    ours, theirs = state_dict(out), state_dict(ways[lost.index(min(lost))])
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["made_by"]["refit"]["sequential"] is (lost.index(min(lost)) == 1)
 
 
 def test_a_budget_leaves_out_shapes_whose_rotation_a_tied_head_forbids(tmp_path, monkeypatch):
