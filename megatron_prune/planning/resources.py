@@ -138,7 +138,7 @@ def refit_memory(config: ModelConfig, target: ModelConfig, layout: ParallelLayou
 
     The dense and the pruned stream of all its samples, what enters the matrix at hand, a dense layer and the new ones of a
     window, and then either the second moments of both halves of the samples with what solving adds, or the copies of the
-    window's weights that the joint fit steps and looks back to.
+    window's weights that the joint fit steps and looks back to; or, at the end, embedding and head, and a sample's logits.
 
     Args:
         window: layers that are fitted together.
@@ -151,7 +151,9 @@ def refit_memory(config: ModelConfig, target: ModelConfig, layout: ParallelLayou
     batch = 4 * min(text.tokens, text.batch_tokens) * (3 * config.ffn_hidden_size // ranks + features + 4 * hidden)
     solving = 8 * (7 * features**2 + 10 * features * max(hidden, new_hidden))
     joint = 4 * 7 * window * new // ranks
-    return RUNTIME_BYTES + streams + layers + batch + max(solving, joint)
+    matrices = 1 if target.tie_embeddings else 2
+    vocabulary = 4 * config.vocab_size * (hidden + matrices * new_hidden + 3 * text.seq_length)
+    return RUNTIME_BYTES + streams + layers + max(batch + max(solving, joint), vocabulary)
 
 
 def layer_parameters(config: ModelConfig) -> int:

@@ -70,16 +70,16 @@ def test_memory_stays_within_the_estimate_and_does_not_grow_with_the_model(tmp_p
 
 def test_measuring_and_refitting_take_what_the_estimate_says(tmp_path, capsys):
     """Within a third: the C library keeps blocks below 32 MiB that were freed."""
-    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 2, "max_position_embeddings": 128}
-    build_tiny(tmp_path / "m", head_dim=64, vocab_size=64000, **sizes)
+    sizes = {"hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 2, "max_position_embeddings": 128}
+    build_tiny(tmp_path / "m", head_dim=64, vocab_size=32000, **sizes)
     dense = str(tmp_path / "dense")
     convert(ConvertOptions(load_dir=str(tmp_path / "m"), save_dir=dense), World())
     (tmp_path / "text.txt").write_text("".join(f"{number} boxers chase {number * 7}. " for number in range(4000)))
-    asked = ["--ffn-hidden-size-remain", "2304"]
+    asked = ["--ffn-hidden-size-remain", "2048"]
     capsys.readouterr()
-    main(["estimate", dense, *asked, "--nsamples", "16", "--sample-length", "128", "--json"])
+    main(["estimate", dense, *asked, "--nsamples", "8", "--sample-length", "128", "--json"])
     steps = json.loads(capsys.readouterr().out)["steps"]
-    text = ["--nsamples", "16", "--seq-length", "128"]
+    text = ["--nsamples", "8", "--seq-length", "128"]
     given = ["--data", f"{tmp_path / 'text.txt'}:1", *text]
     peaks = {
         "sampling text": peak("sample", "--load", dense, "--save", str(tmp_path / "own.safetensors"), *text),
