@@ -72,7 +72,7 @@ def _read(path: str | None) -> dict[str, Any] | None:
 
 
 def _facts(name: str, options: CompareOptions, evaluation: dict[str, Any] | None) -> dict[str, Any]:
-    facts = describe(name)
+    facts, _ = describe(name)
     row = {**facts["shape"], "parameters": facts["parameters"], "weight bytes": facts["weight_bytes"]}
     if evaluation:
         row["perplexity"] = evaluation["perplexity"]

@@ -1,0 +1,48 @@
+"""`compare` prints what two Hugging Face models are, beside each other."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny import state_dict
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_prune.cli import main
+
+
+def evaluation(folder, name: str, perplexity: float, **changes) -> str:
+    facts = {"perplexity": perplexity, "text": "t.txt", "windows": 3, "seq_length": 16, **changes}
+    (folder / name).write_text(json.dumps(facts))
+    return str(folder / name)
+
+
+def test_the_table_says_what_both_models_are(tiny, tmp_path, capsys):
+    before, after = tiny("mistral"), tmp_path / "after"
+    cut = ["--ffn_hidden_size_remain", "48", "--metric", "random"]
+    main(["prune-hf", "--model_name_or_path", str(before), "--output_path", str(after), *cut])
+    evaluations = ["--before-evaluation", evaluation(tmp_path, "b.json", 20.0)]
+    evaluations += ["--after-evaluation", evaluation(tmp_path, "a.json", 30.0)]
+    words = ["compare", "--before", str(before), "--after", str(after), "--prompt", "A small text", "--max-new-tokens", "5"]
+    capsys.readouterr()
+    main([*words, *evaluations, "--output", str(tmp_path / "table.json")])
+    printed = capsys.readouterr().out
+    assert "3 windows of 16 tokens of t.txt" in printed and "1.500" in printed
+    table = json.loads((tmp_path / "table.json").read_text())
+    for name, model, perplexity, width in (("before", before, 20.0, 96), ("after", after, 30.0, 48)):
+        row = table[name]
+        assert row["parameters"] == sum(value.numel() for value in state_dict(model).values())
+        assert row["perplexity"] == perplexity and row["ffn_hidden_size"] == width
+        tokenizer, whole = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+        inputs = tokenizer("A small text", return_tensors="pt")
+        made = whole.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        assert row["sample"] == tokenizer.decode(made[0], skip_special_tokens=True)
+
+
+def test_evaluations_of_different_texts_are_refused(tiny, tmp_path, capsys):
+    words = ["compare", "--before", str(tiny("mistral")), "--after", str(tiny("mistral"))]
+    words += ["--before-evaluation", evaluation(tmp_path, "b.json", 20.0)]
+    words += ["--after-evaluation", evaluation(tmp_path, "a.json", 20.0, text="other.txt")]
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 2 and "not of the same text" in capsys.readouterr().err
