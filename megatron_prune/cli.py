@@ -28,8 +28,8 @@ VERBS = {
     "prune-hf": "the same cuts on a Hugging Face model, single process, without Megatron",
     "evaluate": "perplexity of a Megatron checkpoint under TP × PP",
     "compare": "before/after table of two Hugging Face models",
-    "inspect": "shape, layout, parameters, bytes, recipe of a checkpoint",
-    "estimate": "memory per rank and disk of a conversion, a pruning and a recovery",
+    "inspect": "shape, layout, parameters, bytes, recipe of a checkpoint; its broken weights",
+    "estimate": "memory per rank and disk of a conversion, every part of a pruning, and a recovery",
 }
 """verb → one line of help; the module and the function of that name in ``steps/`` run it."""
 
