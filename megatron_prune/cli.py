@@ -26,6 +26,8 @@ VERBS = {
     "score": "measure a Megatron checkpoint on text and keep the scores of every axis",
     "prune": "score, plan and cut a Megatron checkpoint",
     "prune-hf": "the same cuts on a Hugging Face model, single process, without Megatron",
+    "preprocess": "text → Megatron .bin/.idx pairs, to train on",
+    "recover": "train a pruned Megatron checkpoint: plain, distilled, or adapters alone",
     "evaluate": "perplexity of a Megatron checkpoint under TP × PP",
     "compare": "before/after table of two Hugging Face models",
     "inspect": "shape, layout, parameters, bytes, recipe of a checkpoint; its broken weights",

@@ -35,8 +35,10 @@ add --memory "${MEMORY:-}"
 add --metric "${METRIC:-}"
 add --scores "${SCORES:-}"
 add --plan "${PLAN:-}"
-if [ -n "${DATA:-}" ]; then PRUNE_ARGS+=(--data $DATA); fi  # several sources are several words
+# shellcheck disable=SC2206  # several sources are several words
+if [ -n "${DATA:-}" ]; then PRUNE_ARGS+=(--data $DATA); fi
 add --save-plan "${SAVE_PLAN:-}"
 
+# shellcheck disable=SC2086  # GPT_ARGS is a list of arguments
 launch "$ROOT/prune_llama.py" --load "$LOAD_DIR" --save "$SAVE_DIR" \
   --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" "${PRUNE_ARGS[@]}" ${GPT_ARGS:-} "$@"

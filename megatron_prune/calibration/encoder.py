@@ -1,8 +1,11 @@
-"""A tokenizer that is loaded when it is first needed."""
+"""A tokenizer: loaded when it is first needed, and known again by its vocabulary."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,9 +42,24 @@ class Encoder:
             return
         if self._folder is None:
             raise InputError("text needs a tokenizer and the model keeps none", do="name a directory with --tokenizer")
-        from transformers import AutoTokenizer
+        self._tokenizer = load_tokenizer(self._folder)
 
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(self._folder)
-        except Exception as error:  # tokenizers raises bare Exception for a damaged file
-            raise InputError(f"the tokenizer in {self._folder} cannot be read", got=str(error).split("\n")[0]) from None
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a Hugging Face directory, as ``transformers`` gives it.
+
+    Raises:
+        InputError: if it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        raise InputError(f"the tokenizer in {folder} cannot be read", got=str(error).split("\n")[0]) from None
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """sha256 of the vocabulary, added tokens with it: the same for tokenizers whose ids mean the same tokens."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()

@@ -196,6 +196,16 @@ def work(path: Path, key: str, *, main: bool, agree: Callable[[Exception | None]
             _unlock(_locks.pop(folder, None))
 
 
+def hold(folder: Path) -> None:
+    """Make a directory, if it is not there, and keep other runs off it until this process ends.
+
+    Raises:
+        InputError: if another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _locks[folder] = _lock(folder)
+
+
 def _take_up(folder: Path, key: str) -> None:
     """Lock a work directory, emptied of what another request left."""
     folder.mkdir(parents=True, exist_ok=True)

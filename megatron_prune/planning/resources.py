@@ -161,6 +161,18 @@ def layer_parameters(config: ModelConfig) -> int:
     return sum(prod(tensor_shape(t.role, config)) for t in tensor_ids(config) if t.layer == 0)
 
 
+def training_flops(config: ModelConfig, seq_length: int) -> float:
+    """Floating-point operations of training on one token: forward, and twice as many backward.
+
+    Matrix products alone, a multiply-add counted as two, attention over the half of the keys that a causal mask leaves
+    (Narayanan et al. 2021, arXiv 2104.04473, appendix, for gated feed-forward and grouped-query attention).
+    """
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    attention = 2 * (heads + groups) * config.kv_channels * config.hidden_size + seq_length * heads * config.kv_channels
+    layer = attention + 3 * config.ffn_hidden_size * config.hidden_size
+    return 3.0 * 2.0 * (config.num_layers * layer + config.vocab_size * config.hidden_size)
+
+
 def training_disk(config: ModelConfig, run: Training) -> int:
     """One recovery checkpoint: weights and optimizer state."""
     return parameter_count(config) * (2 + 12 if run.mixed_precision else 4 + 8)

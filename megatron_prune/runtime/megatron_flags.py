@@ -75,6 +75,46 @@ def add_megatron_flags(parser: argparse.ArgumentParser) -> None:
             )
 
 
+_CHANGES_TRAINING = {
+    "rampup_batch_size": None,
+    "train_samples": None,
+    "lr_warmup_fraction": None,
+    "loss_scale": None,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "context_parallel_size": 1.0,
+    "expert_model_parallel_size": 1.0,
+    "virtual_pipeline_model_parallel_size": None,
+    "num_layers_per_virtual_pipeline_stage": None,
+    "exit_interval": None,
+    "exit_duration_in_mins": None,
+    "dataloader_type": "single",
+}
+"""flag → the value at which leaving it without effect changes nothing."""
+
+
+def refuse_training_flags(namespace: argparse.Namespace) -> None:
+    """Refuse flags of training that recovery does not follow, rather than to train otherwise than asked.
+
+    Raises:
+        InputError: naming all of them.
+    """
+    problems = []
+    for name, harmless in _CHANGES_TRAINING.items():
+        value = getattr(namespace, name, None)
+        same = str(value) == harmless if isinstance(harmless, str) else _number(value) == harmless
+        if value is not None and not (harmless is not None and same):
+            problems.append(f"--{name.replace('_', '-')} {value}")
+    raise_all(InputError, "arguments that recovery does not know what to do with", problems, do="leave them out")
+
+
+def _number(text: Any) -> float | None:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
+
+
 def megatron_flags(namespace: argparse.Namespace) -> dict[str, Any]:
     """The flags that describe the model and were given."""
     names = [*_MODEL, *_MODEL_SWITCHES, *_MODEL_CHOICES]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint.region import close_files
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.runtime import cpu
-from megatron_prune.runtime.layers import layer_spec
+from megatron_prune.runtime.layers import decoder_spec
 from megatron_prune.runtime.world import World
 
 
@@ -54,7 +54,7 @@ def start_parallel(layout: ParallelLayout, world: World) -> None:
     world.connect(always=True)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline)
-    if torch.cuda.is_available():
+    with cpu.stand_in():
         model_parallel_cuda_manual_seed(1234)
 
 
@@ -71,8 +71,8 @@ def stop_parallel() -> None:
                 dist.destroy_process_group(group)
 
 
-def transformer_config(config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype) -> TransformerConfig:
-    """megatron-core's description of the model and the run."""
+def transformer_config(config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype, **further: Any) -> TransformerConfig:
+    """megatron-core's description of the model and the run; ``further`` fields of it as they are."""
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -104,25 +104,29 @@ def transformer_config(config: ModelConfig, layout: ParallelLayout, dtype: torch
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
+        **further,
     )
 
 
-def build_model(tensors: TensorMap, layout: ParallelLayout, world: World, *, dtype: torch.dtype, seq_length: int) -> RunningModel:
+def build_model(
+    tensors: TensorMap, layout: ParallelLayout, world: World, *, dtype: torch.dtype, seq_length: int, **further: Any
+) -> RunningModel:
     """Build this rank's part of the model and fill it from a checkpoint in any format and layout.
 
     Args:
         layout: of this run; it must divide the model (``layout.check``) and fit the number of processes.
         dtype: what to compute in.
         seq_length: the longest sequence that will be run, in tokens.
+        further: fields of megatron-core's ``TransformerConfig``, such as ``sequence_parallel``.
     """
     config = tensors.config
     start_parallel(layout, world)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     with cpu.stand_in():
-        core = transformer_config(config, layout, dtype)
+        core = transformer_config(config, layout, dtype, **further)
         module = GPTModel(
             core,
-            layer_spec(core),
+            decoder_spec(core, config.num_layers // layout.pipeline),
             vocab_size=layout.padded_vocab(config.vocab_size),
             max_sequence_length=seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(),
@@ -178,6 +182,9 @@ def _load(module: GPTModel, tensors: TensorMap, layout: ParallelLayout) -> None:
         full = tensor.full_shape(config, layout)
         held = shard(tensor, full, layout.tensor, rank)
         fill(parameter, tensor, held, full[0], config, partial(_read, tensors, layer))
+        if tensor.split != "none":  # else the norm of the gradients takes the shards for copies; megatron-core says so at
+            parameter.tensor_model_parallel = True  # initialisation, which is left out here
+            parameter.partition_dim, parameter.partition_stride = int(tensor.split == "cols"), 1
     close_files()
     if parameters:
         raise RuntimeError(f"parameters without a tensor in the checkpoint: {sorted(parameters)}")

@@ -7,10 +7,11 @@ Evaluation: the first 1,100 documents of validation joined with spaces.
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, Iterator, Sequence
 
 import torch
 
+from megatron_prune.calibration.documents import Document, DocumentReader, row_documents
 from megatron_prune.calibration.hub import Origin
 from megatron_prune.calibration.reader import READERS, TEST, TRAIN, Drawn, TextReader, full
 from megatron_prune.errors import InputError
@@ -23,7 +24,7 @@ EVALUATED = 1_100
 
 
 @READERS.register("c4")
-class C4(TextReader):
+class C4(TextReader, DocumentReader):
     """``allenai/c4``, ``en``."""
 
     origin = Origin(
@@ -41,6 +42,9 @@ class C4(TextReader):
     def text(self) -> tuple[str, dict[str, Any]]:
         rows, facts = self.origin.rows(self.split)
         return " ".join(rows[number]["text"] for number in range(min(EVALUATED, len(rows)))), facts
+
+    def documents(self, keys: Sequence[str]) -> Iterator[Document]:
+        return row_documents(self.name, self.origin.rows(self.split)[0], keys)
 
     def draw(self, *, seq_length: int, count: int, seed: int) -> Drawn:
         rows, facts = self.origin.rows(self.split)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Iterator, Sequence
 
 from megatron_prune.calibration import hub
+from megatron_prune.calibration.documents import Document, DocumentReader, row_documents
 from megatron_prune.calibration.reader import READERS, TEST, TextReader
 from megatron_prune.errors import InputError
 
 
 @READERS.register("owner/name")
-class HubDataset(TextReader):
+class HubDataset(TextReader, DocumentReader):
     """Its rows joined with blank lines. Evaluation takes ``test``, else ``validation``, and never ``train``."""
 
     @property
@@ -18,13 +19,21 @@ class HubDataset(TextReader):
         return self.name
 
     def text(self) -> tuple[str, dict[str, Any]]:
-        parts = self.name.split("/")
-        place = ["/".join(parts[:2]), *parts[2:]]
-        own, rows = self._rows(place)
-        facts = {"dataset": place[0], "config": place[1] if parts[2:] else None, "split": own, "field": self.field}
+        own, rows = self._rows()
+        place = self._place()
+        facts = {"dataset": place[0], "config": place[1] if place[1:] else None, "split": own, "field": self.field}
         return "\n\n".join(hub.texts(self.name, rows, self.field)), facts
 
-    def _rows(self, place: list[str]) -> tuple[str, Any]:
+    def documents(self, keys: Sequence[str]) -> Iterator[Document]:
+        return row_documents(self.name, self._rows()[1], keys)
+
+    def _place(self) -> list[str]:
+        """``owner/name``, and the configuration if one is named."""
+        parts = self.name.split("/")
+        return ["/".join(parts[:2]), *parts[2:]]
+
+    def _rows(self) -> tuple[str, Any]:
+        place = self._place()
         if self.split != TEST:
             return self.split, hub.load(*place, split=self.split)
         splits = hub.load(*place)

@@ -1,0 +1,129 @@
+"""Sources as streams of documents: what is tokenised for training.
+
+A line of JSONL is a document, and so is a row of a data set. Plain text does not say where its documents end: a blank line
+ends a paragraph there as often as a document. So a text is one document, and a long one is cut: behind a blank line where
+there is one, else behind a line. Nothing is left out: the pieces are the text.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Iterable, Iterator, Sequence
+
+from megatron_prune.calibration import hub
+from megatron_prune.calibration.encoder import Encoder
+from megatron_prune.calibration.reader import Reader, TextReader, open_reader
+from megatron_prune.errors import InputError
+
+LONGEST = 1 << 14
+"""Characters of plain text that are one document, at most: some 4,000 tokens."""
+
+_ROWS = 1000
+"""Rows of a data set that are read together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document.
+
+    Attributes:
+        texts: its text for each key.
+        size: bytes of the source that it takes up.
+    """
+
+    texts: tuple[str, ...]
+    size: int
+
+
+class DocumentReader(ABC):
+    """A reader whose documents can be streamed, so that the source may be larger than memory."""
+
+    @abstractmethod
+    def documents(self, keys: Sequence[str]) -> Iterator[Document]:
+        """Every document, in order.
+
+        Args:
+            keys: names of the texts in a record; plain text takes one, whatever its name.
+
+        Raises:
+            InputError: if the source cannot be read or a record lacks a text; where it is reached.
+        """
+
+    def size(self) -> int | None:
+        """Bytes that the documents take up together, if that is known beforehand."""
+        return None
+
+
+def open_documents(name: str, keys: Sequence[str], *, split: str) -> DocumentReader:
+    """The source called ``name``.
+
+    Raises:
+        InputError: if there is none, or it is not text.
+    """
+    reader = open_reader(name, encode=Encoder(None), field=keys[0], split=split)
+    if isinstance(reader, DocumentReader):
+        return reader
+    if isinstance(reader, TextReader):
+        return _WholeText(reader)
+    raise InputError(f"{name} is not text", got="tokens", needed="text, JSONL, a folder or a data set")
+
+
+class _WholeText(DocumentReader):
+    """The one long text that a known data set is for calibration, cut into documents."""
+
+    def __init__(self, reader: TextReader):
+        self._reader = reader
+
+    def documents(self, keys: Sequence[str]) -> Iterator[Document]:
+        text, _ = self._reader.text()
+        blocks = (text[start : start + LONGEST] for start in range(0, len(text), LONGEST))
+        return plain_documents(self._reader, blocks, keys)
+
+
+def plain_documents(reader: Reader, blocks: Iterable[str], keys: Sequence[str]) -> Iterator[Document]:
+    """Documents of a text that comes in blocks.
+
+    Raises:
+        InputError: if several texts of a document are asked for.
+    """
+    if len(keys) > 1:
+        raise InputError(f"{reader.name} is plain text: it has no fields", got="keys " + ", ".join(keys), needed="one key")
+    return (Document((piece,), len(piece.encode("utf-8"))) for piece in pieces(blocks))
+
+
+def pieces(blocks: Iterable[str], longest: int = LONGEST) -> Iterator[str]:
+    """Cut a text that comes in ``blocks`` of any size; the pieces joined are the text.
+
+    A piece has at most ``longest`` characters, and at least half of that unless it is the last. It ends behind the last blank
+    line that allows, else behind a line, a word, a character.
+    """
+    held = ""
+    for block in blocks:
+        held += block
+        while len(held) > longest:
+            stop = _stop(held, longest)
+            yield held[:stop]
+            held = held[stop:]
+    if held:
+        yield held
+
+
+def _stop(text: str, longest: int) -> int:
+    for mark in ("\n\n", "\n", " "):
+        found = text.rfind(mark, longest // 2, longest)
+        if found >= 0:
+            return found + len(mark)
+    return longest
+
+
+def row_documents(name: str, rows: Any, keys: Sequence[str]) -> Iterator[Document]:
+    """A document a row of a table of ``datasets``.
+
+    Raises:
+        InputError: if a column is missing or holds no text.
+    """
+    for start in range(0, len(rows), _ROWS):
+        some = rows.select(range(start, min(start + _ROWS, len(rows))))
+        for texts in zip(*(hub.texts(name, some, key) for key in keys)):
+            yield Document(texts, sum(map(len, texts)))

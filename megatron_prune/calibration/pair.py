@@ -1,0 +1,135 @@
+"""A Megatron ``.bin``/``.idx`` pair, checked before anything is read from it."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+from typing import Iterator
+
+import numpy
+import torch
+
+from megatron_prune.errors import InputError
+
+_HEADER = b"MMIDIDX\x00\x00"
+_START = struct.Struct("<9sQBQQ")
+"""Header, version, code of the dtype, sequences, documents; then int32 lengths, int64 pointers, int64 documents."""
+
+_BLOCK = 1 << 22
+"""Tokens that are looked at together."""
+
+
+def open_pair(prefix: str | Path) -> Pair:
+    """The pair ``prefix.bin`` and ``prefix.idx``; only the index is read.
+
+    Args:
+        prefix: of both files; the name of either of them will do.
+
+    Raises:
+        InputError: naming the file that is missing, is no index, is damaged or not whole, holds something else than token
+            ids, or holds none.
+    """
+    path = Path(prefix)
+    return Pair(str(path.with_suffix("") if path.suffix in (".bin", ".idx") else path))
+
+
+class Pair:
+    """An opened pair: its sequences, in the order of the index, are one run of tokens.
+
+    Attributes:
+        prefix: of both files.
+        dtype: of a token in the file.
+        sequences: how many there are.
+        documents: how many there are; a document is one sequence or several.
+        total: tokens in all sequences, at least 1.
+    """
+
+    def __init__(self, prefix: str):
+        _check(prefix)
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        try:
+            self._data = IndexedDataset(prefix, mmap=False)
+            lengths = numpy.array(self._data.sequence_lengths, dtype=numpy.int64)
+            ends = numpy.array(self._data.document_indices)
+            self._pointers = numpy.array(self._data.index.sequence_pointers)
+            self.dtype = numpy.dtype(self._data.index.dtype)
+        except (AssertionError, ValueError, OSError, IndexError) as error:
+            raise InputError(f"{prefix}.idx is damaged", got=str(error), do="make the pair again") from None
+        self.prefix, self.sequences, self.documents = prefix, len(lengths), len(ends) - 1
+        if not numpy.issubdtype(self.dtype, numpy.integer):
+            raise InputError(f"{prefix}.idx", got=f"values of {self.dtype}", needed="token ids (integers)")
+        if (lengths < 0).any() or (self._pointers < 0).any() or ends[0] != 0 or (numpy.diff(ends) < 0).any():
+            raise InputError(f"{prefix}.idx is damaged", got="lengths or places below 0", do="make the pair again")
+        held = Path(f"{prefix}.bin").stat().st_size
+        needed = int((self._pointers + lengths * self.dtype.itemsize).max()) if len(lengths) else 0
+        if held < needed:
+            raise InputError(f"{prefix}.bin is not whole", got=f"{held} bytes", needed=f"{needed} bytes, as {prefix}.idx says")
+        self._ends = numpy.cumsum(lengths)
+        self.total = int(self._ends[-1]) if len(lengths) else 0
+        if self.total == 0:
+            raise InputError(f"{prefix}.bin is empty", got="no tokens", needed="at least one document")
+
+    def window(self, start: int, length: int) -> torch.Tensor:
+        """int64 [length]: tokens ``start`` … of the run, read from the sequences that hold them."""
+        pieces, position, stop = [], start, start + length
+        number = int(numpy.searchsorted(self._ends, start, side="right"))
+        while position < stop:
+            first = int(self._ends[number - 1]) if number else 0
+            take = min(stop, int(self._ends[number])) - position
+            if take:
+                pieces.append(self._data.get(number, offset=position - first, length=take).astype(numpy.int64))
+            position, number = position + take, number + 1
+        return torch.from_numpy(numpy.concatenate(pieces))
+
+    def extremes(self) -> tuple[int, int]:
+        """The lowest and the highest token id; every token is read, a block at a time."""
+        found = [(int(block.min()), int(block.max())) for block in self._blocks()]
+        return min(low for low, _ in found), max(high for _, high in found)
+
+    def highest(self) -> int:
+        """The highest token id: what a vocabulary must be larger than."""
+        return self.extremes()[1]
+
+    def _blocks(self) -> Iterator[numpy.ndarray]:
+        """Every token once, [at most ``_BLOCK``] of ``dtype``: sequences that touch in the file are read together."""
+        size = self.dtype.itemsize
+        stops = self._pointers + numpy.diff(self._ends, prepend=0) * size
+        breaks = numpy.flatnonzero(self._pointers[1:] != stops[:-1])
+        starts, stops = self._pointers[numpy.append(0, breaks + 1)], stops[numpy.append(breaks, len(stops) - 1)]
+        with open(f"{self.prefix}.bin", "rb") as file:
+            for start, stop in zip(starts.tolist(), stops.tolist()):
+                file.seek(start)
+                for place in range(start, stop, _BLOCK * size):
+                    yield numpy.frombuffer(file.read(min(_BLOCK * size, stop - place)), dtype=self.dtype)
+
+
+def _check(prefix: str) -> None:
+    """Refuse what megatron-core would fail on with an assertion.
+
+    Raises:
+        InputError: naming the file that is missing or is no index.
+    """
+    for file in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx")):
+        if not file.is_file():
+            raise InputError(f"there is no file {file}", needed=f"both {prefix}.bin and {prefix}.idx")
+    try:
+        with open(f"{prefix}.idx", "rb") as file:
+            start = file.read(_START.size)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise InputError(f"{prefix}.idx cannot be read", got=str(error)) from None
+    if not start.startswith(_HEADER):
+        raise InputError(f"{prefix}.idx is not the index of a Megatron data set", got=start[:9], needed=_HEADER)
+    if len(start) < _START.size:
+        raise InputError(f"{prefix}.idx is damaged", got=f"{size} bytes", do="make the pair again")
+    _, version, _, sequences, documents = _START.unpack(start)
+    needed = _START.size + 12 * sequences + 8 * documents
+    if version != 1 or size < needed:
+        raise InputError(
+            f"{prefix}.idx is damaged",
+            got=f"version {version}, {size} bytes",
+            needed=f"version 1, at least {needed} bytes",
+            do="make the pair again",
+        )

@@ -1,0 +1,207 @@
+"""Texts → a Megatron ``.bin``/``.idx`` pair, by several processes, in parts that an interrupted run keeps.
+
+A part is two files: ``.bin``, its tokens as they will be in the pair, and ``.npy``, int32, the length of every document; it is
+there as soon as the second is. Which process writes it, and when, changes nothing about it.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Sequence, TypeVar
+
+import numpy
+import xxhash
+
+from megatron_prune.checkpoint import staging
+from megatron_prune.errors import PruneError
+
+_BATCH = 1 << 20
+"""Characters that are tokenised together."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coding:
+    """How a text becomes tokens.
+
+    Attributes:
+        tokenizer: of Hugging Face.
+        special_tokens: whether it puts its own special tokens around a text.
+        eod: token that ends every document, if one does.
+        dtype: numpy's name of a token's type in the file.
+    """
+
+    tokenizer: Any
+    special_tokens: bool
+    eod: int | None
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Consecutive documents.
+
+    Attributes:
+        prefix: of its files.
+        texts: one for each document.
+        size: bytes of the source that they take up.
+    """
+
+    prefix: str
+    texts: list[str]
+    size: int
+
+    @property
+    def is_written(self) -> bool:
+        return os.path.exists(f"{self.prefix}.npy")
+
+
+def write_parts(parts: Iterable[Part], coding: Coding, *, workers: int, progress: Callable[[int], None]) -> list[str]:
+    """Write those that are not there; few more than there are workers are in memory at a time.
+
+    Args:
+        progress: called with the size of each part when it is there.
+
+    Returns:
+        Their prefixes, in order.
+
+    Raises:
+        PruneError: if a worker was ended from outside.
+        OSError: if a part cannot be written.
+    """
+    prefixes: list[str] = []
+    waiting: set[Future] = set()
+    with ProcessPoolExecutor(workers, mp_context=_processes(), initializer=_begin_worker, initargs=(coding,)) as pool:
+        try:
+            for part in parts:
+                prefixes.append(part.prefix)
+                if part.is_written:
+                    progress(part.size)
+                else:
+                    waiting.add(pool.submit(_write_part, part))
+                while len(waiting) > workers + 1:
+                    _collect(waiting, progress)
+            while waiting:
+                _collect(waiting, progress)
+        except BrokenProcessPool:
+            raise PruneError("a worker was ended from outside, perhaps for want of memory; try fewer --workers") from None
+        finally:
+            pool.shutdown(cancel_futures=True)  # what runs is finished and kept
+    return prefixes
+
+
+def _collect(waiting: set[Future], progress: Callable[[int], None]) -> None:
+    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+        waiting.remove(future)
+        progress(future.result())
+
+
+def _processes() -> Any:
+    """Processes that start clean (threads of this one are not copied) and with the slow imports done, once for all."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "transformers.tokenization_utils_tokenizers"])
+    return context
+
+
+_coding: Coding
+"""What a worker is given once: a tokenizer takes longer to load than a part to write."""
+
+
+def _begin_worker(coding: Coding) -> None:
+    global _coding
+    _coding = coding
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are what is parallel
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which lets parts be finished
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _write_part(part: Part) -> int:
+    return write_part(part, _coding)
+
+
+def write_part(part: Part, coding: Coding) -> int:
+    """Tokenise the texts of a part and write it; its ``size``."""
+    lengths = []
+    with open(f"{part.prefix}.bin", "wb") as file:
+        for tokens in _tokenised(part.texts, coding):
+            file.write(numpy.array(tokens, dtype=coding.dtype).tobytes())
+            lengths.append(len(tokens))
+    sync(Path(f"{part.prefix}.bin"))
+    held = io.BytesIO()
+    numpy.save(held, numpy.array(lengths, dtype=numpy.int32))
+    staging.write_bytes(Path(f"{part.prefix}.npy"), held.getvalue())
+    return part.size
+
+
+def _tokenised(texts: Sequence[str], coding: Coding) -> Iterator[list[int]]:
+    """The tokens of every text that has any."""
+    end = [] if coding.eod is None else [coding.eod]
+    for batch in grouped(texts, len, _BATCH):
+        found = coding.tokenizer(batch, add_special_tokens=coding.special_tokens, return_attention_mask=False, verbose=False)
+        yield from (tokens + end for tokens in found["input_ids"] if tokens)
+
+
+def text_digest(texts: Iterable[str]) -> str:
+    """Which texts these are, and where each ends."""
+    found = xxhash.xxh3_128()
+    for text in texts:
+        data = text.encode("utf-8")
+        found.update(b"%d:" % len(data))
+        found.update(data)
+    return found.hexdigest()
+
+
+def grouped(items: Iterable[T], size: Callable[[T], int], enough: int) -> Iterator[list[T]]:
+    """Consecutive items, as many together as have ``enough`` size."""
+    group, held = [], 0
+    for item in items:
+        group.append(item)
+        held += size(item)
+        if held >= enough:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
+def join_parts(parts: Iterable[str], prefix: str, dtype: str) -> tuple[int, int]:
+    """One pair out of the parts with these prefixes, in this order; how many documents and tokens it holds.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=getattr(numpy, dtype))
+    for part in parts:
+        with open(f"{part}.bin", "rb") as tokens:
+            shutil.copyfileobj(tokens, builder.data_file)
+        builder.sequence_lengths.extend(numpy.load(f"{part}.npy").tolist())
+    documents = len(builder.sequence_lengths)
+    builder.document_indices.extend(range(1, documents + 1))
+    builder.finalize(f"{prefix}.idx")
+    return documents, sum(builder.sequence_lengths)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or what a directory lists, on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,1 @@
+"""Training after pruning: plain, distilled from the unpruned teacher, or of adapters alone."""

@@ -1,0 +1,236 @@
+"""Checkpoints of a recovery: megatron-core's ``torch_dist`` files with the optimizer's state, written beside the training.
+
+SAVE/latest_checkpointed_iteration.txt     the newest
+SAVE/best → iter_0000200                   the one with the lowest held-out loss
+SAVE/iter_0000200/                         a checkpoint as any other of this project, with the state of the optimizer
+
+A checkpoint is written under a hidden name by processes that megatron-core starts, while training goes on, and put in place
+by one rename when every rank's part is there. Any TP × PP × DP reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import shutil
+import signal
+from dataclasses import dataclass, field
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any, Callable
+
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.safe_globals import register_safe_globals
+
+from megatron_prune.checkpoint import megatron, staging
+from megatron_prune.checkpoint.manifest import FILE, Manifest
+from megatron_prune.checkpoint.megatron_args import megatron_args
+from megatron_prune.errors import CheckpointError, InputError
+from megatron_prune.recovery.optimizer import allocate_state, load_state
+from megatron_prune.recovery.trainer import Trainer, TrainingError
+from megatron_prune.runtime import cpu
+from megatron_prune.runtime.world import World
+
+BEST = "best"
+_PR_SET_PDEATHSIG = 1
+_CONTENT = {
+    "singleton_local_shards": False,
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+"""How megatron-core lays the tensors out: stacked layers, as Megatron-LM 0.16 does; the optimizer's state tensor by tensor."""
+
+
+@dataclass(eq=False)
+class Checkpoints:
+    """Those of one run.
+
+    Args:
+        root: the run's directory.
+        keep: how many of the newest stay, beside the best.
+        side_files: fills a checkpoint's directory with what goes along (tokenizer, plan).
+        needed: bytes of one checkpoint.
+    """
+
+    root: Path
+    world: World
+    trainer: Trainer
+    keep: int
+    side_files: Callable[[Path], None]
+    needed: int
+    _queue: AsyncCallsQueue = field(init=False, default_factory=AsyncCallsQueue)
+    _writing: Path = field(init=False, default=Path())
+
+    def __post_init__(self) -> None:
+        """Start the process through which writers report: torchrun signals a stop to it too, and it must outlive that."""
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(initializer=_live_with_parent)
+        filesystem_async._results_queue = manager.Queue()
+
+    def save(self, iteration: int, described: Manifest, *, best: bool) -> None:
+        """Begin to write a checkpoint; :meth:`poll` or :meth:`finish` puts it in place.
+
+        Args:
+            described: its manifest; the last entry of the recipe is what :func:`position` gives back.
+            best: whether no checkpoint of the run had a lower held-out loss.
+
+        Raises:
+            TrainingError: if the one before could not be written, or there is no room.
+        """
+        self.finish()
+        folder = self._writing = self.root / iteration_name(iteration)
+        error = None
+        if self.world.is_main:
+            try:
+                check_room(self.root, self.needed)
+                staging.begin(folder)
+            except (InputError, OSError) as found:
+                error = TrainingError(f"the checkpoint of iteration {iteration} cannot be written: {found}\n  {self._whole()}")
+        self.world.agree(error)
+        with cpu.stand_in():
+            state = self._state(loading=False)
+            args = megatron_args(described.model, described.layout, self.trainer.dtype, None)
+            consumed = described.recipe[-1]["consumed_samples"]
+            args.iteration, args.consumed_train_samples, args.no_save_optim = iteration, consumed, False
+            state |= {"args": args, "checkpoint_version": 3.0, "iteration": iteration}
+            request = dist_checkpointing.save(
+                state, str(staging.partial_path(folder)), async_sharded_save=True, content_metadata=_CONTENT
+            )
+            request.add_finalize_fn(lambda: self._commit(folder, described, best))
+            self._queue.schedule_async_request(request)
+
+    def poll(self) -> None:
+        """Put a checkpoint in place whose parts are all written, if there is one."""
+        self._finalize(blocking=False)
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one."""
+        self._finalize(blocking=True)
+
+    def _finalize(self, *, blocking: bool) -> None:
+        if not self._queue.get_num_unfinalized_calls():
+            return
+        try:
+            with cpu.stand_in():
+                self._queue.maybe_finalize_async_calls(blocking=blocking)
+        except TrainingError:
+            raise
+        except Exception as error:  # whatever a writer failed with, wrapped by megatron-core
+            if self.world.is_main:
+                staging.abandon(self._writing)
+            raise TrainingError(f"a checkpoint could not be written: {_last_line(error)}\n  {self._whole()}") from error
+
+    def _commit(self, folder: Path, described: Manifest, best: bool) -> None:
+        error = None
+        if self.world.is_main:
+            try:
+                partial = staging.partial_path(folder)
+                self.side_files(partial)
+                (partial / FILE).write_text(described.dumps(), encoding="utf-8")
+                staging.commit(folder)
+                staging.write_text(self.root / megatron.TRACKER, str(int(folder.name.removeprefix("iter_"))))
+                if best:
+                    _link(self.root / BEST, folder.name)
+                self._rotate()
+            except OSError as found:
+                error = TrainingError(f"{folder} could not be written: {found}\n  {self._whole()}")
+        self.world.agree(error)
+
+    def _whole(self) -> str:
+        """What is left, in words."""
+        found = iterations(self.root)
+        return f"whole: {', '.join(iteration_name(number) for number in found)}" if found else "no checkpoint was written before"
+
+    def _rotate(self) -> None:
+        best = os.readlink(self.root / BEST) if (self.root / BEST).is_symlink() else None
+        for number in iterations(self.root)[: -self.keep]:
+            if iteration_name(number) != best:
+                gone = self.root / f".{iteration_name(number)}.removed"
+                os.rename(self.root / iteration_name(number), gone)
+                shutil.rmtree(gone, ignore_errors=True)
+
+    def load(self, folder: Path) -> None:
+        """Take model, optimizer and schedule from a checkpoint, whatever its parallel layout.
+
+        Raises:
+            CheckpointError: if megatron-core cannot read it.
+        """
+        register_safe_globals()  # what common.pt may hold; nothing else in it is unpickled
+        with cpu.stand_in():
+            allocate_state(self.trainer.optimizer)
+            wanted = self._state(loading=True)
+            try:
+                state = dist_checkpointing.load(wanted, str(folder))
+            except Exception as error:
+                raise CheckpointError(f"{folder} cannot be taken up", got=_last_line(error)) from error
+            self.trainer.running.module.load_state_dict(state["model"], strict=True)
+            load_state(self.trainer.optimizer, state["optimizer"])
+            self.trainer.schedule.load_state_dict(state["opt_param_scheduler"])
+
+    def _state(self, *, loading: bool) -> dict[str, Any]:
+        """megatron-core's description of what this rank writes or wants."""
+        groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+        model = self.trainer.running.module.sharded_state_dict(metadata={**_CONTENT, **groups})
+        optimizer = self.trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_CONTENT)
+        return {"model": model, "optimizer": optimizer, "opt_param_scheduler": self.trainer.schedule.state_dict()}
+
+
+def iteration_name(iteration: int) -> str:
+    """Megatron's name of a checkpoint's directory."""
+    return f"iter_{iteration:07d}"
+
+
+def iterations(root: Path) -> list[int]:
+    """Iterations whose checkpoints are whole, oldest first."""
+    found = [path.parent.name.removeprefix("iter_") for path in root.glob(f"iter_*/{FILE}")]
+    return sorted(int(name) for name in found if name.isdigit())
+
+
+def newest(root: Path) -> Path | None:
+    """The newest whole checkpoint of a run, if there is one; the tracker may lag behind it by one."""
+    found = iterations(root)
+    return root / iteration_name(found[-1]) if found else None
+
+
+def clean(root: Path) -> None:
+    """Remove what a killed run left half-written or half-removed."""
+    for path in [*root.glob(".iter_*.partial"), *root.glob(".iter_*.removed")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def check_room(root: Path, needed: int) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        InputError: with both amounts.
+    """
+    while not root.exists():
+        root = root.parent
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise InputError(f"not enough room in {root}", got=f"{free / 1e9:.2f} GB free", needed=f"{needed / 1e9:.2f} GB")
+
+
+def _live_with_parent() -> None:
+    """Outlive a request to stop, which the parent answers; end with the parent, however it ends (Linux)."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _link(place: Path, target: str) -> None:
+    temporary = place.with_name(f".{place.name}.partial")
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    temporary.symlink_to(target)
+    os.replace(temporary, place)
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"

@@ -1,0 +1,173 @@
+"""What a run tells of itself: a line a few steps, ``history.jsonl``, TensorBoard, Weights & Biases, a plot of the losses."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prune.checkpoint import staging
+
+log = logging.getLogger("megatron_prune")
+
+HISTORY, PLOT, BOARD = "history.jsonl", "loss.png", "tensorboard"
+
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "B200": 2250, "A100": 312, "A800": 312, "L40S": 362}
+"""Dense bf16 and fp16 peak of a device by a part of its name (NVIDIA's data sheets), the first match counts."""
+
+
+def peak_flops(dtype: torch.dtype) -> float | None:
+    """What this process's device can do at best in ``dtype``, floating-point operations per second; ``None`` if unknown."""
+    if not torch.cuda.is_available() or dtype is torch.float32:
+        return None
+    name = torch.cuda.get_device_name()
+    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part.lower() in name.lower()), None)
+
+
+@dataclass(eq=False)
+class History:
+    """Kept by the main process alone.
+
+    Args:
+        folder: the run's directory.
+        flops_per_token: of training, forward and backward.
+        devices: processes of the run.
+        peak: of one device, if known.
+        wandb: project of Weights & Biases, and the run's settings.
+    """
+
+    folder: Path
+    train_iters: int
+    tokens_per_step: int
+    flops_per_token: float
+    devices: int
+    peak: float | None
+    wandb: tuple[str, dict[str, Any]] | None = None
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def open(self, iteration: int) -> None:
+        """Go on after ``iteration``: what was written of later steps is taken back."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = self.folder / HISTORY
+        self.records = [entry for entry in read_history(path) if entry["iteration"] <= iteration]
+        staging.write_text(path, "".join(json.dumps(entry) + "\n" for entry in self.records))
+        self._file = open(path, "a", encoding="utf-8")
+        self._board = SummaryWriter(str(self.folder / BOARD), purge_step=iteration + 1)
+        self._run = None
+        if self.wandb:
+            import wandb
+
+            project, settings = self.wandb
+            self._run = wandb.init(project=project, config=settings, dir=str(self.folder), id=self._run_id(), resume="allow")
+        self._since, self._started = time.monotonic(), iteration
+        self._steps = 0
+
+    def _run_id(self) -> str:
+        return f"{self.folder.name}-{int(self.folder.stat().st_ctime)}"
+
+    def step(self, iteration: int, values: dict[str, Any]) -> None:
+        """Log the mean of the steps since the last call; ``iteration`` steps are done."""
+        elapsed = max(time.monotonic() - self._since, 1e-9)
+        done = iteration - self._started
+        speed = done * self.tokens_per_step / elapsed
+        flops = speed * self.flops_per_token / self.devices
+        record = {
+            "iteration": iteration,
+            "tokens": iteration * self.tokens_per_step,
+            **values,
+            "tokens_per_second": speed,
+            "tflops_per_device": flops / 1e12,
+            "mfu": flops / self.peak if self.peak else None,
+        }
+        self._keep(record)
+        left = timedelta(seconds=round((self.train_iters - iteration) * elapsed / done))
+        parts = [f"iteration {iteration}/{self.train_iters}", f"loss {values['loss']:.4f}"]
+        if values.get("kl"):
+            parts.append(f"kl {values['kl']:.4f}")
+        parts += [f"lr {values['lr']:.3g}", "step left out" if values["grad_norm"] is None else f"norm {values['grad_norm']:.3f}"]
+        parts += [f"{speed:,.0f} tokens/s", f"{flops / 1e12:.3g} TFLOP/s per device"]
+        parts += [f"MFU {record['mfu']:.1%}"] if self.peak else []
+        log.info("%s | %s left", " | ".join(parts), left)
+        self._since, self._started = time.monotonic(), iteration
+
+    def held_out(self, iteration: int, loss: float, name: str = "held_out") -> None:
+        """Log the held-out loss after ``iteration`` steps; the time it took is not the training's."""
+        self._keep({"iteration": iteration, "tokens": iteration * self.tokens_per_step, f"{name}_loss": loss})
+        log.info(
+            "%s loss after %d iterations: %.5f (perplexity %.3f)",
+            name.replace("_", "-"),
+            iteration,
+            loss,
+            math.exp(min(loss, 700)),
+        )
+
+    def pause(self) -> float:
+        """When something else than training begins; hand it to :meth:`resume`."""
+        return time.monotonic()
+
+    def resume(self, paused: float) -> None:
+        """Training goes on: the pause does not count."""
+        self._since += time.monotonic() - paused
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        numbers = {key: value for key, value in record.items() if isinstance(value, (int, float)) and key != "iteration"}
+        for key, value in numbers.items():
+            self._board.add_scalar(key, value, record["iteration"])
+        if self._run:
+            self._run.log(numbers, step=record["iteration"])
+
+    def plot(self) -> None:
+        """Draw the losses over the tokens."""
+        draw_losses({"": self.records}, self.folder / PLOT)
+
+    def close(self) -> None:
+        """Draw, and let go of the files."""
+        self.plot()
+        self._file.close()
+        self._board.close()
+        if self._run:
+            self._run.finish()
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Records of a ``history.jsonl``, without a last line that was cut off; empty if there is no file."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def draw_losses(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw training and held-out losses of runs by name over tokens as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
+    for name, records in runs.items():
+        for key, style in (("loss", "-"), ("held_out_loss", "o-")):
+            points = [(entry["tokens"], entry[key]) for entry in records if entry.get(key) is not None]
+            if points:
+                label = f"{name} {'training' if key == 'loss' else 'held out'}".strip()
+                axes.plot(*zip(*points), style, label=label, alpha=0.5 if key == "loss" else 1.0, markersize=4)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss, nats per token")
+    axes.grid(alpha=0.3)
+    if axes.has_data():
+        axes.legend()
+    temporary = path.with_name(f".{path.name}.partial")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)

@@ -1,0 +1,121 @@
+"""megatron-core's distributed optimizer and its schedule of learning rate and weight decay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Callable
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_prune.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101), under Megatron's argument names.
+
+    Lengths are in iterations.
+    """
+
+    lr: float
+    min_lr: float
+    lr_decay_style: str
+    lr_warmup_iters: int
+    lr_decay_iters: int
+    weight_decay: float
+    clip_grad: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_eps: float
+    initial_loss_scale: float
+
+    def check(self) -> None:
+        """Refuse what cannot train.
+
+        Raises:
+            InputError: naming the flag.
+        """
+        if not 0 < self.lr < float("inf"):
+            raise InputError("--lr", got=self.lr, needed="a positive number")
+        if not 0 <= self.min_lr <= self.lr:
+            raise InputError("--min-lr", got=self.min_lr, needed=f"0 to --lr {self.lr}")
+        if not 0 <= self.lr_warmup_iters < max(self.lr_decay_iters, 1):
+            raise InputError(
+                "--lr-warmup-iters", got=self.lr_warmup_iters, needed=f"below --lr-decay-iters {self.lr_decay_iters}"
+            )
+        for name in ("weight_decay", "clip_grad", "adam_eps"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"--{name.replace('_', '-')}", got=getattr(self, name), needed="0 or more")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')}", got=getattr(self, name), needed="from 0 on, below 1")
+
+
+def build_optimizer(
+    options: OptimizerOptions, model: DistributedDataParallel, dtype: torch.dtype, global_batch: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """The optimizer of this rank's share, and its schedule, which counts samples."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        clip_grad=options.clip_grad,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        params_dtype=dtype,
+        initial_loss_scale=options.initial_loss_scale,
+        use_distributed_optimizer=True,
+    )
+    optimizer = get_megatron_optimizer(config, [model])
+    schedule = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=options.lr_warmup_iters * global_batch,
+        lr_decay_steps=options.lr_decay_iters * global_batch,
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=options.lr_decay_iters * global_batch,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    return optimizer, schedule
+
+
+def allocate_state(optimizer: MegatronOptimizer) -> None:
+    """Make the state that a checkpoint is to be loaded into: torch's Adam has none before its first step."""
+    for part in optimizer.chained_optimizers:
+        part._init_optimizer_states_with_dummy_values()
+
+
+def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Load what ``dist_checkpointing`` read.
+
+    megatron-core 0.16.1 forgets the step of torch's Adam twice (its own fused Adam keeps it elsewhere): it misses it among
+    a parameter's tensors, and then hands all parameters one tensor, which each of them would count up.
+    """
+    for part in optimizer.chained_optimizers:
+        part._set_main_param_and_optimizer_states = partial(_set_with_own, part, part._set_main_param_and_optimizer_states)
+    optimizer.load_state_dict(state)
+    for part in optimizer.chained_optimizers:
+        del part._set_main_param_and_optimizer_states
+        for of_parameter in part.optimizer.state.values():
+            if "step" in of_parameter:
+                of_parameter["step"] = of_parameter["step"].clone()
+
+
+def _set_with_own(
+    part: MegatronOptimizer, set_states: Callable, parameter: torch.Tensor, tensors: dict[str, torch.Tensor]
+) -> None:
+    set_states(parameter, {**part._get_main_param_and_optimizer_states(parameter), **tensors})

@@ -1,0 +1,137 @@
+"""Train a pruned Megatron checkpoint, from where it stands, at the TP × PP × DP it has or any other."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.checkpoint import megatron
+from megatron_prune.checkpoint.megatron import MegatronCheckpoint
+from megatron_prune.config import add_options, option, require_positive
+from megatron_prune.runtime.layout import run_layout
+from megatron_prune.runtime.megatron_flags import add_megatron_flags, megatron_flags, refuse_training_flags
+from megatron_prune.runtime.world import World
+
+DECAY_STYLES = ["cosine", "linear", "constant", "inverse-square-root"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverOptions:
+    """Win back what pruning cost: train a Megatron checkpoint, plain or distilled from the unpruned model."""
+
+    load: str = option("Megatron checkpoint to start from: its root, or an iteration directory")
+    save: str = option("directory of the run; a run that was interrupted there goes on")
+    train_iters: int = option("steps in all")
+
+    data_path: tuple[str, ...] = option("prefixes of .bin/.idx pairs, each after its weight or all without", ())
+    split: str = option("shares of the documents for training, validation, test", "969,30,1")
+    train_data_path: tuple[str, ...] = option("blend to train on, instead of --data-path", ())
+    valid_data_path: tuple[str, ...] = option("blend that held-out losses are measured on", ())
+    test_data_path: tuple[str, ...] = option("blend that the end is measured on", ())
+    data_cache_path: str | None = option("directory for the indices of the data (default: in --save)", None)
+    seq_length: int | None = option("tokens in a sequence (default: 4096, or the model's context where that is shorter)", None)
+    seed: int = option("seed of the order of the data and of dropout", 1234)
+
+    micro_batch_size: int = option("sequences in a forward pass", 1)
+    global_batch_size: int = option("sequences in a step, over all data-parallel copies", 1024)
+    lr: float = option("learning rate after the warm-up", 2.5e-5)
+    min_lr: float = option("learning rate at the end", 1e-5)
+    lr_decay_style: str = option("how it falls", "cosine", choices=DECAY_STYLES)
+    lr_decay_iters: int | None = option("steps over which it falls (default: all)", None)
+    lr_warmup_iters: int | None = option("steps over which it rises (default: 50, or a tenth of all where that is less)", None)
+    weight_decay: float = option("decoupled weight decay", 0.01)
+    clip_grad: float = option("norm that the gradient is cut down to; 0 for never", 1.0)
+    adam_beta1: float = option("decay of Adam's first moment", 0.9)
+    adam_beta2: float = option("decay of Adam's second moment", 0.95)
+    adam_eps: float = option("Adam's epsilon", 1e-8)
+    bf16: bool = option("compute in bfloat16, with float32 copies of the weights", False)
+    fp16: bool = option("compute in float16, with float32 copies of the weights and a scaled loss", False)
+    initial_loss_scale: float = option("of fp16", 2.0**17)
+
+    save_interval: int = option("steps between checkpoints; a held-out loss goes with each", 500)
+    keep: int = option("newest checkpoints that stay, beside the best", 2)
+    eval_interval: int | None = option("steps between held-out losses (default: --save-interval)", None)
+    eval_iters: int = option("global batches that a held-out loss is measured on, the same every time", 10)
+    early_stop: int = option("end after so many held-out losses that are no better than the best; 0: never", 0)
+    log_interval: int = option("steps between lines of the log", 10)
+    wandb_project: str | None = option("also log to this project of Weights & Biases", None)
+
+    teacher: str | None = option("unpruned Megatron checkpoint to distil from, at the same TP × PP", None)
+    distill_weight: float = option("share of the KL divergence from the teacher; the rest is cross-entropy", 1.0)
+    distill_temperature: float = option("temperature of both distributions", 1.0)
+
+    sequence_parallel: bool = option("split activations between the tensor-parallel regions over the ranks too", False)
+    recompute_activations: bool = option("the same as --recompute-granularity selective", False)
+    recompute_granularity: str | None = option(
+        "work out activations again: of attention, or of all", None, choices=["selective", "full"]
+    )
+    recompute_method: str | None = option("which layers with full", None, choices=["uniform", "block"])
+    recompute_num_layers: int | None = option("layers in a unit (uniform) or of a stage (block)", None)
+    tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
+    pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
+    overwrite: bool = option("begin anew, removing what a run left in --save", False)
+    megatron: dict[str, Any] = field(default_factory=dict)
+
+
+FREE = {
+    *("load", "save", "data_cache_path", "micro_batch_size", "save_interval", "keep", "eval_interval", "eval_iters"),
+    *("early_stop", "log_interval", "wandb_project", "sequence_parallel", "tensor_model_parallel_size"),
+    *("pipeline_model_parallel_size", "overwrite", "megatron"),
+    *(item.name for item in dataclasses.fields(RecoverOptions) if item.name.startswith("recompute_")),
+}
+"""What may change when a run goes on; the rest is what the run is."""
+
+
+def parse(argv: list[str], prog: str) -> RecoverOptions:
+    """Read the command line; Megatron's own model flags end in ``RecoverOptions.megatron``."""
+    parser = argparse.ArgumentParser(prog=prog, description=RecoverOptions.__doc__, allow_abbrev=False)
+    shown = [item for item in dataclasses.fields(RecoverOptions) if item.name != "megatron"]
+    add_options(parser, RecoverOptions, shown)
+    add_megatron_flags(parser)
+    namespace = parser.parse_args(argv)
+    refuse_training_flags(namespace)
+    return RecoverOptions(**{item.name: getattr(namespace, item.name) for item in shown}, megatron=megatron_flags(namespace))
+
+
+def recover(options: RecoverOptions, world: World) -> int:
+    """Run the step; every process takes part.
+
+    Returns:
+        0, or 143 if it was asked to stop (SIGTERM, SIGINT) and has saved.
+
+    Raises:
+        InputError: on arguments, data, a checkpoint or a layout that do not fit; nothing is written.
+        TrainingError: on a loss that is not finite, or a checkpoint that cannot be written; those before stay.
+    """
+    checkpoint = megatron.open_checkpoint(Path(options.load))
+    options = _filled(options, checkpoint)
+    layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
+
+    from megatron_prune.steps.recovery_run import check, train
+
+    check(options, checkpoint, layout, world)
+    return train(options, checkpoint, layout, world)
+
+
+def _filled(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> RecoverOptions:
+    """The options with the defaults that depend on others."""
+    require_positive(options, "train_iters", "micro_batch_size", "global_batch_size", "save_interval", "keep", "eval_iters")
+    require_positive(options, "log_interval", "eval_interval", "lr_decay_iters", "seq_length", "recompute_num_layers")
+    chosen: dict[str, Any] = {"load": str(Path(options.load).absolute())}
+    if options.seq_length is None:
+        chosen["seq_length"] = min(4096, checkpoint.config.max_position_embeddings)
+    if options.lr_warmup_iters is None:
+        chosen["lr_warmup_iters"] = min(50, options.train_iters // 10)
+    if options.lr_decay_iters is None:
+        chosen["lr_decay_iters"] = options.train_iters
+    if options.eval_interval is None:
+        chosen["eval_interval"] = options.save_interval
+    if options.recompute_activations and not options.recompute_granularity:
+        chosen["recompute_granularity"] = "selective"
+    if options.recompute_granularity == "full":
+        chosen["recompute_method"] = options.recompute_method or "uniform"
+        chosen["recompute_num_layers"] = options.recompute_num_layers or 1
+    return replace(options, **chosen)
