@@ -48,6 +48,8 @@ class Manifest:
         tied_head_stored: the Hugging Face checkpoint stored a copy of the tied output layer.
         kept_layers: the original layers that remain, ``None`` if none were dropped.
         recipe: one entry per step that made the checkpoint, oldest first.
+        adapter: in a checkpoint of adapters alone: their ``config``, and the ``base`` they belong on with its
+            ``base_content_id``.
     """
 
     family: str
@@ -58,6 +60,7 @@ class Manifest:
     tied_head_stored: bool = False
     kept_layers: list[int] | None = None
     recipe: list[dict[str, Any]] = field(default_factory=list)
+    adapter: dict[str, Any] | None = None
 
     def dumps(self) -> str:
         """The file's text."""
@@ -76,6 +79,7 @@ class Manifest:
             "tied_head_stored": self.tied_head_stored,
             "kept_layers": self.kept_layers,
             "recipe": self.recipe,
+            "adapter": self.adapter,
         }
         return json.dumps(data, indent=2) + "\n"
 

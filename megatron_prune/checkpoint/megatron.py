@@ -101,6 +101,11 @@ def open_checkpoint(path: Path, *, vocab_size: int | None = None) -> MegatronChe
     own = (folder / manifest.FILE).is_file()
     if own:
         described = Manifest.load(folder / manifest.FILE)
+        if described.adapter:
+            raise CheckpointError(
+                f"{folder} holds an adapter, not a model",
+                do="merge it into its model with megatron-prune transfer (or export), and name that",
+            )
         differing = [f for f in SHAPE_FIELDS if f != "vocab_size" and getattr(described.model, f) != getattr(config, f)]
         if differing:
             raise CheckpointError(f"{folder}: {manifest.FILE} and the stored args disagree on " + ", ".join(differing))

@@ -142,6 +142,24 @@ def open_map(path: Path, config: ModelConfig, layout: ParallelLayout) -> TensorM
         raise CheckpointError(f"{path / METADATA} does not fit the files", got=f"{type(error).__name__}: {error}") from None
 
 
+def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """Full matrices of a checkpoint whose keys begin with ``prefix``, in the dtype as stored.
+
+    Raises:
+        CheckpointError: if a file is missing, truncated or damaged.
+    """
+    metadata, found = _read_metadata(path), {}
+    _check_files(path, metadata)
+    for key, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, dcp.TensorStorageMetadata) and key.startswith(prefix):
+            found[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            for _, region, held in _chunks(path, metadata, key, entry, False, 0):
+                part = torch.empty(region.rows, region.cols, dtype=region.dtype)
+                region.read_into(part)
+                found[key][held.rows[0].start : held.rows[0].stop, held.cols.start : held.cols.stop] = part
+    return found
+
+
 def _map(path: Path, metadata: dcp.Metadata, config: ModelConfig, layout: ParallelLayout) -> TensorMap:
     _check_files(path, metadata)
     known_inner = {tensor.name: tensor for tensor in layer_tensors(config)}

@@ -167,14 +167,14 @@ class Checkpoints:
                 state = dist_checkpointing.load(wanted, str(folder))
             except Exception as error:
                 raise CheckpointError(f"{folder} cannot be taken up", got=_last_line(error)) from error
-            self.trainer.running.module.load_state_dict(state["model"], strict=True)
+            self.trainer.load_state(state["model"])
             load_state(self.trainer.optimizer, state["optimizer"])
             self.trainer.schedule.load_state_dict(state["opt_param_scheduler"])
 
     def _state(self, *, loading: bool) -> dict[str, Any]:
         """megatron-core's description of what this rank writes or wants."""
         groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-        model = self.trainer.running.module.sharded_state_dict(metadata={**_CONTENT, **groups})
+        model = self.trainer.sharded_state({**_CONTENT, **groups})
         optimizer = self.trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_CONTENT)
         return {"model": model, "optimizer": optimizer, "opt_param_scheduler": self.trainer.schedule.state_dict()}
 

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from megatron_prune.errors import PruneError
 from megatron_prune.recovery.data import BatchSizes, step_batches
 from megatron_prune.recovery.distillation import Teacher
+from megatron_prune.recovery.lora import Adapter
 from megatron_prune.recovery.loss import Distillation, vocab_parallel_losses
 from megatron_prune.recovery.optimizer import OptimizerOptions, build_optimizer
 from megatron_prune.runtime import cpu
@@ -57,6 +58,7 @@ class Trainer:
 
     Args:
         teacher: whom the model is distilled from, if anyone.
+        adapters: what is trained, where it is not the model itself.
     """
 
     running: RunningModel
@@ -67,6 +69,7 @@ class Trainer:
     optimizer_options: OptimizerOptions
     teacher: Teacher | None = None
     distillation: Distillation = Distillation(weight=0.0)
+    adapters: list[Adapter] = field(default_factory=list)
     model: DistributedDataParallel = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,6 +89,22 @@ class Trainer:
         config.grad_scale_func = self.optimizer.scale_loss
         config.no_sync_func = self.model.no_sync
         config.finalize_model_grads_func = finalize_model_grads
+
+    def sharded_state(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """megatron-core's description of the parameters that are trained."""
+        if self.adapters:
+            return {name: part for adapter in self.adapters for name, part in adapter.sharded_state().items()}
+        return self.running.module.sharded_state_dict(metadata=metadata)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take the parameters that ``dist_checkpointing`` read for a :meth:`sharded_state`."""
+        if not self.adapters:
+            self.running.module.load_state_dict(state, strict=True)
+            return
+        with torch.no_grad():
+            for adapter in self.adapters:
+                for name, parameter in adapter.named():
+                    parameter.copy_(state[name])
 
     def step(self, dataset: Dataset, consumed: int, *, stop: bool) -> Step:
         """Train on the global batch after ``consumed`` samples.

@@ -27,9 +27,13 @@ def has_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def decoder_spec(config: TransformerConfig, num_layers: int) -> ModuleSpec | TransformerBlockSubmodules:
-    """The spec of the decoder layers of a stage that has ``num_layers``, and of the final norm."""
-    if has_transformer_engine():
+def decoder_spec(config: TransformerConfig, num_layers: int, *, local: bool) -> ModuleSpec | TransformerBlockSubmodules:
+    """The spec of the decoder layers of a stage that has ``num_layers``, and of the final norm.
+
+    Args:
+        local: megatron-core's local layers in any case.
+    """
+    if has_transformer_engine() and not local:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     return TransformerBlockSubmodules(layer_specs=[local_layer_spec(config)] * num_layers, layer_norm=RMSNorm)
 

@@ -109,7 +109,14 @@ def transformer_config(config: ModelConfig, layout: ParallelLayout, dtype: torch
 
 
 def build_model(
-    tensors: TensorMap, layout: ParallelLayout, world: World, *, dtype: torch.dtype, seq_length: int, **further: Any
+    tensors: TensorMap,
+    layout: ParallelLayout,
+    world: World,
+    *,
+    dtype: torch.dtype,
+    seq_length: int,
+    local_layers: bool = False,
+    **further: Any,
 ) -> RunningModel:
     """Build this rank's part of the model and fill it from a checkpoint in any format and layout.
 
@@ -117,6 +124,7 @@ def build_model(
         layout: of this run; it must divide the model (``layout.check``) and fit the number of processes.
         dtype: what to compute in.
         seq_length: the longest sequence that will be run, in tokens.
+        local_layers: take no layers that fuse a norm with the matrix after it, whatever is installed.
         further: fields of megatron-core's ``TransformerConfig``, such as ``sequence_parallel``.
     """
     config = tensors.config
@@ -126,7 +134,7 @@ def build_model(
         core = transformer_config(config, layout, dtype, **further)
         module = GPTModel(
             core,
-            decoder_spec(core, config.num_layers // layout.pipeline),
+            decoder_spec(core, config.num_layers // layout.pipeline, local=local_layers),
             vocab_size=layout.padded_vocab(config.vocab_size),
             max_sequence_length=seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(),

@@ -11,6 +11,7 @@ import torch
 
 from megatron_prune.arch.tensors import TensorId, tensor_ids
 from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.checkpoint.adapter import StoredAdapter, open_adapted
 from megatron_prune.checkpoint.manifest import RECIPE_FILE, dump_recipe
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import option
@@ -18,7 +19,7 @@ from megatron_prune.errors import InputError
 from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.families.family import FAMILIES, Family
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.output import Source, log, write_huggingface
+from megatron_prune.steps.output import Source, log, staged, write_huggingface
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class ExportOptions:
     )
     target_family: str | None = option("write as another family of the same architecture, such as mistral", None)
     max_shard_size: str = option("split weight files larger than this", "5GB")
+    adapter_only: bool = option("write an adapter as a directory that peft loads, not merged", False)
+    base: str | None = option("model that an adapter belongs on (default: where it was when it was trained)", None)
     overwrite: bool = option("replace an existing output directory", False)
     strict: bool = option("refuse weights that hold NaN or infinity instead of warning", False)
 
@@ -48,7 +51,11 @@ def export(options: ExportOptions, world: World) -> None:
     shard_bytes = parse_size(options.max_shard_size)
     side = huggingface.resolve(options.hf_dir) if options.hf_dir else None
     vocab_size = huggingface.read_config(side).get("vocab_size") if side else None
-    checkpoint = megatron.open_checkpoint(Path(options.load_dir), vocab_size=vocab_size)
+    base = Path(options.base) if options.base else None
+    checkpoint, adapter = open_adapted(Path(options.load_dir), base, vocab_size=vocab_size)
+    if options.adapter_only:
+        _write_adapter(options, adapter, choose_family(checkpoint.manifest.family, options.target_family), world)
+        return
     side = side or checkpoint.hf_folder
     template = huggingface.read_config(side) if side else None
     family = choose_family(checkpoint.manifest.family, options.target_family)
@@ -59,7 +66,7 @@ def export(options: ExportOptions, world: World) -> None:
     unchanged = template is not None and hf_config == template
     if side is None and world.is_main:
         log.warning("no tokenizer is kept in %s; pass --hf-dir to add one", checkpoint.path)
-    pruned = any(entry["step"] == "prune" for entry in checkpoint.manifest.recipe)
+    pruned = any(entry["step"] in ("prune", "recover") for entry in checkpoint.manifest.recipe)
     plan = checkpoint.path / megatron.PLAN_FILE
     files = {megatron.PLAN_FILE: plan.read_text(encoding="utf-8")} if plan.is_file() else {}
     if pruned:
@@ -68,7 +75,7 @@ def export(options: ExportOptions, world: World) -> None:
     write_huggingface(
         world,
         save,
-        Source(tensors=checkpoint.tensors),
+        Source(tensors=checkpoint.tensors, transform=adapter.merge if adapter else None),
         config=config,
         family=family,
         hf_config=hf_config,
@@ -82,6 +89,14 @@ def export(options: ExportOptions, world: World) -> None:
         overwrite=options.overwrite,
         strict=options.strict,
     )
+
+
+def _write_adapter(options: ExportOptions, adapter: StoredAdapter | None, family: Family, world: World) -> None:
+    if adapter is None:
+        raise InputError(f"--adapter-only: {options.load_dir} is no adapter", do="leave it out")
+    with staged(world, Path(options.save_dir), needed=0, overwrite=options.overwrite) as partial:
+        if world.is_main:
+            adapter.write_peft(partial, family, options.base or "")
 
 
 def choose_family(recorded: str, asked: str | None) -> Family:

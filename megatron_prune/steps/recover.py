@@ -63,6 +63,14 @@ class RecoverOptions:
     distill_weight: float = option("share of the KL divergence from the teacher; the rest is cross-entropy", 1.0)
     distill_temperature: float = option("temperature of both distributions", 1.0)
 
+    lora_r: int | None = option("train adapters of this rank alone (default: train the model)", None)
+    lora_alpha: float = option("an adapter counts this over its rank", 16.0)
+    lora_dropout: float = option("share of an adapter's inputs that training drops", 0.0)
+    lora_targets: tuple[str, ...] = option(
+        "matrices with an adapter, as Hugging Face (q_proj …) or Megatron (linear_qkv …) calls them (default: all)",
+        ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"),
+    )
+
     sequence_parallel: bool = option("split activations between the tensor-parallel regions over the ranks too", False)
     recompute_activations: bool = option("the same as --recompute-granularity selective", False)
     recompute_granularity: str | None = option(

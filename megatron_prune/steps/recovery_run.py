@@ -14,17 +14,22 @@ from typing import Any
 import torch
 import xxhash
 
+from megatron_prune.arch.adapter import AdapterConfig, target_roles
+from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.arch.tensors import tensor_shape
 from megatron_prune.calibration.sources import check_seed
 from megatron_prune.checkpoint import megatron, staging
-from megatron_prune.checkpoint.manifest import Manifest
+from megatron_prune.checkpoint.manifest import FILE, Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
+from megatron_prune.config import require_positive
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.planning.resources import Training, training_disk, training_flops
 from megatron_prune.recovery.checkpoints import Checkpoints, check_room, clean, newest
 from megatron_prune.recovery.data import BatchSizes, DataOptions, build_datasets, check_data
 from megatron_prune.recovery.distillation import RunningTeacher, Teacher
 from megatron_prune.recovery.history import History, peak_flops
+from megatron_prune.recovery.lora import add_adapters
 from megatron_prune.recovery.loss import Distillation
 from megatron_prune.recovery.optimizer import OptimizerOptions
 from megatron_prune.recovery.run import STEP_NAME, Intervals, Position, Run
@@ -73,6 +78,7 @@ def _check_arguments(options: RecoverOptions, checkpoint: MegatronCheckpoint, la
     check_seed(options.seed)
     batch_sizes(options).check(world.size // (layout.tensor * layout.pipeline))
     optimizer_options(options).check()
+    _check_adapter(options, config, layout)
     if options.wandb_project and not importlib.util.find_spec("wandb"):
         raise InputError("--wandb-project needs a package", do="pip install wandb, or leave it out")
     if options.teacher:
@@ -130,7 +136,11 @@ def run_settings(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> dic
 
 
 def checkpoint_bytes(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> int:
-    """Of one checkpoint of the run."""
+    """Of one checkpoint of the run, at most."""
+    if options.lora_r:
+        lora = adapter_config(options)
+        each = sum(sum(tensor_shape(role, checkpoint.config)) for role in lora.roles)
+        return 16 * lora.r * each * checkpoint.config.num_layers
     return training_disk(checkpoint.config, Training(mixed_precision=options.bf16 or options.fp16))
 
 
@@ -151,6 +161,37 @@ def data_options(options: RecoverOptions) -> DataOptions:
     return DataOptions(**{name: getattr(options, name) for name in names}, cache=cache)
 
 
+def adapter_config(options: RecoverOptions) -> AdapterConfig | None:
+    """What adapters are trained, if any."""
+    if options.lora_r is None:
+        return None
+    return AdapterConfig(
+        r=options.lora_r,
+        alpha=options.lora_alpha,
+        dropout=options.lora_dropout,
+        roles=target_roles(options.lora_targets),
+        seed=options.seed,
+    )
+
+
+def _check_adapter(options: RecoverOptions, config: ModelConfig, layout: ParallelLayout) -> None:
+    if options.lora_r is None:
+        return
+    require_positive(options, "lora_r")
+    target_roles(options.lora_targets)
+    if not 0 < options.lora_alpha < float("inf"):
+        raise InputError("--lora-alpha", got=options.lora_alpha, needed="a positive number")
+    if not 0 <= options.lora_dropout < 1:
+        raise InputError("--lora-dropout", got=options.lora_dropout, needed="from 0 on, below 1")
+    if config.num_query_groups % layout.tensor:
+        raise InputError(
+            f"--lora-r under TP {layout.tensor}",
+            got=f"{config.num_query_groups} KV groups",
+            needed="whole KV groups on every rank",
+            do=f"use a tensor-parallel size that divides {config.num_query_groups}",
+        )
+
+
 def compute_dtype(options: RecoverOptions) -> torch.dtype:
     """What the run computes in."""
     return torch.bfloat16 if options.bf16 else torch.float16 if options.fp16 else torch.float32
@@ -165,8 +206,8 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
     save = Path(options.save)
     _begin(options, checkpoint, world)
     latest = newest(save)
-    standing = megatron.open_checkpoint(latest) if latest else checkpoint
-    position = position_of(standing.manifest) if latest else Position()
+    position = position_of(Manifest.load(latest / FILE)) if latest else Position()
+    tensors = megatron.open_checkpoint(latest).tensors if latest and not options.lora_r else checkpoint.tensors
     dtype = compute_dtype(options)
     if latest and world.is_main:
         log.info("going on after iteration %d", position.iteration)
@@ -176,7 +217,10 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
         "recompute_method": options.recompute_method,
         "recompute_num_layers": options.recompute_num_layers,
     }
-    running = build_model(standing.tensors, layout, world, dtype=dtype, seq_length=options.seq_length, **further)
+    lora = adapter_config(options)
+    running = build_model(
+        tensors, layout, world, dtype=dtype, seq_length=options.seq_length, local_layers=lora is not None, **further
+    )
     trainer = Trainer(
         running=running,
         dtype=dtype,
@@ -186,6 +230,7 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
         optimizer_options=optimizer_options(options),
         teacher=_teacher(options, checkpoint, layout, world, dtype),
         distillation=Distillation(weight=options.distill_weight, temperature=options.distill_temperature),
+        adapters=add_adapters(running, lora) if lora else [],
     )
     checkpoints = Checkpoints(
         root=save,
@@ -302,7 +347,10 @@ def describe(
         "settings": settings,
     }
     identity = xxhash.xxh3_128_hexdigest(json.dumps([before.content_id, entry], sort_keys=True).encode())
-    return replace(before, layout=layout, content_id=identity, recipe=[*before.recipe, entry])
+    lora, adapter = adapter_config(options), None
+    if lora:
+        adapter = {"config": lora.to_json(), "base": str(checkpoint.path.absolute()), "base_content_id": before.content_id}
+    return replace(before, layout=layout, content_id=identity, recipe=[*before.recipe, entry], adapter=adapter)
 
 
 def position_of(described: Manifest) -> Position:

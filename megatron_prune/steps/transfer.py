@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import megatron, staging
+from megatron_prune.checkpoint.adapter import open_adapted
 from megatron_prune.config import option, require_positive
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import Source, write_megatron
@@ -14,7 +15,7 @@ from megatron_prune.steps.output import Source, write_megatron
 
 @dataclass(frozen=True, kw_only=True)
 class TransferOptions:
-    """Rewrite a Megatron checkpoint for another parallel layout, format or element type."""
+    """Rewrite a Megatron checkpoint for another parallel layout, format or element type; merge an adapter."""
 
     load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
     save_dir: str = option("Megatron checkpoint to write")
@@ -25,6 +26,7 @@ class TransferOptions:
     make_vocab_size_divisible_by: int | None = option(
         "the padded vocabulary is a multiple of this × the tensor-parallel size (default: that of the source)", None
     )
+    base: str | None = option("model that an adapter belongs on (default: where it was when it was trained)", None)
     overwrite: bool = option("replace an existing output directory", False)
     strict: bool = option("refuse weights that hold NaN or infinity instead of warning", False)
 
@@ -38,14 +40,14 @@ def transfer(options: TransferOptions, world: World) -> None:
     require_positive(options, "target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by")
     save = Path(options.save_dir)
     staging.check_output(save, overwrite=options.overwrite, source=Path(options.load_dir))
-    checkpoint = megatron.open_checkpoint(Path(options.load_dir))
+    checkpoint, adapter = open_adapted(Path(options.load_dir), Path(options.base) if options.base else None)
     layout = ParallelLayout(
         tensor=options.target_tensor_parallel_size,
         pipeline=options.target_pipeline_parallel_size,
         vocab_divisible_by=options.make_vocab_size_divisible_by or checkpoint.layout.vocab_divisible_by,
     )
     layout.check(checkpoint.config)
-    source = Source(tensors=checkpoint.tensors)
+    source = Source(tensors=checkpoint.tensors, transform=adapter.merge if adapter else None)
     plan = checkpoint.path / megatron.PLAN_FILE
     write_megatron(
         world,
