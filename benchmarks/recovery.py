@@ -334,24 +334,24 @@ def preprocess(work: Path, name: str, texts: list[str], model: str) -> Path:
     (work / "data").mkdir(exist_ok=True)
     prefix = work / "data" / f"{name}_text_document"
     words = ["preprocess", "--input", *texts, "--output-prefix", work / "data" / name, "--tokenizer", model]
-    make(work, name, words, done=prefix.with_suffix(".idx").is_file())
+    make(work, name, words, prefix.with_suffix(".idx"))
     return prefix
 
 
 def make_starts(work: Path, train: Path, options: argparse.Namespace) -> dict[str, Path]:
     """The checkpoints that arms start from: dense, pruned, random."""
     dense, pruned = work / "dense", Path(options.pruned).absolute() if options.pruned else work / "pruned"
-    make(work, "dense", ["convert", "--load-dir", options.model, "--save-dir", dense], done=dense.is_dir())
+    make(work, "dense", ["convert", "--load-dir", options.model, "--save-dir", dense], dense)
     if not options.pruned:
         words = ["prune", "--load", dense, "--save", pruned, "--ratio", options.ratio, "--data", f"{train}:1"]
         words += ["--nsamples", options.nsamples, "--seq-length", options.seq_length, "--seed", options.seed]
-        make(work, "pruned", [*words, "--reconstruct", options.reconstruct, *options.extra], done=pruned.is_dir())
+        make(work, "pruned", [*words, "--reconstruct", options.reconstruct, *options.extra], pruned)
     starts = {"dense": dense, "pruned": pruned}
     if "random" in options.arms:
         exported, random = work / "pruned_hf", work / "random"
-        make(work, "export", ["export", "--load-dir", pruned, "--save-dir", exported], done=exported.is_dir())
+        make(work, "export", ["export", "--load-dir", pruned, "--save-dir", exported], exported)
         drawn = draw_random(exported, work / f"random_{options.seed}_hf", options.seed)
-        make(work, "random", ["convert", "--load-dir", drawn, "--save-dir", random], done=random.is_dir())
+        make(work, "random", ["convert", "--load-dir", drawn, "--save-dir", random], random)
         starts["random"] = random
     return starts
 
@@ -418,7 +418,7 @@ def arm_flags(arm: str, starts: dict[str, Path], options: argparse.Namespace) ->
 def train_arm(work: Path, arm: str, flags: list[object]) -> None:
     """Run an arm to its end."""
     folder = work / "runs" / arm
-    make(work, f"run_{arm}", ["recover", "--save", folder, *flags], done=finished(folder))
+    make(work, f"run_{arm}", ["recover", "--save", folder, *flags], folder, done=finished(folder))
 
 
 def finished(folder: Path) -> bool:
@@ -427,16 +427,19 @@ def finished(folder: Path) -> bool:
     return summary.is_file() and json.loads(summary.read_text())["finished"]
 
 
-def make(work: Path, name: str, words: list[object], *, done: bool) -> None:
+def make(work: Path, name: str, words: list[object], made: Path, *, done: bool | None = None) -> None:
     """Run a command of the product, unless what it makes is there; its messages go to NAME.log.
 
     A signal reaches the command too: a training saves what it has and leaves.
+
+    Args:
+        done: whether ``made`` is whole (default: if it is there; most commands put it in place when it is).
     """
     command, record, log = [str(word) for word in words], work / f"{name}.command.json", work / f"{name}.log"
-    if done:
+    if made.exists() if done is None else done:
         before = json.loads(record.read_text()) if record.is_file() else command
         if before != command:
-            raise SystemExit(f"{name} was made by another command, see {record}: name another --out, or remove {name} there")
+            raise SystemExit(f"{made} was made by another command, see {record}: name another --out, or remove {made}")
         return
     record.write_text(json.dumps(command))
     print(f"{command[0]} → {name}; see {log}", flush=True)

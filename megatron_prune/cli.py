@@ -27,6 +27,7 @@ VERBS = {
     "prune": "score, plan and cut a Megatron checkpoint",
     "prune-hf": "the same cuts on a Hugging Face model, single process, without Megatron",
     "preprocess": "text → Megatron .bin/.idx pairs, to train on",
+    "teach": "a teacher's most probable tokens, kept for distilling without it",
     "recover": "train a pruned Megatron checkpoint: plain, distilled, or adapters alone",
     "evaluate": "perplexity of a Megatron checkpoint under TP × PP",
     "compare": "before/after table of two Hugging Face models",

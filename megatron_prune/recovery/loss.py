@@ -17,6 +17,10 @@ _ROWS_ELEMENTS = 1 << 22
 """Logits that go through the arithmetic together: what they make of temporaries stays near the processor."""
 
 
+_NO_REST = 1e-5
+"""Probability below which a teacher has listed everything: what float32 sums leave."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TeacherLogits:
     """The unpruned model's logits for the tokens of a micro-batch.
@@ -178,7 +182,8 @@ def _against_top_k(hot, teacher, temperature, known, first) -> tuple[Tensor, Ten
     picked = own.gather(1, local) * here if hot.shape[1] else torch.zeros_like(target)
     of_listed = hot.gather(1, local) * here if hot.shape[1] else torch.zeros_like(target)
     listed = _sum(of_listed) - log_total.unsqueeze(1)
-    rest = (1.0 - target.sum(1)).clamp_(min=0.0)
+    rest = 1.0 - target.sum(1)
+    rest = torch.where(rest > _NO_REST, rest, 0.0)
     own_rest = _sum(own.sum(1) - picked.sum(1)).clamp_(min=1e-12)
     divergence = (target * (teacher.log_probs - listed)).sum(1)
     divergence += torch.where(rest > 0, rest * (rest.clamp(min=1e-12).log() - own_rest.log()), 0.0)

@@ -60,6 +60,7 @@ class RecoverOptions:
     wandb_project: str | None = option("also log to this project of Weights & Biases", None)
 
     teacher: str | None = option("unpruned Megatron checkpoint to distil from, at the same TP × PP", None)
+    teacher_logits: str | None = option("distil from answers that megatron-prune teach kept, instead", None)
     distill_weight: float = option("share of the KL divergence from the teacher; the rest is cross-entropy", 1.0)
     distill_temperature: float = option("temperature of both distributions", 1.0)
 

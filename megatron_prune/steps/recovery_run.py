@@ -33,12 +33,14 @@ from megatron_prune.recovery.lora import add_adapters
 from megatron_prune.recovery.loss import Distillation
 from megatron_prune.recovery.optimizer import OptimizerOptions
 from megatron_prune.recovery.run import STEP_NAME, Intervals, Position, Run
+from megatron_prune.recovery.stored_logits import StoredTeacher, read_description
 from megatron_prune.recovery.trainer import Step, Trainer
 from megatron_prune.runtime.megatron_flags import check_megatron_flags
 from megatron_prune.runtime.model import build_model, stop_parallel
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import log
 from megatron_prune.steps.recover import FREE, RecoverOptions
+from megatron_prune.steps.teach import SHARED
 
 RUN_FILE, SUMMARY = "run.json", "summary.json"
 
@@ -81,8 +83,16 @@ def _check_arguments(options: RecoverOptions, checkpoint: MegatronCheckpoint, la
     _check_adapter(options, config, layout)
     if options.wandb_project and not importlib.util.find_spec("wandb"):
         raise InputError("--wandb-project needs a package", do="pip install wandb, or leave it out")
+    if options.teacher and options.teacher_logits:
+        raise InputError("--teacher and --teacher-logits", do="choose one")
+    if not 0 <= options.distill_weight <= 1:
+        raise InputError("--distill-weight", got=options.distill_weight, needed="0 to 1")
+    if not 0 < options.distill_temperature < float("inf"):
+        raise InputError("--distill-temperature", got=options.distill_temperature, needed="a positive number")
     if options.teacher:
         check_teacher(options.teacher, checkpoint, layout)
+    if options.teacher_logits:
+        _check_answers(options, checkpoint)
 
 
 def check_teacher(path: str, student: MegatronCheckpoint, layout: ParallelLayout) -> MegatronCheckpoint:
@@ -101,6 +111,25 @@ def check_teacher(path: str, student: MegatronCheckpoint, layout: ParallelLayout
         )
     layout.check(teacher.config, "the teacher")
     return teacher
+
+
+def _check_answers(options: RecoverOptions, student: MegatronCheckpoint) -> None:
+    description = read_description(Path(options.teacher_logits))
+    if description["vocab_size"] != student.config.vocab_size:
+        raise InputError(
+            f"--teacher-logits {options.teacher_logits} are of another vocabulary than the student's",
+            got=f"{description['vocab_size']} tokens",
+            needed=f"{student.config.vocab_size}",
+        )
+    own = json.loads(json.dumps({name: getattr(options, name) for name in SHARED}))
+    problems = [
+        f"--{name.replace('_', '-')} {own[name]}, taught with {taught}"
+        for name, taught in description["settings"].items()
+        if own[name] != taught
+    ]
+    raise_all(
+        InputError, f"{options.teacher_logits} was taught for another recovery", problems, do="use the same, or teach again"
+    )
 
 
 def _check_run(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> None:
@@ -287,6 +316,8 @@ def _begin(options: RecoverOptions, checkpoint: MegatronCheckpoint, world: World
 def _teacher(
     options: RecoverOptions, student: MegatronCheckpoint, layout: ParallelLayout, world: World, dtype: torch.dtype
 ) -> Teacher | None:
+    if options.teacher_logits:
+        return StoredTeacher(folder=Path(options.teacher_logits))
     if not options.teacher:
         return None
     teacher = check_teacher(options.teacher, student, layout)

@@ -1,0 +1,137 @@
+"""The unpruned model's most probable tokens on the training data of a recovery, kept for a distillation without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prune.checkpoint import megatron, staging
+from megatron_prune.config import option, require_positive
+from megatron_prune.errors import InputError
+from megatron_prune.runtime.layout import run_layout
+from megatron_prune.runtime.world import World
+from megatron_prune.steps.output import PARAM_DTYPES, log, progress_bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachOptions:
+    """Write a teacher's most probable tokens for every token that a recovery will train on; its data arguments must be the same."""
+
+    load: str = option("Megatron checkpoint of the teacher: its root, or an iteration directory")
+    save: str = option("directory to write")
+    train_iters: int = option("steps of the recovery")
+    global_batch_size: int = option("sequences in a step of the recovery")
+    data_path: tuple[str, ...] = option("as for recover", ())
+    split: str = option("as for recover", "969,30,1")
+    train_data_path: tuple[str, ...] = option("as for recover", ())
+    valid_data_path: tuple[str, ...] = option("as for recover", ())
+    test_data_path: tuple[str, ...] = option("as for recover", ())
+    seq_length: int | None = option("as for recover (default: 4096, or the model's context where that is shorter)", None)
+    seed: int = option("as for recover", 1234)
+    eval_iters: int = option("as for recover", 10)
+    top_k: int = option("tokens that are kept of each distribution", 64)
+    distill_temperature: float = option("temperature of the distributions", 1.0)
+    micro_batch_size: int = option("sequences in a forward pass", 1)
+    dtype: str = option("what to compute in", "fp32", choices=["fp32", "bf16", "fp16"])
+    tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
+    pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
+    overwrite: bool = option("replace an existing output directory", False)
+
+
+DATA = ("train_iters", "global_batch_size", "data_path", "split", "train_data_path", "valid_data_path", "test_data_path")
+SHARED = (*DATA, "seq_length", "seed", "eval_iters", "distill_temperature")
+"""What a recovery must have the same."""
+
+
+def teach(options: TeachOptions, world: World) -> None:
+    """Run the step; every process takes part. A run that was stopped goes on where it was.
+
+    Raises:
+        InputError: on arguments, data, a checkpoint or a layout that do not fit; nothing is written.
+    """
+    require_positive(options, "train_iters", "global_batch_size", "top_k", "micro_batch_size", "seq_length", "eval_iters")
+    save = Path(options.save)
+    staging.check_output(save, overwrite=options.overwrite, source=Path(options.load))
+    checkpoint = megatron.open_checkpoint(Path(options.load))
+    config = checkpoint.config
+    layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
+    layout.check(config)
+    length = options.seq_length or min(4096, config.max_position_embeddings)
+    if not 2 <= length <= config.max_position_embeddings:
+        raise InputError("--seq-length", got=length, needed=f"2 to the model's {config.max_position_embeddings}")
+    if options.top_k > config.vocab_size:
+        raise InputError("--top-k", got=options.top_k, needed=f"at most the vocabulary's {config.vocab_size}")
+    if not 0 < options.distill_temperature < float("inf"):
+        raise InputError("--distill-temperature", got=options.distill_temperature, needed="a positive number")
+    options = dataclasses.replace(options, seq_length=length)
+
+    from megatron_prune.recovery.data import DataOptions, build_datasets, check_data
+
+    data = DataOptions(
+        **{item.name: getattr(options, item.name) for item in dataclasses.fields(DataOptions) if item.name != "cache"},
+        cache=save.absolute().with_name(f".{save.name}.work") / "data_cache",
+    )
+    error = None
+    if world.is_main:
+        try:
+            check_data(data, config.vocab_size)
+        except InputError as found:
+            error = found
+    world.agree(error)
+    description = describe(options, checkpoint.manifest.content_id, config.vocab_size)
+    with staging.work(save, json.dumps(description), main=world.is_main, agree=world.agree) as folder:
+        from megatron_prune.runtime.model import build_model, stop_parallel
+
+        running = build_model(checkpoint.tensors, layout, world, dtype=PARAM_DTYPES[options.dtype], seq_length=length)
+        samples, held_out = options.train_iters * options.global_batch_size, options.eval_iters * options.global_batch_size
+        train_set = build_datasets(data, (samples, held_out, held_out))[0]
+        _write_parts(options, running, train_set, samples, folder, world)
+        stop_parallel()
+        world.barrier()
+        if world.is_main:
+            from megatron_prune.recovery.stored_logits import DESCRIPTION
+
+            staging.write_text(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+            shutil.rmtree(folder / "data_cache")
+            staging.finish_work(folder, save)
+            log.info("%d samples of %d tokens, %d of each distribution: %s", samples, length, options.top_k, save)
+        world.barrier()
+
+
+def describe(options: TeachOptions, content_id: str | None, vocab_size: int) -> dict[str, Any]:
+    """What ``teacher.json`` says."""
+    shared = json.loads(json.dumps({name: getattr(options, name) for name in SHARED}))
+    return {"teacher": content_id, "vocab_size": vocab_size, "top_k": options.top_k, "dtype": options.dtype, "settings": shared}
+
+
+def _write_parts(options: TeachOptions, running: Any, train_set: Any, samples: int, folder: Path, world: World) -> None:
+    """The files that fall to this data-parallel copy and are not there yet."""
+    from megatron.core import parallel_state
+
+    from megatron_prune.recovery.stored_logits import PART, part_path, top_k, write_part
+    from megatron_prune.runtime.forward import forward
+
+    copies, copy = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    mine = [part for part in range(-(-samples // PART)) if part % copies == copy]
+    writes = parallel_state.get_tensor_model_parallel_rank() == 0
+    collect = lambda logits, tokens: top_k(logits, options.top_k, options.distill_temperature)
+    done = world.all_gather([part for part in mine if part_path(folder, part).is_file()])  # the same for all of a copy
+    finished = {part for parts in done for part in parts}
+    with progress_bar("teaching", len(mine) * PART * options.seq_length, shown=world.is_main, unit="tokens") as advance:
+        for part in mine:
+            numbers = range(part * PART, min((part + 1) * PART, samples))
+            if part not in finished:
+                tokens = torch.stack([train_set[number % len(train_set)]["tokens"] for number in numbers])
+                whole = -(-len(tokens) // options.micro_batch_size) * options.micro_batch_size
+                batches = list(tokens[torch.arange(whole).clamp(max=len(tokens) - 1)].split(options.micro_batch_size))
+                answers = forward(running, batches, collect)
+                if answers and writes:
+                    kept = (torch.cat(each)[: len(tokens)] for each in zip(*answers))
+                    write_part(part_path(folder, part), *kept, tokens)
+            advance(PART * options.seq_length)
