@@ -36,7 +36,7 @@ class RunningTeacher(Teacher):
     """
 
     def __init__(self, running: RunningModel):
-        self._running = running
+        self._running, self.module = running, running.module
         running.module.eval().requires_grad_(False)
         running.module.compute_language_model_loss = lambda labels, logits: logits
 

@@ -176,7 +176,9 @@ class Run:
 
 def _values(steps: list[Step]) -> dict[str, Any]:
     """Mean losses of some steps, and what the last of them did."""
-    total, cross_entropy, divergence = (sum(values) / len(steps) for values in zip(*(step.losses for step in steps)))
+    total, cross_entropy, divergence, unlike = (sum(values) / len(steps) for values in zip(*(step.losses for step in steps)))
     values = {"loss": total, "lr": steps[-1].lr, "grad_norm": steps[-1].grad_norm}
     values |= {"steps_left_out": sum(not step.updated for step in steps)}
-    return values if divergence == 0.0 else {**values, "cross_entropy": cross_entropy, "kl": divergence}
+    if divergence != 0.0:
+        values |= {"cross_entropy": cross_entropy, "kl": divergence}
+    return values if unlike == 0.0 else {**values, "hidden": unlike}

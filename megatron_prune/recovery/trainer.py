@@ -19,14 +19,16 @@ from torch.utils.data import Dataset
 from megatron_prune.errors import PruneError
 from megatron_prune.recovery.data import BatchSizes, step_batches
 from megatron_prune.recovery.distillation import Teacher
+from megatron_prune.recovery.hidden_match import HiddenMatch
 from megatron_prune.recovery.lora import Adapter
 from megatron_prune.recovery.loss import Distillation, vocab_parallel_losses
 from megatron_prune.recovery.optimizer import OptimizerOptions, build_optimizer
 from megatron_prune.runtime import cpu
 from megatron_prune.runtime.model import RunningModel
 
-Measured = tuple[float, float, float]
-"""What is trained, the cross-entropy and the KL divergence from the teacher (0 without), nats per token."""
+Measured = tuple[float, float, float, float]
+"""What is trained, the cross-entropy and the KL divergence from the teacher (0 without), nats per token; 1 - CKA of the layers
+that are compared (0 where none are)."""
 
 
 class TrainingError(PruneError):
@@ -59,6 +61,7 @@ class Trainer:
     Args:
         teacher: whom the model is distilled from, if anyone.
         adapters: what is trained, where it is not the model itself.
+        hidden: compares layers with the teacher's; it counts ``hidden_weight``.
     """
 
     running: RunningModel
@@ -70,6 +73,8 @@ class Trainer:
     teacher: Teacher | None = None
     distillation: Distillation = Distillation(weight=0.0)
     adapters: list[Adapter] = field(default_factory=list)
+    hidden: HiddenMatch | None = None
+    hidden_weight: float = 0.0
     model: DistributedDataParallel = field(init=False)
 
     def __post_init__(self) -> None:
@@ -135,7 +140,7 @@ class Trainer:
     def evaluate(self, dataset: Dataset, iterations: int) -> Measured:
         """Mean losses over the first ``iterations`` global batches of ``dataset``: the same samples every time."""
         self.model.eval()
-        totals = [0.0, 0.0, 0.0]
+        totals = [0.0] * 4
         with cpu.stand_in(), torch.no_grad():
             for number in range(iterations):
                 start = number * self.sizes.global_batch
@@ -156,7 +161,7 @@ class Trainer:
         model_parallel_cuda_manual_seed(mixed % (1 << 31))
 
     def _run(self, batches: list[tuple[Tensor, Tensor, range]], teacher: Teacher | None, *, train: bool) -> list[Tensor]:
-        """Losses of every micro-batch, float64 [3] each, on the ranks of the last stage."""
+        """Losses of every micro-batch, float64 [4] each, on the ranks of the last stage."""
         taught: Iterable[Any] = teacher.answers(batches) if teacher else [None] * len(batches)
         return get_forward_backward_func()(
             forward_step_func=self._forward,
@@ -184,8 +189,12 @@ class Trainer:
         losses = vocab_parallel_losses(
             logits, labels.transpose(0, 1).contiguous(), self.running.config.vocab_size, teacher, self.distillation
         )
-        parts.extend(losses)
-        return losses[0]
+        total, matched = losses[0], torch.zeros((), device=logits.device)
+        if teacher is not None and self.hidden:
+            matched = self.hidden.loss()
+            total = total + self.hidden_weight * matched
+        parts.extend([total, *losses[1:], matched])
+        return total
 
     @staticmethod
     def _mean(parts: list[Tensor], losses: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,11 +202,11 @@ class Trainer:
 
     def _reduce(self, sums: list[Tensor], count: int, stop: bool) -> tuple[Measured, bool]:
         """Means over all micro-batches of all copies, on every rank; and whether any rank was asked to stop."""
-        values = torch.zeros(5, dtype=torch.float64, device=self.running.device)
+        values = torch.zeros(6, dtype=torch.float64, device=self.running.device)
         if sums and parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
-            values[:3] = torch.stack(sums).sum(0)
-            values[3] = count
-        values[4] = float(stop)
+            values[:4] = torch.stack(sums).sum(0)
+            values[4] = count
+        values[5] = float(stop)
         dist.all_reduce(values)
         *losses, counted, asked = values.tolist()
         return tuple(loss / counted for loss in losses), asked > 0

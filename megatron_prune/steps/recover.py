@@ -64,6 +64,9 @@ class RecoverOptions:
     distill_weight: float = option("share of the KL divergence from the teacher; the rest is cross-entropy", 1.0)
     distill_temperature: float = option("temperature of both distributions", 1.0)
 
+    hidden_weight: float = option("count 1 - CKA of layers' outputs and the teacher's so much beside; 0: not at all", 0.0)
+    hidden_layers: tuple[int, ...] = option("student's layers that are compared, 0-based (default: four evenly spread)", ())
+
     lora_r: int | None = option("train adapters of this rank alone (default: train the model)", None)
     lora_alpha: float = option("an adapter counts this over its rank", 16.0)
     lora_dropout: float = option("share of an adapter's inputs that training drops", 0.0)

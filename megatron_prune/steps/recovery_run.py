@@ -28,6 +28,7 @@ from megatron_prune.planning.resources import Training, training_disk, training_
 from megatron_prune.recovery.checkpoints import Checkpoints, check_room, clean, newest
 from megatron_prune.recovery.data import BatchSizes, DataOptions, build_datasets, check_data
 from megatron_prune.recovery.distillation import RunningTeacher, Teacher
+from megatron_prune.recovery.hidden_match import HiddenMatch, layer_pairs
 from megatron_prune.recovery.history import History, peak_flops
 from megatron_prune.recovery.lora import add_adapters
 from megatron_prune.recovery.loss import Distillation
@@ -89,8 +90,14 @@ def _check_arguments(options: RecoverOptions, checkpoint: MegatronCheckpoint, la
         raise InputError("--distill-weight", got=options.distill_weight, needed="0 to 1")
     if not 0 < options.distill_temperature < float("inf"):
         raise InputError("--distill-temperature", got=options.distill_temperature, needed="a positive number")
+    if not 0 <= options.hidden_weight < float("inf"):
+        raise InputError("--hidden-weight", got=options.hidden_weight, needed="0 or more")
+    if options.hidden_weight and not options.teacher:
+        raise InputError("--hidden-weight without --teacher", do="name the unpruned checkpoint")
     if options.teacher:
-        check_teacher(options.teacher, checkpoint, layout)
+        teacher = check_teacher(options.teacher, checkpoint, layout)
+        if options.hidden_weight:
+            _check_hidden(options, teacher, checkpoint, layout)
     if options.teacher_logits:
         _check_answers(options, checkpoint)
 
@@ -111,6 +118,22 @@ def check_teacher(path: str, student: MegatronCheckpoint, layout: ParallelLayout
         )
     layout.check(teacher.config, "the teacher")
     return teacher
+
+
+def _check_hidden(
+    options: RecoverOptions, teacher: MegatronCheckpoint, student: MegatronCheckpoint, layout: ParallelLayout
+) -> None:
+    if layout.pipeline > 1:
+        raise InputError("--hidden-weight", got=f"{layout.pipeline} pipeline stages", needed="one: layers are compared on one")
+    if options.recompute_granularity == "full":
+        raise InputError("--hidden-weight and --recompute-granularity full", do="use selective: what is compared must be kept")
+    hidden_pairs(options, teacher, student)
+
+
+def hidden_pairs(options: RecoverOptions, teacher: MegatronCheckpoint, student: MegatronCheckpoint) -> list[tuple[int, int]]:
+    """Layers that are compared, (student's, teacher's)."""
+    kept = student.manifest.kept_layers
+    return layer_pairs(student.config.num_layers, teacher.config.num_layers, kept, options.hidden_layers)
 
 
 def _check_answers(options: RecoverOptions, student: MegatronCheckpoint) -> None:
@@ -250,6 +273,10 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
     running = build_model(
         tensors, layout, world, dtype=dtype, seq_length=options.seq_length, local_layers=lora is not None, **further
     )
+    teacher, hidden = _teacher(options, checkpoint, layout, world, dtype), None
+    if options.hidden_weight:
+        pairs = hidden_pairs(options, megatron.open_checkpoint(Path(options.teacher)), checkpoint)
+        hidden = HiddenMatch(running.module, teacher.module, pairs)
     trainer = Trainer(
         running=running,
         dtype=dtype,
@@ -257,9 +284,11 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
         seq_length=options.seq_length,
         seed=options.seed,
         optimizer_options=optimizer_options(options),
-        teacher=_teacher(options, checkpoint, layout, world, dtype),
+        teacher=teacher,
         distillation=Distillation(weight=options.distill_weight, temperature=options.distill_temperature),
         adapters=add_adapters(running, lora) if lora else [],
+        hidden=hidden,
+        hidden_weight=options.hidden_weight,
     )
     checkpoints = Checkpoints(
         root=save,
