@@ -183,6 +183,4 @@ def train(
         optimizer.step()
         rows.append((loss.item(), plain.item(), divergence.item(), float(norm), schedule.at(number)))
     losses, plains, divergences, norms, rates = (list(column) for column in zip(*rows))
-    return Course(
-        losses=losses, cross_entropies=plains, divergences=divergences, norms=norms, rates=rates, model=model.eval()
-    )
+    return Course(losses=losses, cross_entropies=plains, divergences=divergences, norms=norms, rates=rates, model=model.eval())

@@ -26,7 +26,9 @@ def draw(*shape: int, seed: int, scale: float = 3.0) -> torch.Tensor:
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make(vocab: int, width: int, teacher: str, weight: float, temperature: float, dtype: str) -> tuple[dict, torch.Tensor, torch.Tensor]:
+def make(
+    vocab: int, width: int, teacher: str, weight: float, temperature: float, dtype: str
+) -> tuple[dict, torch.Tensor, torch.Tensor]:
     """What ranks are given, and the losses and the gradient that torch makes of the same."""
     shape = (TOKENS, BATCH, width)
     logits, taught = (draw(*shape, seed=seed).to(getattr(torch, dtype)).float() for seed in (0, 2))

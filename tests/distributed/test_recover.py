@@ -1,6 +1,9 @@
 """Recovery under TP × PP × DP against transformers and torch's AdamW in one process (``tests/recovery_reference.py``).
 
-Both compute in float32 and differ in the order of sums. See ``LOSS`` and ``UPDATE`` for what that leaves.
+Both compute in float32 and differ in the order of sums: 1e-7 to 3e-7 of a loss and of a gradient's norm over all steps, and
+3e-5 of what training adds to a matrix, since Adam divides small gradients by their own size. What could be wrong is far
+larger: a norm that misses a shard changes by 1e-2, weight decay on the norms changes an update by 1e-1, a missing sum over
+ranks by 1. ``LOSS`` and ``UPDATE`` leave a factor of ten to the first.
 """
 
 from __future__ import annotations
@@ -19,12 +22,12 @@ from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.export import ExportOptions, export
 
-LENGTH, BATCH, STEPS, HELD_OUT = 18, 6, 5, 2
+LENGTH, BATCH, STEPS, HELD_OUT = 18, 6, 4, 2
 SEED, SPLIT = 77, "60,30,10"
-LOSS = 2e-5
-UPDATE = 2e-2
+LOSS, UPDATE = 3e-6, 3e-4
+"""Relative."""
 ADAM = {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_eps": 1e-5, "weight_decay": 0.5, "clip_grad": 1.0}
-RATES = {"lr": 4e-3, "min_lr": 1e-3, "lr_warmup_iters": 2, "lr_decay_iters": 6}
+RATES = {"lr": 4e-3, "min_lr": 1e-3, "lr_warmup_iters": 2, "lr_decay_iters": 5}
 
 
 @pytest.fixture(scope="module")
@@ -70,33 +73,36 @@ def run(ranks, layout: tuple[int, int, int], load: str, save: Path, data: str, *
 
 
 def dense(source: Path, batches: list[torch.Tensor], style: str = "cosine", **further) -> reference.Course:
-    schedule = reference.Schedule(lr=RATES["lr"], min_lr=RATES["min_lr"], style=style, warmup=2, decay=6)
+    schedule = reference.Schedule(lr=RATES["lr"], min_lr=RATES["min_lr"], style=style, warmup=2, decay=5)
     betas = (ADAM["adam_beta1"], ADAM["adam_beta2"])
     settings = {"betas": betas, "eps": ADAM["adam_eps"], "weight_decay": ADAM["weight_decay"], "clip": ADAM["clip_grad"]}
     return reference.train(source, batches, schedule, **{**settings, **further})
 
 
-def check_course(records: list[dict[str, Any]], wanted: reference.Course, loss: float = LOSS) -> None:
+def check_course(records: list[dict[str, Any]], wanted: reference.Course) -> None:
     """Losses, norms and rates of every step."""
     steps = [record for record in records if "loss" in record]
     assert [record["iteration"] for record in steps] == list(range(1, STEPS + 1))
-    assert [record["loss"] for record in steps] == pytest.approx(wanted.losses, rel=loss)
-    assert [record["grad_norm"] for record in steps] == pytest.approx(wanted.norms, rel=10 * loss)
-    assert [record["lr"] for record in steps] == pytest.approx(wanted.rates, rel=1e-6)
+    assert [record["tokens"] for record in steps] == [number * BATCH * LENGTH for number in range(1, STEPS + 1)]
+    assert [record["loss"] for record in steps] == pytest.approx(wanted.losses, rel=LOSS)
+    assert [record["grad_norm"] for record in steps] == pytest.approx(wanted.norms, rel=LOSS)
+    assert [record["lr"] for record in steps] == pytest.approx(wanted.rates, rel=1e-9)
+    assert [record["steps_left_out"] for record in steps] == [0] * STEPS
+    if any(wanted.divergences):
+        assert [record["cross_entropy"] for record in steps] == pytest.approx(wanted.cross_entropies, rel=LOSS)
+        assert [record["kl"] for record in steps] == pytest.approx(wanted.divergences, rel=10 * LOSS)  # a difference
 
 
-def check_weights(save: Path, source: Path, wanted: reference.Course, tmp_path: Path) -> None:
-    """What training added to every tensor, as it is exported."""
-    export(ExportOptions(load_dir=str(save), save_dir=str(tmp_path / "hf")), World())
-    before, after = state_dict(source), state_dict(tmp_path / "hf")
+def check_weights(save: Path, source: Path, wanted: reference.Course, hf: Path) -> None:
+    """What training added to every tensor, as it is exported to ``hf``."""
+    export(ExportOptions(load_dir=str(save), save_dir=str(hf)), World())
+    before, after = state_dict(source), state_dict(hf)
     expected = dict(wanted.model.named_parameters())
-    assert set(before) == set(after)
-    worst = {}
+    assert set(before) == set(after) == set(expected)
     for name, old in before.items():
         update, found = expected[name].detach() - old, after[name] - old
-        worst[name]=float((found - update).norm() / update.norm())
-        # assert (found - update).norm() < UPDATE * update.norm(), name
-    print(sorted(worst.items(), key=lambda x:-x[1])[:3])
+        assert update.norm() > 1e-3 * old.norm(), f"{name} was hardly trained: nothing to compare"
+        assert (found - update).norm() < UPDATE * update.norm(), name
 
 
 CASES = {
@@ -128,28 +134,84 @@ CASES = {
         "qwen2",
         {},
         (1, 2, 1),
-        {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
+        {"micro_batch_size": 2, "recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
     ),
-    "qwen3, wide heads, TP 2": ("qwen3", {"head_dim": 16}, (2, 1, 1), {}),
-    "qwen3, wide heads, TP 3 sequence parallel": ("qwen3", {"head_dim": 16}, (3, 1, 1), {"sequence_parallel": True}),
+    "qwen3, wide heads, TP 2": ("qwen3", {"head_dim": 16}, (2, 1, 1), {"micro_batch_size": 3}),
+    "qwen3, wide heads, TP 3 sequence parallel": (
+        "qwen3",
+        {"head_dim": 16},
+        (3, 1, 1),
+        {"micro_batch_size": 3, "sequence_parallel": True},
+    ),
     "qwen3, 2 KV groups, TP 4": ("qwen3", {"num_key_value_heads": 2}, (4, 1, 1), {"micro_batch_size": 6}),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_held_out_loss_losses_norms_and_weights_are_those_of_one_plain_process(
-    ranks, checkpoints, data, drawn, tmp_path, name
-):
+def test_held_out_loss_losses_norms_and_weights_are_those_of_one_plain_process(ranks, checkpoints, data, drawn, tmp_path, name):
     family, changes, layout, options = CASES[name]
     source, load = checkpoints(family, changes)
     records = run(ranks, layout, load, tmp_path / "run", data, **options)
     batches, valid = drawn
     wanted = dense(source, batches)
-    held_out = [record["held_out_loss"] for record in records if "held_out_loss" in record]
-    print([r["loss"]/w-1 for r,w in zip([r for r in records if "loss" in r], wanted.losses)])
-    print([r["grad_norm"]/w-1 for r,w in zip([r for r in records if "loss" in r], wanted.norms)], wanted.norms)
-    print(wanted.losses,held_out[0]/reference.cross_entropy(reference.load(source), valid)-1,held_out[1]/reference.cross_entropy(wanted.model, valid)-1, held_out)
-    check_weights(tmp_path / "run", source, wanted, tmp_path)
     check_course(records, wanted)
-    assert held_out[0] == pytest.approx(reference.cross_entropy(reference.load(source), valid), rel=1e-6)
+    held_out = [record["held_out_loss"] for record in records if "held_out_loss" in record]
+    assert held_out[0] == pytest.approx(reference.cross_entropy(reference.load(source), valid), rel=LOSS)
     assert held_out[1] == pytest.approx(reference.cross_entropy(wanted.model, valid), rel=LOSS)
+    assert len(held_out) == 2 and held_out[1] < held_out[0] - 0.02
+    check_weights(tmp_path / "run", source, wanted, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("style", ["linear", "constant", "inverse-square-root"])
+def test_every_decay_of_the_learning_rate_without_clipping(ranks, checkpoints, data, drawn, tmp_path, style):
+    source, load = checkpoints("llama", {})
+    options = {"lr_decay_style": style, "clip_grad": 0.0, "micro_batch_size": 6}
+    records = run(ranks, (1, 1, 1), load, tmp_path / "run", data, **options)
+    wanted = dense(source, drawn[0], style, clip=0.0)
+    assert min(wanted.norms) > 2  # it would have been clipped
+    check_course(records, wanted)
+    check_weights(tmp_path / "run", source, wanted, tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    "layout, weight, temperature, options",
+    [
+        ((1, 1, 1), 0.3, 2.0, {"micro_batch_size": 3}),
+        ((2, 1, 1), 1.0, 1.0, {"micro_batch_size": 6, "sequence_parallel": True}),
+        ((1, 2, 1), 0.3, 2.0, {"micro_batch_size": 2}),
+        ((1, 1, 2), 1.0, 2.0, {"micro_batch_size": 3}),
+        ((2, 2, 1), 0.6, 1.0, {"micro_batch_size": 2}),
+    ],
+)
+def test_distillation_from_a_running_teacher(ranks, checkpoints, data, drawn, tmp_path, layout, weight, temperature, options):
+    source, load = checkpoints("qwen2", {"tie_word_embeddings": True})
+    teacher, taught = checkpoints("llama", {"num_hidden_layers": 2, "intermediate_size": 132, "seed": 5})
+    how = {"weight": weight, "temperature": temperature}
+    options = {**options, "teacher": taught, "distill_weight": weight, "distill_temperature": temperature}
+    records = run(ranks, layout, load, tmp_path / "run", data, **options)
+    wanted = dense(source, drawn[0], teacher=teacher, **how)
+    check_course(records, wanted)
+    assert min(wanted.divergences) > 0.3
+    held_out = [record["held_out_loss"] for record in records if "held_out_loss" in record]
+    assert held_out[0] == pytest.approx(reference.cross_entropy(reference.load(source), drawn[1]), rel=LOSS)
+    check_weights(tmp_path / "run", source, wanted, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("precision, layout", [("bf16", (1, 1, 1)), ("bf16", (2, 1, 1)), ("fp16", (1, 2, 1))])
+def test_16_bits_come_near_to_float32(ranks, checkpoints, data, drawn, tmp_path, precision, layout):
+    """bf16 has steps of 4e-3, fp16 of 5e-4; errors of single products average out, and a loss is off by 1e-3."""
+    source, load = checkpoints("qwen3", {"head_dim": 16})
+    options = {precision: True, "micro_batch_size": 3, "initial_loss_scale": 2.0**12}
+    records = run(ranks, layout, load, tmp_path / "run", data, **options)
+    wanted = dense(source, drawn[0])
+    steps = [record for record in records if "loss" in record]
+    assert [record["loss"] for record in steps] == pytest.approx(wanted.losses, rel=2e-3)
+    assert [record["loss"] for record in steps] != pytest.approx(wanted.losses, rel=LOSS)  # it did compute in 16 bits
+    assert [record["grad_norm"] for record in steps] == pytest.approx(wanted.norms, rel=2e-2)
+    assert [record["lr"] for record in steps] == pytest.approx(wanted.rates, rel=1e-9)
+    export(ExportOptions(load_dir=str(tmp_path / "run"), save_dir=str(tmp_path / "hf")), World())
+    before, after = state_dict(source), state_dict(tmp_path / "hf")
+    for name, parameter in wanted.model.named_parameters():
+        assert after[name].dtype is {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        update = parameter.detach() - before[name]
+        assert (after[name].float() - parameter.detach()).norm() < 0.2 * update.norm(), name
