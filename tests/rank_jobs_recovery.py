@@ -7,7 +7,6 @@ import multiprocessing
 import resource
 import signal
 from contextlib import contextmanager
-from functools import partial
 from multiprocessing.managers import SyncManager
 from typing import Any, Iterator
 from unittest import mock
@@ -54,63 +53,121 @@ def losses(world: World, tp: int, vocab_size: int, case: dict[str, Any]) -> tupl
         forget_groups()
 
 
+class Killed(BaseException):
+    """A run ends here as if it were killed: nothing after it is written or cleaned up."""
+
+
 @contextmanager
-def light() -> Iterator[None]:
+def light(*, plots: bool = False) -> Iterator[None]:
     """What a run of ``recover`` costs beside its work is left out: plots, and a process that imports everything again.
 
-    The process through which writers report is forked instead of spawned; those of ``tests/end_to_end`` that start a run
-    from the command line have the real one.
+    The process through which writers report is forked instead of spawned; runs that are started from the command line have
+    the real one.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from megatron_prune.recovery import checkpoints, history
 
-    forked = partial(SyncManager, ctx=multiprocessing.get_context("fork"))
+    managers: list[SyncManager] = []
+
+    def forked(ctx) -> SyncManager:
+        managers.append(SyncManager(ctx=multiprocessing.get_context("fork")))
+        return managers[-1]
+
     daemonic = multiprocessing.current_process().daemon
     with (
-        mock.patch.object(checkpoints, "SyncManager", lambda ctx: forked()),
-        mock.patch.object(history.History, "plot", lambda self: None),
+        mock.patch.object(checkpoints, "SyncManager", forked),
+        contextlib.nullcontext() if plots else mock.patch.object(history.History, "plot", lambda self: None),
         _may_have_children() if daemonic else contextlib.nullcontext(),
     ):
         try:
             yield
         finally:
             filesystem_async._results_queue = None
+            for manager in managers:
+                manager.shutdown()  # it does not listen to signals
 
 
-def recover(world: World, options: dict[str, Any], events: dict[int, str] | None = None, on_rank: int = 0) -> int:
-    """``steps/recover.py`` → its exit code.
+@contextmanager
+def happening(events: dict[int, str]) -> Iterator[None]:
+    """Let things happen to a run at iterations.
 
-    Args:
-        events: number of a step → what happens before it, on one rank: ``"stop"`` (SIGTERM), ``"nan"`` (a weight is not a
-            number), ``"full"`` (no file may be longer than 40 kB from here on, as on a full disk).
+    ``"stop"``: SIGTERM during the step, so that the one after it is the last. ``"nan"``: all weights are, before the step;
+    ``"nan gradient"``: a gradient alone. ``"full"`` or ``"no room"``: from this checkpoint on no file may be longer than
+    40 kB or 100 bytes, as on a full disk; ``"little room"``: the disk says so. ``"killed in …"`` (writing, commit, tracker,
+    best, rotation): the run is gone at that moment of its checkpoint.
     """
-    from megatron_prune.checkpoint import staging
+    from megatron_prune.checkpoint import megatron, staging
+    from megatron_prune.recovery import checkpoints
     from megatron_prune.recovery.trainer import Trainer
+
+    train, save, limits = Trainer.step, checkpoints.Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    commit, write_text, link, rmtree = staging.commit, staging.write_text, checkpoints._link, checkpoints.shutil.rmtree
+    now: list[str] = []
+
+    def watched_step(self, dataset, consumed, **rest):
+        what = events.get(consumed // self.sizes.global_batch + 1)
+        parameters = list(self.running.module.parameters())
+        if what == "stop":
+            signal.raise_signal(signal.SIGTERM)
+        elif what == "nan":
+            for parameter in parameters:
+                parameter.data.fill_(float("nan"))
+        elif what == "nan gradient":
+            parameters[-1].register_hook(lambda gradient: gradient * float("nan"))
+        return train(self, dataset, consumed, **rest)
+
+    def watched_save(self, iteration, *rest, **further):
+        self.finish()
+        now[:] = [events.get(iteration, "")]
+        if now[0] in ("full", "no room"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, ({"full": 40_000, "no room": 100}[now[0]], limits[1]))
+        if now[0] == "little room":
+            self.needed = 1 << 60
+        save(self, iteration, *rest, **further)
+        if now[0].startswith("killed in"):
+            self._queue.async_calls[0].async_caller.process.join()  # what a killed run leaves writing ends sooner or later
+            if now[0] == "killed in writing":
+                raise Killed
+            self.finish()
+
+    def at(moment, function):
+        def watched(*arguments, **further):
+            ours = moment != "tracker" or arguments[0].name == megatron.TRACKER
+            ours = ours and (moment != "rotation" or str(arguments[0]).endswith(".removed"))
+            if ours and now == [f"killed in {moment}"]:
+                raise Killed
+            return function(*arguments, **further)
+
+        return watched
+
+    with (
+        mock.patch.object(Trainer, "step", watched_step),
+        mock.patch.object(checkpoints.Checkpoints, "save", watched_save),
+        mock.patch.object(staging, "commit", at("commit", commit)),
+        mock.patch.object(staging, "write_text", at("tracker", write_text)),
+        mock.patch.object(checkpoints, "_link", at("best", link)),
+        mock.patch.object(checkpoints.shutil, "rmtree", at("rotation", rmtree)),
+    ):
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def recover(
+    world: World, options: dict[str, Any], events: dict[int, str] | None = None, on_rank: int = 0, *, plots: bool = False
+) -> int:
+    """``steps/recover.py`` → its exit code; ``events`` happen on one rank (see :func:`happening`)."""
+    from megatron_prune.checkpoint import staging
     from megatron_prune.runtime.model import stop_parallel
     from megatron_prune.steps.recover import RecoverOptions
     from megatron_prune.steps.recover import recover as step
 
-    train, done = Trainer.step, []
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def watched(self, dataset, consumed, **rest):
-        number = consumed // self.sizes.global_batch + 1
-        done.append(number)
-        what = (events or {}).get(number) if world.rank == on_rank else None
-        if what == "stop":
-            signal.raise_signal(signal.SIGTERM)
-        elif what == "nan":
-            next(self.running.module.parameters()).data.view(-1)[:].fill_(float("nan"))
-        elif what == "full":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
-        return train(self, dataset, consumed, **rest)
-
-    with mock.patch.object(Trainer, "step", watched), light():
+    with happening((events or {}) if world.rank == on_rank else {}), light(plots=plots):
         try:
             return step(RecoverOptions(**options), world)
         finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             stop_parallel()
             if world.size > 1:
                 forget_groups()

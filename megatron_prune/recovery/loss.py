@@ -95,9 +95,11 @@ class _Losses(torch.autograd.Function):
         for start in range(0, len(rows), together):
             part = slice(start, min(start + together, len(rows)))
             taught = None if teacher is None else _rows_of(teacher, part, real)
-            gradient = _some_rows(rows[part, :real], flat[part] - first, taught, distillation, losses[:, part], first, needs_grad)
+            here = rows[part, :real]
+            gradient = _some_rows(here, flat[part] - first, taught, distillation, losses[:, part], first, needs_grad)
             if needs_grad:
-                rows[part, :real].copy_(gradient)
+                if gradient is not here:
+                    here.copy_(gradient)
                 rows[part, real:].zero_()
         ctx.gradient = memory if needs_grad else None
         total, cross_entropy, divergence = losses.view(3, *labels.shape).unbind()
@@ -127,7 +129,7 @@ def _some_rows(logits, labels, teacher, distillation, losses, first, needs_grad)
     here = ((labels >= 0) & (labels < logits.shape[1])).float()
     local = labels.clamp(0, max(logits.shape[1] - 1, 0)).unsqueeze(1)
     of_label = logits.gather(1, local).squeeze(1) * here if logits.shape[1] else here
-    exponents, peak, total = _exponents(logits)
+    exponents, peak, total = _exponents(logits, in_place=teacher is None)
     of_label = _sum(of_label)
     log_total = total.log() + peak
     losses[1] = log_total - of_label
@@ -147,11 +149,11 @@ def _some_rows(logits, labels, teacher, distillation, losses, first, needs_grad)
     return own if gradient is None else own.mul_(1.0 - weight).add_(gradient, alpha=weight * temperature)
 
 
-def _exponents(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _exponents(logits: Tensor, *, in_place: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """exp(logits - peak) [rows, columns], the peak and the sum of them over all ranks [rows]."""
     peak = logits.amax(1) if logits.shape[1] else logits.new_full((len(logits),), -torch.inf)
     peak = _reduce(peak, dist.ReduceOp.MAX)
-    exponents = (logits - peak.unsqueeze(1)).exp_()
+    exponents = (logits.sub_(peak.unsqueeze(1)) if in_place else logits - peak.unsqueeze(1)).exp_()
     return exponents, peak, _sum(exponents.sum(1))
 
 

@@ -75,6 +75,10 @@ def build_optimizer(
         use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(config, [model])
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.AdamW):  # no fused one of Transformer Engine's or Apex's
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
     schedule = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

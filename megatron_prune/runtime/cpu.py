@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import Iterator
+from typing import Any, Callable, Iterator
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.tensor_parallel import random as core_random
 from torch.overrides import TorchFunctionMode
 
@@ -38,6 +40,20 @@ def _names_cuda(device: object) -> bool:
     return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
 
 
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """The collective of megatron-core's buffers, left out in a group of one, where what goes in is what comes out.
+
+    Their input and output are then the same memory; gloo would copy it to itself, twice, in every step.
+    """
+
+    def call(output: torch.Tensor, given: torch.Tensor, *, group: dist.ProcessGroup, **rest: Any) -> Any:
+        if group.size() == 1 and output.data_ptr() == given.data_ptr():
+            return None
+        return collective(output, given, group=group, **rest)
+
+    return call
+
+
 @contextlib.contextmanager
 def stand_in() -> Iterator[None]:
     """Let ``cuda`` mean the CPU where there is no CUDA."""
@@ -52,6 +68,8 @@ def stand_in() -> Iterator[None]:
         mock.patch.object(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state()),
         mock.patch.object(core_random, "_get_cuda_rng_state", lambda **_: torch.get_rng_state()),
         mock.patch.object(core_random, "_set_cuda_rng_state", lambda state, **_: torch.set_rng_state(state)),
+        mock.patch.object(param_and_grad_buffer, "dist_reduce_scatter_func", _unless_alone(dist.reduce_scatter_tensor)),
+        mock.patch.object(param_and_grad_buffer, "dist_all_gather_func", _unless_alone(dist.all_gather_into_tensor)),
         mock.patch.object(tracker_log, "level", logging.ERROR),
         _OnCpu(),
     ):

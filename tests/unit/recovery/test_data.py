@@ -236,16 +236,27 @@ def test_the_samples_are_those_of_megatron_cores_data_set(tmp_path):
     assert [whole(again[0][number]) for number in range(25)] == theirs[0].tolist()
 
 
-@pytest.mark.parametrize("weights", [(1, 3), (0.25, 0.75), (90, 10), None])
+@pytest.mark.parametrize("weights", [(1, 3), (0.25, 0.75), (90, 10)])
 def test_a_blend_draws_in_proportion_to_its_weights(tmp_path, weights):
     pairs = [numbered(tmp_path, "a", 40), numbered(tmp_path, "b", 40, first=100)]
-    words = pairs if weights is None else [str(word) for both in zip(weights, pairs) for word in both]
+    words = [str(word) for both in zip(weights, pairs) for word in both]
     train, valid, _ = build_datasets(options(tmp_path, *words), (80, 40, 40))
-    tokens = [sum(len(text) for text in documents(40, seed=first, shortest=3, longest=40)[:24]) for first in (0, 100)]
-    share = tokens[0] / sum(tokens) if weights is None else weights[0] / sum(weights)  # without weights: by what there is
     for dataset, count in ((train, 80), (valid, 40)):
         first = sum(whole(dataset[number])[0] < 100_000 for number in range(count))
-        assert first == pytest.approx(share * count, abs=1.01 if weights else 4)
+        assert first == pytest.approx(weights[0] / sum(weights) * count, abs=1.01)
+
+
+def test_a_blend_without_weights_is_every_document_once(tmp_path):
+    pairs = [numbered(tmp_path, "a", 40), numbered(tmp_path, "b", 20, first=100)]
+    train, _, _ = build_datasets(options(tmp_path, *pairs), (1000, 4, 4))
+    seen = Counter(token for number in range(len(train)) for token in train[number]["tokens"].tolist())
+    held = [
+        sum(map(len, documents(count, seed=first, shortest=3, longest=40)[: 6 * count // 10]))
+        for first, count in ((0, 40), (100, 20))
+    ]
+    assert max(seen.values()) == 1
+    for total, found in zip(held, (sum(token < 100_000 for token in seen), sum(token >= 100_000 for token in seen))):
+        assert total - LENGTH - 1 <= found <= total  # the last tokens do not fill a sample
 
 
 def test_each_split_may_have_a_blend_of_its_own(tmp_path):
