@@ -92,7 +92,7 @@ def light(*, plots: bool = False) -> Iterator[None]:
 def happening(events: dict[int, str]) -> Iterator[None]:
     """Let things happen to a run at iterations.
 
-    ``"stop"``: SIGTERM during the step, so that the one after it is the last. ``"nan"``: all weights are, before the step;
+    ``"stop"``: SIGTERM during the step, so that the one after it is the last; ``"asked"``: the step begins with that. ``"nan"``: all weights are, before the step;
     ``"nan gradient"``: a gradient alone. ``"full"`` or ``"no room"``: from this checkpoint on no file may be longer than
     40 kB or 100 bytes, as on a full disk; ``"little room"``: the disk says so. ``"killed in …"`` (writing, commit, tracker,
     best, rotation): the run is gone at that moment of its checkpoint.
@@ -110,6 +110,8 @@ def happening(events: dict[int, str]) -> Iterator[None]:
         parameters = list(self.running.module.parameters())
         if what == "stop":
             signal.raise_signal(signal.SIGTERM)
+        elif what == "asked":
+            rest = {**rest, "stop": True}
         elif what == "nan":
             for parameter in parameters:
                 parameter.data.fill_(float("nan"))

@@ -4,8 +4,8 @@ Counts are bytes. Training follows Megatron-LM's mixed precision with the distri
 arXiv 1909.08053; Rajbhandari et al. 2020, arXiv 1910.02054), activations Korthikanti et al. 2022 (arXiv 2205.05198) with
 flash attention, rewritten for gated feed-forward and grouped-query attention.
 
-What streaming, measuring and re-fitting need, and the parameters of a rank, are compared with real runs in the tests; the
-training formulas are theory until recovery exists to compare them with.
+All of it, and the time of a recovery, is compared with real runs in the tests, small ones on a CPU; what a GPU's kernels and
+allocator add has not been measured.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from megatron_prune.arch.sharding import ParallelLayout, layer_tensors
 from megatron_prune.arch.tensors import parameter_count, tensor_ids, tensor_shape
 from megatron_prune.checkpoint.stream import WORKERS
 
+BUCKET = 40_000_000
+"""Parameters in a bucket of megatron-core's gradient buffer (``DistributedDataParallelConfig``)."""
 PROCESS_BYTES = 330 << 20
 """Interpreter and imports of a process that streams (measured: torch 2.13 on Linux, CPU build)."""
 RUNTIME_BYTES = 400 << 20
@@ -33,9 +35,9 @@ class Training:
     micro_batch_size: int = 1
     seq_length: int = 4096
     mixed_precision: bool = True
-    distributed_optimizer: bool = True
     sequence_parallel: bool = True
     recompute: bool = False
+    teacher: ModelConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,18 +91,46 @@ def rank_parameters(config: ModelConfig, layout: ParallelLayout) -> int:
 
 
 def training_memory(config: ModelConfig, layout: ParallelLayout, run: Training) -> dict[str, int]:
-    """Peak of the fullest rank in recovery, by what it is used for."""
+    """Peak of the fullest rank in training steps, by what it is used for; on a GPU, of its memory."""
     parameters = rank_parameters(config, layout)
     weights = 2 if run.mixed_precision else 4
     state = 12 if run.mixed_precision else 8  # Adam's two moments; with mixed precision also the float32 weights
-    share = run.data_parallel if run.distributed_optimizer else 1
-    return {
+    parts = {
         "weights": parameters * weights,
         "gradients": parameters * 4,
-        "optimizer": parameters * state // share,
+        "optimizer": parameters * state // run.data_parallel,
+        "teacher": rank_parameters(run.teacher, layout) * weights if run.teacher else 0,
         "activations": activation_bytes(config, layout, run),
         "process": RUNTIME_BYTES,
     }
+    return {name: amount for name, amount in parts.items() if amount}
+
+
+def saving_memory(config: ModelConfig, layout: ParallelLayout, run: Training, *, bucket: int | None = BUCKET) -> int:
+    """Host memory of a rank beside the training's when a checkpoint is saved (on a CPU: instead of the activations).
+
+    megatron-core gathers the float32 weights and moments of the rank's shard over the data-parallel copies, a bucket of
+    its gradient buffer at a time.
+
+    Args:
+        bucket: parameters in one; ``None`` for all in one, as without overlapped reduction, which is so on a CPU.
+    """
+    parameters = rank_parameters(config, layout)
+    together = parameters if bucket is None else min(bucket, parameters)
+    return 12 * parameters + 12 * together // run.data_parallel + 8 * together
+
+
+def training_seconds(config: ModelConfig, run: Training, *, tokens: float, devices: int, flops: float) -> float:
+    """Time of a recovery.
+
+    Args:
+        devices: of all data-parallel copies together.
+        flops: floating-point operations per second that a device does of those that :func:`training_flops` counts.
+    """
+    own, forward = training_flops(config, run.seq_length), 1.0 / 3.0
+    each = own * (1.0 + forward * run.recompute)
+    each += forward * training_flops(run.teacher, run.seq_length) if run.teacher else 0.0
+    return tokens * each / (devices * flops)
 
 
 def activation_bytes(config: ModelConfig, layout: ParallelLayout, run: Training) -> int:

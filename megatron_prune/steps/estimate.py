@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from megatron_prune.planning.resources import (
     gradient_memory,
     refit_memory,
     sampling_memory,
+    saving_memory,
     streaming_memory,
     training_disk,
     training_memory,
+    training_seconds,
     weight_bytes,
 )
 from megatron_prune.planning.target import resolve_target
@@ -61,6 +64,10 @@ class EstimateOptions:
         "tokens in a sample of calibration text (default: 512, or the model's context where that is shorter)", None
     )
     recompute: bool = option("recovery recomputes activations layer by layer", False)
+    distill: bool = option("recovery is distilled from the unpruned model beside it", False)
+    train_tokens: float = option("tokens of the recovery", 12e9)
+    device_tflops: float = option("what a device can do at best, TFLOP/s (H100 in bf16: 989)", 989.0)
+    mfu: float = option("share of it that training reaches", 0.4)
     json: bool = option("print JSON", False)
 
 
@@ -109,6 +116,11 @@ def estimate(options: EstimateOptions, world: World) -> None:
     Console().print(table)
     parts = ", ".join(f"{name} {_size(amount)}" for name, amount in facts["steps"]["recovery"]["parts"].items())
     print(f"parameters: {facts['parameters']:,} → {facts['target_parameters']:,}; a recovery rank: {parts}")
+    recovery = facts["steps"]["recovery"]
+    print(
+        f"recovery on {options.train_tokens:,.0f} tokens with {recovery['devices']} device{'s' if recovery['devices'] > 1 else ''} "
+        f"(a rank saves through {_size(recovery['host_memory_to_save'])} of host memory) at {options.mfu:.0%} of {options.device_tflops:g} TFLOP/s: {timedelta(seconds=round(recovery['seconds']))}"
+    )
 
 
 def estimate_steps(config: ModelConfig, target: ModelConfig, layout: ParallelLayout, options: EstimateOptions) -> dict[str, Any]:
@@ -121,6 +133,14 @@ def estimate_steps(config: ModelConfig, target: ModelConfig, layout: ParallelLay
         mixed_precision=item == 2,
         sequence_parallel=layout.tensor > 1,
         recompute=options.recompute,
+        teacher=config if options.distill else None,
+    )
+    for name in ("train_tokens", "device_tflops", "mfu"):
+        if not 0 < getattr(options, name) < float("inf"):
+            raise InputError(f"--{name.replace('_', '-')}", got=getattr(options, name), needed="a positive number")
+    devices = layout.tensor * layout.pipeline * options.data_parallel_size
+    seconds = training_seconds(
+        target, run, tokens=options.train_tokens, devices=devices, flops=options.mfu * options.device_tflops * 1e12
     )
     parts = training_memory(target, layout, run)
     length = min(SEQ_LENGTH, config.max_position_embeddings) if options.sample_length is None else options.sample_length
@@ -150,7 +170,14 @@ def estimate_steps(config: ModelConfig, target: ModelConfig, layout: ParallelLay
             },
             "cutting": {"memory_per_rank": streaming_memory(config, item, buffers=2), "disk": weight_bytes(target, item)},
             "export": {"memory_per_rank": streaming_memory(target, item), "disk": weight_bytes(target, item)},
-            "recovery": {"memory_per_rank": sum(parts.values()), "disk": training_disk(target, run), "parts": parts},
+            "recovery": {
+                "memory_per_rank": sum(parts.values()),
+                "disk": training_disk(target, run),
+                "parts": parts,
+                "host_memory_to_save": saving_memory(target, layout, run),
+                "devices": devices,
+                "seconds": seconds,
+            },
         },
     }
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from tiny import build_tiny, state_dict
@@ -18,7 +19,7 @@ from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.region import close_files
 from megatron_prune.cli import main
 from megatron_prune.families.family import FAMILIES
-from megatron_prune.planning.resources import PROCESS_BYTES, rank_parameters, streaming_memory
+from megatron_prune.planning.resources import PROCESS_BYTES, Training, rank_parameters, saving_memory, streaming_memory
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 
@@ -90,6 +91,49 @@ def test_measuring_and_refitting_take_what_the_estimate_says(tmp_path, capsys):
     }
     for step, measured in peaks.items():
         assert 0.75 < measured / steps[step]["memory_per_rank"] < 1.34, (step, measured, steps[step])
+
+
+def test_recovery_takes_the_memory_and_the_time_that_the_estimate_says(tmp_path, capsys):
+    """Memory within a third; the time of a larger model from the speed that a smaller one reached, within a half."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "data.bin"), dtype=numpy.uint16)
+    for seed in range(8):
+        builder.add_item(torch.randint(2, 30000, (600,), generator=torch.Generator().manual_seed(seed)))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "data.idx"))
+    data = ["--data-path", str(tmp_path / "data"), "--split", "60,40,0", "--seq-length", "128", "--global-batch-size", "2"]
+    run = [
+        *data,
+        "--micro-batch-size",
+        "4",
+        "--train-iters",
+        "6",
+        "--save-interval",
+        "6",
+        "--eval-iters",
+        "1",
+        "--log-interval",
+        "2",
+    ]
+    speeds, estimates = {}, {}
+    for layers in (2, 5):
+        sizes = {"hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": layers, "max_position_embeddings": 128}
+        build_tiny(tmp_path / f"m{layers}", head_dim=64, vocab_size=32000, **sizes)
+        start = str(tmp_path / f"start{layers}")
+        convert(ConvertOptions(load_dir=str(tmp_path / f"m{layers}"), save_dir=start), World())
+        capsys.readouterr()
+        asked = ["--target-params-dtype", "fp32", "--seq-length", "128", "--micro-batch-size", "2", "--train-tokens", "1e6"]
+        main(["estimate", start, *asked, "--device-tflops", "0.1", "--mfu", "1", "--json"])
+        estimates[layers] = json.loads(capsys.readouterr().out)["steps"]["recovery"]
+        measured = peak("recover", "--load", start, "--save", str(tmp_path / f"run{layers}"), *run)
+        parts, config = estimates[layers]["parts"], huggingface.open_model(tmp_path / f"m{layers}").config
+        saving = saving_memory(config, ParallelLayout(), Training(), bucket=None)
+        expected = sum(parts.values()) - parts["activations"] + max(parts["activations"], saving)
+        assert 0.75 < measured / expected < 1.34, (measured, expected, parts, saving)
+        records = [json.loads(line) for line in (tmp_path / f"run{layers}" / "history.jsonl").read_text().splitlines()]
+        speeds[layers] = max(record.get("tokens_per_second", 0) for record in records)
+    assert estimates[5]["seconds"] / estimates[2]["seconds"] == pytest.approx(speeds[2] / speeds[5], rel=0.5)
 
 
 @pytest.mark.parametrize("tp, pp", [(1, 1), (3, 2), (6, 4)])
