@@ -70,7 +70,8 @@ def _spellings(item: Field) -> list[str]:
 def _default_text(item: Field) -> str:
     if any(item.default is empty for empty in (MISSING, None, False, ())):
         return ""
-    return f" (default: {item.default})"
+    shown = " ".join(item.default) if isinstance(item.default, tuple) and isinstance(item.default[0], str) else item.default
+    return f" (default: {shown})"
 
 
 def parse(kind: type[Options], argv: list[str], *, prog: str, description: str) -> Options:

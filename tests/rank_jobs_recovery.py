@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import resource
 import signal
@@ -59,7 +60,8 @@ class Killed(BaseException):
 
 @contextmanager
 def light(*, plots: bool = False) -> Iterator[None]:
-    """What a run of ``recover`` costs beside its work is left out: plots, and a process that imports everything again.
+    """What a run of ``recover`` costs beside its work is left out: plots, a process that imports everything again, and looks
+    through all objects for garbage.
 
     The process through which writers report is forked instead of spawned; runs that are started from the command line have
     the real one.
@@ -78,6 +80,7 @@ def light(*, plots: bool = False) -> Iterator[None]:
     with (
         mock.patch.object(checkpoints, "SyncManager", forked),
         contextlib.nullcontext() if plots else mock.patch.object(history.History, "plot", lambda self: None),
+        mock.patch.object(gc, "collect", lambda *_: 0),
         _may_have_children() if daemonic else contextlib.nullcontext(),
     ):
         try:
@@ -92,7 +95,8 @@ def light(*, plots: bool = False) -> Iterator[None]:
 def happening(events: dict[int, str]) -> Iterator[None]:
     """Let things happen to a run at iterations.
 
-    ``"stop"``: SIGTERM during the step, so that the one after it is the last; ``"asked"``: the step begins with that. ``"nan"``: all weights are, before the step;
+    ``"stop"`` or ``"interrupt"``: SIGTERM or SIGINT during the step, so that the one after it is the last; ``"asked"``: the
+    step begins with that. ``"nan"``: all weights are, before the step;
     ``"nan gradient"``: a gradient alone. ``"full"`` or ``"no room"``: from this checkpoint on no file may be longer than
     40 kB or 100 bytes, as on a full disk; ``"little room"``: the disk says so. ``"killed in …"`` (writing, commit, tracker,
     best, rotation): the run is gone at that moment of its checkpoint.
@@ -108,8 +112,8 @@ def happening(events: dict[int, str]) -> Iterator[None]:
     def watched_step(self, dataset, consumed, **rest):
         what = events.get(consumed // self.sizes.global_batch + 1)
         parameters = list(self.running.module.parameters())
-        if what == "stop":
-            signal.raise_signal(signal.SIGTERM)
+        if what in ("stop", "interrupt"):
+            signal.raise_signal(signal.SIGTERM if what == "stop" else signal.SIGINT)
         elif what == "asked":
             rest = {**rest, "stop": True}
         elif what == "nan":

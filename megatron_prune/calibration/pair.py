@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 import numpy
 import torch
@@ -103,6 +104,15 @@ class Pair:
                 file.seek(start)
                 for place in range(start, stop, _BLOCK * size):
                     yield numpy.frombuffer(file.read(min(_BLOCK * size, stop - place)), dtype=self.dtype)
+
+
+def recorded_tokenizer(prefix: str) -> dict[str, Any] | None:
+    """What the record beside a pair that ``megatron-prune preprocess`` made says of its tokenizer; ``None`` without one."""
+    try:
+        made = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))["tokenizer"]
+        return made if {"name", "vocab_size", "digest"} <= set(made) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _check(prefix: str) -> None:

@@ -141,7 +141,7 @@ def write_part(part: Part, coding: Coding) -> int:
         for tokens in _tokenised(part.texts, coding):
             file.write(numpy.array(tokens, dtype=coding.dtype).tobytes())
             lengths.append(len(tokens))
-    sync(Path(f"{part.prefix}.bin"))
+    staging.sync(Path(f"{part.prefix}.bin"))
     held = io.BytesIO()
     numpy.save(held, numpy.array(lengths, dtype=numpy.int32))
     staging.write_bytes(Path(f"{part.prefix}.npy"), held.getvalue())
@@ -196,12 +196,3 @@ def join_parts(parts: Iterable[str], prefix: str, dtype: str) -> tuple[int, int]
     builder.document_indices.extend(range(1, documents + 1))
     builder.finalize(f"{prefix}.idx")
     return documents, sum(builder.sequence_lengths)
-
-
-def sync(path: Path) -> None:
-    """Have a file, or what a directory lists, on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

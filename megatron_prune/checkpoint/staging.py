@@ -145,8 +145,8 @@ def _place(partial: Path, path: Path) -> None:
     close_files()
     for folder, _, files in os.walk(partial):
         for name in files:
-            _sync(os.path.join(folder, name))
-        _sync(folder)
+            sync(os.path.join(folder, name))
+        sync(folder)
     if path.exists():
         if not _exchange(partial, path):
             old = _replaced_path(path)
@@ -157,7 +157,7 @@ def _place(partial: Path, path: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
     else:
         os.rename(partial, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -238,10 +238,11 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.rename(temporary, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: str | Path) -> None:
+def sync(path: str | Path) -> None:
+    """Have a file, or what a directory lists, on the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -119,11 +119,11 @@ def _check_pair(prefix: str, pair: Pair, seq_length: int, vocab_size: int) -> No
         raise InputError(
             f"{prefix}.bin is too short", got=f"{pair.total} tokens", needed=f"at least {seq_length + 1}: one sample"
         )
-    highest = pair.highest()
-    if highest >= vocab_size:
+    lowest, highest = pair.extremes()
+    if lowest < 0 or highest >= vocab_size:
         raise InputError(
             f"{prefix}.bin was made with a tokenizer that is not the model's",
-            got=f"token {highest}",
+            got=f"token {highest if highest >= vocab_size else lowest}",
             needed=f"0 to {vocab_size - 1}",
             do="make it again with this model's tokenizer: megatron-prune preprocess",
         )

@@ -13,7 +13,7 @@ from typing import Any, Iterator
 from megatron_prune import __version__
 from megatron_prune.calibration.documents import DocumentReader, open_documents
 from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
-from megatron_prune.calibration.parts import Coding, Part, grouped, join_parts, sync, text_digest, write_parts
+from megatron_prune.calibration.parts import Coding, Part, grouped, join_parts, text_digest, write_parts
 from megatron_prune.calibration.reader import TRAIN, stamps
 from megatron_prune.checkpoint import huggingface, megatron, staging
 from megatron_prune.config import option, require_positive
@@ -233,8 +233,8 @@ def _place(work: Path, options: PreprocessOptions) -> None:
     for column, key in enumerate(options.json_keys):
         files = outputs(options, key)
         for ending in ENDINGS:
-            sync(work / f"whole-{column}.{ending}")
+            staging.sync(work / f"whole-{column}.{ending}")
         files["idx"].unlink(missing_ok=True)
         for ending, file in files.items():
             os.rename(work / f"whole-{column}.{ending}", file)
-        sync(file.parent)
+        staging.sync(file.parent)

@@ -18,6 +18,8 @@ from megatron_prune.arch.adapter import AdapterConfig, target_roles
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import tensor_shape
+from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
+from megatron_prune.calibration.pair import recorded_tokenizer
 from megatron_prune.calibration.sources import check_seed
 from megatron_prune.checkpoint import megatron, staging
 from megatron_prune.checkpoint.manifest import FILE, Manifest
@@ -56,7 +58,8 @@ def check(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
     error = None
     if world.is_main:
         try:
-            check_data(data_options(options), checkpoint.config.vocab_size)
+            pairs = check_data(data_options(options), checkpoint.config.vocab_size)
+            _check_tokenizer(list(pairs), checkpoint)
             _check_run(options, checkpoint)
         except InputError as found:
             error = found
@@ -153,6 +156,21 @@ def _check_answers(options: RecoverOptions, student: MegatronCheckpoint) -> None
     raise_all(
         InputError, f"{options.teacher_logits} was taught for another recovery", problems, do="use the same, or teach again"
     )
+
+
+def _check_tokenizer(prefixes: list[str], checkpoint: MegatronCheckpoint) -> None:
+    """Refuse pairs that say that another tokenizer made them than the one the checkpoint keeps."""
+    said = {prefix: recorded_tokenizer(prefix) for prefix in prefixes}
+    if checkpoint.hf_folder is None or not any(said.values()):
+        return
+    own = tokenizer_digest(load_tokenizer(checkpoint.hf_folder))
+    for prefix, made in said.items():
+        if made and made["digest"] != own:
+            raise InputError(
+                f"{prefix}.bin was made with a tokenizer that is not the model's",
+                got=f"{made['name']} of {made['vocab_size']} tokens",
+                do="make it again with this model's: megatron-prune preprocess --tokenizer " + str(checkpoint.path),
+            )
 
 
 def _check_run(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> None:
@@ -262,7 +280,8 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
     tensors = megatron.open_checkpoint(latest).tensors if latest and not options.lora_r else checkpoint.tensors
     dtype = compute_dtype(options)
     if latest and world.is_main:
-        log.info("going on after iteration %d", position.iteration)
+        ended = position.iteration >= options.train_iters
+        log.info("the run is at its end, iteration %d" if ended else "going on after iteration %d", position.iteration)
     further = {
         "sequence_parallel": options.sequence_parallel and layout.tensor > 1,
         "recompute_granularity": options.recompute_granularity,

@@ -41,6 +41,15 @@ EXACT = ("loss", "grad_norm", "lr", "steps_left_out", "held_out_loss")
 """What does not depend on the machine's speed."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """So small a model runs no faster on several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, tiny) -> Path:
     """A model in float32 as ``hf`` and ``m``, a teacher ``taught``, one of another vocabulary ``other``, and a pair ``text``."""
@@ -125,10 +134,10 @@ def names(save: Path) -> list[str]:
     return sorted(set(os.listdir(save)) - always)
 
 
-def same_end(save: Path, wanted: Path) -> None:
+def same_end(save: Path, wanted: Path, kept: tuple[int, ...] = (4, 6)) -> None:
     """A run came to the end of another, bit by bit, and left nothing beside."""
     assert history(save) == history(wanted)
-    assert names(save) == names(wanted)
+    assert names(save) == ["best", *(f"iter_{number:07d}" for number in kept)]
     assert os.readlink(save / "best") == os.readlink(wanted / "best")
     same_tensors(save / f"iter_{STEPS:07d}", wanted / f"iter_{STEPS:07d}")
     ours, theirs = (json.loads((each / "summary.json").read_text()) for each in (save, wanted))
@@ -147,13 +156,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(run, whole, tmp_path, p
     assert json.loads((save / "summary.json").read_text())["finished"] is False
     assert run(save, {4: "stop"}, **precision) == 143
     assert run(save, **precision) == 0
-    same_end(save, whole(**precision))
+    same_end(save, whole(**precision), kept=(5, 6))
 
 
-def test_a_run_that_is_stopped_by_the_keyboard_saves_too(run, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs.signal, "SIGTERM", signal.SIGINT)
-    assert run(tmp_path / "run", {2: "stop"}) == 143
-    monkeypatch.undo()
+def test_a_run_that_is_stopped_by_the_keyboard_saves_too(run, whole, tmp_path):
+    assert run(tmp_path / "run", {2: "interrupt"}) == 143
     assert run(tmp_path / "run") == 0
     same_end(tmp_path / "run", whole())
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -333,10 +340,10 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(ranks, options, tmp_pat
 def test_fp16_leaves_out_steps_that_overflow_and_goes_on(run, tmp_path):
     """The scale is halved at the second overflow in a row (megatron-core's hysteresis), until the gradients fit."""
     save = tmp_path / "run"
-    assert run(save, fp16=True, initial_loss_scale=2.0**24, lr_warmup_iters=0, save_interval=6) == 0
+    assert run(save, fp16=True, initial_loss_scale=2.0**20, lr_warmup_iters=0, save_interval=6) == 0
     steps = [dict(record[1:]) for record in history(save) if "loss" in dict(record[1:])]
     left_out = [step["steps_left_out"] for step in steps]
-    assert left_out == sorted(left_out, reverse=True) and 2 <= sum(left_out) <= 4
+    assert left_out == sorted(left_out, reverse=True) and 2 <= sum(left_out) <= 5
     assert [step["grad_norm"] is None for step in steps] == [bool(out) for out in left_out]
     schedule = reference.Schedule(lr=3e-3, min_lr=1e-3, decay=STEPS)
     done = numpy.cumsum([1 - out for out in left_out]) - [1 - out for out in left_out]
@@ -344,7 +351,7 @@ def test_fp16_leaves_out_steps_that_overflow_and_goes_on(run, tmp_path):
 
 
 def test_fp16_can_be_stopped_before_its_first_update(run, tmp_path):
-    save, scaled = tmp_path / "run", {"fp16": True, "initial_loss_scale": 2.0**24}
+    save, scaled = tmp_path / "run", {"fp16": True, "initial_loss_scale": 2.0**20}
     assert run(save, {1: "asked"}, **scaled) == 143
     assert run(save, **scaled) == 0
     assert run(tmp_path / "whole", **scaled) == 0
@@ -353,8 +360,8 @@ def test_fp16_can_be_stopped_before_its_first_update(run, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- which checkpoints stay
 
-WORSE = {"lr": 0.05, "min_lr": 0.05, "lr_warmup_iters": 0, "train_iters": 10, "lr_decay_iters": 10}
-"""The held-out loss falls and then rises."""
+WORSE = {"lr": 1.0, "min_lr": 1.0, "lr_warmup_iters": 9, "train_iters": 10, "lr_decay_iters": 10}
+"""A rate that rises without end: the held-out loss falls and then rises."""
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -363,7 +370,7 @@ def test_the_newest_and_the_best_checkpoint_stay(run, whole, keep):
     losses = {iteration: loss for iteration, loss in held_out(save).items() if iteration}
     best = min(losses, key=losses.get)
     newest = sorted(losses)[-keep:]
-    assert best not in newest and best > min(losses), f"the test needs a best in the middle: {losses}"
+    assert best not in newest, f"the test needs a best that is old: {losses}"
     assert names(save) == ["best", *(f"iter_{number:07d}" for number in sorted({best, *newest}))]
     assert os.readlink(save / "best") == f"iter_{best:07d}"
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "10"
@@ -534,5 +541,175 @@ def test_a_run_begins_from_a_legacy_checkpoint_and_from_one_of_another_run(run, 
     convert(ConvertOptions(load_dir=str(home / "hf"), save_dir=str(tmp_path / "old"), ckpt_format="torch"), World())
     assert run(tmp_path / "run", load=str(tmp_path / "old")) == 0
     assert history(tmp_path / "run") == history(whole())
-    assert run(tmp_path / "next", load=str(whole() / "best"), train_iters=1) == 0
+    assert run(tmp_path / "next", load=str(whole() / "best"), train_iters=1, lr_warmup_iters=0) == 0
     assert held_out(tmp_path / "next")[0] == min(held_out(whole()).values())
+
+
+# -------------------------------------------------------------------------------------------------------------- bad input
+
+REFUSED = {
+    "longer than the context": ({"seq_length": 65}, "--seq-length.*65.*64"),
+    "no sequence": ({"seq_length": 1}, "--seq-length.*1"),
+    "batches that do not divide": ({"micro_batch_size": 4}, "--global-batch-size 6.*micro-batches of 4.*multiple of 4"),
+    "no batch": ({"global_batch_size": 0}, "global_batch_size.*0"),
+    "no steps": ({"train_iters": 0}, "train_iters.*0"),
+    "both precisions": ({"bf16": True, "fp16": True}, "--bf16 and --fp16"),
+    "a loss scale of nothing": ({"fp16": True, "initial_loss_scale": 0.0}, "--initial-loss-scale"),
+    "no rate": ({"lr": 0.0}, "--lr"),
+    "a rate that is no number": ({"lr": math.nan}, "--lr"),
+    "a least rate above the rate": ({"min_lr": 1.0}, "--min-lr"),
+    "a warm-up to the end": ({"lr_warmup_iters": 6}, "--lr-warmup-iters.*6"),
+    "a first moment that never forgets": ({"adam_beta1": 1.0}, "--adam-beta1"),
+    "a weight decay below zero": ({"weight_decay": -0.1}, "--weight-decay"),
+    "a seed below zero": ({"seed": -1}, "--seed"),
+    "a patience below zero": ({"early_stop": -1}, "--early-stop"),
+    "a teacher's weight above one": ({"teacher": "taught", "distill_weight": 1.5}, "--distill-weight"),
+    "a temperature of zero": ({"teacher": "taught", "distill_temperature": 0.0}, "--distill-temperature"),
+    "a teacher of another vocabulary": ({"teacher": "other"}, "--teacher.*400 tokens.*307"),
+    "no such teacher": ({"teacher": "nobody"}, "nobody"),
+    "no such checkpoint": ({"load": "nothing"}, "nothing"),
+    "another number of layers": ({"megatron": {"num_layers": 7}}, "--num-layers 7, the checkpoint has 4"),
+    "more ranks than there are": ({"tensor_model_parallel_size": 2}, "1 process for TP 2"),
+    "stages that do not divide": ({"pipeline_model_parallel_size": 3}, "PP 3"),
+    "recompute of more layers than there are": (
+        {"recompute_granularity": "full", "recompute_num_layers": 9},
+        "--recompute-num-layers",
+    ),
+    "selective recompute of a number of layers": (
+        {"recompute_granularity": "selective", "recompute_num_layers": 2},
+        "--recompute-num-layers",
+    ),
+    "no data": ({"data_path": ()}, "--data-path.*neither.*preprocess"),
+    "data that is not there": ({"data_path": ("gone",)}, "gone.bin"),
+    "half a blend": ({"data_path": ("0.5", "text", "0.5")}, "--data-path"),
+    "a split without validation": ({"split": "100,0,0"}, "--split"),
+    "a split that is none": ({"split": "a,b,c"}, "--split"),
+    "a place inside the checkpoint": ({"save": "m/run"}, "in the input"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_bad_input_is_refused_before_anything_is_written(run, home, tmp_path, monkeypatch, what):
+    monkeypatch.chdir(home)  # paths above are relative to it
+    changes, pattern = REFUSED[what]
+    before = sorted(str(path) for path in home.rglob("*"))
+    with pytest.raises(InputError, match=f"(?s){pattern}"):
+        run(**{"save": tmp_path / "run", **changes})
+    assert not (tmp_path / "run").exists()
+    assert sorted(str(path) for path in home.rglob("*")) == before
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "other vocabulary", "no index"])
+def test_damaged_data_is_refused_before_anything_is_written(run, tmp_path, damage):
+    texts = reference.documents(40)
+    if damage == "other vocabulary":
+        texts[7][1] = 399
+    pair = reference.write_pair(tmp_path / "text", texts)
+    whole_file = Path(f"{pair}.bin").read_bytes()
+    if damage in ("empty", "truncated"):
+        Path(f"{pair}.bin").write_bytes(b"" if damage == "empty" else whole_file[:-10])
+    elif damage == "no index":
+        Path(f"{pair}.idx").write_bytes(b"MMID")
+    with pytest.raises(InputError, match="token 399" if damage == "other vocabulary" else r"text\.(bin|idx)"):
+        run(tmp_path / "run", data_path=(pair,))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_holds_something_else_is_left_alone(run, tmp_path):
+    save = tmp_path / "run"
+    save.mkdir()
+    (save / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="run exists"):
+        run(save)
+    (save / "run.json").write_text("{")
+    with pytest.raises(InputError, match="run.json is damaged"):
+        run(save)
+    assert (save / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    "words, pattern",
+    [
+        ("--num-layers 7", "--num-layers 7, the checkpoint has 4"),
+        ("--rampup-batch-size 2 2 100", "--rampup-batch-size"),
+        (
+            "--lr-warmup-fraction 0.1 --attention-dropout 0.1",
+            "--lr-warmup-fraction 0.1.*--attention-dropout 0.1|dropout.*fraction",
+        ),
+        ("--context-parallel-size 2", "--context-parallel-size 2"),
+        ("--lr fast", "--lr"),
+        ("--lr-decay-style sudden", "sudden.*cosine"),
+        ("--data_pth x", "data_pth"),
+    ],
+)
+def test_the_command_line_refuses_what_it_does_not_follow(home, tmp_path, capsys, words, pattern):
+    argv = ["recover", "--load", str(home / "m"), "--save", str(tmp_path / "run"), "--train-iters", "2"]
+    argv += ["--data-path", str(home / "text"), "--split", SPLIT, "--seq-length", "18", "--global-batch-size", "2"]
+    with pytest.raises(SystemExit) as left:
+        main([*argv, *words.split()])
+    message = capsys.readouterr().err
+    assert left.value.code == 2 and re.search(pattern, message, re.DOTALL) and "Traceback" not in message
+    assert not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------------------------------------- from the command line
+
+
+def command(options: dict[str, Any]) -> list[str]:
+    words = [sys.executable, "-W", "ignore", "-m", "megatron_prune", "recover"]
+    for name, value in options.items():
+        values = [] if value is True else value if isinstance(value, tuple) else (value,)
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return words
+
+
+def start_and_end(words: list[str], save: Path, iteration: int, number: int) -> tuple[int, str]:
+    """Start a run, and send all its processes a signal when an iteration is done → exit code, standard error."""
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        file, until = save / "history.jsonl", time.monotonic() + 120
+        while not (file.is_file() and f'"iteration": {iteration},' in file.read_text()):
+            assert process.poll() is None and time.monotonic() < until, process.communicate()[1]
+            time.sleep(0.01)
+        os.killpg(process.pid, number)
+        _, message = process.communicate(timeout=120)
+        return process.returncode, message
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def processes_of(group: str) -> list[str]:
+    """Command lines that name ``group``."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if group in line:
+            found.append(line)
+    return found
+
+
+def test_a_real_run_outlives_a_request_to_stop_and_a_kill(run, options, tmp_path):
+    """SIGTERM to every process of the run, as torchrun and Slurm send it; later SIGKILL; the bits stay the same."""
+    save, longer = tmp_path / "run", {"train_iters": 400, "save_interval": 20, "keep": 1000, "lr_decay_iters": 400}
+    words = command(options(save, **longer))
+    code, message = start_and_end(words, save, 30, signal.SIGTERM)
+    assert code == 143 and "Traceback" not in message
+    stopped = max(int(path.name.removeprefix("iter_")) for path in save.glob("iter_*"))
+    assert stopped >= 31 and json.loads((save / "summary.json").read_text())["iterations"] == stopped
+    assert "the same command goes on" in message
+    code, message = start_and_end(words, save, stopped + 30, signal.SIGKILL)
+    assert code == -signal.SIGKILL and f"going on after iteration {stopped}" in message
+    time.sleep(0.5)
+    assert not processes_of(str(save))
+    killed = max(int(path.name.removeprefix("iter_")) for path in save.glob("iter_*"))
+    end = killed + 3
+    assert run(save, {end: "asked"}, **longer) == 143
+    assert run(tmp_path / "whole", {end: "asked"}, **longer) == 143
+    assert [record for record in history(save) if record[0] % 20 or "loss" in dict(record[1:])] == [
+        record for record in history(tmp_path / "whole") if record[0] % 20 or "loss" in dict(record[1:])
+    ]
+    same_tensors(save / f"iter_{end:07d}", tmp_path / f"whole/iter_{end:07d}")

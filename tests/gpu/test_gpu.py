@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 
@@ -35,3 +36,22 @@ def test_bf16_perplexity_on_the_device_is_near_fp32(tiny, tmp_path):
         verb("evaluate", "--load-dir", str(tmp_path / "m"), *run)
         values.append(json.loads(output.read_text())["perplexity"])
     assert values[1] == pytest.approx(values[0], rel=0.05)
+
+
+def test_recovery_in_bf16_on_the_device_learns_and_goes_on(tiny, tmp_path):
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "data.bin"), dtype=numpy.uint16)
+    for _ in range(40):
+        builder.add_item(torch.arange(64) % 7 + 5)
+        builder.end_document()
+    builder.finalize(str(tmp_path / "data.idx"))
+    verb("convert", "--load-dir", str(tiny("llama")), "--save-dir", str(tmp_path / "m"))
+    data = ["--data-path", str(tmp_path / "data"), "--split", "80,20,0", "--seq-length", "32", "--global-batch-size", "4"]
+    run = [*data, "--bf16", "--lr", "1e-2", "--eval-iters", "2", "--save-interval", "10", "--teacher", str(tmp_path / "m")]
+    run += ["--distill-weight", "0.1", "--train-iters", "20"]
+    verb("recover", "--load", str(tmp_path / "m"), "--save", str(tmp_path / "run"), *run)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["best_loss"] < 0.5 * summary["start_loss"]
+    verb("recover", "--load", str(tmp_path / "m"), "--save", str(tmp_path / "run"), *run)  # ended: nothing more to do
+    verb("export", "--load-dir", str(tmp_path / "run/best"), "--save-dir", str(tmp_path / "hf"))

@@ -13,8 +13,6 @@ from megatron_prune.calibration.draw import check_enough, random_starts, whole_w
 from megatron_prune.calibration.pair import open_pair
 from megatron_prune.calibration.reader import READERS, Drawn, Reader, full
 
-_Pair = open_pair  # tests/unit/calibration/test_files.py knows it by this name
-
 
 @READERS.register(".bin")
 @READERS.register(".idx")

@@ -163,7 +163,7 @@ def test_an_indexed_pair_is_the_run_of_its_sequences(load, tmp_path, dtype, endi
 
 @given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=12), data=st.data())
 def test_windows_of_a_pair_span_its_documents(tmp_path_factory, sizes, data):
-    from megatron_prune.calibration.readers.indexed import _Pair
+    from megatron_prune.calibration.pair import open_pair
 
     total = sum(sizes)
     ends = numpy.cumsum([0, *sizes])
@@ -171,7 +171,7 @@ def test_windows_of_a_pair_span_its_documents(tmp_path_factory, sizes, data):
     if total == 0:
         return
     indexed(prefix, [list(range(a, b)) for a, b in zip(ends, ends[1:])])
-    pair = _Pair(str(prefix))
+    pair = open_pair(prefix)
     start = data.draw(st.integers(0, total - 1))
     length = data.draw(st.integers(1, total - start))
     assert pair.total == total
