@@ -130,19 +130,30 @@ def _check_pair(prefix: str, pair: Pair, seq_length: int, vocab_size: int) -> No
 
 
 def _check_split(prefix: str, pair: Pair, options: DataOptions) -> None:
-    try:
-        bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(options.split))
-    except (AssertionError, ValueError, TypeError):
-        raise InputError("--split", got=options.split, needed="three shares such as 969,30,1") from None
-    for name, share in zip(SPLITS[:2], bounds[:2]):
-        if share is None:
-            raise InputError(f"--split {options.split} leaves nothing to {'train' if name == 'train' else 'measure'} on")
-        if round(share[0] * pair.documents) >= round(share[1] * pair.documents):
+    for name, count in zip(SPLITS[:2], split_counts(options.split, pair.sequences)):
+        if count == 0:
             raise InputError(
                 f"--split {options.split} leaves no document of {prefix} to the {name} split",
-                got=f"{pair.documents} document{'s' if pair.documents > 1 else ''}",
+                got=f"{pair.sequences} document{'s' if pair.sequences > 1 else ''}",
+                needed="some to train on and some to measure on",
                 do="name --train-data-path and --valid-data-path, or another --split",
             )
+
+
+def split_counts(split: str, sequences: int) -> list[int]:
+    """How many of a pair's sequences (documents, where each is one) fall to training, validation and test.
+
+    Raises:
+        InputError: if ``split`` is not shares.
+    """
+    try:
+        shares = [float(share) for share in split.split(",")]
+        if not 1 <= len(shares) <= 3 or not all(0 <= share < float("inf") for share in shares) or not any(shares):
+            raise ValueError
+    except ValueError:
+        raise InputError("--split", got=split, needed="shares of training, validation and test such as 969,30,1") from None
+    bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    return [0 if share is None else round(share[1] * sequences) - round(share[0] * sequences) for share in bounds]
 
 
 def build_datasets(options: DataOptions, samples: tuple[int, int, int]) -> list[Dataset | None]:
@@ -156,7 +167,7 @@ def build_datasets(options: DataOptions, samples: tuple[int, int, int]) -> list[
     """
     blends: dict[str, Any] = {"blend": None, "blend_per_split": None, "split": None}
     if options.data_path:
-        blends |= {"blend": parse_blend(options.data_path, "--data-path"), "split": options.split}
+        blends |= {"blend": parse_blend(options.data_path, "--data-path"), "split": _without_empty_test(options)}
     else:
         blends["blend_per_split"] = [parse_blend(words, "--data-path") if words else None for words in options.separate]
     config = GPTDatasetConfig(
@@ -171,6 +182,14 @@ def build_datasets(options: DataOptions, samples: tuple[int, int, int]) -> list[
         **blends,
     )
     return BlendedMegatronDatasetBuilder(GPTDataset, list(samples), lambda: True, config).build()
+
+
+def _without_empty_test(options: DataOptions) -> str:
+    """The split, without the share of the test where a pair has no document for it: megatron-core would look for one for ever."""
+    prefixes, _ = parse_blend(options.data_path, "--data-path")
+    if all(split_counts(options.split, open_pair(prefix).sequences)[2] for prefix in prefixes):
+        return options.split
+    return ",".join([*options.split.split(",")[:2], "0"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,7 +129,7 @@ def _some_rows(logits, labels, teacher, distillation, losses, first, needs_grad)
     here = ((labels >= 0) & (labels < logits.shape[1])).float()
     local = labels.clamp(0, max(logits.shape[1] - 1, 0)).unsqueeze(1)
     of_label = logits.gather(1, local).squeeze(1) * here if logits.shape[1] else here
-    exponents, peak, total = _exponents(logits, in_place=teacher is None)
+    exponents, peak, total = _exponents(logits, in_place=needs_grad and teacher is None)
     of_label = _sum(of_label)
     log_total = total.log() + peak
     losses[1] = log_total - of_label
@@ -181,18 +181,18 @@ def _against_top_k(hot, teacher, temperature, known, first) -> tuple[Tensor, Ten
     _, log_total = known or _with_log_total(hot)
     own = (hot - log_total.unsqueeze(1)).exp_()
     target = teacher.log_probs.exp()
-    picked = own.gather(1, local) * here if hot.shape[1] else torch.zeros_like(target)
+    picked = own.gather(1, local) if hot.shape[1] else torch.zeros_like(target)
     of_listed = hot.gather(1, local) * here if hot.shape[1] else torch.zeros_like(target)
     listed = _sum(of_listed) - log_total.unsqueeze(1)
     rest = 1.0 - target.sum(1)
     rest = torch.where(rest > _NO_REST, rest, 0.0)
-    own_rest = _sum(own.sum(1) - picked.sum(1)).clamp_(min=1e-12)
+    rows, places = here.nonzero(as_tuple=True)
+    own[rows, local[rows, places]] = 0.0
+    own_rest = _sum(own.sum(1)).clamp_(min=torch.finfo(torch.float32).tiny)
     divergence = (target * (teacher.log_probs - listed)).sum(1)
-    divergence += torch.where(rest > 0, rest * (rest.clamp(min=1e-12).log() - own_rest.log()), 0.0)
-    gradient = own * (1.0 - rest / own_rest).unsqueeze(1)
-    if hot.shape[1]:
-        exact = torch.where(here, picked - target - gradient.gather(1, local), 0.0)
-        gradient.scatter_add_(1, local, exact)
+    divergence += torch.where(rest > 0, rest * (rest.clamp(min=_NO_REST).log() - own_rest.log()), 0.0)
+    gradient = own.sub_((own / own_rest.unsqueeze(1)).mul_(rest.unsqueeze(1)))
+    gradient[rows, local[rows, places]] = (picked - target)[rows, places]
     return divergence, gradient
 
 
