@@ -25,6 +25,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.safe_globals import register_safe_globals
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prune.checkpoint import megatron, staging
 from megatron_prune.checkpoint.manifest import FILE, Manifest
@@ -37,6 +38,7 @@ from megatron_prune.runtime.world import World
 
 BEST = "best"
 _PR_SET_PDEATHSIG = 1
+_FAILURES = (Exception, CheckpointException)  # torch's is no Exception
 _CONTENT = {
     "singleton_local_shards": False,
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -97,11 +99,14 @@ class Checkpoints:
             consumed = described.recipe[-1]["consumed_samples"]
             args.iteration, args.consumed_train_samples, args.no_save_optim = iteration, consumed, False
             state |= {"args": args, "checkpoint_version": 3.0, "iteration": iteration}
-            request = dist_checkpointing.save(
-                state, str(staging.partial_path(folder)), async_sharded_save=True, content_metadata=_CONTENT
-            )
-            request.add_finalize_fn(lambda: self._commit(folder, described, best))
-            self._queue.schedule_async_request(request)
+            try:
+                request = dist_checkpointing.save(
+                    state, str(staging.partial_path(folder)), async_sharded_save=True, content_metadata=_CONTENT
+                )
+                request.add_finalize_fn(lambda: self._commit(folder, described, best))
+                self._queue.schedule_async_request(request)
+            except _FAILURES as failed:  # what is written at once, or the start of the writers
+                raise self._lost(failed) from failed
 
     def poll(self) -> None:
         """Put a checkpoint in place whose parts are all written, if there is one."""
@@ -119,10 +124,13 @@ class Checkpoints:
                 self._queue.maybe_finalize_async_calls(blocking=blocking)
         except TrainingError:
             raise
-        except Exception as error:  # whatever a writer failed with, wrapped by megatron-core
-            if self.world.is_main:
-                staging.abandon(self._writing)
-            raise TrainingError(f"a checkpoint could not be written: {_last_line(error)}\n  {self._whole()}") from error
+        except _FAILURES as error:  # whatever a writer failed with, wrapped by megatron-core
+            raise self._lost(error) from error
+
+    def _lost(self, error: BaseException) -> TrainingError:
+        if self.world.is_main:
+            staging.abandon(self._writing)
+        return TrainingError(f"a checkpoint could not be written: {_last_line(error)}\n  {self._whole()}")
 
     def _commit(self, folder: Path, described: Manifest, best: bool) -> None:
         error = None
@@ -231,6 +239,6 @@ def _link(place: Path, target: str) -> None:
     os.replace(temporary, place)
 
 
-def _last_line(error: Exception) -> str:
+def _last_line(error: BaseException) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"

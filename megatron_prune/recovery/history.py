@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -9,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 
@@ -53,7 +54,7 @@ class History:
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def open(self, iteration: int) -> None:
-        """Go on after ``iteration``: what was written of later steps is taken back."""
+        """Go on after ``iteration`` (-1: begin): what was written of later steps is taken back."""
         from torch.utils.tensorboard import SummaryWriter
 
         path = self.folder / HISTORY
@@ -67,8 +68,7 @@ class History:
 
             project, settings = self.wandb
             self._run = wandb.init(project=project, config=settings, dir=str(self.folder), id=self._run_id(), resume="allow")
-        self._since, self._started = time.monotonic(), iteration
-        self._steps = 0
+        self._since, self._started = time.monotonic(), max(iteration, 0)
 
     def _run_id(self) -> str:
         return f"{self.folder.name}-{int(self.folder.stat().st_ctime)}"
@@ -119,25 +119,38 @@ class History:
 
     def _keep(self, record: dict[str, Any]) -> None:
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with _not_worth_a_run():
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         numbers = {key: value for key, value in record.items() if isinstance(value, (int, float)) and key != "iteration"}
         for key, value in numbers.items():
-            self._board.add_scalar(key, value, record["iteration"])
+            with _not_worth_a_run():
+                self._board.add_scalar(key, value, record["iteration"])
         if self._run:
             self._run.log(numbers, step=record["iteration"])
 
     def plot(self) -> None:
         """Draw the losses over the tokens."""
-        draw_losses({"": self.records}, self.folder / PLOT)
+        with _not_worth_a_run():
+            draw_losses({"": self.records}, self.folder / PLOT)
 
     def close(self) -> None:
         """Draw, and let go of the files."""
         self.plot()
-        self._file.close()
-        self._board.close()
+        for part in (self._file, self._board):
+            with _not_worth_a_run():
+                part.close()
         if self._run:
             self._run.finish()
+
+
+@contextlib.contextmanager
+def _not_worth_a_run() -> Iterator[None]:
+    """What cannot be written of the run's story does not end it; a checkpoint that cannot be written does."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("the history cannot be written: %s", error)
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

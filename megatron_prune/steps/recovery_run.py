@@ -163,7 +163,10 @@ def _check_tokenizer(prefixes: list[str], checkpoint: MegatronCheckpoint) -> Non
     said = {prefix: recorded_tokenizer(prefix) for prefix in prefixes}
     if checkpoint.hf_folder is None or not any(said.values()):
         return
-    own = tokenizer_digest(load_tokenizer(checkpoint.hf_folder))
+    try:
+        own = tokenizer_digest(load_tokenizer(checkpoint.hf_folder))
+    except InputError:  # it keeps a configuration alone
+        return
     for prefix, made in said.items():
         if made and made["digest"] != own:
             raise InputError(
@@ -400,7 +403,7 @@ def _history(
         peak=peak_flops(dtype),
         wandb=(options.wandb_project, run_settings(options, checkpoint)) if options.wandb_project else None,
     )
-    history.open(position.iteration)
+    history.open(-1 if position.start_loss is None else position.iteration)
     return history
 
 
