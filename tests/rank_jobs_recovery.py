@@ -166,16 +166,40 @@ def recover(
 ) -> int:
     """``steps/recover.py`` → its exit code; ``events`` happen on one rank (see :func:`happening`)."""
     from megatron_prune.checkpoint import staging
+    from megatron_prune.recovery.trainer import Trainer
     from megatron_prune.runtime.model import stop_parallel
     from megatron_prune.steps.recover import RecoverOptions
     from megatron_prune.steps.recover import recover as step
 
-    with happening((events or {}) if world.rank == on_rank else {}), light(plots=plots):
+    begin, trainers = Trainer.__post_init__, []
+
+    def seen(self) -> None:
+        trainers.append(self)
+        begin(self)
+
+    with (
+        happening((events or {}) if world.rank == on_rank else {}),
+        light(plots=plots),
+        mock.patch.object(Trainer, "__post_init__", seen),
+    ):
         try:
             return step(RecoverOptions(**options), world)
         finally:
+            while trainers:
+                _let_go(trainers.pop())
             stop_parallel()
             if world.size > 1:
                 forget_groups()
             for folder in list(staging._locks):
                 staging._unlock(staging._locks.pop(folder))  # a run holds its directory for as long as its process lives
+
+
+def _let_go(trainer: Any) -> None:
+    """Break the circles through which a model keeps itself, and the threads of its process groups: they go through C++
+    (hooks of gradients), where Python's garbage collection does not look. A run from the command line ends with its process.
+    """
+    config = trainer.running.module.config
+    config.grad_scale_func = config.no_sync_func = config.finalize_model_grads_func = None
+    trainer.running.module.__dict__.pop("compute_language_model_loss", None)
+    if hasattr(trainer, "model"):
+        trainer.model.grad_accs.clear()

@@ -108,6 +108,11 @@ class Checkpoints:
             except _FAILURES as failed:  # what is written at once, or the start of the writers
                 raise self._lost(failed) from failed
 
+    def mark_best(self, iteration: int) -> None:
+        """Let a checkpoint that is in place be the best."""
+        if self.world.is_main:
+            _link(self.root / BEST, iteration_name(iteration))
+
     def poll(self) -> None:
         """Put a checkpoint in place whose parts are all written, if there is one."""
         self._finalize(blocking=False)
@@ -169,7 +174,6 @@ class Checkpoints:
         """
         register_safe_globals()  # what common.pt may hold; nothing else in it is unpickled
         with cpu.stand_in():
-            allocate_state(self.trainer.optimizer)
             wanted = self._state(loading=True)
             try:
                 state = dist_checkpointing.load(wanted, str(folder))
@@ -182,6 +186,7 @@ class Checkpoints:
     def _state(self, *, loading: bool) -> dict[str, Any]:
         """megatron-core's description of what this rank writes or wants."""
         groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+        allocate_state(self.trainer.optimizer)
         model = self.trainer.sharded_state({**_CONTENT, **groups})
         optimizer = self.trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_CONTENT)
         return {"model": model, "optimizer": optimizer, "opt_param_scheduler": self.trainer.schedule.state_dict()}

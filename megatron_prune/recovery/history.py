@@ -38,6 +38,7 @@ class History:
 
     Args:
         folder: the run's directory.
+        identity: of the run, the same when it goes on.
         flops_per_token: of training, forward and backward.
         devices: processes of the run.
         peak: of one device, if known.
@@ -45,6 +46,7 @@ class History:
     """
 
     folder: Path
+    identity: str
     train_iters: int
     tokens_per_step: int
     flops_per_token: float
@@ -67,11 +69,8 @@ class History:
             import wandb
 
             project, settings = self.wandb
-            self._run = wandb.init(project=project, config=settings, dir=str(self.folder), id=self._run_id(), resume="allow")
+            self._run = wandb.init(project=project, config=settings, dir=str(self.folder), id=self.identity, resume="allow")
         self._since, self._started = time.monotonic(), max(iteration, 0)
-
-    def _run_id(self) -> str:
-        return f"{self.folder.name}-{int(self.folder.stat().st_ctime)}"
 
     def step(self, iteration: int, values: dict[str, Any]) -> None:
         """Log the mean of the steps since the last call; ``iteration`` steps are done."""

@@ -47,6 +47,8 @@ class OptimizerOptions:
             raise InputError(
                 "--lr-warmup-iters", got=self.lr_warmup_iters, needed=f"below --lr-decay-iters {self.lr_decay_iters}"
             )
+        if not 0 < self.initial_loss_scale < float("inf"):
+            raise InputError("--initial-loss-scale", got=self.initial_loss_scale, needed="a positive number")
         for name in ("weight_decay", "clip_grad", "adam_eps"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"--{name.replace('_', '-')}", got=getattr(self, name), needed="0 or more")
@@ -98,9 +100,19 @@ def build_optimizer(
 
 
 def allocate_state(optimizer: MegatronOptimizer) -> None:
-    """Make the state that a checkpoint is to be loaded into: torch's Adam has none before its first step."""
+    """Make the state that there is after no step where there is none yet, to be saved or loaded into.
+
+    megatron-core's own way makes a step for it, which a fused optimizer of Transformer Engine's or Apex's needs.
+    """
     for part in optimizer.chained_optimizers:
-        part._init_optimizer_states_with_dummy_values()
+        if len(part.optimizer.state):
+            continue
+        if not isinstance(part.optimizer, torch.optim.AdamW):
+            part._init_optimizer_states_with_dummy_values()
+            continue
+        for parameter in (each for group in part.optimizer.param_groups for each in group["params"]):
+            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            part.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
 
 
 def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:

@@ -114,6 +114,9 @@ class Run:
                 self.position = replace(self.position.measured(loss), start_loss=loss)
             elif self.position.held_out_loss is None and self._due():  # a stop did not wait for it
                 self.position = self.position.measured(self._held_out())
+                if self._is_best():
+                    self.position = replace(self.position, best_saved=self.position.held_out_loss)
+                    self.checkpoints.mark_best(self.position.iteration)
             while self.position.iteration < self.intervals.train and not self._ended():
                 self._one(signals)
             self.checkpoints.finish()
@@ -155,15 +158,18 @@ class Run:
             self._save(step)
 
     def _save(self, step: Step) -> None:
-        loss, best = self.position.held_out_loss, self.position.best_saved
-        is_best = loss is not None and (best is None or loss < best)
+        is_best = self._is_best()
         if is_best:
-            self.position = replace(self.position, best_saved=loss)
+            self.position = replace(self.position, best_saved=self.position.held_out_loss)
         paused = self.history.pause() if self.history else 0.0
         self.checkpoints.save(self.position.iteration, self.describe(self.position, step), best=is_best)
         if self.history:
             self.history.plot()
             self.history.resume(paused)
+
+    def _is_best(self) -> bool:
+        loss, best = self.position.held_out_loss, self.position.best_saved
+        return loss is not None and (best is None or loss < best)
 
     def _held_out(self) -> float:
         paused = self.history.pause() if self.history else 0.0

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import shutil
 import signal
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def _check_arguments(options: RecoverOptions, checkpoint: MegatronCheckpoint, la
         )
     if options.bf16 and options.fp16:
         raise InputError("--bf16 and --fp16", do="choose one")
+    _check_recompute(options, config.num_layers // layout.pipeline)
     if options.early_stop < 0:
         raise InputError("--early-stop", got=options.early_stop, needed="0 or more")
     check_seed(options.seed)
@@ -137,6 +139,19 @@ def hidden_pairs(options: RecoverOptions, teacher: MegatronCheckpoint, student: 
     """Layers that are compared, (student's, teacher's)."""
     kept = student.manifest.kept_layers
     return layer_pairs(student.config.num_layers, teacher.config.num_layers, kept, options.hidden_layers)
+
+
+def _check_recompute(options: RecoverOptions, layers: int) -> None:
+    """``layers``: of a stage."""
+    how = (options.recompute_method, options.recompute_num_layers)
+    if options.recompute_granularity != "full" and how != (None, None):
+        raise InputError("--recompute-method and --recompute-num-layers", do="pass --recompute-granularity full with them")
+    if options.recompute_num_layers and options.recompute_num_layers > layers:
+        raise InputError("--recompute-num-layers", got=options.recompute_num_layers, needed=f"at most a stage's {layers} layers")
+    if options.recompute_method == "uniform" and layers % options.recompute_num_layers:
+        raise InputError(
+            "--recompute-num-layers", got=options.recompute_num_layers, needed=f"a number that divides {layers} layers"
+        )
 
 
 def _check_answers(options: RecoverOptions, student: MegatronCheckpoint) -> None:
@@ -358,7 +373,9 @@ def _begin(options: RecoverOptions, checkpoint: MegatronCheckpoint, world: World
                 for entry in save.iterdir():
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             clean(save)
-            staging.write_text(save / RUN_FILE, json.dumps({"settings": run_settings(options, checkpoint)}, indent=2) + "\n")
+            begun = json.loads((save / RUN_FILE).read_text(encoding="utf-8")) if (save / RUN_FILE).is_file() else {}
+            noted = {"id": begun.get("id") or uuid.uuid4().hex, "settings": run_settings(options, checkpoint)}
+            staging.write_text(save / RUN_FILE, json.dumps(noted, indent=2) + "\n")
         except (InputError, OSError) as found:
             error = found
     world.agree(error)
@@ -396,6 +413,7 @@ def _history(
 ) -> History:
     history = History(
         folder=Path(options.save),
+        identity=json.loads((Path(options.save) / RUN_FILE).read_text(encoding="utf-8"))["id"],
         train_iters=options.train_iters,
         tokens_per_step=options.global_batch_size * options.seq_length,
         flops_per_token=training_flops(checkpoint.config, options.seq_length),
