@@ -93,6 +93,7 @@ def test_measuring_and_refitting_take_what_the_estimate_says(tmp_path, capsys):
         assert 0.75 < measured / steps[step]["memory_per_rank"] < 1.34, (step, measured, steps[step])
 
 
+@pytest.mark.slow
 def test_recovery_takes_the_memory_and_the_time_that_the_estimate_says(tmp_path, capsys):
     """Memory within a third; the time of a larger model from the speed that a smaller one reached, within a half."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder

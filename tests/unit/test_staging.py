@@ -105,7 +105,7 @@ partial = staging.begin(out)
 if at == "writing": die()
 (partial / "sub" / "b").write_text("new")
 if at == "written": die()
-if at == "syncing": staging._sync = die
+if at == "syncing": staging.sync = die
 if at == "before": staging._exchange = die
 if at == "after":
     import shutil
