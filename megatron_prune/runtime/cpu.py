@@ -15,8 +15,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import param_and_grad_buffer
-from megatron.core.tensor_parallel import random as core_random
 from torch.overrides import TorchFunctionMode
 
 
@@ -60,6 +58,9 @@ def stand_in() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
+    from megatron.core.distributed import param_and_grad_buffer  # not at import: it takes seconds, and starts threads
+    from megatron.core.tensor_parallel import random as core_random
+
     tracker_log = logging.getLogger(core_random.__name__)  # it warns of every change of the CPU's state, which is the one here
     with (
         mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")),
