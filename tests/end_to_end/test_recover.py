@@ -53,10 +53,11 @@ def one_thread():
 def home(tmp_path_factory, tiny) -> Path:
     """A model in float32 as ``hf`` and ``m``, a teacher ``taught``, one of another vocabulary ``other``, and a pair ``text``."""
     home = tmp_path_factory.mktemp("home")
-    changes = {"m": {}, "taught": {"seed": 5, "num_hidden_layers": 2}, "other": {"vocab_size": 400}}
+    changes = {"m": {}, "taught": {"seed": 5, "intermediate_size": 132}, "other": {"vocab_size": 400}}
     for name, change in changes.items():
-        convert(ConvertOptions(load_dir=str(tiny("llama", dtype="float32", **change)), save_dir=str(home / name)), World())
-    os.symlink(tiny("llama", dtype="float32"), home / "hf")
+        source = tiny("llama", dtype="float32", num_hidden_layers=2, **change)
+        convert(ConvertOptions(load_dir=str(source), save_dir=str(home / name)), World())
+        os.symlink(source, home / {"m": "hf"}.get(name, f"{name}-hf"))
     reference.write_pair(home / "text", reference.documents(40))
     return home
 
@@ -67,7 +68,7 @@ def options(home):
 
     def make(save: Path, **changes) -> dict[str, Any]:
         common = {"load": str(home / "m"), "data_path": (str(home / "text"),), "split": SPLIT, "seq_length": LENGTH}
-        common |= {"train_iters": STEPS, "global_batch_size": BATCH, "micro_batch_size": 3, "eval_iters": HELD_OUT}
+        common |= {"train_iters": STEPS, "global_batch_size": BATCH, "micro_batch_size": 6, "eval_iters": HELD_OUT}
         common |= {"save_interval": 2, "log_interval": 1, "lr": 3e-3, "min_lr": 1e-3, "lr_warmup_iters": 1, "seed": SEED}
         return {**common, "save": str(save), **changes}
 
@@ -331,7 +332,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_at_its_iteration(ru
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(ranks, options, tmp_path):
-    sizes = {"tensor_model_parallel_size": 1}
+    sizes = {"tensor_model_parallel_size": 1, "micro_batch_size": 3}  # two copies
     with pytest.raises(RankFailed, match="iteration 3: the loss") as failed:
         ranks(2).run(jobs.recover, options(tmp_path / "run", **sizes), {3: "nan"}, 1)
     assert failed.value.kinds == {0: "TrainingError", 1: "TrainingError"}
@@ -504,7 +505,7 @@ def test_a_checkpoint_of_a_run_is_exported_to_what_transformers_runs_alike(whole
 def test_megatron_cores_own_loader_reads_the_model_of_a_run(whole, ranks, tmp_path, tp, pp):
     folder = whole() / "iter_0000006"
     args = rank_jobs.load_common(World(), str(folder))
-    assert (args["iteration"], args["consumed_train_samples"], args["num_layers"]) == (6, 6 * BATCH, 4)
+    assert (args["iteration"], args["consumed_train_samples"], args["num_layers"]) == (6, 6 * BATCH, 2)
     world = [World()] if tp * pp == 1 else None
     stock = rank_jobs.load_stock
     found = [stock(world[0], str(folder), args, 1, 1)] if world else ranks(tp * pp).run(stock, str(folder), args, tp, pp)
@@ -513,8 +514,8 @@ def test_megatron_cores_own_loader_reads_the_model_of_a_run(whole, ranks, tmp_pa
     for rank, parameters in enumerate(found):
         stage, shard = divmod(rank, tp)
         assert not any(numpy.isnan(value).any() for value in parameters.values())
-        for local in range(4 // pp):
-            here, there = f"decoder.layers.{local}.", f"model.layers.{stage * 4 // pp + local}."
+        for local in range(2 // pp):
+            here, there = f"decoder.layers.{local}.", f"model.layers.{stage * 2 // pp + local}."
             rows = lambda name: numpy.split(theirs[f"{there}{name}.weight"], tp)[shard]
             columns = lambda name: numpy.split(theirs[f"{there}{name}.weight"], tp, axis=1)[shard]
             gate_up = numpy.concatenate([rows("mlp.gate_proj"), rows("mlp.up_proj")])
@@ -565,7 +566,7 @@ REFUSED = {
     "a teacher of another vocabulary": ({"teacher": "other"}, "--teacher.*400 tokens.*307"),
     "no such teacher": ({"teacher": "nobody"}, "nobody"),
     "no such checkpoint": ({"load": "nothing"}, "nothing"),
-    "another number of layers": ({"megatron": {"num_layers": 7}}, "--num-layers 7, the checkpoint has 4"),
+    "another number of layers": ({"megatron": {"num_layers": 7}}, "--num-layers 7, the checkpoint has 2"),
     "more ranks than there are": ({"tensor_model_parallel_size": 2}, "1 process for TP 2"),
     "stages that do not divide": ({"pipeline_model_parallel_size": 3}, "PP 3"),
     "recompute of more layers than there are": (
@@ -627,7 +628,7 @@ def test_a_directory_that_holds_something_else_is_left_alone(run, tmp_path):
 @pytest.mark.parametrize(
     "words, pattern",
     [
-        ("--num-layers 7", "--num-layers 7, the checkpoint has 4"),
+        ("--num-layers 7", "--num-layers 7, the checkpoint has 2"),
         ("--rampup-batch-size 2 2 100", "--rampup-batch-size"),
         (
             "--lr-warmup-fraction 0.1 --attention-dropout 0.1",
