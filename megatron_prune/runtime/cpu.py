@@ -52,6 +52,12 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _scale(chunk: int, overflow: torch.Tensor, tensors: list[list[torch.Tensor]], factor: float) -> None:
+    """``amp_C.multi_tensor_scale`` of gradients onto themselves, in place; megatron-core's own makes a copy of each."""
+    for source, target in zip(*tensors):
+        torch.mul(source, factor, out=target)
+
+
 @contextlib.contextmanager
 def stand_in() -> Iterator[None]:
     """Let ``cuda`` mean the CPU where there is no CUDA."""
@@ -59,6 +65,7 @@ def stand_in() -> Iterator[None]:
         yield
         return
     from megatron.core.distributed import param_and_grad_buffer  # not at import: it takes seconds, and starts threads
+    from megatron.core.optimizer import clip_grads
     from megatron.core.tensor_parallel import random as core_random
 
     tracker_log = logging.getLogger(core_random.__name__)  # it warns of every change of the CPU's state, which is the one here
@@ -71,6 +78,7 @@ def stand_in() -> Iterator[None]:
         mock.patch.object(core_random, "_set_cuda_rng_state", lambda state, **_: torch.set_rng_state(state)),
         mock.patch.object(param_and_grad_buffer, "dist_reduce_scatter_func", _unless_alone(dist.reduce_scatter_tensor)),
         mock.patch.object(param_and_grad_buffer, "dist_all_gather_func", _unless_alone(dist.all_gather_into_tensor)),
+        mock.patch.object(clip_grads, "multi_tensor_scale_impl", _scale),
         mock.patch.object(tracker_log, "level", logging.ERROR),
         _OnCpu(),
     ):

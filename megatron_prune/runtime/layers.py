@@ -1,8 +1,8 @@
 """The layer spec: Transformer Engine's where it can be imported and there is CUDA, else megatron-core's local layers.
 
-Three modules of the local spec are replaced. Its core attention materialises the scores and forks an RNG state that
+Four modules of the local spec are replaced. Its core attention materialises the scores and forks an RNG state that
 exists on CUDA only; its self-attention rotates every cached key again at every step of decoding; its RMSNorm refuses
-sequence parallelism.
+sequence parallelism; its MLP keeps and copies the halves of gate and up apart.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 
 def has_transformer_engine() -> bool:
@@ -39,12 +41,13 @@ def decoder_spec(config: TransformerConfig, num_layers: int, *, local: bool) -> 
 
 
 def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """megatron-core's local layers, in which every norm is a module of its own, with our attention and norms."""
+    """megatron-core's local layers, in which every norm is a module of its own, with our attention, norms and MLP."""
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     parts, attention = spec.submodules, spec.submodules.self_attention.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.module = CachingSelfAttention
     attention.core_attention = SdpaAttention
+    spec.submodules.mlp.module = GatedMLP
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec
@@ -56,6 +59,72 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, stream: Tensor) -> Tensor:
+        """[..., hidden_size] → the same."""
+        if stream.is_cuda or not torch.is_grad_enabled():
+            return super().forward(stream)
+        return _RMSNormOnCpu.apply(stream, self.weight, self.eps)
+
+
+class _RMSNormOnCpu(torch.autograd.Function):
+    """What torch has as one kernel on CUDA only: half the passes of its composite backward, and a third of what it keeps.
+
+    The forward pass gives the bits of ``nn.RMSNorm``.
+    """
+
+    @staticmethod
+    def forward(ctx, stream: Tensor, weight: Tensor, eps: float) -> Tensor:
+        exact = stream.to(torch.promote_types(stream.dtype, torch.float32))
+        inverse = exact.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(stream, weight, inverse)
+        return (exact * inverse).mul_(weight).to(stream.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        stream, weight, inverse = ctx.saved_tensors
+        normed = stream * inverse
+        product = grad * normed
+        of_weight = product.flatten(0, -2).sum(0)
+        along = torch.mv(product.flatten(0, -2), weight.to(product.dtype)).view(inverse.shape).div_(-stream.shape[-1])
+        of_stream = normed.mul_(along).addcmul_(grad, weight).mul_(inverse)
+        return of_stream.to(stream.dtype), of_weight.to(weight.dtype), None
+
+
+class GatedMLP(MLP):
+    """megatron-core's MLP for SwiGLU (Shazeer 2020, arXiv 2002.05202) without biases, through :class:`SwiGLU`."""
+
+    def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor, None]:
+        """[tokens, batch, hidden_size] → the same, and the bias there is not."""
+        gate_up, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(SwiGLU.apply(gate_up))
+
+
+class SwiGLU(torch.autograd.Function):
+    """``silu(gate) * up`` of [..., gate | up]; the gradients of both are written to where the matrix before them reads them.
+
+    Of the forward pass only its input is kept. Autograd would keep two more parts of half its size, and would join the
+    gradients with a copy. The numbers are the same to the bit.
+    """
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        both = torch.empty_like(gate_up)
+        of_gate, of_up = both.chunk(2, dim=-1)
+        torch.mul(grad, torch.ops.aten.silu.out(gate, out=of_up), out=of_up)
+        torch.mul(grad, up, out=of_gate)
+        torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
+        return both
 
 
 class CachingSelfAttention(SelfAttention):
