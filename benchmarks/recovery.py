@@ -47,7 +47,7 @@ from megatron_prune.recovery.trainer import Trainer
 from megatron_prune.runtime.layers import has_transformer_engine
 from megatron_prune.runtime.model import build_model, stop_parallel
 from megatron_prune.runtime.world import World
-from megatron_prune.steps import recover, recovery_run
+from megatron_prune.steps import recover, recovery_run, recovery_settings
 
 OURS, THEIRS = "megatron-prune", "transformers.Trainer"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -460,18 +460,18 @@ def dense_loss(work: Path, flags: list[object]) -> float:
     if kept.is_file() and json.loads(kept.read_text())["flags"] == words:
         return json.loads(kept.read_text())["loss"]
     options = recover.parse([*words, "--save", str(work / "runs" / "dense")], "recover")
-    world, dtype, batches = World(), recovery_run.compute_dtype(options), options.global_batch_size
+    world, dtype, batches = World(), recovery_settings.compute_dtype(options), options.global_batch_size
     tensors = megatron.open_checkpoint(Path(options.load)).tensors
     trainer = Trainer(
         running=build_model(tensors, ParallelLayout(), world, dtype=dtype, seq_length=options.seq_length),
         dtype=dtype,
-        sizes=recovery_run.batch_sizes(options),
+        sizes=recovery_settings.batch_sizes(options),
         seq_length=options.seq_length,
         seed=options.seed,
-        optimizer_options=recovery_run.optimizer_options(options),
+        optimizer_options=recovery_settings.optimizer_options(options),
     )
     samples = (options.train_iters * batches, options.eval_iters * batches, options.eval_iters * batches)
-    held_out = build_datasets(recovery_run.data_options(options), samples)[1]
+    held_out = build_datasets(recovery_settings.data_options(options), samples)[1]
     loss = trainer.evaluate(held_out, options.eval_iters)[1]
     stop_parallel()
     world.disconnect()

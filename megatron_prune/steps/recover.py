@@ -122,7 +122,8 @@ def recover(options: RecoverOptions, world: World) -> int:
     options = _filled(options, checkpoint)
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
 
-    from megatron_prune.steps.recovery_run import check, train
+    from megatron_prune.steps.recovery_check import check
+    from megatron_prune.steps.recovery_run import train
 
     check(options, checkpoint, layout, world)
     return train(options, checkpoint, layout, world)
