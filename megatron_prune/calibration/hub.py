@@ -97,7 +97,7 @@ def check_columns(what: str, rows: Any, columns: tuple[str, ...]) -> None:
             f"{what} has no column {missing[0]!r}",
             got="columns " + ", ".join(rows.column_names),
             needed=", ".join(columns),
-            do="name the column of the text with --data-field",
+            do="name the column of the text with --data-field (preprocess: --json-keys)",
         )
 
 
@@ -114,6 +114,6 @@ def texts(what: str, rows: Any, column: str) -> list[str]:
         raise InputError(
             f"column {column!r} of {what} holds no text",
             got=type(wrong).__name__,
-            do="name the column of the text with --data-field",
+            do="name the column of the text with --data-field (preprocess: --json-keys)",
         )
     return found

@@ -239,8 +239,11 @@ def copy_side_files(source: Path, target: Path) -> None:
             shutil.copytree(entry, target / entry.name, dirs_exist_ok=True)
 
 
-def resolve(name_or_path: str) -> Path:
+def resolve(name_or_path: str, *, weights: bool = True) -> Path:
     """A local directory, or the snapshot of a hub id (fetched on first use).
+
+    Args:
+        weights: fetch them too; a tokenizer needs none.
 
     Raises:
         InputError: if it is neither.
@@ -253,7 +256,9 @@ def resolve(name_or_path: str) -> Path:
     def fetch() -> str:
         files = HfApi().list_repo_files(name_or_path)
         ignored = ["original/*", "consolidated*", "*.gguf", "*.pt", "*.pth", "*.onnx", "onnx/*", "*.msgpack", "*.h5"]
-        if any(file.endswith(".safetensors") for file in files):
+        if not weights:
+            ignored += ["*.bin", "*.safetensors"]
+        elif any(file.endswith(".safetensors") for file in files):
             ignored.append("*.bin")
         return snapshot_download(name_or_path, ignore_patterns=ignored)
 

@@ -57,7 +57,7 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
         raise InputError(
             "--seq-length", got=options.seq_length, needed=f"at most the model's {checkpoint.config.max_position_embeddings}"
         )
-    folder = huggingface.resolve(options.tokenizer) if options.tokenizer else checkpoint.hf_folder
+    folder = huggingface.resolve(options.tokenizer, weights=False) if options.tokenizer else checkpoint.hf_folder
     if folder is None:
         raise InputError(f"{checkpoint.path} keeps no tokenizer", do="name one with --tokenizer")
     drawn = draw_windows(options.data, folder, seq_length=options.seq_length, count=options.windows, field=options.data_field)

@@ -91,7 +91,7 @@ def tokenizer_folder(name: str) -> Path:
     """
     path = Path(name).expanduser()
     if not (path / megatron.TRACKER).is_file() and not (path / megatron.HF_FOLDER).is_dir():
-        return huggingface.resolve(name)
+        return huggingface.resolve(name, weights=False)
     folder = megatron.iteration_directory(path) / megatron.HF_FOLDER
     if not folder.is_dir():
         raise InputError(f"{path} keeps no tokenizer", do="name its Hugging Face directory with --tokenizer")

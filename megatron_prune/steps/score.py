@@ -99,7 +99,7 @@ def megatron_subject(checkpoint, layout, tokenizer: str | None, world: World) ->
     """A checkpoint as what is measured; reads it where no manifest says its digest."""
     from megatron_prune.steps.prune import model_id
 
-    folder = huggingface.resolve(tokenizer) if tokenizer else checkpoint.hf_folder
+    folder = huggingface.resolve(tokenizer, weights=False) if tokenizer else checkpoint.hf_folder
     return Subject(
         tensors=checkpoint.tensors,
         layout=layout,

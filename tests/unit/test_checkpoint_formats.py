@@ -741,3 +741,24 @@ def test_a_hub_that_cannot_be_reached_is_said_whatever_its_client_raises(monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="no such model directory: owner/name"):
         huggingface.resolve("owner/name")
+
+
+@pytest.mark.parametrize(
+    "weights, fetched",
+    [(True, {"config.json", "tokenizer.json", "model.safetensors"}), (False, {"config.json", "tokenizer.json"})],
+)
+def test_of_a_hub_id_only_what_is_needed_is_fetched(monkeypatch, tmp_path, weights, fetched):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = ["config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin", "original/consolidated.00.pth"]
+    asked = []
+
+    def download(name, ignore_patterns):
+        asked.append(set(filter_repo_objects(files, ignore_patterns=ignore_patterns)))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: files)
+    assert huggingface.resolve("owner/name", weights=weights) == tmp_path
+    assert asked == [fetched]
