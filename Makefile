@@ -23,7 +23,7 @@ demo: install
 	@PYTHON=$(BIN)/python bash scripts/demo.sh
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) demo
