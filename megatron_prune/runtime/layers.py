@@ -10,12 +10,14 @@ from __future__ import annotations
 import importlib.util
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -47,7 +49,7 @@ def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.module = CachingSelfAttention
     attention.core_attention = SdpaAttention
-    spec.submodules.mlp.module = GatedMLP
+    spec.submodules.mlp = GatedMLP
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec
@@ -94,6 +96,14 @@ class _RMSNormOnCpu(torch.autograd.Function):
 
 class GatedMLP(MLP):
     """megatron-core's MLP for SwiGLU (Shazeer 2020, arXiv 2002.05202) without biases, through :class:`SwiGLU`."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(
+            config,
+            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ffn_hidden_size=config.ffn_hidden_size,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+        )
 
     def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor, None]:
         """[tokens, batch, hidden_size] → the same, and the bias there is not."""
