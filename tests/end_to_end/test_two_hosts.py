@@ -76,6 +76,7 @@ def _losses(run: Path) -> dict[int, float]:
     return {record["iteration"]: record["loss"] for record in records if "loss" in record}
 
 
+@pytest.mark.timeout(600)  # 16 processes are started, on whatever cores there are
 def test_a_lost_process_on_one_of_two_hosts_costs_time_alone(tiny, tmp_path, hosts):
     start = tmp_path / "start"
     convert(
