@@ -86,7 +86,8 @@ def _quiet() -> None:
     own.handlers, own.propagate = [handler], False
     own.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed|torch\.nn\.parallel)")
-    warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine|transformer_engine|barrier\(\)).*")
+    warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine|transformer_engine|barrier\(\)|not a leaf Tensor).*")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:Apex is not,ignore:Transformer Engine and Apex")  # processes that it spawns
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
