@@ -61,7 +61,7 @@ class RecoverOptions:
 
     teacher: str | None = option("unpruned Megatron checkpoint to distil from, at the same TP × PP", None)
     teacher_logits: str | None = option("distil from answers that megatron-prune teach kept, instead", None)
-    distill_weight: float = option("share of the KL divergence from the teacher; the rest is cross-entropy", 1.0)
+    distill_weight: float = option("share of the KL divergence from the teacher; the rest is cross-entropy", 0.5)
     distill_temperature: float = option("temperature of both distributions", 1.0)
 
     hidden_weight: float = option("count 1 - CKA of layers' outputs and the teacher's so much beside; 0: not at all", 0.0)

@@ -238,7 +238,7 @@ def test_a_run_goes_on_at_any_other_layout(ranks, options, whole, tmp_path, home
         {"bf16": True},
         {"adam_beta2": 0.9},
         {"lr_decay_style": "linear"},
-        {"distill_weight": 0.5},
+        {"distill_weight": 0.7},
     ],
     ids=lambda changes: " ".join(changes),
 )
