@@ -84,14 +84,14 @@ class _RMSNormOnCpu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         stream, weight, inverse = ctx.saved_tensors
         normed = stream * inverse
         product = grad * normed
-        of_weight = product.flatten(0, -2).sum(0)
+        of_weight = product.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None  # adapters train alone
         along = torch.mv(product.flatten(0, -2), weight.to(product.dtype)).view(inverse.shape).div_(-stream.shape[-1])
         of_stream = normed.mul_(along).addcmul_(grad, weight).mul_(inverse)
-        return of_stream.to(stream.dtype), of_weight.to(weight.dtype), None
+        return of_stream.to(stream.dtype), of_weight, None
 
 
 class GatedMLP(MLP):
