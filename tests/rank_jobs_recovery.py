@@ -194,6 +194,16 @@ def recover(
                 staging._unlock(staging._locks.pop(folder))  # a run holds its directory for as long as its process lives
 
 
+def teach(world: World, options: dict[str, Any]) -> None:
+    """``steps/teach.py``."""
+    from megatron_prune.steps.teach import TeachOptions
+    from megatron_prune.steps.teach import teach as step
+
+    step(TeachOptions(**options), world)
+    if world.size > 1:
+        forget_groups()
+
+
 def _let_go(trainer: Any) -> None:
     """Break the circles through which a model keeps itself, and the threads of its process groups: they go through C++
     (hooks of gradients), where Python's garbage collection does not look. A run from the command line ends with its process.

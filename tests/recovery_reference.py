@@ -36,6 +36,29 @@ def coarse_kl_divergence(student: Tensor, ids: Tensor, taught: Tensor, temperatu
     return listed if whole else listed + rest * (rest.log() - own_rest.log())
 
 
+def coarse_answer(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Ids and log-probabilities [..., k] of a distribution's most probable tokens as a file keeps them: their shares of what
+    is listed rounded to float16, what is listed altogether not.
+    """
+    probable, ids = (logits.double() / temperature).log_softmax(-1).topk(k, dim=-1)
+    whole = probable.exp().sum(-1, keepdim=True).clamp(max=1.0)
+    shares = probable.half().double().exp()
+    return ids, (whole * shares / shares.sum(-1, keepdim=True)).log().float()
+
+
+def unlikeness(one: Tensor, other: Tensor) -> Tensor:
+    """1 - linear CKA, mean over the batch, of [batch, tokens, width]: by the features' cross-covariances, as Kornblith et al.
+    2019 (arXiv 1905.00414) write it in section 3, in float64.
+    """
+    values = []
+    for left, right in zip(one.double(), other.double()):
+        left, right = ((each / each.square().mean(-1, keepdim=True).sqrt()) for each in (left, right))
+        left, right = left - left.mean(0), right - right.mean(0)
+        norm = lambda a, b: torch.linalg.matrix_norm(a.T @ b)
+        values.append(1 - norm(right, left) ** 2 / (norm(left, left) * norm(right, right)))
+    return torch.stack(values).mean()
+
+
 # -------------------------------------------------------------------------------------------------------------------- data
 
 
@@ -127,6 +150,7 @@ class Course:
     losses: list[float]
     cross_entropies: list[float]
     divergences: list[float]
+    unlike: list[float]
     norms: list[float]
     rates: list[float]
     model: torch.nn.Module
@@ -158,29 +182,54 @@ def train(
     teacher: Path | None = None,
     weight: float = 0.0,
     temperature: float = 1.0,
+    listed: int | None = None,
+    layers: tuple[tuple[int, int], ...] = (),
+    hidden_weight: float = 0.0,
+    model: torch.nn.Module | None = None,
 ) -> Course:
-    """Train on batches [samples, seq_length + 1]; no weight decay on biases and norms."""
-    model, taught = load(folder), load(teacher) if teacher else None
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    """Train on batches [samples, seq_length + 1]; no weight decay on biases and norms.
+
+    Args:
+        listed: tokens of the teacher's distributions that are known.
+        layers: whose outputs are compared with the teacher's, (own, teacher's).
+        model: to train what is trainable of, instead of the one in ``folder``.
+    """
+    model, taught = model or load(folder), load(teacher) if teacher else None
+    seen = [(_watch(model, own), _watch(taught, theirs)) for own, theirs in layers]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.dim() > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.dim() == 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps)
     rows = []
     for number, tokens in enumerate(batches):
         logits = model(tokens[:, :-1]).logits
         plain = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        divergence = torch.zeros(())
+        divergence = unlike = torch.zeros(())
         if taught is not None:
             with torch.no_grad():
                 answer = taught(tokens[:, :-1]).logits
-            divergence = kl_divergence(logits, answer, temperature).mean()
-        loss = (1 - weight) * plain + weight * temperature**2 * divergence
+            if listed is None:
+                divergence = kl_divergence(logits, answer, temperature).mean()
+            else:
+                divergence = coarse_kl_divergence(logits, *coarse_answer(answer, listed, temperature), temperature).mean()
+        if layers:
+            unlike = torch.stack([unlikeness(own[-1], theirs[-1].detach()) for own, theirs in seen]).mean()
+        loss = (1 - weight) * plain + weight * temperature**2 * divergence + hidden_weight * unlike
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip else math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(trained, clip if clip else math.inf)
         for group in optimizer.param_groups:
             group["lr"] = schedule.at(number)
         optimizer.step()
-        rows.append((loss.item(), plain.item(), divergence.item(), float(norm), schedule.at(number)))
-    losses, plains, divergences, norms, rates = (list(column) for column in zip(*rows))
-    return Course(losses=losses, cross_entropies=plains, divergences=divergences, norms=norms, rates=rates, model=model.eval())
+        rows.append((loss.item(), plain.item(), divergence.item(), unlike.item(), float(norm), schedule.at(number)))
+    names = ("losses", "cross_entropies", "divergences", "unlike", "norms", "rates")
+    return Course(**{name: list(column) for name, column in zip(names, zip(*rows))}, model=model.eval())
+
+
+def _watch(model: torch.nn.Module, layer: int) -> list[Tensor]:
+    """What the layer put out, the last at the end."""
+    seen: list[Tensor] = []
+    model.model.layers[layer].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    return seen

@@ -117,6 +117,28 @@ def _opened(path: Path) -> Any:
     return safe_open(path, framework="pt")
 
 
+def check_parts(folder: Path, samples: int, length: int) -> None:
+    """See that every file is there and whole; what it answers for is looked at when it is asked.
+
+    Args:
+        length: tokens of a sample.
+
+    Raises:
+        InputError: naming the first that is not.
+    """
+    for part in range(-(-samples // PART)):
+        path, rows = part_path(folder, part), min(PART, samples - part * PART)
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in ("ids", "log_probs", "rest", "digests")}
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} is missing or damaged", got=str(error), do="teach again") from None
+        k = shapes["ids"][-1]
+        needed = {"ids": (rows, length, k), "log_probs": (rows, length, k), "rest": (rows, length), "digests": (rows,)}
+        if shapes != needed:
+            raise InputError(f"{path} is damaged", got=f"shapes {shapes}", needed=f"{needed}", do="teach again")
+
+
 def read_description(folder: Path) -> dict[str, Any]:
     """``teacher.json``.
 
@@ -124,8 +146,11 @@ def read_description(folder: Path) -> dict[str, Any]:
         InputError: if there is none, or it is damaged.
     """
     try:
-        return json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        if not (isinstance(described["vocab_size"], int) and isinstance(described["settings"], dict)):
+            raise ValueError("no vocabulary or settings")
+        return described
     except FileNotFoundError:
         raise InputError(f"{folder} holds no teacher's answers", do="make them with megatron-prune teach") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / DESCRIPTION} is damaged", got=str(error)) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / DESCRIPTION} is damaged", got=repr(error), do="teach again") from None

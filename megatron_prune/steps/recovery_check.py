@@ -18,7 +18,7 @@ from megatron_prune.config import require_positive
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.recovery.checkpoints import check_room
 from megatron_prune.recovery.data import check_data
-from megatron_prune.recovery.stored_logits import read_description
+from megatron_prune.recovery.stored_logits import check_parts, read_description
 from megatron_prune.runtime.megatron_flags import check_megatron_flags
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.recover import RecoverOptions
@@ -47,6 +47,9 @@ def check(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
         try:
             pairs = check_data(data_options(options), checkpoint.config.vocab_size)
             _check_tokenizer(list(pairs), checkpoint)
+            if options.teacher_logits:
+                samples = options.train_iters * options.global_batch_size
+                check_parts(Path(options.teacher_logits), samples, options.seq_length)
             _check_run(options, checkpoint)
         except InputError as found:
             error = found
@@ -144,9 +147,9 @@ def _check_answers(options: RecoverOptions, student: MegatronCheckpoint) -> None
         )
     own = json.loads(json.dumps({name: getattr(options, name) for name in SHARED}))
     problems = [
-        f"--{name.replace('_', '-')} {own[name]}, taught with {taught}"
-        for name, taught in description["settings"].items()
-        if own[name] != taught
+        f"--{name.replace('_', '-')} {value}, taught with {description['settings'].get(name)}"
+        for name, value in own.items()
+        if description["settings"].get(name) != value
     ]
     raise_all(
         InputError, f"{options.teacher_logits} was taught for another recovery", problems, do="use the same, or teach again"

@@ -21,6 +21,7 @@ from tiny import state_dict
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.export import ExportOptions, export
+from megatron_prune.steps.prune import PruneOptions, prune
 
 LENGTH, BATCH, STEPS, HELD_OUT = 18, 6, 4, 2
 SEED, SPLIT = 77, "60,30,10"
@@ -91,6 +92,8 @@ def check_course(records: list[dict[str, Any]], wanted: reference.Course) -> Non
     if any(wanted.divergences):
         assert [record["cross_entropy"] for record in steps] == pytest.approx(wanted.cross_entropies, rel=LOSS)
         assert [record["kl"] for record in steps] == pytest.approx(wanted.divergences, rel=10 * LOSS)  # a difference
+    if any(wanted.unlike):
+        assert [record["hidden"] for record in steps] == pytest.approx(wanted.unlike, rel=10 * LOSS)
 
 
 def check_weights(save: Path, source: Path, wanted: reference.Course, hf: Path) -> None:
@@ -193,6 +196,66 @@ def test_distillation_from_a_running_teacher(ranks, checkpoints, data, drawn, tm
     held_out = [record["held_out_loss"] for record in records if "held_out_loss" in record]
     assert held_out[0] == pytest.approx(reference.cross_entropy(reference.load(source), drawn[1]), rel=LOSS)
     check_weights(tmp_path / "run", source, wanted, tmp_path / "hf")
+
+
+TEACHER = {"num_hidden_layers": 2, "intermediate_size": 132, "seed": 5}
+
+
+@pytest.mark.parametrize(
+    "teach_at, learn_at, listed, temperature, options",
+    [
+        ((1, 1, 1), (1, 2, 1), 20, 2.0, {}),
+        ((2, 2, 1), (2, 1, 1), 307, 1.0, {"sequence_parallel": True}),
+        ((3, 1, 1), (1, 1, 2), 20, 1.0, {}),
+        ((1, 1, 2), (1, 1, 1), 1, 2.0, {}),
+    ],
+)
+def test_distillation_from_what_a_teacher_left(
+    ranks, checkpoints, data, drawn, tmp_path, teach_at, learn_at, listed, temperature, options
+):
+    source, load = checkpoints("qwen2", {"tie_word_embeddings": True})
+    teacher, taught = checkpoints("llama", TEACHER)
+    tp, pp, dp = teach_at
+    lesson = {"load": taught, "save": str(tmp_path / "taught"), "train_iters": STEPS, "global_batch_size": BATCH, "seed": SEED}
+    lesson |= {"data_path": (data,), "split": SPLIT, "seq_length": LENGTH, "eval_iters": HELD_OUT, "top_k": listed}
+    lesson |= {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "micro_batch_size": 5}
+    lesson |= {"distill_temperature": temperature}
+    ranks(tp * pp * dp).run(jobs.teach, lesson) if tp * pp * dp > 1 else jobs.teach(World(), lesson)
+    how = {"distill_weight": 0.4, "distill_temperature": temperature, "teacher_logits": str(tmp_path / "taught")}
+    records = run(ranks, learn_at, load, tmp_path / "run", data, micro_batch_size=3, **how, **options)
+    further = {"teacher": teacher, "weight": 0.4, "temperature": temperature}
+    wanted = dense(source, drawn[0], listed=listed, **further)
+    check_course(records, wanted)
+    check_weights(tmp_path / "run", source, wanted, tmp_path / "hf")
+    whole = dense(source, drawn[0], **further)
+    if listed == 307:  # what float16 leaves of a log-probability
+        assert wanted.divergences == pytest.approx(whole.divergences, rel=1e-3)
+    else:
+        assert wanted.divergences[0] < 0.99 * whole.divergences[0]
+
+
+@pytest.mark.parametrize(
+    "layout, weight, chosen, pairs, options",
+    [
+        ((1, 1, 1), 0.0, (), ((0, 2), (1, 3)), {"micro_batch_size": 2}),
+        ((2, 1, 1), 0.5, (1,), ((1, 3),), {"micro_batch_size": 3, "sequence_parallel": True}),
+        ((3, 1, 1), 0.5, (1, 0), ((1, 3), (0, 2)), {"micro_batch_size": 6}),
+        ((2, 1, 2), 0.0, (0,), ((0, 2),), {"micro_batch_size": 1, "recompute_granularity": "selective"}),
+    ],
+)
+def test_layers_are_compared_with_those_of_the_teacher(
+    ranks, checkpoints, data, drawn, tmp_path, layout, weight, chosen, pairs, options
+):
+    teacher, taught = checkpoints("llama", {"seed": 5})
+    cut = PruneOptions(load=taught, save=str(tmp_path / "p"), drop_layers=(1, 2), hidden_size_remain=36, metric="random")
+    prune(cut, World())
+    export(ExportOptions(load_dir=str(tmp_path / "p"), save_dir=str(tmp_path / "p-hf")), World())
+    options = {**options, "teacher": taught, "distill_weight": weight, "hidden_weight": 0.7, "hidden_layers": chosen}
+    records = run(ranks, layout, str(tmp_path / "p"), tmp_path / "run", data, **options)
+    wanted = dense(tmp_path / "p-hf", drawn[0], teacher=teacher, weight=weight, layers=pairs, hidden_weight=0.7)
+    check_course(records, wanted)
+    assert min(wanted.unlike) > 0.05
+    check_weights(tmp_path / "run", tmp_path / "p-hf", wanted, tmp_path / "hf")
 
 
 @pytest.mark.parametrize("precision, layout", [("bf16", (1, 1, 1)), ("bf16", (2, 1, 1)), ("fp16", (1, 2, 1))])
