@@ -16,8 +16,11 @@ import pytest
 import rank_jobs_recovery as jobs
 import recovery_reference as reference
 import torch
+from safetensors.torch import load_file
 from tiny import state_dict
 
+from megatron_prune.arch.adapter import AdapterConfig
+from megatron_prune.recovery.lora import first_a
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.export import ExportOptions, export
@@ -73,8 +76,10 @@ def run(ranks, layout: tuple[int, int, int], load: str, save: Path, data: str, *
     return [json.loads(line) for line in (save / "history.jsonl").read_text().splitlines()]
 
 
-def dense(source: Path, batches: list[torch.Tensor], style: str = "cosine", **further) -> reference.Course:
-    schedule = reference.Schedule(lr=RATES["lr"], min_lr=RATES["min_lr"], style=style, warmup=2, decay=5)
+def dense(
+    source: Path, batches: list[torch.Tensor], style: str = "cosine", lr: float = RATES["lr"], **further
+) -> reference.Course:
+    schedule = reference.Schedule(lr=lr, min_lr=RATES["min_lr"], style=style, warmup=2, decay=5)
     betas = (ADAM["adam_beta1"], ADAM["adam_beta2"])
     settings = {"betas": betas, "eps": ADAM["adam_eps"], "weight_decay": ADAM["weight_decay"], "clip": ADAM["clip_grad"]}
     return reference.train(source, batches, schedule, **{**settings, **further})
@@ -256,6 +261,67 @@ def test_layers_are_compared_with_those_of_the_teacher(
     check_course(records, wanted)
     assert min(wanted.unlike) > 0.05
     check_weights(tmp_path / "run", tmp_path / "p-hf", wanted, tmp_path / "hf")
+
+
+ROLES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+
+
+def adapted(source: Path, modules: tuple[str, ...]) -> torch.nn.Module:
+    """The model as peft adapts it, beginning where our adapters do."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=10.0, target_modules=list(modules), task_type="CAUSAL_LM")
+    model = get_peft_model(reference.load(source), config)
+    lora = AdapterConfig(r=4, alpha=10.0, dropout=0.0, roles=tuple(ROLES[name] for name in modules), seed=SEED)
+    with torch.no_grad():
+        for number, layer in enumerate(model.base_model.model.model.layers):
+            for name in modules:
+                matrix = layer.get_submodule(("mlp." if ROLES[name] in ("gate", "up", "down") else "self_attn.") + name)
+                a, b = matrix.lora_A["default"].weight, matrix.lora_B["default"].weight
+                a.copy_(first_a(ROLES[name], number, lora, a.shape[1]))
+                assert not b.any()
+    return model
+
+
+@pytest.mark.parametrize(
+    "layout, family, targets, modules, options",
+    [
+        ((1, 1, 1), "llama", None, tuple(ROLES), {"micro_batch_size": 2}),
+        ((3, 1, 1), "qwen2", None, tuple(ROLES), {"micro_batch_size": 6, "sequence_parallel": True}),
+        ((2, 1, 2), "qwen3", ("q_proj", "v_proj", "up_proj"), ("q_proj", "v_proj", "up_proj"), {"micro_batch_size": 3}),
+        (
+            (2, 2, 1),
+            "qwen2",
+            ("linear_qkv", "linear_fc2"),
+            ("q_proj", "k_proj", "v_proj", "down_proj"),
+            {"micro_batch_size": 2, "sequence_parallel": True, "recompute_granularity": "full"},
+        ),
+        ((1, 2, 1), "llama", ("o_proj",), ("o_proj",), {"micro_batch_size": 3, "recompute_granularity": "full"}),
+        ((1, 1, 1), "qwen2", ("k_proj",), ("k_proj",), {"micro_batch_size": 6, "teacher": True}),
+    ],
+)
+def test_adapters_train_as_those_of_peft(ranks, checkpoints, data, drawn, tmp_path, layout, family, targets, modules, options):
+    source, load = checkpoints(family, {})
+    further = {}
+    if "teacher" in options:
+        teacher, taught = checkpoints("llama", TEACHER)
+        options, further = {**options, "teacher": taught, "distill_weight": 0.5}, {"teacher": teacher, "weight": 0.5}
+    chosen = {"lora_r": 4, "lora_alpha": 10.0, "lr": 2e-2, **({"lora_targets": targets} if targets else {})}
+    records = run(ranks, layout, load, tmp_path / "run", data, **chosen, **options)
+    wanted = dense(source, drawn[0], lr=2e-2, model=adapted(source, modules), **further)
+    check_course(records, wanted)
+    held_out = [record["held_out_loss"] for record in records if "held_out_loss" in record]
+    assert held_out[1] == pytest.approx(reference.cross_entropy(wanted.model, drawn[1]), rel=LOSS)
+    assert abs(held_out[1] - held_out[0]) > 1e-3
+    export(ExportOptions(load_dir=str(tmp_path / "run"), save_dir=str(tmp_path / "peft"), adapter_only=True), World())
+    found = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    expected = {name.replace(".default", ""): value for name, value in wanted.model.named_parameters() if value.requires_grad}
+    assert set(found) == set(expected)
+    begun = dict(adapted(source, modules).named_parameters())
+    for name, value in found.items():
+        update = expected[name] - begun[name.replace(".weight", ".default.weight")]
+        assert update.norm() > 0.02
+        assert (value - expected[name]).norm() < UPDATE * update.norm(), name
 
 
 @pytest.mark.parametrize("precision, layout", [("bf16", (1, 1, 1)), ("bf16", (2, 1, 1)), ("fp16", (1, 2, 1))])

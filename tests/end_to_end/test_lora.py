@@ -1,4 +1,7 @@
-"""Adapters: trained at any layout, resumed to the bit, merged, and given to peft; beside transformers with peft."""
+"""Adapters after training: resumed to the bit, merged, given to peft; where the model they belong on has moved; what is refused.
+
+``tests/distributed/test_recover.py`` trains them beside peft.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,30 @@ import pytest
 import rank_jobs_recovery as jobs
 import recovery_reference as reference
 import torch
+from ranks import RankFailed
+from safetensors.torch import load_file
+from tiny import state_dict
 
+from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.export import ExportOptions, export
+from megatron_prune.steps.prune import PruneOptions, prune
+from megatron_prune.steps.transfer import TransferOptions, transfer
 
 LORA = {"lora_r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, tiny) -> Path:
-    """A model in float32 as ``hf`` and ``m``, and a pair ``text``."""
+    """Models in float32 as ``hf`` and ``m``, ``other``, one of 2 KV groups ``grouped``, and a pair ``text``."""
     home = tmp_path_factory.mktemp("home")
-    source = tiny("llama", dtype="float32", num_hidden_layers=2)
-    convert(ConvertOptions(load_dir=str(source), save_dir=str(home / "m")), World())
-    (home / "hf").symlink_to(source)
+    models = {"m": {}, "other": {"seed": 3}, "grouped": {"num_key_value_heads": 2}}
+    for name, changes in models.items():
+        source = tiny("llama", dtype="float32", num_hidden_layers=2, **changes)
+        convert(ConvertOptions(load_dir=str(source), save_dir=str(home / name)), World())
+        if name == "m":
+            (home / "hf").symlink_to(source)
     reference.write_pair(home / "text", reference.documents(40))
     return home
 
@@ -34,39 +46,164 @@ def options(home: Path, save: Path, **changes) -> dict:
     return {**common, "log_interval": 1, "lr": 3e-2, "min_lr": 1e-3, "lr_warmup_iters": 1, **LORA, "save": str(save), **changes}
 
 
-def losses(save: Path) -> list[tuple[int, float]]:
+def losses(save: Path) -> dict[tuple[int, str], float]:
+    """By iteration and kind."""
     records = [json.loads(line) for line in (save / "history.jsonl").read_text().splitlines()]
-    return [(record["iteration"], record.get("loss", record.get("held_out_loss"))) for record in records]
+    kind = lambda record: "loss" if "loss" in record else "held_out_loss"
+    return {(record["iteration"], kind(record)): record[kind(record)] for record in records}
 
 
-def test_merged_and_through_peft_an_adapter_is_one_model_and_the_base_stays(home, tmp_path):
+@pytest.fixture(scope="module")
+def trained(home, tmp_path_factory) -> Path:
+    """A run that has ended."""
+    save = tmp_path_factory.mktemp("trained") / "run"
+    assert jobs.recover(World(), options(home, save)) == 0
+    return save
+
+
+# --------------------------------------------------------------------------------------------------------- what is written
+
+
+def test_merged_and_through_peft_an_adapter_is_one_model_and_the_base_stays(home, trained, tmp_path):
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    assert jobs.recover(World(), options(home, tmp_path / "run")) == 0
+    before = {path: path.read_bytes() for path in (home / "m").rglob("*") if path.is_file()}
+    export(ExportOptions(load_dir=str(trained), save_dir=str(tmp_path / "merged")), World())
+    export(ExportOptions(load_dir=str(trained), save_dir=str(tmp_path / "peft"), adapter_only=True), World())
+    merged = state_dict(tmp_path / "merged")
+    expected = PeftModel.from_pretrained(reference.load(home / "hf"), tmp_path / "peft").merge_and_unload().state_dict()
+    base = state_dict(home / "hf")
+    assert set(merged) == set(base)
+    for name, value in merged.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)  # one sum in another order
+        changed = "_proj." in name
+        assert torch.equal(value, base[name]) is not changed, name
+        assert not changed or (value - base[name]).abs().max() > 1e-3
+    assert {path: path.read_bytes() for path in (home / "m").rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_holds_the_adapters_alone(home, trained):
+    from megatron.core import dist_checkpointing
+
+    stored = dist_checkpointing.load_plain_tensors(str(trained / "iter_0000006"))
+    models = {name for name in stored if not name.startswith(("adapter.", "optimizer."))}
+    assert not {name for name in models if torch.is_tensor(stored[name]) and stored[name].numel() > 9}, models
+    assert sum(name.startswith("adapter.layers.") for name in stored) == 2 * 7 * 2
+    elements = sum(value.numel() for value in stored.values() if torch.is_tensor(value))
+    inside = 2 * 4 * (4 * (48 + 96) + 3 * (48 + 96))  # layers · r · (in + out) of q, k, v, o of 96 channels and of the MLP
+    assert inside <= elements <= 4 * inside + 200  # with the optimizer's three
+
+
+def test_only_what_is_named_changes(home, tmp_path):
+    assert jobs.recover(World(), options(home, tmp_path / "run", lora_targets=("linear_fc2", "k_proj"), train_iters=2)) == 0
     export(ExportOptions(load_dir=str(tmp_path / "run"), save_dir=str(tmp_path / "merged")), World())
+    base, merged = state_dict(home / "hf"), state_dict(tmp_path / "merged")
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed == {f"model.layers.{n}.{each}.weight" for n in (0, 1) for each in ("mlp.down_proj", "self_attn.k_proj")}
     export(ExportOptions(load_dir=str(tmp_path / "run"), save_dir=str(tmp_path / "peft"), adapter_only=True), World())
-    load = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokens = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        base, merged = load(home / "hf")(tokens).logits, load(tmp_path / "merged")(tokens).logits
-        adapted = PeftModel.from_pretrained(load(home / "hf"), tmp_path / "peft").eval()(tokens).logits
-    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
-    assert (merged - base).abs().max() > 1e-2
+    described = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (described["target_modules"], described["r"], described["lora_alpha"]) == (["down_proj", "k_proj"], 4, 8.0)
+    assert len(load_file(tmp_path / "peft" / "adapter_model.safetensors")) == 2 * 2 * 2
 
 
-def test_a_stopped_run_of_adapters_goes_on_to_the_same_losses(home, tmp_path):
-    assert jobs.recover(World(), options(home, tmp_path / "whole")) == 0
-    assert jobs.recover(World(), options(home, tmp_path / "run"), {2: "stop"}) == 143
-    assert jobs.recover(World(), options(home, tmp_path / "run")) == 0
-    whole, found = dict(losses(tmp_path / "whole")), dict(losses(tmp_path / "run"))
-    assert whole.items() <= found.items()
+def test_a_merge_by_transfer_is_that_of_the_export_and_goes_on_through_pruning(home, trained, tmp_path):
+    moved = TransferOptions(load_dir=str(trained), save_dir=str(tmp_path / "m2"), target_tensor_parallel_size=2)
+    transfer(moved, World())
+    export(ExportOptions(load_dir=str(tmp_path / "m2"), save_dir=str(tmp_path / "hf2")), World())
+    export(ExportOptions(load_dir=str(trained), save_dir=str(tmp_path / "hf")), World())
+    one, two = state_dict(tmp_path / "hf"), state_dict(tmp_path / "hf2")
+    assert all(torch.equal(value, two[name]) for name, value in one.items()) and set(one) == set(two)
+    cut = PruneOptions(
+        load=str(tmp_path / "m2"), save=str(tmp_path / "p"), ffn_hidden_size_remain=48, tensor_model_parallel_size=1
+    )
+    prune(cut, World())
+    export(ExportOptions(load_dir=str(tmp_path / "p"), save_dir=str(tmp_path / "p-hf")), World())
+    assert state_dict(tmp_path / "p-hf")["model.layers.0.mlp.down_proj.weight"].shape == (48, 48)
 
 
-def test_adapters_train_alike_under_tensor_parallelism(home, ranks, tmp_path):
-    assert jobs.recover(World(), options(home, tmp_path / "one")) == 0
-    ranks(2).run(jobs.recover, options(home, tmp_path / "two", tensor_model_parallel_size=2))
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == len(two) > 6
-    for (step, loss), (at, other) in zip(one, two):
-        assert step == at and loss == pytest.approx(other, rel=2e-5)  # sums over ranks in another order, six updates
+# --------------------------------------------------------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"tensor_model_parallel_size": 2},
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"pipeline_model_parallel_size": 2, "recompute_granularity": "full"},
+        {"tensor_model_parallel_size": 1},
+    ],
+    ids=["one", "TP 2", "TP 2, sequence parallel", "PP 2, full recompute", "DP 2"],
+)
+def test_a_stopped_run_with_dropout_goes_on_to_the_same_losses(home, trained, ranks, tmp_path, layout):
+    """A replica of a parameter that drifted from the one that is saved would show after it is loaded."""
+    start = lambda save, events=None: (
+        ranks(2).run(jobs.recover, options(home, save, lora_dropout=0.3, **layout), events, 1)
+        if layout
+        else [jobs.recover(World(), options(home, save, lora_dropout=0.3), events)]
+    )
+    assert set(start(tmp_path / "whole")) == {0}
+    assert set(start(tmp_path / "run", {3: "asked"})) == {143}
+    assert set(start(tmp_path / "run")) == {0}
+    whole, found = losses(tmp_path / "whole"), losses(tmp_path / "run")
+    assert whole.items() <= found.items() and len(whole) == 6 + 4
+    without = losses(trained)
+    assert whole[0, "held_out_loss"] == pytest.approx(without[0, "held_out_loss"], rel=1e-6)  # B is zero: nothing to drop yet
+    assert abs(whole[6, "held_out_loss"] - without[6, "held_out_loss"]) > 1e-4
+
+
+def test_a_run_goes_on_at_any_other_layout(home, trained, ranks, tmp_path):
+    save = tmp_path / "run"
+    courses = [
+        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+        (2, {"pipeline_model_parallel_size": 2}),
+        (3, 3),
+    ]
+    for number, (size, changes) in enumerate(courses):
+        changes = changes if isinstance(changes, dict) else {"tensor_model_parallel_size": changes}
+        events = {2 * number + 1: "asked"}
+        assert set(ranks(size).run(jobs.recover, options(home, save, **changes), events, size - 1)) == {143}
+    assert jobs.recover(World(), options(home, save, tensor_model_parallel_size=1)) == 0
+    found, wanted = losses(save), losses(trained)
+    for key, loss in found.items():
+        assert key not in wanted or loss == pytest.approx(wanted[key], rel=2e-5), key  # six updates, sums in another order
+    assert found.keys() >= {(number, "loss") for number in range(1, 7)} | {(6, "held_out_loss")}
+
+
+# ------------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_model_that_moved_is_named_and_another_is_refused(home, tiny, tmp_path):
+    source = tiny("llama", dtype="float32", num_hidden_layers=2)
+    convert(ConvertOptions(load_dir=str(source), save_dir=str(tmp_path / "m")), World())
+    assert jobs.recover(World(), options(home, tmp_path / "run", load=str(tmp_path / "m"), train_iters=2)) == 0
+    (tmp_path / "m").rename(tmp_path / "elsewhere")
+    wanted = {"load_dir": str(tmp_path / "run"), "save_dir": str(tmp_path / "hf")}
+    with pytest.raises(CheckpointError, match="(?s)the model that the adapter.*--base"):
+        export(ExportOptions(**wanted), World())
+    with pytest.raises(CheckpointError, match="(?s)other is not the model that the adapter.*--base"):
+        export(ExportOptions(**wanted, base=str(home / "other")), World())
+    with pytest.raises(CheckpointError, match="(?s)other is not the model"):
+        transfer(TransferOptions(**wanted, base=str(home / "other")), World())
+    assert not (tmp_path / "hf").exists()
+    export(ExportOptions(**wanted, base=str(tmp_path / "elsewhere")), World())
+    assert (tmp_path / "hf" / "model.safetensors").is_file()
+
+
+def test_what_is_no_adapter_is_not_written_as_one(home, tmp_path):
+    with pytest.raises(InputError, match="--adapter-only.*m is no adapter"):
+        export(ExportOptions(load_dir=str(home / "m"), save_dir=str(tmp_path / "peft"), adapter_only=True), World())
+    assert not (tmp_path / "peft").exists()
+
+
+def test_a_step_that_needs_a_model_says_how_to_make_one_of_an_adapter(trained, tmp_path):
+    with pytest.raises(InputError, match="(?s)merge it into its model with megatron-prune transfer"):
+        prune(PruneOptions(load=str(trained), save=str(tmp_path / "p"), ffn_hidden_size_remain=48), World())
+
+
+def test_kv_groups_that_ranks_would_share_are_refused(home, ranks, tmp_path):
+    changes = {"load": str(home / "grouped"), "tensor_model_parallel_size": 4}
+    with pytest.raises(RankFailed, match="(?s)--lora-r under TP 4.*2 KV groups.*divides 2") as failed:
+        ranks(4).run(jobs.recover, options(home, tmp_path / "run", **changes))
+    assert set(failed.value.kinds.values()) == {"InputError"} and len(failed.value.kinds) == 4
+    assert not (tmp_path / "run").exists()
