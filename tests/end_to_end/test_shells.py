@@ -132,3 +132,27 @@ def test_the_script_scores_re_fits_and_keeps_to_a_budget_with_its_settings(tiny,
     made_by = json.loads((tmp_path / "plan.json").read_text())["made_by"]
     assert made_by["metric"]["ffn"] == "fisher" and "refit" in made_by
     assert [source["share"] for source in made_by["calibration"]["sources"]] == [0.5, 0.5]
+
+
+def test_the_script_recovers_with_its_settings(tiny, tmp_path):
+    """S4's name for it; text made by the command line, a blend in one variable, a teacher's answers, adapters, two copies."""
+    load, text = tmp_path / "m", tmp_path / "text.jsonl"
+    convert(ConvertOptions(load_dir=str(tiny("qwen2")), save_dir=str(load)), World())
+    text.write_text("".join(json.dumps({"text": f"Sentence {number} of a text. " * 3}) + "\n" for number in range(100)))
+    verb = lambda *words: subprocess.run(
+        [sys.executable, "-m", "megatron_prune", *map(str, words)], check=True, capture_output=True, timeout=240
+    )
+    verb("preprocess", "--input", text, "--tokenizer", load, "--output-prefix", tmp_path / "pair")
+    blend = f"0.7 {tmp_path / 'pair_text_document'} 0.3 {tmp_path / 'pair_text_document'}"
+    shape = ["--train-iters", 2, "--global-batch-size", 4, "--seq-length", 16, "--eval-iters", 1]
+    verb("teach", "--load", load, "--save", tmp_path / "taught", "--data-path", *blend.split(), *shape, "--top-k", 5)
+    settings = {"LOAD_DIR": load, "SAVE_DIR": tmp_path / "run", "DATA_PATH": blend, "TP": 1, "DP": 2, "DTYPE": "fp32"}
+    settings |= {"TRAIN_ITERS": 2, "SEQ_LENGTH": 16, "GLOBAL_BATCH_SIZE": 4, "MICRO_BATCH_SIZE": 2, "LR": 1e-2, "LORA_R": 2}
+    settings |= {"TEACHER_LOGITS": tmp_path / "taught", "GPT_ARGS": "--num-layers 4 --swiglu --attention-dropout 0.0"}
+    done = bash("scripts/check_model.sh", "--eval-iters", "1", "--lr-warmup-iters", "1", **settings)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    asked = {"global_batch_size": 4, "lora_r": 2, "lr": 1e-2, "bf16": False, "data_path": blend.split()}
+    assert summary["finished"] and {name: summary["settings"][name] for name in asked} == asked
+    assert summary["held_out_loss"] != summary["start_loss"]
+    assert "kl" in (tmp_path / "run/history.jsonl").read_text()
