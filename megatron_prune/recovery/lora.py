@@ -2,7 +2,8 @@
 
 A role's update is ``alpha / r · B · A`` with A [r, in] and B [out, r], as peft has it, whatever Megatron fuses. Of a
 column-parallel layer A is whole on every rank and B holds the rank's rows; of a row-parallel layer A holds its columns and
-B is whole. What passes between A and B is r numbers a token, and goes through megatron-core's mappings.
+B is whole. What passes between A and B is r numbers a token, and goes through megatron-core's mappings. Where ranks share a
+KV group, a rank's rows of the fused queries, keys and values are no rows of each role alike: there B is whole as well.
 """
 
 from __future__ import annotations
@@ -56,10 +57,12 @@ class Adapter(nn.Module):
         self.layer, self._fused, self._columns, self._split_sequence = layer, fused, columns, sequence_parallel
         self.roles = [role for role in fused if role in lora.roles]
         self._scale, self._dropout = lora.scale, lora.dropout
-        self._groups = config.num_query_groups // parallel_state.get_tensor_model_parallel_world_size()
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
         ranks, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-        self._rows = {role: tensor_shape(role, config)[0] // (ranks if columns else 1) for role in fused}
+        self._shared = len(fused) == 3 and config.num_query_groups % ranks > 0
+        split_b = columns and not self._shared
+        self._groups = config.num_query_groups // (ranks if split_b else 1)
+        self._rows = {role: tensor_shape(role, config)[0] // (ranks if split_b else 1) for role in fused}
         for role in self.roles:
             wide = tensor_shape(role, config)[1]
             a = first_a(role, layer, lora, wide)
@@ -67,7 +70,8 @@ class Adapter(nn.Module):
             self.a[role] = nn.Parameter(a.to(like))
             self.b[role] = nn.Parameter(torch.zeros(self._rows[role], lora.r, dtype=like.dtype, device=like.device))
             split, whole = (self.b[role], self.a[role]) if columns else (self.a[role], self.b[role])
-            split.tensor_model_parallel, split.partition_dim, split.partition_stride = True, 0 if columns else 1, 1
+            if not self._shared:
+                split.tensor_model_parallel, split.partition_dim, split.partition_stride = True, 0 if columns else 1, 1
             whole.sequence_parallel = sequence_parallel
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -82,11 +86,27 @@ class Adapter(nn.Module):
             return (mapping(low) @ self.b[self.roles[0]].t()).mul_(self._scale)
         low = gather_from_sequence_parallel_region(low) if self._split_sequence else copy_to_tensor_model_parallel_region(low)
         parts = dict(zip(self.roles, low.split([self.a[role].shape[0] for role in self.roles], dim=-1)))
+        if self._shared:
+            return self._of_shared_groups(parts)
         outputs = [self._update(role, parts.get(role), low) for role in self._fused]
         if len(outputs) == 3:  # q, k, v stand together group by group
             outputs = [each.unflatten(-1, (self._groups, -1)) for each in outputs]
             return torch.cat(outputs, dim=-1).flatten(-2)
         return torch.cat(outputs, dim=-1)
+
+    def _of_shared_groups(self, parts: dict[str, Tensor]) -> Tensor:
+        """Through the rank's rows of a B that holds all roles', each in its own columns."""
+        placed, ranks = [], parallel_state.get_tensor_model_parallel_world_size()
+        for role in self._fused:
+            if role not in parts:
+                placed.append(self.b[self.roles[0]].new_zeros(self._rows[role], len(self.roles) * self.b[self.roles[0]].shape[1]))
+                continue
+            whole = copy_to_tensor_model_parallel_region(self.b[role])  # its gradient: the sum over the ranks' rows
+            before, r = self.roles.index(role), whole.shape[1]
+            placed.append(nn.functional.pad(whole, (before * r, (len(self.roles) - 1 - before) * r)))
+        fused = torch.cat([each.unflatten(0, (self._groups, -1)) for each in placed], dim=1).flatten(0, 1)
+        own = fused.chunk(ranks)[parallel_state.get_tensor_model_parallel_rank()]
+        return (torch.cat([parts[role] for role in self.roles], dim=-1) @ own.t()).mul(self._scale)
 
     def _update(self, role: str, part: Tensor | None, like: Tensor) -> Tensor:
         if part is None:

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 from megatron_prune.arch.adapter import target_roles
-from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
 from megatron_prune.calibration.pair import recorded_tokenizer
@@ -75,7 +74,7 @@ def _check_arguments(options: RecoverOptions, checkpoint: MegatronCheckpoint, la
     check_seed(options.seed)
     batch_sizes(options).check(world.size // (layout.tensor * layout.pipeline))
     optimizer_options(options).check()
-    _check_adapter(options, config, layout)
+    _check_adapter(options)
     if options.wandb_project and not importlib.util.find_spec("wandb"):
         raise InputError("--wandb-project needs a package", do="pip install wandb, or leave it out")
     if options.teacher and options.teacher_logits:
@@ -156,7 +155,7 @@ def _check_answers(options: RecoverOptions, student: MegatronCheckpoint) -> None
     )
 
 
-def _check_adapter(options: RecoverOptions, config: ModelConfig, layout: ParallelLayout) -> None:
+def _check_adapter(options: RecoverOptions) -> None:
     if options.lora_r is None:
         return
     require_positive(options, "lora_r")
@@ -165,13 +164,6 @@ def _check_adapter(options: RecoverOptions, config: ModelConfig, layout: Paralle
         raise InputError("--lora-alpha", got=options.lora_alpha, needed="a positive number")
     if not 0 <= options.lora_dropout < 1:
         raise InputError("--lora-dropout", got=options.lora_dropout, needed="from 0 on, below 1")
-    if config.num_query_groups % layout.tensor:
-        raise InputError(
-            f"--lora-r under TP {layout.tensor}",
-            got=f"{config.num_query_groups} KV groups",
-            needed="whole KV groups on every rank",
-            do=f"use a tensor-parallel size that divides {config.num_query_groups}",
-        )
 
 
 def _check_tokenizer(prefixes: list[str], checkpoint: MegatronCheckpoint) -> None:

@@ -296,12 +296,21 @@ def adapted(source: Path, modules: tuple[str, ...]) -> torch.nn.Module:
             ("q_proj", "k_proj", "v_proj", "down_proj"),
             {"micro_batch_size": 2, "sequence_parallel": True, "recompute_granularity": "full"},
         ),
+        ((4, 1, 1), "llama, 2", None, tuple(ROLES), {"micro_batch_size": 6}),
+        (
+            (2, 1, 1),
+            "qwen2, 1",
+            ("q_proj", "v_proj"),
+            ("q_proj", "v_proj"),
+            {"micro_batch_size": 3, "sequence_parallel": True},
+        ),
         ((1, 2, 1), "llama", ("o_proj",), ("o_proj",), {"micro_batch_size": 3, "recompute_granularity": "full"}),
         ((1, 1, 1), "qwen2", ("k_proj",), ("k_proj",), {"micro_batch_size": 6, "teacher": True}),
     ],
 )
 def test_adapters_train_as_those_of_peft(ranks, checkpoints, data, drawn, tmp_path, layout, family, targets, modules, options):
-    source, load = checkpoints(family, {})
+    family, _, groups = family.partition(", ")
+    source, load = checkpoints(family, {"num_key_value_heads": int(groups)} if groups else {})
     further = {}
     if "teacher" in options:
         teacher, taught = checkpoints("llama", TEACHER)
