@@ -34,6 +34,39 @@ def run_steps(world: World, *steps: tuple[str, dict[str, Any]]) -> None:
         getattr(module, name)(kind(**options), world)
 
 
+FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir"}
+"""What Python tells its audit hooks of files and directories (PEP 578)."""
+
+
+def die_at_file_event(world: World, number: int, later: float, seen: Any, place: str, step: tuple[str, dict[str, Any]]) -> None:
+    """Run a step, and be gone when it is about to do something for the ``number``-th time under ``place``.
+
+    Args:
+        later: seconds after that moment, so that a kill also lands in the middle of a write.
+        seen: counts these moments; a shared integer.
+    """
+    import os
+    import signal
+    import sys
+    import threading
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event not in FILE_EVENTS or not any(
+            str(each).startswith(place) for each in arguments if isinstance(each, (str, Path))
+        ):
+            return
+        with seen.get_lock():
+            seen.value += 1
+            now = seen.value == number
+        if now and later:
+            threading.Timer(later, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        elif now:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    run_steps(world, step)
+
+
 def die_at_rename(world: World, number: int, step: tuple[str, dict[str, Any]]) -> None:
     """Run a step where directories cannot be exchanged (NFS, old kernels), and be gone just before a rename in ``commit``.
 
