@@ -68,7 +68,7 @@ def light(*, plots: bool = False) -> Iterator[None]:
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from megatron_prune.recovery import checkpoints, history
+    from megatron_prune.recovery import history, report_queue
 
     managers: list[SyncManager] = []
 
@@ -78,7 +78,7 @@ def light(*, plots: bool = False) -> Iterator[None]:
 
     daemonic = multiprocessing.current_process().daemon
     with (
-        mock.patch.object(checkpoints, "SyncManager", forked),
+        mock.patch.object(report_queue, "SyncManager", forked),
         contextlib.nullcontext() if plots else mock.patch.object(history.History, "plot", lambda self: None),
         mock.patch.object(gc, "collect", lambda *_: 0),
         _may_have_children() if daemonic else contextlib.nullcontext(),

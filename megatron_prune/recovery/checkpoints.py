@@ -11,13 +11,9 @@ by one rename when every rank's part is there. Any TP × PP × DP reads it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import multiprocessing
 import os
 import shutil
-import signal
 from dataclasses import dataclass, field
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, Callable
 
@@ -32,12 +28,12 @@ from megatron_prune.checkpoint.manifest import FILE, Manifest
 from megatron_prune.checkpoint.megatron_args import megatron_args
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.recovery.optimizer import allocate_state, load_state
+from megatron_prune.recovery.report_queue import report_queue
 from megatron_prune.recovery.trainer import Trainer, TrainingError
 from megatron_prune.runtime import cpu
 from megatron_prune.runtime.world import World
 
 BEST = "best"
-_PR_SET_PDEATHSIG = 1
 _FAILURES = (Exception, CheckpointException)  # torch's is no Exception
 _CONTENT = {
     "singleton_local_shards": False,
@@ -69,9 +65,7 @@ class Checkpoints:
 
     def __post_init__(self) -> None:
         """Start the process through which writers report: torchrun signals a stop to it too, and it must outlive that."""
-        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(initializer=_live_with_parent)
-        filesystem_async._results_queue = manager.Queue()
+        filesystem_async._results_queue = report_queue()
 
     def save(self, iteration: int, described: Manifest, *, best: bool) -> None:
         """Begin to write a checkpoint; :meth:`poll` or :meth:`finish` puts it in place.
@@ -226,14 +220,6 @@ def check_room(root: Path, needed: int) -> None:
     free = shutil.disk_usage(root).free
     if free < needed:
         raise InputError(f"not enough room in {root}", got=f"{free / 1e9:.2f} GB free", needed=f"{needed / 1e9:.2f} GB")
-
-
-def _live_with_parent() -> None:
-    """Outlive a request to stop, which the parent answers; end with the parent, however it ends (Linux)."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _link(place: Path, target: str) -> None:

@@ -6,7 +6,6 @@ A moment is counted by what a run does with files, not by a clock: on a machine 
 from __future__ import annotations
 
 import filecmp
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import rank_jobs
+from ranks import forking_context
 from tiny import build_tiny
 
 from megatron_prune.runtime.world import World
@@ -29,9 +29,7 @@ BIG = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 12,
 
 @pytest.fixture(scope="module")
 def context():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rank_jobs", *(f"megatron_prune.steps.{step}" for step in ("convert", "export", "prune"))])
-    return context
+    return forking_context()
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from rank_jobs_recovery import teach
 
 from megatron_prune.errors import InputError
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
+from megatron_prune.steps.preprocess import PreprocessOptions, preprocess
 from megatron_prune.steps.prune import parse, prune
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,17 +137,17 @@ def test_the_script_scores_re_fits_and_keeps_to_a_budget_with_its_settings(tiny,
 
 
 def test_the_script_recovers_with_its_settings(tiny, tmp_path):
-    """S4's name for it; text made by the command line, a blend in one variable, a teacher's answers, adapters, two copies."""
+    """S4's name for it; a blend in one variable, a teacher's answers, adapters, two copies."""
     load, text = tmp_path / "m", tmp_path / "text.jsonl"
     convert(ConvertOptions(load_dir=str(tiny("qwen2")), save_dir=str(load)), World())
     text.write_text("".join(json.dumps({"text": f"Sentence {number} of a text. " * 3}) + "\n" for number in range(100)))
-    verb = lambda *words: subprocess.run(
-        [sys.executable, "-m", "megatron_prune", *map(str, words)], check=True, capture_output=True, timeout=240
+    pair = tmp_path / "pair_text_document"
+    preprocess(
+        PreprocessOptions(input=(str(text),), tokenizer=str(load), output_prefix=str(tmp_path / "pair"), workers=1), World()
     )
-    verb("preprocess", "--input", text, "--tokenizer", load, "--output-prefix", tmp_path / "pair")
-    blend = f"0.7 {tmp_path / 'pair_text_document'} 0.3 {tmp_path / 'pair_text_document'}"
-    shape = ["--train-iters", 2, "--global-batch-size", 4, "--seq-length", 16, "--eval-iters", 1]
-    verb("teach", "--load", load, "--save", tmp_path / "taught", "--data-path", *blend.split(), *shape, "--top-k", 5)
+    blend = f"0.7 {pair} 0.3 {pair}"
+    lesson = {"load": str(load), "save": str(tmp_path / "taught"), "data_path": tuple(blend.split()), "top_k": 5}
+    teach(World(), {**lesson, "train_iters": 2, "global_batch_size": 4, "seq_length": 16, "eval_iters": 1})
     settings = {"LOAD_DIR": load, "SAVE_DIR": tmp_path / "run", "DATA_PATH": blend, "TP": 1, "DP": 2, "DTYPE": "fp32"}
     settings |= {"TRAIN_ITERS": 2, "SEQ_LENGTH": 16, "GLOBAL_BATCH_SIZE": 4, "MICRO_BATCH_SIZE": 2, "LR": 1e-2, "LORA_R": 2}
     settings |= {"TEACHER_LOGITS": tmp_path / "taught", "GPT_ARGS": "--num-layers 4 --swiglu --attention-dropout 0.0"}

@@ -19,6 +19,7 @@ from typing import Iterator
 
 import numpy
 import pytest
+import rank_jobs_recovery as jobs
 import torch
 
 from megatron_prune.runtime.world import World
@@ -77,7 +78,7 @@ def _losses(run: Path) -> dict[int, float]:
 
 
 @pytest.mark.timeout(600)  # 16 processes are started, on whatever cores there are
-def test_a_lost_process_on_one_of_two_hosts_costs_time_alone(tiny, tmp_path, hosts):
+def test_a_lost_process_on_one_of_two_hosts_costs_time_alone(tiny, tmp_path, hosts, ranks):
     start = tmp_path / "start"
     convert(
         ConvertOptions(load_dir=str(tiny("llama", dtype="float32")), save_dir=str(start), target_tensor_parallel_size=2), World()
@@ -116,10 +117,9 @@ def test_a_lost_process_on_one_of_two_hosts_costs_time_alone(tiny, tmp_path, hos
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(agent.pid, signal.SIGKILL)
 
-    one_host = {**os.environ, **settings, "SAVE_DIR": str(tmp_path / "whole")}
-    subprocess.run(
-        ["bash", str(ROOT / "scripts/recover.sh"), *further], env=one_host, check=True, capture_output=True, timeout=150
-    )
+    same = {"load": str(start), "save": str(tmp_path / "whole"), "data_path": (settings["DATA_PATH"],), "split": "80,20,0"}
+    same |= {"train_iters": ITERATIONS, "seq_length": 16, "global_batch_size": 4, "lr": 1e-3, "save_interval": 4}
+    assert ranks(2).run(jobs.recover, {**same, "eval_interval": 50, "eval_iters": 1, "log_interval": 1}) == [0, 0]
     assert "going on after iteration" in (tmp_path / "lost-0.log").read_text() + (tmp_path / "lost-1.log").read_text()
     assert _losses(lost) == _losses(tmp_path / "whole")  # bit for bit
     assert len(_losses(lost)) == ITERATIONS
