@@ -6,11 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from ranks import RankPool
 from tiny import FAMILIES, build_tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """So small models run no faster on several, and several wait for each other where two tests run at once."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

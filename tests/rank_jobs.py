@@ -6,6 +6,7 @@ import importlib
 import multiprocessing
 from argparse import Namespace
 from contextlib import contextmanager
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -259,7 +260,7 @@ def save_stock(
     from megatron.core import dist_checkpointing
 
     args = Namespace(**args)
-    with stock_model(world, args, tp, pp) as model, _may_have_children():
+    with stock_model(world, args, tp, pp) as model, _may_have_children(), _reports():
         mine = {name: torch.from_numpy(value) for name, value in states[world.rank].items()}
         missing, unexpected = model.load_state_dict(mine, strict=False)
         if unexpected or any(not name.endswith("_extra_state") for name in missing):
@@ -270,6 +271,16 @@ def save_stock(
             Path(folder).mkdir(parents=True)
         world.barrier()
         dist_checkpointing.save({**state, "args": args, "checkpoint_version": 3.0, "iteration": 5}, folder)
+
+
+@contextmanager
+def _reports() -> Iterator[None]:
+    """The process through which megatron-core's writers report, forked: its own is spawned and imports everything again."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    with SyncManager(ctx=multiprocessing.get_context("fork")) as manager:
+        filesystem_async._results_queue = manager.Queue()
+        yield
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Ranks are forked from a process that has imported what is slow to import, and st
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import traceback
@@ -58,7 +59,7 @@ class RankPool:
         results, errors = [None] * self.size, {}
         for _ in range(self.size):
             try:
-                rank, value, error = self._results.get(timeout=10 if errors else TIMEOUT_S)
+                rank, value, error = self._results.get(timeout=30 if errors else TIMEOUT_S)
             except Exception:
                 self.close()
                 raise RankFailed(errors or {-1: ("Timeout", "no rank answered")}) from None
@@ -85,6 +86,7 @@ def _serve(rank: int, size: int, port: int, calls, results) -> None:
     torch.set_num_threads(1)
     from megatron_prune.runtime.world import World
 
+    gc.freeze()  # megatron-core looks for garbage in every process that writes: not in what is imported
     world = World.of_environment()
     world.connect(always=True)
     while True:

@@ -40,15 +40,6 @@ EXACT = ("loss", "grad_norm", "lr", "steps_left_out", "held_out_loss")
 """What does not depend on the machine's speed."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """So small a model runs no faster on several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, tiny) -> Path:
     """A model in float32 as ``hf`` and ``m``, a teacher ``taught``, one of another vocabulary ``other``, and a pair ``text``."""
