@@ -59,7 +59,7 @@ class RankPool:
         results, errors = [None] * self.size, {}
         for _ in range(self.size):
             try:
-                rank, value, error = self._results.get(timeout=30 if errors else TIMEOUT_S)
+                rank, value, error = self._results.get(timeout=15 if errors else TIMEOUT_S)
             except Exception:
                 self.close()
                 raise RankFailed(errors or {-1: ("Timeout", "no rank answered")}) from None
