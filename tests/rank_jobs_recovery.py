@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import multiprocessing
 import resource
 import signal
 from contextlib import contextmanager
 from multiprocessing.managers import SyncManager
+from pathlib import Path
 from typing import Any, Iterator
 from unittest import mock
 
@@ -52,6 +54,12 @@ def losses(world: World, tp: int, vocab_size: int, case: dict[str, Any]) -> tupl
     finally:
         stop_parallel()
         forget_groups()
+
+
+def course(save: Path) -> dict[tuple[int, str], float]:
+    """Every loss of a run's history, by iteration and kind (``loss``, ``held_out_loss``)."""
+    records = [json.loads(line) for line in (save / "history.jsonl").read_text().splitlines()]
+    return {(each["iteration"], kind): each[kind] for each in records for kind in ("loss", "held_out_loss") if kind in each}
 
 
 class Killed(BaseException):

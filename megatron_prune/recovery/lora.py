@@ -96,16 +96,14 @@ class Adapter(nn.Module):
 
     def _of_shared_groups(self, parts: dict[str, Tensor]) -> Tensor:
         """Through the rank's rows of a B that holds all roles', each in its own columns."""
-        placed, ranks = [], parallel_state.get_tensor_model_parallel_world_size()
-        for role in self._fused:
-            if role not in parts:
-                placed.append(self.b[self.roles[0]].new_zeros(self._rows[role], len(self.roles) * self.b[self.roles[0]].shape[1]))
-                continue
-            whole = copy_to_tensor_model_parallel_region(self.b[role])  # its gradient: the sum over the ranks' rows
-            before, r = self.roles.index(role), whole.shape[1]
-            placed.append(nn.functional.pad(whole, (before * r, (len(self.roles) - 1 - before) * r)))
-        fused = torch.cat([each.unflatten(0, (self._groups, -1)) for each in placed], dim=1).flatten(0, 1)
-        own = fused.chunk(ranks)[parallel_state.get_tensor_model_parallel_rank()]
+        # one gradient for all: the sum over the ranks' rows; megatron-core loses the sum of one that is not contiguous
+        whole = copy_to_tensor_model_parallel_region(torch.cat([self.b[role] for role in self.roles]))
+        b = dict(zip(self.roles, whole.split([self._rows[role] for role in self.roles])))
+        blocks = [b[role] if role in b else whole.new_zeros(self._rows[role], 0) for role in self._fused]
+        by_role = torch.block_diag(*blocks).split(list(self._rows.values()))
+        fused = torch.cat([rows.unflatten(0, (self._groups, -1)) for rows in by_role], dim=1).flatten(0, 1)
+        ranks, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+        own = fused.chunk(ranks)[rank]
         return (torch.cat([parts[role] for role in self.roles], dim=-1) @ own.t()).mul(self._scale)
 
     def _update(self, role: str, part: Tensor | None, like: Tensor) -> Tensor:

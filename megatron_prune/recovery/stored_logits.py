@@ -133,7 +133,7 @@ def check_parts(folder: Path, samples: int, length: int) -> None:
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in ("ids", "log_probs", "rest", "digests")}
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} is missing or damaged", got=str(error), do="teach again") from None
-        k = shapes["ids"][-1]
+        k = shapes["ids"][-1] if shapes["ids"] else 0
         needed = {"ids": (rows, length, k), "log_probs": (rows, length, k), "rest": (rows, length), "digests": (rows,)}
         if shapes != needed:
             raise InputError(f"{path} is damaged", got=f"shapes {shapes}", needed=f"{needed}", do="teach again")

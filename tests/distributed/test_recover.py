@@ -304,6 +304,7 @@ def adapted(source: Path, modules: tuple[str, ...]) -> torch.nn.Module:
             ("q_proj", "v_proj"),
             {"micro_batch_size": 3, "sequence_parallel": True},
         ),
+        ((2, 1, 1), "llama, 1", ("v_proj",), ("v_proj",), {"micro_batch_size": 6}),
         ((1, 2, 1), "llama", ("o_proj",), ("o_proj",), {"micro_batch_size": 3, "recompute_granularity": "full"}),
         ((1, 1, 1), "qwen2", ("k_proj",), ("k_proj",), {"micro_batch_size": 6, "teacher": True}),
     ],

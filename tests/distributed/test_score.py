@@ -29,7 +29,7 @@ from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.export import ExportOptions, export
 
 LAYERS = ["layer_0000", "layer_0001", "layer_0002", "layer_0003", "final"]
-LAYOUTS = [(3, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1)]
+LAYOUTS = [(2, 1, 1), (3, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1)]
 """TP, PP, DP."""
 TEXT_OPTIONS = {"nsamples": 6, "seq_length": 16, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
 

@@ -78,9 +78,9 @@ def test_measuring_and_refitting_take_what_the_estimate_says(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("".join(f"{number} boxers chase {number * 7}. " for number in range(4000)))
     asked = ["--ffn-hidden-size-remain", "2048"]
     capsys.readouterr()
-    main(["estimate", dense, *asked, "--nsamples", "4", "--sample-length", "128", "--json"])
+    main(["estimate", dense, *asked, "--nsamples", "8", "--sample-length", "128", "--json"])
     steps = json.loads(capsys.readouterr().out)["steps"]
-    text = ["--nsamples", "4", "--seq-length", "128"]
+    text = ["--nsamples", "8", "--seq-length", "128"]
     given = ["--data", f"{tmp_path / 'text.txt'}:1", *text]
     peaks = {
         "sampling text": peak("sample", "--load", dense, "--save", str(tmp_path / "own.safetensors"), *text),

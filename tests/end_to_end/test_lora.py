@@ -45,13 +45,6 @@ def options(home: Path, save: Path, **changes) -> dict:
     return {**common, "log_interval": 1, "lr": 3e-2, "min_lr": 1e-3, "lr_warmup_iters": 1, **LORA, "save": str(save), **changes}
 
 
-def losses(save: Path) -> dict[tuple[int, str], float]:
-    """By iteration and kind."""
-    records = [json.loads(line) for line in (save / "history.jsonl").read_text().splitlines()]
-    kind = lambda record: "loss" if "loss" in record else "held_out_loss"
-    return {(record["iteration"], kind(record)): record[kind(record)] for record in records}
-
-
 @pytest.fixture(scope="module")
 def trained(home, tmp_path_factory) -> Path:
     """A run that has ended."""
@@ -144,9 +137,9 @@ def test_a_stopped_run_with_dropout_goes_on_to_the_same_losses(home, trained, ra
     assert set(start(tmp_path / "whole")) == {0}
     assert set(start(tmp_path / "run", {3: "asked"})) == {143}
     assert set(start(tmp_path / "run")) == {0}
-    whole, found = losses(tmp_path / "whole"), losses(tmp_path / "run")
+    whole, found = jobs.course(tmp_path / "whole"), jobs.course(tmp_path / "run")
     assert whole.items() <= found.items() and len(whole) == 6 + 4
-    without = losses(trained)
+    without = jobs.course(trained)
     assert whole[0, "held_out_loss"] == pytest.approx(without[0, "held_out_loss"], rel=1e-6)  # B is zero: nothing to drop yet
     assert abs(whole[6, "held_out_loss"] - without[6, "held_out_loss"]) > 1e-4
 
@@ -169,7 +162,7 @@ def test_a_run_goes_on_at_any_other_layout(home, trained, ranks, tmp_path, model
     assert jobs.recover(World(), options(home, save, load=load, tensor_model_parallel_size=1)) == 0
     whole = trained if model == "m" else tmp_path / "whole"
     assert whole == trained or jobs.recover(World(), options(home, whole, load=load)) == 0
-    found, wanted = losses(save), losses(whole)
+    found, wanted = jobs.course(save), jobs.course(whole)
     for key, loss in found.items():
         assert key not in wanted or loss == pytest.approx(wanted[key], rel=2e-5), key  # six updates, sums in another order
     assert found.keys() >= {(number, "loss") for number in range(1, 7)} | {(6, "held_out_loss")}
