@@ -29,6 +29,10 @@ VERBS = {
     "preprocess": "text → Megatron .bin/.idx pairs, to train on",
     "teach": "a teacher's most probable tokens, kept for distilling without it",
     "recover": "train a pruned Megatron checkpoint: plain, distilled, or adapters alone",
+    "vocab count": "a corpus → how often it uses every token",
+    "vocab select": "counts → the tokens that stay: a report and a plan",
+    "vocab trim": "cut the vocabulary of a model of either kind, its tokenizer with it",
+    "vocab remap": "tokenised data (.bin/.idx) → the same for a trimmed vocabulary",
     "evaluate": "perplexity of a Megatron checkpoint under TP × PP",
     "compare": "before/after table of two Hugging Face models",
     "inspect": "shape, layout, parameters, bytes, recipe of a checkpoint; its broken weights",
@@ -46,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     if argv[0] in ("-V", "--version"):
         print(f"megatron-prune {__version__}")
         return
+    if " ".join(argv[:2]) in VERBS:  # verbs of two words
+        argv = [" ".join(argv[:2]), *argv[2:]]
     if argv[0] not in VERBS:
         print(f"megatron-prune: unknown verb {argv[0]!r}\n\n{_usage()}", file=sys.stderr)
         raise SystemExit(2)
@@ -59,7 +65,7 @@ def run_verb(verb: str, argv: list[str], *, prog: str) -> None:
     _quiet()
     world = World.of_environment()
     try:
-        name = verb.replace("-", "_")
+        name = verb.replace("-", "_").replace(" ", "_")
         step = importlib.import_module(f"megatron_prune.steps.{name}")
         parser = getattr(step, "parse", None)
         kind = getattr(step, "".join(part.capitalize() for part in name.split("_")) + "Options")
@@ -105,6 +111,6 @@ def _fail(world, message: str, code: int) -> None:
 
 def _usage() -> str:
     lines = ["usage: megatron-prune <verb> [options]      megatron-prune <verb> --help", ""]
-    lines += [f"  {verb:10} {text}" for verb, text in VERBS.items()]
+    lines += [f"  {verb:12} {text}" for verb, text in VERBS.items()]
     lines += ["", "Under torchrun: torchrun --nproc-per-node N -m megatron_prune <verb> [options]"]
     return "\n".join(lines)

@@ -44,6 +44,8 @@ class Pair:
         sequences: how many there are.
         documents: how many there are; a document is one sequence or several.
         total: tokens in all sequences, at least 1.
+        ends: int64 [sequences], where in that run each ends.
+        document_indices: int64 [documents + 1], the sequences that documents begin with, and their number.
     """
 
     def __init__(self, prefix: str):
@@ -67,18 +69,19 @@ class Pair:
         needed = int((self._pointers + lengths * self.dtype.itemsize).max()) if len(lengths) else 0
         if held < needed:
             raise InputError(f"{prefix}.bin is not whole", got=f"{held} bytes", needed=f"{needed} bytes, as {prefix}.idx says")
-        self._ends = numpy.cumsum(lengths)
-        self.total = int(self._ends[-1]) if len(lengths) else 0
+        self.ends = numpy.cumsum(lengths)
+        self.document_indices = ends
+        self.total = int(self.ends[-1]) if len(lengths) else 0
         if self.total == 0:
             raise InputError(f"{prefix}.bin is empty", got="no tokens", needed="at least one document")
 
     def window(self, start: int, length: int) -> torch.Tensor:
         """int64 [length]: tokens ``start`` … of the run, read from the sequences that hold them."""
         pieces, position, stop = [], start, start + length
-        number = int(numpy.searchsorted(self._ends, start, side="right"))
+        number = int(numpy.searchsorted(self.ends, start, side="right"))
         while position < stop:
-            first = int(self._ends[number - 1]) if number else 0
-            take = min(stop, int(self._ends[number])) - position
+            first = int(self.ends[number - 1]) if number else 0
+            take = min(stop, int(self.ends[number])) - position
             if take:
                 pieces.append(self._data.get(number, offset=position - first, length=take).astype(numpy.int64))
             position, number = position + take, number + 1
@@ -86,17 +89,17 @@ class Pair:
 
     def extremes(self) -> tuple[int, int]:
         """The lowest and the highest token id; every token is read, a block at a time."""
-        found = [(int(block.min()), int(block.max())) for block in self._blocks()]
+        found = [(int(block.min()), int(block.max())) for block in self.blocks()]
         return min(low for low, _ in found), max(high for _, high in found)
 
     def highest(self) -> int:
         """The highest token id: what a vocabulary must be larger than."""
         return self.extremes()[1]
 
-    def _blocks(self) -> Iterator[numpy.ndarray]:
-        """Every token once, [at most ``_BLOCK``] of ``dtype``: sequences that touch in the file are read together."""
+    def blocks(self) -> Iterator[numpy.ndarray]:
+        """The run of tokens, every one once, [at most ``_BLOCK``] of ``dtype``: sequences that touch in the file are read together."""
         size = self.dtype.itemsize
-        stops = self._pointers + numpy.diff(self._ends, prepend=0) * size
+        stops = self._pointers + numpy.diff(self.ends, prepend=0) * size
         breaks = numpy.flatnonzero(self._pointers[1:] != stops[:-1])
         starts, stops = self._pointers[numpy.append(0, breaks + 1)], stops[numpy.append(breaks, len(stops) - 1)]
         with open(f"{self.prefix}.bin", "rb") as file:

@@ -7,13 +7,8 @@ there as soon as the second is. Which process writes it, and when, changes nothi
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Sequence, TypeVar
@@ -21,8 +16,8 @@ from typing import Any, Callable, Iterable, Iterator, Sequence, TypeVar
 import numpy
 import xxhash
 
+from megatron_prune.calibration.workers import in_processes
 from megatron_prune.checkpoint import staging
-from megatron_prune.errors import PruneError
 
 _BATCH = 1 << 20
 """Characters that are tokenised together."""
@@ -80,37 +75,18 @@ def write_parts(parts: Iterable[Part], coding: Coding, *, workers: int, progress
         OSError: if a part cannot be written.
     """
     prefixes: list[str] = []
-    waiting: set[Future] = set()
-    with ProcessPoolExecutor(workers, mp_context=_processes(), initializer=_begin_worker, initargs=(coding,)) as pool:
-        try:
-            for part in parts:
-                prefixes.append(part.prefix)
-                if part.is_written:
-                    progress(part.size)
-                else:
-                    waiting.add(pool.submit(_write_part, part))
-                while len(waiting) > workers + 1:
-                    _collect(waiting, progress)
-            while waiting:
-                _collect(waiting, progress)
-        except BrokenProcessPool:
-            raise PruneError("a worker was ended from outside, perhaps for want of memory; try fewer --workers") from None
-        finally:
-            pool.shutdown(cancel_futures=True)  # what runs is finished and kept
+
+    def unwritten() -> Iterator[Part]:
+        for part in parts:
+            prefixes.append(part.prefix)
+            if part.is_written:
+                progress(part.size)
+            else:
+                yield part
+
+    for size in in_processes(unwritten(), _write_part, workers=workers, begin=_begin_worker, given=(coding,)):
+        progress(size)
     return prefixes
-
-
-def _collect(waiting: set[Future], progress: Callable[[int], None]) -> None:
-    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-        waiting.remove(future)
-        progress(future.result())
-
-
-def _processes() -> Any:
-    """Processes that start clean (threads of this one are not copied) and with the slow imports done, once for all."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "transformers.tokenization_utils_tokenizers"])
-    return context
 
 
 _coding: Coding
@@ -120,14 +96,6 @@ _coding: Coding
 def _begin_worker(coding: Coding) -> None:
     global _coding
     _coding = coding
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are what is parallel
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which lets parts be finished
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _write_part(part: Part) -> int:
@@ -196,3 +164,29 @@ def join_parts(parts: Iterable[str], prefix: str, dtype: str) -> tuple[int, int]
     builder.document_indices.extend(range(1, documents + 1))
     builder.finalize(f"{prefix}.idx")
     return documents, sum(builder.sequence_lengths)
+
+
+_ENDINGS = ("json", "bin", "idx")
+"""Files of a pair, in the order in which they are put in place: there is no pair before its index is there."""
+
+
+def pair_files(prefix: Path) -> dict[str, Path]:
+    """Ending → file of a pair and of the record beside it."""
+    return {ending: prefix.with_name(f"{prefix.name}.{ending}") for ending in _ENDINGS}
+
+
+def place_pair(made: Path, prefix: Path) -> None:
+    """Put a finished pair in place; an old index goes first, so that no index ever belongs to other tokens.
+
+    Args:
+        made, prefix: of its files where they were made and where they go. Without a record an old one goes.
+    """
+    sources, files = pair_files(made), pair_files(prefix)
+    present = [ending for ending in _ENDINGS if sources[ending].exists()]
+    for ending in present:
+        staging.sync(sources[ending])
+    files["idx"].unlink(missing_ok=True)
+    files["json"].unlink(missing_ok=True)
+    for ending in present:
+        os.rename(sources[ending], files[ending])
+    staging.sync(prefix.absolute().parent)

@@ -25,6 +25,7 @@ class Budget:
             is outside of it. Activations and the runtime itself come on top.
         seq_length, batch: tokens of a sequence and sequences in the cache that ``memory`` has to hold.
         dtype_bytes: bytes of a stored weight and of a cached value.
+        vocab_size: tokens that will stay, of shapes that still name all; ``None``: as many as the shape says.
     """
 
     params: int | None = None
@@ -33,6 +34,7 @@ class Budget:
     seq_length: int = 4096
     batch: int = 1
     dtype_bytes: int = 2
+    vocab_size: int | None = None
 
     def __post_init__(self):
         named = [name for name in ("params", "ratio", "memory") if getattr(self, name) is not None]
@@ -55,6 +57,7 @@ class Budget:
 
     def cost(self, config: ModelConfig) -> int:
         """What ``config`` costs, in the unit of :meth:`limit`."""
+        config = replace(config, vocab_size=self.vocab_size or config.vocab_size)
         if self.memory is None:
             return parameters(config)
         cached = 2 * config.num_layers * config.num_query_groups * config.kv_channels * self.seq_length * self.batch

@@ -42,6 +42,7 @@ class Plan:
     rotated: the stream is rotated before it is cut (``surgery/basis.py``), so that no channel stays as it was; the
         rotation comes from the calibration text, not from the plan.
     untied: the head of a tied model becomes a matrix of its own.
+    vocab: kept tokens, ascending, ``None`` for all; which may go is for the tokenizer to say (``vocabulary/trimmed.py``).
     layers: the layers that stay, ascending.
     made_by: how it was made (metric, prune_type, seed, parallel sizes …).
     content_id: digest of the model it was made from; ``None`` fits any model of the old shape.
@@ -53,6 +54,7 @@ class Plan:
     layers: list[LayerPlan]
     rotated: bool = False
     untied: bool = False
+    vocab: list[int] | None = None
     made_by: dict[str, Any] = field(default_factory=dict)
     content_id: str | None = None
 
@@ -72,6 +74,7 @@ class Plan:
             "new": self.new,
             "hidden": ROTATED if self.rotated else keep(self.hidden),
             **({"untied": True} if self.untied else {}),
+            **({"vocab": self.vocab} if self.vocab is not None else {}),
         }
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
         rows = []
@@ -111,7 +114,8 @@ class Plan:
                 raise ValueError("made_by is not an object, or untied not true or false")
             hidden = data.pop("hidden")
             rotated = hidden == ROTATED
-            return cls(hidden=None if rotated else units(hidden), rotated=rotated, layers=layers, **data)
+            vocab = units(data.pop("vocab", ALL))
+            return cls(hidden=None if rotated else units(hidden), rotated=rotated, layers=layers, vocab=vocab, **data)
         except PlanError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -129,6 +133,11 @@ class Plan:
     def without_shards(self) -> Plan:
         """The same cut dealt evenly (one rank holds everything anyway)."""
         return replace(self, layers=[replace(entry, shards={}) for entry in self.layers])
+
+    def with_vocab(self, vocab: list[int] | None) -> Plan:
+        """The same cut of everything else, with these tokens (``None``: all)."""
+        size = self.old["vocab_size"] if vocab is None else len(vocab)
+        return replace(self, vocab=vocab, new={**self.new, "vocab_size": size})
 
     def summary(self) -> str:
         """The sizes that change, for a person."""
@@ -231,6 +240,13 @@ def make_plan(
     )
 
 
+def whole_plan(config: ModelConfig, made_by: dict[str, Any], content_id: str | None) -> Plan:
+    """The plan that changes nothing: what a cut of the vocabulary alone starts from."""
+    layers = [LayerPlan(layer=layer) for layer in range(config.num_layers)]
+    shape = shape_of(config)
+    return Plan(old=shape, new=shape, hidden=None, layers=layers, made_by=made_by, content_id=content_id)
+
+
 def check_plan(plan: Plan, config: ModelConfig, where: object) -> None:
     """Refuse a plan that does not fit a model of shape ``config``.
 
@@ -243,7 +259,9 @@ def check_plan(plan: Plan, config: ModelConfig, where: object) -> None:
             problems.append(f"it was made for {name} {plan.old.get(name)}, the checkpoint has {value}")
     raise_all(PlanError, f"{where} does not fit the checkpoint", problems)
     new = plan.new
-    problems += [f"{name} cannot change" for name in ("kv_channels", "vocab_size") if new[name] != getattr(config, name)]
+    if new["kv_channels"] != config.kv_channels:
+        problems.append("kv_channels cannot change")
+    problems += _vocab_problems(plan, config)
     if plan.untied and not config.tie_embeddings:
         problems.append("it makes the head a matrix of its own, which it is already")
     if plan.rotated and not 0 < new["hidden_size"] < config.hidden_size:
@@ -262,6 +280,28 @@ def check_plan(plan: Plan, config: ModelConfig, where: object) -> None:
         problems += _shard_problems(entry, new)
     raise_all(PlanError, f"{where} does not fit the checkpoint", problems)
     plan.new_config(config)
+
+
+def kept_tokens(plan: Plan, config: ModelConfig, where: object) -> list[int]:
+    """The vocabulary of a plan, for any model with as many tokens as the one that it was made for.
+
+    Raises:
+        PlanError: if it does not fit the model, or keeps them all.
+    """
+    if plan.vocab is None:
+        raise PlanError(f"{where} keeps the whole vocabulary", do="make one with megatron-prune vocab select")
+    problems = []
+    if plan.old["vocab_size"] != config.vocab_size:
+        problems.append(f"it was made for vocab_size {plan.old['vocab_size']}, the checkpoint has {config.vocab_size}")
+    problems += _vocab_problems(plan, config)
+    raise_all(PlanError, f"{where} does not fit the checkpoint", problems)
+    return plan.vocab
+
+
+def _vocab_problems(plan: Plan, config: ModelConfig) -> list[str]:
+    ascending = plan.vocab is None or plan.vocab == sorted(plan.vocab)
+    problems = _unit_problems("vocab", plan.vocab, config.vocab_size, plan.new["vocab_size"])
+    return problems + ([] if ascending else ["vocab must stand in ascending order"])
 
 
 def _unit_problems(what: str, units: list[int] | None, count: int, keep: int) -> list[str]:

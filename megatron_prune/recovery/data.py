@@ -125,7 +125,8 @@ def _check_pair(prefix: str, pair: Pair, seq_length: int, vocab_size: int) -> No
             f"{prefix}.bin was made with a tokenizer that is not the model's",
             got=f"token {highest if highest >= vocab_size else lowest}",
             needed=f"0 to {vocab_size - 1}",
-            do="make it again with this model's tokenizer: megatron-prune preprocess",
+            do="make it again with this model's tokenizer: megatron-prune preprocess; or, where the model's vocabulary was "
+            "trimmed, renumber it: megatron-prune vocab remap",
         )
 
 

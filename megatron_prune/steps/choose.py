@@ -18,7 +18,7 @@ from megatron_prune.importance.metric import METRICS
 from megatron_prune.planning.budget import Budget, read_budget
 from megatron_prune.planning.loss_estimate import cut_axes, loss_estimate, rank_candidates
 from megatron_prune.planning.multiples import check_multiples, parse_multiples
-from megatron_prune.planning.plan import Plan, check_plan, load_plan, make_plan
+from megatron_prune.planning.plan import Plan, check_plan, kept_tokens, load_plan, make_plan, whole_plan
 from megatron_prune.planning.selection import Scores, needed_scores
 from megatron_prune.planning.shapes import candidates
 from megatron_prune.planning.target import Target, check_parallel, resolve_target
@@ -62,6 +62,7 @@ class TargetOptions:
     )
     untie: bool = option("store the head of a tied model as a matrix of its own", False)
     plan: str | None = option("apply this plan instead of making one", None)
+    vocab_plan: str | None = option("keep the tokens of this plan (of megatron-prune vocab select) alone", None)
 
     SIZES: ClassVar[tuple[str, ...]] = (
         "hidden_size_remain",
@@ -80,7 +81,8 @@ class Request:
     Attributes:
         target: the exact shape; ``None`` for a budget or a plan.
         shapes: the shapes that meet the budget, largest first.
-        plan: the plan that was read.
+        plan: the plan that was read, but for its vocabulary.
+        vocab: tokens that stay, ascending; ``None`` for all.
         metric_of: axis → name of the metric that scores it.
         rotate: whether cut hidden units are rotated first.
     """
@@ -88,6 +90,7 @@ class Request:
     target: Target | None = None
     shapes: tuple[ModelConfig, ...] = ()
     plan: Plan | None = None
+    vocab: list[int] | None = None
     metric_of: dict[str, str]
     rotate: bool
 
@@ -177,7 +180,13 @@ def read_request(
         raise InputError("--hidden_method rotate needs text to find the subspace", do="name some with --data, or use select")
     common = {"metric_of": metrics_of(options, has_text=has_text, held=held, refit=refit), "rotate": rotate}
     if options.plan:
-        return Request(plan=_read(options, config, layout, family, content_id, prune_type, has_text), **common)
+        plan = _read(options, config, layout, family, content_id, prune_type, has_text)
+        return Request(plan=plan.with_vocab(None), vocab=plan.vocab, **common)
+    if options.vocab_plan:
+        vocab_plan = load_plan(Path(options.vocab_plan))
+        common["vocab"] = kept_tokens(vocab_plan, config, options.vocab_plan)
+        if vocab_alone(options):
+            return Request(plan=whole_plan(config, vocab_plan.made_by, content_id()), **common)
     multiples = parse_multiples(options.multiple_of) if options.multiple_of else {}
     budget = read_budget(
         params=options.params,
@@ -189,6 +198,7 @@ def read_request(
     )
     sizes = {name: getattr(options, name) for name in TargetOptions.SIZES}
     if budget is not None:
+        budget = dataclasses.replace(budget, vocab_size=len(common["vocab"]) if options.vocab_plan else None)
         shapes = _budget_shapes(_untied(options, config), budget, multiples, layout, family, prune_type, sizes, common)
         return Request(shapes=tuple(shapes), **common)
     target = resolve_target(config, **{name.removesuffix("_remain"): value for name, value in sizes.items()})
@@ -200,6 +210,22 @@ def read_request(
     family.check_expressible(target.config)
     _check_axes(config, target, common)
     return Request(target=target, **common)
+
+
+def vocab_alone(options: TargetOptions) -> bool:
+    """Whether nothing but the vocabulary is to be cut."""
+    others = (*TargetOptions.SIZES, "params", "ratio", "memory", "plan")
+    return bool(options.vocab_plan) and not options.untie and all(getattr(options, name) is None for name in others)
+
+
+def _check_model(plan: Plan, path: str, content_id: Callable[[], str]) -> None:
+    if plan.content_id is not None and plan.content_id != content_id():
+        raise PlanError(
+            f"{path} was made from another model of the same shape",
+            got=plan.content_id,
+            needed=content_id(),
+            do='set "content_id" to null in the plan to apply it all the same',
+        )
 
 
 def _untied(options: TargetOptions, config: ModelConfig) -> ModelConfig:
@@ -342,11 +368,5 @@ def _read(
     if not uneven:
         layout.check(plan.new_config(config))
     family.check_expressible(plan.new_config(config))
-    if plan.content_id is not None and plan.content_id != content_id():
-        raise PlanError(
-            f"{options.plan} was made from another model of the same shape",
-            got=plan.content_id,
-            needed=content_id(),
-            do='set "content_id" to null in the plan to apply it all the same',
-        )
+    _check_model(plan, options.plan, content_id)
     return plan

@@ -29,7 +29,7 @@ from megatron_prune.planning.plan import Plan
 from megatron_prune.planning.selection import Scores
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.calibrate import CalibrationOptions, Subject, check_dtype, measure, obtain_calibration, request_key
-from megatron_prune.steps.choose import Request, TargetOptions, choose_plans, metrics_of
+from megatron_prune.steps.choose import Request, TargetOptions, choose_plans, metrics_of, vocab_alone
 from megatron_prune.steps.output import PARAM_DTYPES, Source, log, progress_bar
 from megatron_prune.surgery.basis import (
     FINAL_SHARE,
@@ -82,7 +82,7 @@ class FitOptions(CalibrationOptions):
 def wants_text(options: FitOptions) -> bool:
     """Whether a run measures anything: text or scores were named, re-fitting asked for, or a metric needs it."""
     named = options.data is not None or options.scores is not None or bool(options.refit)
-    if options.plan:
+    if options.plan or vocab_alone(options):
         return named
     return named or any(METRICS.get(name).needs for name in metrics_of(options, has_text=False).values())
 
@@ -106,8 +106,7 @@ def pruned_source(
     made_by = {"metric": options.metric or used, "seed": options.seed, **made_by}
     if not wants_text(options):
         plan = _plans(options, request, subject, made_by, None, None, world)[0]
-        cut = Cut(plan, subject.config)
-        yield plan, Source(tensors=subject.tensors, origin=cut.origin, transform=cut.transform)
+        yield _cut(plan, request, subject)
         return
     held = Path(options.scores) if options.scores else None
     if held:
@@ -129,10 +128,20 @@ def pruned_source(
         statistics = measure(names, moments, options, subject, calibration, folder, world) if passes else None
         plans = _plans(options, request, subject, made_by, held, statistics, world)
         if refit:
-            yield _best_fit(options, plans, subject, calibration, statistics, folder, world)
+            plan, source = _best_fit(options, plans, subject, calibration, statistics, folder, world)
+            if request.vocab is not None:  # last: what is fitted speaks the whole vocabulary, as its text does
+                plan = plan.with_vocab(request.vocab)
+                source = dataclasses.replace(source, transform=Cut(plan, subject.config).tokens)
+            yield plan, source
         else:
-            cut = Cut(plans[0], subject.config)
-            yield plans[0], Source(tensors=subject.tensors, origin=cut.origin, transform=cut.transform)
+            yield _cut(plans[0], request, subject)
+
+
+def _cut(plan: Plan, request: Request, subject: Subject) -> tuple[Plan, Source]:
+    """A plan with the tokens that were asked for, and the pruned tensors where nothing is fitted."""
+    plan = plan.with_vocab(request.vocab)
+    cut = Cut(plan, subject.config)
+    return plan, Source(tensors=subject.tensors, origin=cut.origin, transform=cut.transform)
 
 
 def _best_fit(

@@ -33,6 +33,7 @@ from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.families.family import Family
 from megatron_prune.runtime.world import World
+from megatron_prune.vocabulary.trimmed import Trimmed
 
 log = logging.getLogger("megatron_prune")
 
@@ -64,6 +65,7 @@ def write_megatron(
     ckpt_format: str,
     manifest: Callable[[StreamReport], Manifest],
     side_files: Path | None,
+    trimmed: Trimmed | None = None,
     buffers_of: HuggingFaceModel | None = None,
     sizes: dict[tuple[str, int], list[int]] | None = None,
     plan_text: str | None = None,
@@ -75,6 +77,7 @@ def write_megatron(
     Args:
         manifest: makes the manifest from what all processes saw.
         side_files: directory whose configuration and tokenizer files go along.
+        trimmed: the tokenizer that takes the place of theirs.
         buffers_of: the model whose stored rotary tables are kept, coming from Hugging Face.
         sizes: (axis, layer) → units of every rank, where shards are of unequal size.
         plan_text: the plan that made it.
@@ -85,6 +88,8 @@ def write_megatron(
             if side_files:
                 (folder / megatron.HF_FOLDER).mkdir()
                 huggingface.copy_side_files(side_files, folder / megatron.HF_FOLDER)
+                if trimmed:
+                    trimmed.write(folder / megatron.HF_FOLDER)
             if buffers_of:
                 huggingface.save_buffers(buffers_of, folder / megatron.HF_FOLDER)
             if plan_text:
@@ -109,6 +114,7 @@ def write_huggingface(
     dtypes: dict[TensorId, torch.dtype],
     max_shard_bytes: int,
     side_files: Path | None,
+    trimmed: Trimmed | None = None,
     tied_head_stored: bool = False,
     buffers: dict[str, torch.Tensor] | None = None,
     files: dict[str, str] | None = None,
@@ -118,6 +124,7 @@ def write_huggingface(
     """Write a Hugging Face directory at ``save``; every process takes part.
 
     Args:
+        trimmed: the tokenizer that takes the place of that in ``side_files``.
         files: further text files by name (model card, plan).
     """
     with staged(world, save, needed=_bytes(config, dtypes), overwrite=overwrite) as partial:
@@ -125,6 +132,8 @@ def write_huggingface(
             if side_files:
                 huggingface.copy_side_files(side_files, partial)
                 (partial / huggingface.BUFFERS_FILE).unlink(missing_ok=True)
+                if trimmed:
+                    trimmed.write(partial)
             huggingface.lay_out(
                 partial,
                 config,

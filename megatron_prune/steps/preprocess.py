@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +12,14 @@ from typing import Any, Iterator
 from megatron_prune import __version__
 from megatron_prune.calibration.documents import DocumentReader, open_documents
 from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
-from megatron_prune.calibration.parts import Coding, Part, grouped, join_parts, text_digest, write_parts
+from megatron_prune.calibration.parts import Coding, Part, grouped, join_parts, pair_files, place_pair, text_digest, write_parts
 from megatron_prune.calibration.reader import TRAIN, stamps
+from megatron_prune.calibration.workers import cores
 from megatron_prune.checkpoint import huggingface, megatron, staging
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import log, progress_bar
-
-ENDINGS = ("json", "bin", "idx")
-"""Files of an output, in the order in which they are put in place: there is no pair before its index is there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +77,7 @@ def preprocess(options: PreprocessOptions, world: World) -> None:
 def outputs(options: PreprocessOptions, key: str) -> dict[str, Path]:
     """Ending → file that is written for a key."""
     prefix = Path(options.output_prefix)
-    return {ending: prefix.with_name(f"{prefix.name}_{key}_document.{ending}") for ending in ENDINGS}
+    return pair_files(prefix.with_name(f"{prefix.name}_{key}_document"))
 
 
 def tokenizer_folder(name: str) -> Path:
@@ -170,13 +167,8 @@ def _tokenise(sources: list[DocumentReader], options: PreprocessOptions, coding:
             advance(size)
 
         parts = _parts(sources, options.json_keys, part_size(total), work)
-        prefixes = write_parts(parts, coding, workers=options.workers or _cores(), progress=progress)
+        prefixes = write_parts(parts, coding, workers=options.workers or cores(), progress=progress)
     return done, prefixes
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def part_size(total: int | None) -> int:
@@ -229,12 +221,6 @@ def _digest(file: Path) -> str:
 
 
 def _place(work: Path, options: PreprocessOptions) -> None:
-    """Put finished files in place; an old index goes first, so that no index ever belongs to other tokens."""
     for column, key in enumerate(options.json_keys):
-        files = outputs(options, key)
-        for ending in ENDINGS:
-            staging.sync(work / f"whole-{column}.{ending}")
-        files["idx"].unlink(missing_ok=True)
-        for ending, file in files.items():
-            os.rename(work / f"whole-{column}.{ending}", file)
-        staging.sync(file.parent)
+        prefix = outputs(options, key)["bin"].with_suffix("")
+        place_pair(work / f"whole-{column}", prefix)

@@ -11,25 +11,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import tensor_ids
-from megatron_prune.checkpoint import megatron, staging
+from megatron_prune.checkpoint import huggingface, megatron, staging
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.config import add_options, option
+from megatron_prune.errors import InputError
 from megatron_prune.families.family import Family
-from megatron_prune.planning.plan import Plan
+from megatron_prune.planning.plan import Plan, load_plan
 from megatron_prune.planning.target import PRUNE_TYPES
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.megatron_flags import add_megatron_flags, check_megatron_flags, megatron_flags
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.choose import TargetOptions, read_request
+from megatron_prune.steps.choose import Request, TargetOptions, read_request
 from megatron_prune.steps.export import choose_family, commonest
 from megatron_prune.steps.fit import FitOptions, held_metrics, pruned_source, wants_text
 from megatron_prune.steps.output import Source, log, run, write_megatron
 from megatron_prune.steps.score import megatron_subject
+from megatron_prune.steps.vocab_options import trimmed_by
 from megatron_prune.surgery.cut import Cut
+from megatron_prune.vocabulary.trimmed import Trimmed
+from megatron_prune.vocabulary.vocabulary import open_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,27 +92,73 @@ def prune(options: PruneOptions, world: World) -> None:
         refit=options.refit is not False,
         dtype_bytes=commonest(Source(tensors=checkpoint.tensors).dtypes(checkpoint.config, None)).itemsize,
     )
+    trimmed = kept_vocabulary(options, request, checkpoint.config, options.tokenizer, checkpoint.hf_folder)
     if options.strict and wants_text(options):  # before long work, not while its result is written
         run(world, Source(tensors=checkpoint.tensors), None, label="checking", strict=True)
     subject = megatron_subject(checkpoint, layout, options.tokenizer, world)
     made_by = {"prune_type": options.prune_type, "tensor_parallel": layout.tensor, "pipeline_parallel": layout.pipeline}
     with pruned_source(options, request, subject, made_by, save, world) as (plan, source):
-        _write(options, checkpoint, layout, family, plan, source, world)
+        write_cut(
+            save,
+            checkpoint,
+            layout,
+            family,
+            plan,
+            source,
+            world,
+            trimmed=trimmed,
+            ckpt_format=options.ckpt_format,
+            overwrite=options.overwrite,
+            strict=options.strict,
+        )
     if world.is_main:
         if options.save_plan:
             staging.write_text(Path(options.save_plan), plan.dumps())
         log.info("pruned to %s: %s", save, plan.summary())
 
 
-def _write(
-    options: PruneOptions,
+def kept_vocabulary(
+    options: TargetOptions, request: Request, config: ModelConfig, tokenizer: str | None, own: Path | None
+) -> Trimmed | None:
+    """The tokenizer that goes with the tokens that stay; ``None`` where all do.
+
+    Args:
+        tokenizer: named by the user.
+        own: directory that the model keeps.
+
+    Raises:
+        InputError: if there is no tokenizer, it is not the model's, or it needs a token that goes.
+    """
+    if request.vocab is None:
+        return None
+    folder = own or (huggingface.resolve(tokenizer, weights=False) if tokenizer else None)
+    if folder is None:
+        raise InputError("a trimmed vocabulary needs the model's tokenizer, which it does not keep", do="name it: --tokenizer")
+    path = options.vocab_plan or options.plan
+    return trimmed_by(load_plan(Path(path)), request.vocab, open_vocabulary(folder, config.vocab_size), path)
+
+
+def write_cut(
+    save: Path,
     checkpoint: MegatronCheckpoint,
     layout: ParallelLayout,
     family: Family,
     plan: Plan,
     source: Source,
     world: World,
+    *,
+    trimmed: Trimmed | None,
+    ckpt_format: str | None,
+    overwrite: bool,
+    strict: bool,
 ) -> None:
+    """Write what a plan leaves of a Megatron checkpoint; every process takes part.
+
+    Args:
+        source: the pruned tensors.
+        trimmed: the tokenizer that goes with them, where the vocabulary is cut.
+        ckpt_format: ``None``: that of the checkpoint.
+    """
     cut = Cut(plan, checkpoint.config)
     stored = Source(tensors=checkpoint.tensors, origin=cut.origin)
 
@@ -129,18 +180,19 @@ def _write(
 
     write_megatron(
         world,
-        Path(options.save),
+        save,
         source,
         config=cut.config,
         layout=layout,
         dtypes=stored.dtypes(cut.config, None),
-        ckpt_format=options.ckpt_format or checkpoint.format,
+        ckpt_format=ckpt_format or checkpoint.format,
         manifest=manifest,
-        side_files=checkpoint.hf_folder,
+        side_files=trimmed.vocabulary.folder if trimmed else checkpoint.hf_folder,
+        trimmed=trimmed,
         sizes=plan.shard_sizes(),
         plan_text=plan.dumps(),
-        overwrite=options.overwrite,
-        strict=options.strict,
+        overwrite=overwrite,
+        strict=strict,
     )
 
 

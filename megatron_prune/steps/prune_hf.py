@@ -31,7 +31,9 @@ from megatron_prune.steps.export import choose_family, commonest, name_dtype, pa
 from megatron_prune.steps.fit import FitOptions, held_metrics, pruned_source, wants_text
 from megatron_prune.steps.huggingface_runner import HuggingFaceRunner, check_metrics
 from megatron_prune.steps.output import Source, log, run, write_huggingface
+from megatron_prune.steps.prune import kept_vocabulary
 from megatron_prune.surgery.cut import Cut
+from megatron_prune.vocabulary.trimmed import Trimmed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,7 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
         refit=options.refit is not False,
         dtype_bytes=commonest(Source(tensors=model.tensors).dtypes(model.config, None)).itemsize,
     )
+    trimmed = kept_vocabulary(options, request, model.config, None, model.path)
     if not options.scores:
         check_metrics(request.metrics(model.config))
     subject = Subject(
@@ -99,18 +102,48 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
     )
     made_by = {"prune_type": "balance", "tensor_parallel": 1, "pipeline_parallel": 1}
     with pruned_source(options, request, subject, made_by, save, world) as (plan, source):
-        _write(options, model, family, plan, source, world)
+        write_cut(
+            save,
+            model,
+            family,
+            plan,
+            source,
+            world,
+            trimmed=trimmed,
+            max_shard_bytes=parse_size(options.max_shard_size),
+            overwrite=options.overwrite,
+            strict=options.strict,
+        )
     if world.is_main:
         if options.save_plan:
             staging.write_text(Path(options.save_plan), plan.dumps())
         log.info("pruned to %s: %s", save, plan.summary())
 
 
-def _write(options: PruneHfOptions, model: HuggingFaceModel, family: Family, plan: Plan, source: Source, world: World) -> None:
-    save, cut = Path(options.output_path), Cut(plan, model.config)
+def write_cut(
+    save: Path,
+    model: HuggingFaceModel,
+    family: Family,
+    plan: Plan,
+    source: Source,
+    world: World,
+    *,
+    trimmed: Trimmed | None,
+    max_shard_bytes: int,
+    overwrite: bool,
+    strict: bool,
+) -> None:
+    """Write what a plan leaves of a Hugging Face model; every process takes part.
+
+    Args:
+        source: the pruned tensors.
+        trimmed: the tokenizer that goes with them, where the vocabulary is cut.
+    """
+    cut = Cut(plan, model.config)
+    template = trimmed.config(model.hf_config) if trimmed else model.hf_config
     dtypes = Source(tensors=model.tensors, origin=cut.origin).dtypes(cut.config, None)
     kept = [entry.layer for entry in plan.layers]
-    hf_config = family.hf_config(cut.config, model.hf_config, kept if len(kept) < model.config.num_layers else None)
+    hf_config = family.hf_config(cut.config, template, kept if len(kept) < model.config.num_layers else None)
     stored = str(commonest(dtypes)).removeprefix("torch.")
     name_dtype(hf_config, commonest(dtypes), stored)
     recipe = [*read_recipe(model.path), plan.recipe_entry()]
@@ -124,12 +157,13 @@ def _write(options: PruneHfOptions, model: HuggingFaceModel, family: Family, pla
         hf_config=hf_config,
         config_text=(model.path / "config.json").read_text(encoding="utf-8") if hf_config == model.hf_config else None,
         dtypes=dtypes,
-        max_shard_bytes=parse_size(options.max_shard_size),
+        max_shard_bytes=max_shard_bytes,
         side_files=model.path,
+        trimmed=trimmed,
         tied_head_stored=model.tied_head_stored,
         files={megatron.PLAN_FILE: plan.dumps(), RECIPE_FILE: dump_recipe(recipe), "README.md": card},
-        overwrite=options.overwrite,
-        strict=options.strict,
+        overwrite=overwrite,
+        strict=strict,
     )
 
 
@@ -139,7 +173,7 @@ def with_sizes(options: PruneHfOptions) -> PruneHfOptions:
     Raises:
         InputError: if the file is not one of sizes, or is named beside something that says the shape too.
     """
-    said = [f"--{name}" for name in (*TargetOptions.SIZES, *BUDGETS, "plan") if getattr(options, name) is not None]
+    said = [f"--{name}" for name in (*TargetOptions.SIZES, *BUDGETS, "plan", "vocab_plan") if getattr(options, name) is not None]
     if not said:
         return dataclasses.replace(options, **read_prune_config(Path(options.prune_config_path or DEFAULT_CONFIG)))
     if options.prune_config_path:

@@ -180,7 +180,8 @@ def _check_tokenizer(prefixes: list[str], checkpoint: MegatronCheckpoint) -> Non
             raise InputError(
                 f"{prefix}.bin was made with a tokenizer that is not the model's",
                 got=f"{made['name']} of {made['vocab_size']} tokens",
-                do="make it again with this model's: megatron-prune preprocess --tokenizer " + str(checkpoint.path),
+                do=f"make it again with this model's: megatron-prune preprocess --tokenizer {checkpoint.path}; or, where the model's "
+                "vocabulary was trimmed, renumber it: megatron-prune vocab remap",
             )
 
 

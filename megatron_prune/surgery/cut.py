@@ -24,7 +24,7 @@ class Cut:
         self.config = plan.new_config(config)
         self._plan = plan
         self._head_dim = config.kv_channels
-        self._hidden = _index(plan.hidden)
+        self._hidden, self._vocab = _index(plan.hidden), _index(plan.vocab)
 
     def origin(self, tensor: TensorId) -> TensorId:
         """The tensor before pruning that ``tensor`` (numbered as after it) is cut from."""
@@ -42,6 +42,10 @@ class Cut:
         """As :meth:`transform`, with all of the residual stream's channels."""
         return self._keep(tensor, data, scratch, tuple("" if label == "hidden" else label for label in ROLES[tensor.role]))
 
+    def tokens(self, tensor: TensorId, data: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+        """The kept tokens' rows alone, of a model that is otherwise cut already."""
+        return self._keep(tensor, data, scratch, tuple(label if label == "vocab" else "" for label in ROLES[tensor.role]))
+
     def _keep(self, tensor: TensorId, data: torch.Tensor, scratch: Scratch, labels: tuple[str, ...]) -> torch.Tensor:
         entry = None if tensor.layer is None else self._plan.layers[tensor.layer]
         for dim, label in enumerate(labels):
@@ -54,6 +58,8 @@ class Cut:
         """Kept elements of a dimension, ``None`` for all of them."""
         if label == "hidden":
             return self._hidden
+        if label == "vocab":
+            return self._vocab
         if entry is None or label not in ("ffn", "head", "kv_head"):
             return None
         units = _index(getattr(entry, label))

@@ -1,0 +1,31 @@
+"""Cut a model to the ids that stay, under the arguments of jordddan/Pruning-LLMs.
+
+Unlike there the model's directory is left as it is: the result is a directory of its own. Ids that the special tokens, the bytes
+and the kept tokens need are added where the list lacks them.
+"""
+
+import argparse
+import sys
+
+from megatron_prune.cli import run_verb
+
+PROG = "prune_spm_and_emb.py"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog=PROG, description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--remain_vocab_path", required=True, help="file of ids (remain_vocab_ids.pt)")
+    add("--hf_dir", required=True, help="Hugging Face directory (or a Megatron checkpoint)")
+    add("--remain_ids_with_spt", required=True, help="file to write: old ids of the tokens that stay, in their new order")
+    add("--save_dir", help="directory to write (default: HF_DIR_pruned)")
+    add("--overwrite", action="store_true", help="replace an existing output directory")
+    options = parser.parse_args()
+    save = options.save_dir or options.hf_dir.rstrip("/") + "_pruned"
+    files = ["--load-dir", options.hf_dir, "--save-dir", save, "--save-ids", options.remain_ids_with_spt]
+    again = ["--overwrite"] if options.overwrite else []
+    run_verb("vocab trim", [*files, "--keep-ids", options.remain_vocab_path, *again], prog=PROG)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

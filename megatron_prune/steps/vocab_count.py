@@ -1,0 +1,126 @@
+"""A corpus → how often it uses every token."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prune import __version__
+from megatron_prune.calibration.documents import open_documents
+from megatron_prune.calibration.pair import open_pair
+from megatron_prune.calibration.reader import TRAIN, reader_kind, stamps
+from megatron_prune.calibration.workers import cores
+from megatron_prune.checkpoint import staging
+from megatron_prune.config import option, require_positive
+from megatron_prune.errors import InputError
+from megatron_prune.runtime.world import World
+from megatron_prune.steps.output import log, progress_bar
+from megatron_prune.steps.vocab_options import open_subject
+from megatron_prune.vocabulary.counting import Tally, count_documents, count_pair
+from megatron_prune.vocabulary.counts import Corpus, Counts
+from megatron_prune.vocabulary.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabCountOptions:
+    """Count the tokens of corpora: text, JSONL, folders, data sets, Megatron .bin/.idx pairs."""
+
+    tokenizer: str = option("Hugging Face directory or hub id, or a Megatron checkpoint that keeps a tokenizer")
+    input: tuple[str, ...] = option("corpora; each with :WEIGHT for its share (then all), else occurrences add up")
+    output: str = option("file of counts to write (safetensors)")
+    data_field: str = option("name of the text in JSONL and data sets", "text")
+    split: str = option("split of data sets", TRAIN)
+    workers: int | None = option("processes that tokenise (default: the cores that may be used)", None)
+    text: str | None = option("also write a text file of lines 'id count', the most frequent first", None)
+    overwrite: bool = option("replace an existing file", False)
+
+
+def vocab_count(options: VocabCountOptions, world: World) -> None:
+    """Run the step, in one process that starts the others. A run that was stopped goes on where it was.
+
+    Raises:
+        InputError: if a corpus, the tokenizer or the output does not do.
+    """
+    if world.size > 1:
+        raise InputError("vocab count is started as one process", got=f"{world.size}", do="say how many work with --workers")
+    require_positive(options, "workers")
+    output = Path(options.output)
+    for file in (output, *([Path(options.text)] if options.text else [])):
+        staging.check_file(file)
+        if file.exists() and not options.overwrite:
+            raise InputError(f"output {file} exists", do="name another, or pass --overwrite to replace it")
+    specs = [_split(spec) for spec in options.input]
+    if len({name for name, _ in specs}) < len(specs):
+        raise InputError("--input lists a corpus twice", got=" ".join(options.input), do="give it a weight instead")
+    if len({weight is None for _, weight in specs}) > 1:
+        raise InputError("--input", got="corpora with and without a weight", needed="weights for all or for none")
+    vocabulary = open_subject(options.tokenizer, None).vocabulary
+    for name, _ in specs:
+        _check(name, options)
+    asked = [
+        options.input,
+        options.data_field,
+        options.split,
+        vocabulary.digest,
+        [stamps(name) for name, _ in specs],
+        __version__,
+    ]
+    start = time.monotonic()
+    with staging.work(output, json.dumps(asked), main=True, agree=world.agree) as folder:
+        tallies = [_count(name, options, vocabulary, folder / f"corpus-{number}") for number, (name, _) in enumerate(specs)]
+        corpora = [
+            Corpus(
+                name=Path(name).name if Path(name).exists() else name,
+                documents=tally.documents,
+                tokens=int(tally.table.sum()),
+                size=tally.size,
+                weight=weight,
+            )
+            for (name, weight), tally in zip(specs, tallies)
+        ]
+        counts = Counts(digest=vocabulary.digest, corpora=corpora, tables=[tally.table for tally in tallies])
+        if options.text:
+            counts.save_text(Path(options.text))
+        counts.save(output)
+    seconds, size = time.monotonic() - start, sum(corpus.size for corpus in corpora)
+    used = int((sum(counts.tables) > 0).sum())
+    for corpus in corpora:
+        log.info("%s: %d documents, %d tokens", corpus.name, corpus.documents, corpus.tokens)
+    log.info("%s: %d of %d tokens occur; %.1f MB in %.1f s", output, used, vocabulary.rows, size / 1e6, seconds)
+
+
+def _split(spec: str) -> tuple[str, float | None]:
+    match = re.fullmatch(r"(.+):(\d+(?:\.\d+)?)", spec)
+    if match is None or Path(spec).exists():
+        return spec, None
+    if float(match[2]) == 0:
+        raise InputError(f"--input {spec}", got="a weight of 0", needed="a positive number")
+    return match[1], float(match[2])
+
+
+def _is_pair(name: str) -> bool:
+    return reader_kind(name) in (".bin", ".idx")
+
+
+def _check(name: str, options: VocabCountOptions) -> None:
+    """Refuse a corpus that does not begin well, before hours of work on others."""
+    if _is_pair(name):
+        open_pair(name)
+        return
+    source = open_documents(name, (options.data_field,), split=options.split)
+    if not any(document.texts[0].strip() for document in source.documents((options.data_field,))):
+        raise InputError(f"{name} is empty", got="no text", needed="at least one document")
+
+
+def _count(name: str, options: VocabCountOptions, vocabulary: Vocabulary, state: Path) -> Tally:
+    if _is_pair(name):
+        pair = open_pair(name)
+        with progress_bar(f"counting {Path(name).name}", pair.total * pair.dtype.itemsize, shown=True) as advance:
+            return count_pair(name, vocabulary.rows, advance)
+    source = open_documents(name, (options.data_field,), split=options.split)
+    with progress_bar(f"counting {Path(name).name}", source.size(), shown=True) as advance:
+        workers = options.workers or cores()
+        return count_documents(source, options.data_field, vocabulary, state, workers=workers, progress=advance)

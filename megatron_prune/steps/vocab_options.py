@@ -1,0 +1,356 @@
+"""What the vocabulary's verbs share: the model or tokenizer they are about, what is asked for, and the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.arch.tensors import TensorId, parameter_count
+from megatron_prune.calibration.documents import open_documents
+from megatron_prune.calibration.reader import TRAIN
+from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.checkpoint.huggingface import HuggingFaceModel
+from megatron_prune.checkpoint.megatron import MegatronCheckpoint
+from megatron_prune.config import option, require_positive
+from megatron_prune.errors import InputError, PlanError
+from megatron_prune.planning.plan import Plan, kept_tokens, load_plan, whole_plan
+from megatron_prune.vocabulary import report as reports
+from megatron_prune.vocabulary.counts import Counts, load_counts, merged
+from megatron_prune.vocabulary.selection import PRIOR, Selection, Wanted, select, tokens_of_scripts, tokens_of_texts
+from megatron_prune.vocabulary.trimmed import Trimmed
+from megatron_prune.vocabulary.vocabulary import Vocabulary, open_vocabulary
+
+LINES = 20_000
+"""Lines of held-out text that are encoded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectOptions:
+    """Which tokens stay."""
+
+    load_dir: str = option("model: a Hugging Face directory or hub id, or a Megatron checkpoint; or a tokenizer alone")
+    tokenizer: str | None = option("directory of the tokenizer (default: that of the model)", None)
+    counts: tuple[str, ...] = option("files of megatron-prune vocab count, each with :WEIGHT if wanted", ())
+    remain_vocab_size: int | None = option("tokens that stay: the exact size, specials and bytes included", None)
+    min_count: float | None = option("keep tokens that the corpus makes at least this often, at any step of encoding", None)
+    coverage: float | None = option("keep as many tokens as this share of all occurrences takes, such as 0.9999", None)
+    keep: str | None = option("file of texts, one a line, whose tokens all stay", None)
+    keep_ids: str | None = option("file of ids that all stay: a list or tensor of torch.save, or one number a line", None)
+    keep_script: str | None = option("keep all tokens of these Unicode scripts, such as Han,Latin", None)
+    multiple_of: int | None = option(
+        "round the size up to a multiple of this with further tokens (default: 1; where no exact size is asked for, what "
+        "Megatron pads a checkpoint's vocabulary to)",
+        None,
+    )
+    prior: float = option("weight, 0 to 1, of what a tokenizer learnt early against the counts", PRIOR)
+    held_out: tuple[str, ...] = option("texts that were not counted: the report says what becomes of them", ())
+    data_field: str = option("name of the text in JSONL and data sets", "text")
+    report: str | None = option("also write the report here, as JSON", None)
+    save_ids: str | None = option("also write the old ids that stay, in their new order: an int64 tensor of torch.save", None)
+
+    CRITERIA = ("remain_vocab_size", "min_count", "coverage", "keep", "keep_ids", "keep_script")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """What ``--load-dir`` means.
+
+    Attributes:
+        path: what was opened.
+        checkpoint: the Megatron checkpoint or Hugging Face model; ``None`` for a tokenizer alone.
+        vocabulary: its vocabulary.
+    """
+
+    path: Path
+    checkpoint: MegatronCheckpoint | HuggingFaceModel | None
+    vocabulary: Vocabulary
+
+    @property
+    def config(self) -> ModelConfig | None:
+        return self.checkpoint.config if self.checkpoint else None
+
+    @property
+    def layout(self) -> ParallelLayout | None:
+        """How a Megatron checkpoint is divided."""
+        return self.checkpoint.layout if isinstance(self.checkpoint, MegatronCheckpoint) else None
+
+
+def open_subject(load_dir: str, tokenizer: str | None) -> Model:
+    """Open a model of either kind, or a tokenizer.
+
+    Raises:
+        InputError: if there is none, or its tokenizer is missing, damaged or another model's.
+    """
+    path = Path(load_dir).expanduser()
+    if (path / megatron.TRACKER).is_file() or (path / megatron.manifest.FILE).is_file():
+        checkpoint = megatron.open_checkpoint(path)
+        folder = huggingface.resolve(tokenizer, weights=False) if tokenizer else checkpoint.hf_folder
+        if folder is None:
+            raise InputError(f"{path} keeps no tokenizer", do="name its Hugging Face directory with --tokenizer")
+        return Model(path=path, checkpoint=checkpoint, vocabulary=open_vocabulary(folder, checkpoint.config.vocab_size))
+    folder = huggingface.resolve(load_dir)
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        rows = huggingface.read_config(folder).get("vocab_size") if huggingface.is_huggingface(folder) else None
+        return Model(path=folder, checkpoint=None, vocabulary=open_vocabulary(folder, rows))
+    model = huggingface.open_model(folder)
+    source = huggingface.resolve(tokenizer, weights=False) if tokenizer else folder
+    return Model(path=folder, checkpoint=model, vocabulary=open_vocabulary(source, model.config.vocab_size))
+
+
+def check_select(options: SelectOptions) -> None:
+    """Refuse what can be refused before anything is read.
+
+    Raises:
+        InputError: naming the option.
+    """
+    require_positive(options, "remain_vocab_size", "multiple_of")
+    sizes = [name for name in ("remain_vocab_size", "min_count", "coverage") if getattr(options, name) is not None]
+    if len(sizes) > 1:
+        raise InputError(" and ".join(f"--{name}" for name in sizes) + " both say how many tokens stay", do="give one of the two")
+    if options.coverage is not None and not 0 < options.coverage <= 1:
+        raise InputError("--coverage", got=options.coverage, needed="a share of all occurrences, above 0 and at most 1")
+    if options.min_count is not None and not options.min_count > 0:
+        raise InputError("--min-count", got=options.min_count, needed="a positive number")
+    if not 0 <= options.prior <= 1:
+        raise InputError("--prior", got=options.prior, needed="from 0 to 1")
+    for name in ("min_count", "coverage"):
+        if getattr(options, name) is not None and not options.counts:
+            raise InputError(
+                f"--{name} needs counts", do="make them with megatron-prune vocab count, and name them with --counts"
+            )
+    for path in (options.report, options.save_ids):
+        if path:
+            staging.check_file(Path(path))
+
+
+def read_counts(names: tuple[str, ...], vocabulary: Vocabulary) -> Counts | None:
+    """The counts of all files that are named.
+
+    Raises:
+        InputError: if one is damaged, of another tokenizer, or empty.
+    """
+    if not names:
+        return None
+    parts = []
+    for spec in names:
+        match = re.fullmatch(r"(.+):(\d+(?:\.\d+)?)", spec)
+        path, weight = (match[1], float(match[2])) if match and not Path(spec).exists() else (spec, None)
+        if weight == 0:
+            raise InputError(f"--counts {spec}", got="a weight of 0", needed="a positive number")
+        found = load_counts(Path(path))
+        if found.digest != vocabulary.digest:
+            raise InputError(
+                f"{path} counts the tokens of another tokenizer",
+                got=", ".join(corpus.name for corpus in found.corpora),
+                needed=f"counts made with the tokenizer in {vocabulary.folder}",
+            )
+        parts.append(found if weight is None else found.weighted(weight))
+    counts = merged(parts)
+    if not counts.total().any():
+        raise InputError("--counts: nothing was counted", got=", ".join(corpus.name for corpus in counts.corpora))
+    return counts
+
+
+def read_lines(name: str) -> list[str]:
+    """The lines of a file that are not blank.
+
+    Raises:
+        InputError: if it cannot be read, or has none.
+    """
+    try:
+        found = [line for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--keep {name} cannot be read", got=str(error), needed="a UTF-8 text file") from None
+    if not found:
+        raise InputError(f"--keep {name} is empty", needed="texts, one a line")
+    return found
+
+
+def read_ids(name: str) -> set[int]:
+    """The ids in a file. A pickle in it may hold plain values and tensors, nothing else.
+
+    Raises:
+        InputError: if it holds something else.
+    """
+    try:
+        data = Path(name).read_bytes()
+        if data[:2] in (b"PK", b"\x80\x02"):
+            held = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            ids = held.tolist() if isinstance(held, torch.Tensor) else held
+        else:
+            ids = [int(line.split()[0]) for line in data.decode("utf-8").splitlines() if line.strip()]
+        if not isinstance(ids, list) or not ids or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+            raise ValueError("not a list of whole numbers")
+    except Exception as error:  # torch raises many kinds for what it does not read
+        raise InputError(
+            f"--keep-ids {name} holds no ids", got=str(error).split("\n")[0], needed="a list or tensor of ids, or one a line"
+        ) from None
+    return set(ids)
+
+
+def held_out_lines(options: SelectOptions) -> list[str]:
+    """Lines of the held-out texts.
+
+    Raises:
+        InputError: if one cannot be read or holds none.
+    """
+    found: list[str] = []
+    for name in options.held_out:
+        before = len(found)
+        for document in open_documents(name, (options.data_field,), split=TRAIN).documents((options.data_field,)):
+            found += [line for line in document.texts[0].splitlines() if line.strip()]
+            if len(found) >= LINES:
+                break
+        if len(found) == before:
+            raise InputError(f"--held-out {name} is empty", needed="text")
+    return found[:LINES]
+
+
+def wanted_tokens(options: SelectOptions, model: Model) -> Wanted:
+    """What the options ask for.
+
+    Raises:
+        InputError: if they ask for nothing, or a file or script is not what it should be.
+    """
+    if all(getattr(options, name) is None for name in SelectOptions.CRITERIA):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in SelectOptions.CRITERIA)
+        raise InputError("nothing says which tokens stay", needed=f"one of {flags}")
+    keep: dict[int, str] = {}
+    if options.keep_script:
+        scripts = [name.strip() for name in options.keep_script.split(",") if name.strip()]
+        keep |= dict.fromkeys(tokens_of_scripts(model.vocabulary, scripts), "script")
+    if options.keep_ids:
+        ids = read_ids(options.keep_ids)
+        wrong = sorted(token for token in ids if not 0 <= token < model.vocabulary.rows)
+        if wrong:
+            raise InputError(f"--keep-ids {options.keep_ids}", got=f"ids {wrong[:5]}", needed=f"0 to {model.vocabulary.rows - 1}")
+        keep |= dict.fromkeys(ids, "kept id")
+    if options.keep:
+        keep |= dict.fromkeys(tokens_of_texts(model.vocabulary, read_lines(options.keep)), "kept text")
+    multiple = options.multiple_of
+    if multiple is None:
+        padding = model.layout.vocab_divisible_by * model.layout.tensor if model.layout else 1
+        multiple = padding if options.remain_vocab_size is None else 1
+    return Wanted(
+        size=options.remain_vocab_size,
+        min_count=options.min_count,
+        coverage=options.coverage,
+        multiple_of=multiple,
+        prior=options.prior,
+        keep=keep,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Chosen:
+    """Attributes:
+    trimmed: the tokens that stay.
+    counts: what they were chosen by, if anything.
+    report: what that keeps, costs and changes.
+    made_by: how they were chosen, for plan and recipe.
+    """
+
+    trimmed: Trimmed
+    counts: Counts | None
+    report: dict[str, Any]
+    made_by: dict[str, Any]
+
+
+def choose(options: SelectOptions, model: Model, plan_path: str | None = None) -> Chosen:
+    """Choose tokens, or take those of a plan, and report.
+
+    Raises:
+        InputError: if that cannot be done.
+    """
+    vocabulary = model.vocabulary
+    texts = held_out_lines(options)
+    counts = read_counts(options.counts, vocabulary)
+    total = None if counts is None else numpy.pad(found := counts.total(), (0, vocabulary.rows - len(found)))
+    selection: Selection | None = None
+    if plan_path:
+        trimmed, made_by = _of_plan(plan_path, model)
+    else:
+        selection = select(vocabulary, total, wanted_tokens(options, model))
+        trimmed = Trimmed(vocabulary=vocabulary, rows=selection.rows)
+        asked = {name: getattr(options, name) for name in (*SelectOptions.CRITERIA, "multiple_of")}
+        made_by = {name: value for name, value in asked.items() if value is not None}
+        made_by |= {"prior": options.prior} if counts else {}
+        made_by |= {"corpora": [dataclasses.asdict(corpus) for corpus in counts.corpora]} if counts else {}
+        made_by |= {"tokenizer": vocabulary.digest}
+    report = reports.describe(trimmed, selection, total, texts)
+    return Chosen(trimmed=trimmed, counts=counts, report=report | _savings(trimmed, model), made_by=made_by)
+
+
+def _of_plan(path: str, model: Model) -> tuple[Trimmed, dict[str, Any]]:
+    if model.config is None:
+        raise InputError(f"--plan {path}", got=f"a tokenizer alone, {model.path}", needed="a model")
+    plan = load_plan(Path(path))
+    rows = kept_tokens(plan, model.config, path)
+    return trimmed_by(plan, rows, model.vocabulary, path), vocab_made_by(plan)
+
+
+def vocab_made_by(plan: Plan) -> dict[str, Any]:
+    """How the vocabulary of a plan was chosen."""
+    return plan.made_by.get("vocab", {})
+
+
+def trimmed_by(plan: Plan, rows: list[int], vocabulary: Vocabulary, where: object) -> Trimmed:
+    """The vocabulary that a plan leaves.
+
+    Raises:
+        PlanError: if it was made for another tokenizer, or drops what must stay.
+    """
+    digest = vocab_made_by(plan).get("tokenizer", vocabulary.digest)
+    if digest != vocabulary.digest:
+        raise PlanError(
+            f"{where} was made for another tokenizer than the one in {vocabulary.folder}",
+            got=digest,
+            needed=vocabulary.digest,
+            do="choose again with megatron-prune vocab select",
+        )
+    trimmed = Trimmed(vocabulary=vocabulary, rows=numpy.array(rows, dtype=numpy.int64))
+    trimmed.check(where)
+    return trimmed
+
+
+def _savings(trimmed: Trimmed, model: Model) -> dict[str, Any]:
+    if model.config is None:
+        return {}
+    new = dataclasses.replace(model.config, vocab_size=len(trimmed.rows))
+    before, after = parameter_count(model.config), parameter_count(new)
+    size = model.checkpoint.tensors.dtype(TensorId("embedding")).itemsize
+    found = {"parameters": {"before": before, "after": after, "bytes_saved": (before - after) * size}}
+    return found | ({"padded": model.layout.padded_vocab(new.vocab_size)} if model.layout else {})
+
+
+def show(chosen: Chosen, options: SelectOptions) -> None:
+    """Print the report, and write it and the ids where that was asked for."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for what, value in reports.lines(chosen.report):
+        table.add_row(what, value)
+    Console().print(table)
+    if options.report:
+        body = {"format": "megatron-prune vocabulary report", "made_by": chosen.made_by, **chosen.report}
+        staging.write_text(Path(options.report), json.dumps(body, indent=2, ensure_ascii=False) + "\n")
+    if options.save_ids:
+        held = io.BytesIO()
+        torch.save(torch.from_numpy(chosen.trimmed.rows), held)
+        staging.write_bytes(Path(options.save_ids), held.getvalue())
+
+
+def plan_of(chosen: Chosen, config: ModelConfig) -> Plan:
+    """The plan that cuts the vocabulary alone; it fits any model with this tokenizer."""
+    plan = whole_plan(config, {"vocab": chosen.made_by}, None)
+    return plan.with_vocab(chosen.trimmed.rows.tolist())

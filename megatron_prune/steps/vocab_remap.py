@@ -1,0 +1,119 @@
+"""Megatron ``.bin``/``.idx`` of a whole vocabulary → the same documents in a trimmed one, without their text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
+from megatron_prune.calibration.pair import Pair, open_pair
+from megatron_prune.calibration.parts import pair_files, place_pair
+from megatron_prune.checkpoint import megatron, staging
+from megatron_prune.config import option
+from megatron_prune.errors import InputError
+from megatron_prune.runtime.world import World
+from megatron_prune.steps.output import log, progress_bar
+from megatron_prune.steps.preprocess import numpy_dtype
+from megatron_prune.vocabulary.id_map import MAP_FILE, IdMap, load_map
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabRemapOptions:
+    """Renumber tokenised data for a trimmed vocabulary. A dropped token becomes the tokens that its text falls into."""
+
+    input: str = option("prefix of the .bin/.idx pair")
+    output_prefix: str = option("prefix of the pair to write")
+    map: str = option(f"the trimmed model (Hugging Face directory or Megatron checkpoint), or its {MAP_FILE}")
+    overwrite: bool = option("replace existing files", False)
+
+
+def vocab_remap(options: VocabRemapOptions, world: World) -> None:
+    """Run the step on one process.
+
+    Raises:
+        InputError: if the pair, the map or the output do not do.
+    """
+    if world.size > 1:
+        raise InputError("vocab remap is started as one process", got=f"{world.size}")
+    prefix = Path(options.output_prefix)
+    for file in pair_files(prefix).values():
+        staging.check_file(file)
+        if file.exists() and not options.overwrite:
+            raise InputError(f"output {file} exists", do="name another --output-prefix, or pass --overwrite to replace it")
+    source, folder = open_pair(options.input), _folder(Path(options.map))
+    if Path(f"{source.prefix}.bin").resolve() == pair_files(prefix)["bin"].resolve():
+        raise InputError(f"output {prefix} is the input", do="name another --output-prefix")
+    ids = load_map(folder)
+    lowest, highest = source.extremes()
+    if lowest < 0 or highest >= len(ids.starts) - 1:
+        raise InputError(
+            f"{source.prefix}.bin was not made with the tokenizer that was trimmed",
+            got=f"token {highest if lowest >= 0 else lowest}",
+            needed=f"0 to {len(ids.starts) - 2}",
+        )
+    record = _record(source.prefix, folder)
+    with staging.work(prefix, json.dumps([options.input, options.map]), main=True, agree=world.agree) as work:
+        tokens, kept = _rewrite(source, ids, work / "whole")
+        if record:
+            record |= {"tokens": tokens, "dtype": numpy_dtype(len(ids.new_to_old)).__name__}
+            (work / "whole.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        place_pair(work / "whole", prefix)
+    log.info(
+        "%s.bin: %d documents, %d tokens of %d (%.2f%% kept as they were)", prefix, source.documents, tokens, source.total, kept
+    )
+
+
+def _folder(path: Path) -> Path:
+    """Where the map of a trimmed model lies."""
+    if path.is_dir() and not (path / MAP_FILE).is_file():
+        return megatron.iteration_directory(path) / megatron.HF_FOLDER
+    return path
+
+
+def _rewrite(source: Pair, ids: IdMap, made: Path) -> tuple[int, float]:
+    """Write the pair; its tokens, and the percentage of old ones that stay."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    dtype, stays = numpy_dtype(len(ids.new_to_old)), ids.old_to_new >= 0
+    builder = IndexedDatasetBuilder(f"{made}.bin", dtype=dtype)
+    new_ends = numpy.zeros(source.sequences, dtype=numpy.int64)
+    read = written = kept = sequence = 0
+    with progress_bar("renumbering", source.total * source.dtype.itemsize, shown=True) as advance:
+        for block in source.blocks():
+            tokens, ends = ids.apply(block)
+            builder.data_file.write(tokens.astype(dtype).tobytes())
+            ended = int(numpy.searchsorted(source.ends, read + len(block), side="right"))
+            inside = source.ends[sequence:ended] - read  # old tokens of this block up to the end of each sequence
+            new_ends[sequence:ended] = written + numpy.concatenate([[0], ends])[inside]
+            read, written, kept, sequence = read + len(block), written + len(tokens), kept + int(stays[block].sum()), ended
+            advance(block.nbytes)
+    builder.sequence_lengths.extend(numpy.diff(new_ends, prepend=0).tolist())
+    builder.document_indices = source.document_indices.tolist()
+    builder.finalize(f"{made}.idx")
+    return written, 100 * kept / source.total
+
+
+def _record(prefix: str, folder: Path) -> dict[str, Any] | None:
+    """The record beside the pair, of the trimmed tokenizer now; ``None`` where there is none, or no tokenizer.
+
+    Raises:
+        InputError: if the pair was renumbered already.
+    """
+    try:
+        record = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
+        made = dict(record["tokenizer"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not folder.is_dir():
+        return None
+    tokenizer = load_tokenizer(folder)
+    digest = tokenizer_digest(tokenizer)
+    if made.get("digest") == digest:
+        raise InputError(f"{prefix}.bin speaks the trimmed vocabulary already", do="use it as it is")
+    size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+    record.pop("digest", None)
+    return {**record, "tokenizer": {"name": folder.name, "vocab_size": size, "eod": tokenizer.eos_token_id, "digest": digest}}

@@ -1,0 +1,41 @@
+"""Counts → which tokens stay: a report and a plan, nothing cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prune.checkpoint import staging
+from megatron_prune.config import option
+from megatron_prune.errors import InputError
+from megatron_prune.runtime.world import World
+from megatron_prune.steps.output import log
+from megatron_prune.steps.vocab_options import SelectOptions, check_select, choose, open_subject, plan_of, show
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabSelectOptions(SelectOptions):
+    """Choose the tokens that stay, report what that saves and costs, and write a plan for trim, prune or a teacher."""
+
+    save_plan: str | None = option("write the plan here", None)
+
+
+def vocab_select(options: VocabSelectOptions, world: World) -> None:
+    """Run the step on one process.
+
+    Raises:
+        InputError: if the model, the counts or the request do not do; nothing is written.
+    """
+    if world.size > 1:
+        raise InputError("vocab select is started as one process", got=f"{world.size}")
+    check_select(options)
+    if options.save_plan:
+        staging.check_file(Path(options.save_plan))
+    model = open_subject(options.load_dir, options.tokenizer)
+    if options.save_plan and model.config is None:
+        raise InputError("--save-plan", got=f"a tokenizer alone, {model.path}", needed="a model, whose plan it is")
+    chosen = choose(options, model)
+    show(chosen, options)
+    if options.save_plan:
+        staging.write_text(Path(options.save_plan), plan_of(chosen, model.config).dumps())
+        log.info("plan: %s", options.save_plan)

@@ -1,0 +1,124 @@
+"""How often a corpus uses every token: a file that can be kept, added to others, and weighted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Sequence
+
+import numpy
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from megatron_prune.checkpoint import staging
+from megatron_prune.errors import InputError
+
+_FORMAT = "megatron-prune token counts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """What was counted.
+
+    Attributes:
+        name: of the corpus, without folders.
+        documents, tokens, size: how many; bytes of the source.
+        weight: its share of all corpora's counts, up to a common factor; ``None`` where occurrences simply add up.
+    """
+
+    name: str
+    documents: int
+    tokens: int
+    size: int
+    weight: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Counts:
+    """Attributes:
+    digest: of the vocabulary (``Vocabulary.digest``).
+    corpora: what was counted.
+    tables: int64 [rows] for each corpus, occurrences by id.
+    """
+
+    digest: str
+    corpora: list[Corpus]
+    tables: list[numpy.ndarray]
+
+    def total(self) -> numpy.ndarray:
+        """float64 [rows]: occurrences over all corpora. Weighted ones are scaled to their shares of what was counted.
+
+        Raises:
+            InputError: if only some have weights, or they are of different vocabularies.
+        """
+        rows = max(len(table) for table in self.tables)
+        tables = [numpy.pad(table, (0, rows - len(table))).astype(numpy.float64) for table in self.tables]
+        weights = [corpus.weight for corpus in self.corpora]
+        if all(weight is None for weight in weights):
+            return sum(tables)
+        if any(weight is None for weight in weights):
+            bare = self.corpora[weights.index(None)].name
+            raise InputError(
+                "weights of corpora", got=f"{bare} without one beside weighted ones", needed="weights for all or none"
+            )
+        counted, whole = sum(table.sum() for table in tables), sum(weights)
+        return sum(table * (weight / whole * counted / table.sum()) for table, weight in zip(tables, weights))
+
+    def weighted(self, weight: float) -> Counts:
+        """The same with all corpora as one, of this weight."""
+        names = " + ".join(corpus.name for corpus in self.corpora)
+        sums = {key: sum(getattr(corpus, key) for corpus in self.corpora) for key in ("documents", "tokens", "size")}
+        table = numpy.rint(self.total()).astype(numpy.int64)
+        return Counts(digest=self.digest, corpora=[Corpus(name=names, weight=weight, **sums)], tables=[table])
+
+    def dumps(self) -> bytes:
+        """The file: safetensors, one table for each corpus."""
+        head = {"format": _FORMAT, "digest": self.digest, "corpora": json.dumps([asdict(corpus) for corpus in self.corpora])}
+        return save({f"counts.{number}": table for number, table in enumerate(self.tables)}, head)
+
+    def save(self, path: Path) -> None:
+        """Write the file, atomically."""
+        staging.write_bytes(path, self.dumps())
+
+    def save_text(self, path: Path) -> None:
+        """Write S4's file: a line for every id, ``id count``, the most frequent first, equals by id."""
+        total = numpy.rint(self.total()).astype(numpy.int64)
+        order = numpy.argsort(-total, kind="stable")
+        staging.write_text(path, "".join(f"{number} {total[number]}\n" for number in order.tolist()))
+
+
+def load_counts(path: Path) -> Counts:
+    """Read what :meth:`Counts.save` wrote.
+
+    Raises:
+        InputError: if it is no such file, or damaged.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            head = file.metadata() or {}
+            if head.get("format") != _FORMAT:
+                raise ValueError("another kind of file")
+            corpora = [Corpus(**entry) for entry in json.loads(head["corpora"])]
+            tables = [file.get_tensor(f"counts.{number}") for number in range(len(corpora))]
+        if not tables or any(table.dtype != numpy.int64 or table.ndim != 1 or (table < 0).any() for table in tables):
+            raise ValueError("tables that are no counts")
+        return Counts(digest=head["digest"], corpora=corpora, tables=tables)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} holds no token counts", got=str(error), do="make them with megatron-prune vocab count"
+        ) from None
+
+
+def merged(parts: Sequence[Counts]) -> Counts:
+    """All corpora of several files.
+
+    Raises:
+        InputError: if they are of different vocabularies.
+    """
+    for part in parts[1:]:
+        if part.digest != parts[0].digest:
+            names = [part.corpora[0].name, parts[0].corpora[0].name]
+            raise InputError("token counts of different tokenizers", got=" and ".join(names), do="count with one tokenizer")
+    corpora = [corpus for part in parts for corpus in part.corpora]
+    return replace(parts[0], corpora=corpora, tables=[table for part in parts for table in part.tables])

@@ -1,0 +1,97 @@
+"""Old ids and new ones: what renumbers anything that was tokenised before."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy
+
+from megatron_prune.errors import InputError
+from megatron_prune.vocabulary.vocabulary import Vocabulary
+
+MAP_FILE = "vocab_map.npz"
+"""Beside the tokenizer. Not safetensors: what serves models reads every file of that name as weights."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class IdMap:
+    """Attributes:
+    new_to_old: int64 [new rows], ascending.
+    starts: int64 [old rows + 1], where an old id's new ids start in ``pieces``.
+    pieces: int64: the new ids of old id i are ``pieces[starts[i]:starts[i + 1]]``; of a dropped token what its text falls
+        into, of a row without a token none.
+    """
+
+    new_to_old: numpy.ndarray
+    starts: numpy.ndarray
+    pieces: numpy.ndarray
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary, rows: numpy.ndarray) -> IdMap:
+        """The map of a selection."""
+        new_ids = {old: new for new, old in enumerate(rows.tolist())}
+        split = vocabulary.splitter(new_ids)
+        lists = [
+            [new_ids[old]] if old in new_ids else [new_ids[part] for part in split(old)] if old in vocabulary.pieces else []
+            for old in range(vocabulary.rows)
+        ]
+        starts = numpy.concatenate([[0], numpy.cumsum([len(found) for found in lists])])
+        return cls(
+            new_to_old=rows, starts=starts, pieces=numpy.array([new for found in lists for new in found], dtype=numpy.int64)
+        )
+
+    @property
+    def old_to_new(self) -> numpy.ndarray:
+        """int64 [old rows]: -1 for a dropped token."""
+        found = numpy.full(len(self.starts) - 1, -1, dtype=numpy.int64)
+        found[self.new_to_old] = numpy.arange(len(self.new_to_old))
+        return found
+
+    def apply(self, tokens: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Old ids → (new ids, int64 [old ids]: how many new ones there are up to and with each old one)."""
+        counts = numpy.diff(self.starts)[tokens]
+        ends = numpy.cumsum(counts)
+        places = numpy.arange(ends[-1] if len(ends) else 0) - numpy.repeat(ends - counts, counts)
+        return self.pieces[numpy.repeat(self.starts[tokens], counts) + places], ends
+
+    def dumps(self) -> bytes:
+        """The file. Beside the map it holds ``d2t`` (old id = new id + d2t) and ``t2d`` (whether an old id stays), by which
+        servers take a trimmed model as the draft of the whole one (as EAGLE-3's, Li et al. 2025, arXiv 2503.01840)."""
+        held = io.BytesIO()
+        old_to_new = self.old_to_new
+        numpy.savez_compressed(
+            held,
+            new_to_old=self.new_to_old,
+            old_to_new=old_to_new,
+            starts=self.starts,
+            pieces=self.pieces,
+            d2t=self.new_to_old - numpy.arange(len(self.new_to_old)),
+            t2d=old_to_new >= 0,
+        )
+        return held.getvalue()
+
+
+def load_map(path: Path) -> IdMap:
+    """Read what :meth:`IdMap.dumps` gave; from a directory, its :data:`MAP_FILE`.
+
+    Raises:
+        InputError: if it is no such file, or damaged.
+    """
+    file = path / MAP_FILE if path.is_dir() else path
+    try:
+        with numpy.load(file, allow_pickle=False) as held:
+            found = IdMap(**{name: held[name] for name in ("new_to_old", "starts", "pieces")})
+        sizes = numpy.diff(found.starts)
+        whole = found.starts[0] == 0 and (sizes >= 0).all() and found.starts[-1] == len(found.pieces)
+        inside = len(found.pieces) == 0 or 0 <= found.pieces.min() <= found.pieces.max() < len(found.new_to_old)
+        if not (whole and inside and (numpy.diff(found.new_to_old) > 0).all() and found.new_to_old[-1] < len(sizes)):
+            raise ValueError("a map that contradicts itself")
+        return found
+    except (OSError, ValueError, KeyError, IndexError, EOFError, BadZipFile, zlib.error) as error:
+        raise InputError(
+            f"{file} is no map of a trimmed vocabulary", got=str(error), do=f"name the {MAP_FILE} beside the trimmed tokenizer"
+        ) from None

@@ -1,0 +1,159 @@
+"""Which tokens stay: the highest scores, among sets that leave every kept token reachable."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Iterable
+
+import numpy
+import regex
+
+from megatron_prune.errors import InputError
+from megatron_prune.vocabulary.vocabulary import Vocabulary
+
+PRIOR = 0.02
+"""Default weight of the prior. Measured: 0.01 to 0.05 cost nothing in domain and repair the tail outside it."""
+
+_PRIOR_OFFSET = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What was asked for; one of size, min_count and coverage, or none: then only what is named stays.
+
+    Attributes:
+        size: tokens that stay, in all.
+        min_count: tokens made at least this often stay.
+        coverage: the share of occurrences whose token stays, at least.
+        multiple_of: the size is rounded up to a multiple of this, filled with tokens.
+        prior: weight of the prior against the counts, 0 to 1.
+        keep: further ids that stay → why.
+    """
+
+    size: int | None = None
+    min_count: float | None = None
+    coverage: float | None = None
+    multiple_of: int = 1
+    prior: float = PRIOR
+    keep: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Selection:
+    """Attributes:
+    rows: int64 [kept], ids that stay, ascending.
+    order: int64 [rows], all ids, those that must stay first, then by falling score.
+    must: id → why it must stay.
+    made: float64 [rows], how often every token is made at any step of encoding (all zero without counts).
+    """
+
+    rows: numpy.ndarray
+    order: numpy.ndarray
+    must: dict[int, str]
+    made: numpy.ndarray
+
+
+def select(vocabulary: Vocabulary, counts: numpy.ndarray | None, wanted: Wanted) -> Selection:
+    """Choose tokens.
+
+    The score of a token is ``(1 - L) · made / occurrences + L · prior``: how often it is made at any step of encoding the
+    corpus, and 1 / (id + 100) pushed down the same derivations, since what a tokenizer learnt early is what texts of all
+    kinds need. Both are at least as large for a part as for the whole, so tokens in this order (of equals the shorter first)
+    are closed at any size, and dropping the last costs as many further tokens as it was made.
+
+    Args:
+        counts: float64 [rows], occurrences by id; ``None``: the prior alone decides.
+
+    Raises:
+        InputError: if fewer tokens are asked for than must stay, or more than there are.
+    """
+    ids = vocabulary.derivations
+    prior = 1.0 / (numpy.arange(vocabulary.rows) + _PRIOR_OFFSET) * vocabulary.ids_of_rows()
+    score = ids.pushed_down(prior / prior.sum())
+    made = numpy.zeros(vocabulary.rows)
+    occurrences = 0.0 if counts is None else float(counts.sum())
+    if occurrences:
+        made = ids.pushed_down(counts)
+        score = (1.0 - wanted.prior) * made / occurrences + wanted.prior * score
+    must = vocabulary.pinned | {token: why for token, why in wanted.keep.items() if token not in vocabulary.pinned}
+    must |= dict.fromkeys(ids.closure(must) - set(must), "part of one that stays")
+    last = numpy.lexsort((numpy.arange(vocabulary.rows), ids.length, -score, ~vocabulary.ids_of_rows()))
+    is_must = numpy.zeros(vocabulary.rows, dtype=bool)
+    is_must[list(must)] = True
+    order = numpy.concatenate([numpy.flatnonzero(is_must), last[~is_must[last]]])
+    size = _size(vocabulary, wanted, must, order, made, counts)
+    return Selection(rows=numpy.sort(order[:size]), order=order, must=must, made=made)
+
+
+def _size(
+    vocabulary: Vocabulary,
+    wanted: Wanted,
+    must: dict[int, str],
+    order: numpy.ndarray,
+    made: numpy.ndarray,
+    counts: numpy.ndarray | None,
+) -> int:
+    if wanted.size is not None:
+        size = wanted.size
+        if size > vocabulary.rows:
+            raise InputError(f"a vocabulary of {size}", got=f"a model of {vocabulary.rows} rows", needed="no more than those")
+        if size < len(must):
+            reasons = ", ".join(f"{count} {why}" for why, count in Counter(must.values()).most_common())
+            raise InputError(
+                f"a vocabulary of {size} has no room for the tokens that must stay",
+                got=f"{len(must)} of them: {reasons}",
+                needed=f"at least {len(must)}",
+            )
+    elif wanted.min_count is not None:
+        size = len(must) + int((made[order[len(must) :]] >= wanted.min_count).sum())
+    elif wanted.coverage is not None:
+        covered = numpy.cumsum(counts[order]) / max(counts.sum(), 1.0)
+        enough = numpy.flatnonzero(covered >= wanted.coverage - 1e-12)
+        size = max(len(must), int(enough[0]) + 1)
+    else:
+        size = len(must)
+    return min(-(-size // wanted.multiple_of) * wanted.multiple_of, vocabulary.rows)
+
+
+def tokens_of_texts(vocabulary: Vocabulary, texts: Iterable[str]) -> set[int]:
+    """Every token that the texts encode to, as they are and behind a space."""
+    forms = [form for text in texts for form in (text, f" {text}")]
+    return {token for found in vocabulary.encode(forms) for token in found}
+
+
+def tokens_of_scripts(vocabulary: Vocabulary, scripts: Iterable[str]) -> set[int]:
+    """Tokens with letters of these Unicode scripts and of no other. Parts of characters are left to what needs them.
+
+    Raises:
+        InputError: if there is no such script.
+    """
+    for name in scripts:
+        if name not in _SCRIPTS:
+            near = difflib.get_close_matches(name.capitalize(), _SCRIPTS, n=1)
+            try:
+                regex.compile(rf"\p{{Script={name}}}")
+            except regex.error:
+                raise InputError(
+                    f"unknown script {name!r}" + (f"; did you mean {near[0]}?" if near else ""),
+                    needed="names of Unicode scripts, such as " + ", ".join(_SCRIPTS[:8]),
+                ) from None
+    own = "".join(rf"\p{{Script={name}}}" for name in scripts)
+    wanted, other = regex.compile(f"[{own}]"), regex.compile(rf"[\p{{L}}--[{own}\p{{Common}}\p{{Inherited}}]]", regex.V1)
+    found = set()
+    for token, piece in vocabulary.pieces.items():
+        try:
+            text = piece.decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        if wanted.search(text) and not other.search(text):
+            found.add(token)
+    return found
+
+
+_SCRIPTS = (
+    *("Latin", "Han", "Cyrillic", "Arabic", "Devanagari", "Hiragana", "Katakana", "Hangul", "Greek", "Hebrew", "Thai"),
+    *("Bengali", "Tamil", "Telugu", "Georgian", "Armenian", "Ethiopic", "Khmer", "Lao", "Myanmar", "Sinhala", "Tibetan"),
+)
+"""The commonest, for messages; all that Unicode knows are taken."""
