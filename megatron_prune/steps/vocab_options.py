@@ -94,7 +94,7 @@ def open_subject(load_dir: str, tokenizer: str | None) -> Model:
         InputError: if there is none, or its tokenizer is missing, damaged or another model's.
     """
     path = Path(load_dir).expanduser()
-    if (path / megatron.TRACKER).is_file() or (path / megatron.manifest.FILE).is_file():
+    if megatron.is_megatron(path):
         checkpoint = megatron.open_checkpoint(path)
         folder = huggingface.resolve(tokenizer, weights=False) if tokenizer else checkpoint.hf_folder
         if folder is None:

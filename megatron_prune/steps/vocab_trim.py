@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterator
 
+import torch
+
+from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import huggingface, staging
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
+from megatron_prune.checkpoint.megatron import MegatronCheckpoint
+from megatron_prune.checkpoint.region import Scratch
+from megatron_prune.checkpoint.stream import content_id
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import FAMILIES
+from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.world import World
 from megatron_prune.steps import prune, prune_hf
+from megatron_prune.steps.calibrate import CalibrationOptions, Subject, bos_token, obtain_calibration, request_key
 from megatron_prune.steps.convert import check_tied_copy
 from megatron_prune.steps.export import parse_size
-from megatron_prune.steps.output import Source, log, staged
+from megatron_prune.steps.huggingface_runner import HuggingFaceRunner
+from megatron_prune.steps.output import PARAM_DTYPES, Source, log, progress_bar, run, staged
+from megatron_prune.steps.score import megatron_subject
 from megatron_prune.steps.vocab_options import (
     Chosen,
     Model,
@@ -27,15 +41,19 @@ from megatron_prune.steps.vocab_options import (
     show,
 )
 from megatron_prune.surgery.cut import Cut
+from megatron_prune.surgery.fold_tokens import FoldedRows, changing_rows, fold_rows, hidden_states, respelled
 from megatron_prune.vocabulary.trimmed import Trimmed
 
 
 @dataclass(frozen=True, kw_only=True)
-class VocabTrimOptions(SelectOptions):
+class VocabTrimOptions(CalibrationOptions, SelectOptions):
     """Cut the vocabulary of a Hugging Face model, a Megatron checkpoint at its own TP × PP, or a tokenizer alone."""
 
     save_dir: str = option("directory to write: of the same kind")
     plan: str | None = option("keep the tokens of this plan (of megatron-prune vocab select)", None)
+    fold: bool = option(
+        "fit the head's rows on text (--data …) to take over what dropped tokens said (default: rows stay as they are)", False
+    )
     tokenizer_only: bool = option("write the tokenizer alone, no weights", False)
     ckpt_format: str | None = option(
         "layout of a Megatron result (default: that of the source)", None, choices=["torch_dist", "torch"]
@@ -56,6 +74,7 @@ def vocab_trim(options: VocabTrimOptions, world: World) -> None:
     parse_size(options.max_shard_size)
     if options.plan and any(getattr(options, name) is not None for name in SelectOptions.CRITERIA):
         raise InputError("--plan and what else says which tokens stay", do="give one of the two")
+    _check_fold(options)
     source = Path(options.load_dir) if Path(options.load_dir).exists() else None
     staging.check_output(save, overwrite=options.overwrite, source=source)
     model = open_subject(options.load_dir, options.tokenizer)
@@ -64,8 +83,11 @@ def vocab_trim(options: VocabTrimOptions, world: World) -> None:
         show(chosen, options)
     if model.checkpoint is None or options.tokenizer_only:
         _write_tokenizer(save, chosen.trimmed, options, world)
+    elif options.fold:
+        with _folded(save, model, chosen, options, world) as rows:
+            _write_model(save, model, chosen, options, world, rows)
     else:
-        _write_model(save, model, chosen, options, world)
+        _write_model(save, model, chosen, options, world, None)
     if world.is_main:
         log.info("%d of %d tokens: %s", len(chosen.trimmed.rows), chosen.trimmed.vocabulary.rows, save)
 
@@ -77,10 +99,72 @@ def _write_tokenizer(save: Path, trimmed: Trimmed, options: VocabTrimOptions, wo
             trimmed.write(partial)
 
 
-def _write_model(save: Path, model: Model, chosen: Chosen, options: VocabTrimOptions, world: World) -> None:
+def _check_fold(options: VocabTrimOptions) -> None:
+    """Refuse text that nothing would look at, and a fold of nothing.
+
+    Raises:
+        InputError: naming the options.
+    """
+    text = {name: item for name, item in CalibrationOptions.__dataclass_fields__.items() if name != "data_field"}
+    idle = [f"--{name.replace('_', '-')}" for name, item in text.items() if getattr(options, name) != item.default]
+    if idle and not options.fold:
+        raise InputError(", ".join(idle) + " without --fold", do="leave it out, or pass --fold")
+    if options.fold and options.tokenizer_only:
+        raise InputError("--fold and --tokenizer-only", do="give one of the two")
+
+
+@contextlib.contextmanager
+def _folded(save: Path, model: Model, chosen: Chosen, options: VocabTrimOptions, world: World) -> Iterator[FoldedRows]:
+    """The head's fitted rows; the text is kept beside ``save`` until that is written."""
+    subject, dtype = _subject(model, options, world), PARAM_DTYPES[options.dtype]
+    ids = chosen.trimmed.id_map
+    key = request_key(options, subject, rows=hashlib.sha256(ids.new_to_old.tobytes()).hexdigest())
+    with staging.work(save, key, main=world.is_main, agree=world.agree) as folder:
+        calibration = respelled(obtain_calibration(options, subject, folder, world), ids)
+        stage = subject.runner.stage(model.config, dtype=dtype, seq_length=calibration.tokens.shape[1])
+        total = model.config.num_layers * calibration.tokens[stage.copy :: stage.copies].numel()
+        with progress_bar("measuring", total, shown=world.is_main, unit="tokens × layers") as advance:
+            hidden = hidden_states(subject.tensors, calibration, stage, world, dtype, advance)
+        with progress_bar("folding", changing_rows(ids), shown=world.is_main, unit="rows") as advance:
+            rows = fold_rows(subject.tensors, ids, hidden, stage, world, advance)
+        stage.close()
+        chosen.made_by["fold"] = {"rows": len(rows.tokens), "calibration": calibration.provenance}
+        yield rows
+
+
+def _subject(model: Model, options: VocabTrimOptions, world: World) -> Subject:
+    """The model as what is measured."""
+    folder, checkpoint = model.vocabulary.folder, model.checkpoint
+    if isinstance(checkpoint, MegatronCheckpoint):
+        layout = run_layout(checkpoint.layout, world, None, None)
+        return megatron_subject(checkpoint, layout, options.tokenizer, world)
+    if world.size > 1:
+        raise InputError(
+            "--fold of a Hugging Face model runs in one process", got=world.size, do="convert it, and trim the checkpoint"
+        )
+    runner = HuggingFaceRunner(checkpoint.path, checkpoint.family)
+    digest = content_id(run(world, Source(tensors=checkpoint.tensors), None, label="digesting", strict=False).digests)
+    return Subject(
+        tensors=checkpoint.tensors,
+        layout=ParallelLayout(),
+        content_id=digest,
+        tokenizer_dir=folder,
+        bos=bos_token(checkpoint.path),
+        runner=runner,
+    )
+
+
+def _write_model(
+    save: Path, model: Model, chosen: Chosen, options: VocabTrimOptions, world: World, rows: FoldedRows | None
+) -> None:
     plan, checkpoint = plan_of(chosen, model.config), model.checkpoint
     cut = Cut(plan, model.config)
-    source = Source(tensors=checkpoint.tensors, origin=cut.origin, transform=cut.transform)
+    head = TensorId("embedding" if model.config.tie_embeddings else "output")  # tied: at both ends, so that it stays tied
+
+    def transform(tensor: TensorId, data: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+        return cut.transform(tensor, rows.put_into(data) if rows and tensor == head else data, scratch)
+
+    source = Source(tensors=checkpoint.tensors, origin=cut.origin, transform=transform)
     common = {"trimmed": chosen.trimmed, "overwrite": options.overwrite, "strict": options.strict}
     if isinstance(checkpoint, HuggingFaceModel):
         check_tied_copy(checkpoint)

@@ -30,6 +30,7 @@ from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.export import ExportOptions, export
 from megatron_prune.steps.preprocess import PreprocessOptions, preprocess
 from megatron_prune.steps.prune_hf import PruneHfOptions, prune_hf
+from megatron_prune.steps.transfer import TransferOptions, transfer
 from megatron_prune.steps.vocab_count import VocabCountOptions, vocab_count
 from megatron_prune.steps.vocab_options import open_subject
 from megatron_prune.steps.vocab_remap import VocabRemapOptions, vocab_remap
@@ -521,3 +522,38 @@ def test_a_subject_of_either_kind(model, tmp_path):
     with pytest.raises(InputError, match="keeps no tokenizer"):
         open_subject(str(tmp_path / "m"), None)
     assert open_subject(str(tmp_path / "m"), str(model)).vocabulary.rows == ROWS
+
+
+# ------------------------------------------------------------------------------------------------------------------- fold
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_folded_head_is_the_same_by_every_route(ranks, corpus, tmp_path, tied):
+    source = model_with(tmp_path / "hf", dtype="float32", tie_word_embeddings=tied)
+    asked = {"remain_vocab_size": SIZE, "fold": True, "data": (f"{corpus}:1",), "nsamples": 8, "seq_length": 32}
+    expected = state_dict(trim(source, tmp_path / "out", **asked))
+    sliced = state_dict(trim(source, tmp_path / "sliced", remain_vocab_size=SIZE))
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    for name, value in sliced.items():
+        assert torch.equal(value, expected[name]) == (name != head)
+    changed = (sliced[head] != expected[head]).any(dim=1)
+    assert 20 < int(changed.sum()) < SIZE
+    convert(ConvertOptions(load_dir=str(source), save_dir=str(tmp_path / "m")), World())
+    for size, layout in ((2, 2), (3, 1)):
+        checkpoint = tmp_path / f"m{size}"
+        transfer(
+            TransferOptions(load_dir=str(tmp_path / "m"), save_dir=str(checkpoint), target_tensor_parallel_size=layout), World()
+        )
+        options = {"load_dir": str(checkpoint), "save_dir": str(tmp_path / f"t{size}"), **asked}
+        ranks(size).run(rank_jobs.run_steps, ("vocab_trim", options))
+        export(ExportOptions(load_dir=str(tmp_path / f"t{size}"), save_dir=str(tmp_path / f"back{size}")), World())
+        found = state_dict(tmp_path / f"back{size}")
+        torch.testing.assert_close(found[head], expected[head], rtol=1e-4, atol=2e-5)
+        assert all(torch.equal(found[name], expected[name]) for name in expected if name != head)
+
+
+def test_text_without_a_fold_is_refused(model, tmp_path):
+    with pytest.raises(InputError, match="--nsamples without --fold"):
+        trim(model, tmp_path / "out", remain_vocab_size=500, nsamples=4)
+    with pytest.raises(InputError, match="--fold and --tokenizer-only"):
+        trim(model, tmp_path / "out", remain_vocab_size=500, fold=True, tokenizer_only=True)
