@@ -59,3 +59,29 @@ def test_perplexity_under_three_ranks_is_that_of_transformers(real, tmp_path):
         losses = [model(window[None], labels=window[None]).loss.item() for window in tokens]
     expected = torch.tensor(losses).mean().exp().item()
     assert json.loads((tmp_path / "e.json").read_text())["perplexity"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_third_of_the_real_vocabulary_says_what_the_whole_one_said(real, tmp_path):
+    import torch
+    from tiny import logits
+
+    from megatron_prune.steps.vocab_count import VocabCountOptions, vocab_count
+    from megatron_prune.steps.vocab_trim import VocabTrimOptions, vocab_trim
+    from megatron_prune.vocabulary.id_map import load_map
+    from megatron_prune.vocabulary.vocabulary import open_vocabulary
+
+    model, counts = str(real / "model"), str(tmp_path / "counts")
+    vocab_count(VocabCountOptions(tokenizer=model, input=(str(real / "calibration.txt"),), output=counts), World())
+    files = {
+        "save_dir": str(tmp_path / "out"),
+        "report": str(tmp_path / "report.json"),
+        "held_out": (str(real / "held_out.txt"),),
+    }
+    vocab_trim(VocabTrimOptions(load_dir=model, counts=(counts,), remain_vocab_size=16384, **files), World())
+    report = json.loads((tmp_path / "report.json").read_text())  # made only if every covered line encodes as before, and no other
+    assert report["held_out"]["same_encoding"] > 0.5 and report["held_out"]["more_tokens"] < 0.1
+    whole, ids = open_vocabulary(real / "model", 49152), load_map(tmp_path / "out")
+    lines = [line for line in (real / "held_out.txt").read_text().splitlines() if line.strip()]
+    covered = max((found for found in whole.encode(lines) if (ids.old_to_new[found] >= 0).all()), key=len)
+    before = logits(real / "model", torch.tensor([covered]))[..., torch.from_numpy(ids.new_to_old)]
+    assert torch.equal(logits(tmp_path / "out", torch.from_numpy(ids.old_to_new[covered])[None]), before)
