@@ -31,7 +31,7 @@ from megatron_prune.steps.export import choose_family, commonest
 from megatron_prune.steps.fit import FitOptions, held_metrics, pruned_source, wants_text
 from megatron_prune.steps.output import Source, log, run, write_megatron
 from megatron_prune.steps.score import megatron_subject
-from megatron_prune.steps.vocab_options import trimmed_by
+from megatron_prune.steps.vocab_choice import trimmed_by
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.vocabulary.trimmed import Trimmed
 from megatron_prune.vocabulary.vocabulary import open_vocabulary

@@ -1,35 +1,25 @@
-"""What the vocabulary's verbs share: the model or tokenizer they are about, what is asked for, and the report."""
+"""What the vocabulary's verbs ask: the model or tokenizer they are about, the counts, which tokens are to stay."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.arch.tensors import TensorId, parameter_count
 from megatron_prune.calibration.documents import open_documents
 from megatron_prune.calibration.reader import TRAIN
 from megatron_prune.checkpoint import huggingface, megatron, staging
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import option, require_positive
-from megatron_prune.errors import InputError, PlanError
-from megatron_prune.planning.plan import Plan, kept_tokens, load_plan, whole_plan
-from megatron_prune.vocabulary import report as reports
+from megatron_prune.errors import InputError
 from megatron_prune.vocabulary.counts import Counts, load_counts, merged
-from megatron_prune.vocabulary.selection import PRIOR, Selection, Wanted, select, tokens_of_scripts, tokens_of_texts
-from megatron_prune.vocabulary.trimmed import Trimmed
+from megatron_prune.vocabulary.selection import PRIOR, Wanted, tokens_of_scripts, tokens_of_texts
 from megatron_prune.vocabulary.vocabulary import Vocabulary, open_vocabulary
 
 LINES = 20_000
@@ -251,106 +241,3 @@ def wanted_tokens(options: SelectOptions, model: Model) -> Wanted:
         prior=options.prior,
         keep=keep,
     )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Chosen:
-    """Attributes:
-    trimmed: the tokens that stay.
-    counts: what they were chosen by, if anything.
-    report: what that keeps, costs and changes.
-    made_by: how they were chosen, for plan and recipe.
-    """
-
-    trimmed: Trimmed
-    counts: Counts | None
-    report: dict[str, Any]
-    made_by: dict[str, Any]
-
-
-def choose(options: SelectOptions, model: Model, plan_path: str | None = None) -> Chosen:
-    """Choose tokens, or take those of a plan, and report.
-
-    Raises:
-        InputError: if that cannot be done.
-    """
-    vocabulary = model.vocabulary
-    texts = held_out_lines(options)
-    counts = read_counts(options.counts, vocabulary)
-    total = None if counts is None else numpy.pad(found := counts.total(), (0, vocabulary.rows - len(found)))
-    selection: Selection | None = None
-    if plan_path:
-        trimmed, made_by = _of_plan(plan_path, model)
-    else:
-        selection = select(vocabulary, total, wanted_tokens(options, model))
-        trimmed = Trimmed(vocabulary=vocabulary, rows=selection.rows)
-        asked = {name: getattr(options, name) for name in (*SelectOptions.CRITERIA, "multiple_of")}
-        made_by = {name: value for name, value in asked.items() if value is not None}
-        made_by |= {"prior": options.prior} if counts else {}
-        made_by |= {"corpora": [dataclasses.asdict(corpus) for corpus in counts.corpora]} if counts else {}
-        made_by |= {"tokenizer": vocabulary.digest}
-    report = reports.describe(trimmed, selection, total, texts)
-    return Chosen(trimmed=trimmed, counts=counts, report=report | _savings(trimmed, model), made_by=made_by)
-
-
-def _of_plan(path: str, model: Model) -> tuple[Trimmed, dict[str, Any]]:
-    if model.config is None:
-        raise InputError(f"--plan {path}", got=f"a tokenizer alone, {model.path}", needed="a model")
-    plan = load_plan(Path(path))
-    rows = kept_tokens(plan, model.config, path)
-    return trimmed_by(plan, rows, model.vocabulary, path), vocab_made_by(plan)
-
-
-def vocab_made_by(plan: Plan) -> dict[str, Any]:
-    """How the vocabulary of a plan was chosen."""
-    return plan.made_by.get("vocab", {})
-
-
-def trimmed_by(plan: Plan, rows: list[int], vocabulary: Vocabulary, where: object) -> Trimmed:
-    """The vocabulary that a plan leaves.
-
-    Raises:
-        PlanError: if it was made for another tokenizer, or drops what must stay.
-    """
-    digest = vocab_made_by(plan).get("tokenizer", vocabulary.digest)
-    if digest != vocabulary.digest:
-        raise PlanError(
-            f"{where} was made for another tokenizer than the one in {vocabulary.folder}",
-            got=digest,
-            needed=vocabulary.digest,
-            do="choose again with megatron-prune vocab select",
-        )
-    trimmed = Trimmed(vocabulary=vocabulary, rows=numpy.array(rows, dtype=numpy.int64))
-    trimmed.check(where)
-    return trimmed
-
-
-def _savings(trimmed: Trimmed, model: Model) -> dict[str, Any]:
-    if model.config is None:
-        return {}
-    new = dataclasses.replace(model.config, vocab_size=len(trimmed.rows))
-    before, after = parameter_count(model.config), parameter_count(new)
-    size = model.checkpoint.tensors.dtype(TensorId("embedding")).itemsize
-    found = {"parameters": {"before": before, "after": after, "bytes_saved": (before - after) * size}}
-    return found | ({"padded": model.layout.padded_vocab(new.vocab_size)} if model.layout else {})
-
-
-def show(chosen: Chosen, options: SelectOptions) -> None:
-    """Print the report, and write it and the ids where that was asked for."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for what, value in reports.lines(chosen.report):
-        table.add_row(what, value)
-    Console().print(table)
-    if options.report:
-        body = {"format": "megatron-prune vocabulary report", "made_by": chosen.made_by, **chosen.report}
-        staging.write_text(Path(options.report), json.dumps(body, indent=2, ensure_ascii=False) + "\n")
-    if options.save_ids:
-        held = io.BytesIO()
-        torch.save(torch.from_numpy(chosen.trimmed.rows), held)
-        staging.write_bytes(Path(options.save_ids), held.getvalue())
-
-
-def plan_of(chosen: Chosen, config: ModelConfig) -> Plan:
-    """The plan that cuts the vocabulary alone; it fits any model with this tokenizer."""
-    plan = whole_plan(config, {"vocab": chosen.made_by}, None)
-    return plan.with_vocab(chosen.trimmed.rows.tolist())

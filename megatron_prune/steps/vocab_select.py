@@ -10,7 +10,8 @@ from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import log
-from megatron_prune.steps.vocab_options import SelectOptions, check_select, choose, open_subject, plan_of, show
+from megatron_prune.steps.vocab_choice import choose, plan_of, show
+from megatron_prune.steps.vocab_options import SelectOptions, check_select, open_subject
 
 
 @dataclass(frozen=True, kw_only=True)

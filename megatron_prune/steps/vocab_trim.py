@@ -30,16 +30,8 @@ from megatron_prune.steps.export import parse_size
 from megatron_prune.steps.huggingface_runner import HuggingFaceRunner
 from megatron_prune.steps.output import PARAM_DTYPES, Source, log, progress_bar, run, staged
 from megatron_prune.steps.score import megatron_subject
-from megatron_prune.steps.vocab_options import (
-    Chosen,
-    Model,
-    SelectOptions,
-    check_select,
-    choose,
-    open_subject,
-    plan_of,
-    show,
-)
+from megatron_prune.steps.vocab_choice import Chosen, choose, plan_of, show
+from megatron_prune.steps.vocab_options import Model, SelectOptions, check_select, open_subject
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.surgery.fold_tokens import FoldedRows, changing_rows, fold_rows, hidden_states, respelled
 from megatron_prune.vocabulary.trimmed import Trimmed

@@ -11,7 +11,7 @@ from typing import Callable, Iterator, Sequence
 
 import numpy
 
-from megatron_prune.calibration.documents import Document, DocumentReader
+from megatron_prune.calibration.documents import DocumentReader
 from megatron_prune.calibration.pair import open_pair
 from megatron_prune.calibration.parts import grouped
 from megatron_prune.calibration.workers import in_processes
@@ -138,8 +138,3 @@ def count_texts(texts: Sequence[str], vocabulary: Vocabulary) -> numpy.ndarray:
         total = sum(map(len, found))
         table += numpy.bincount(numpy.fromiter(chain.from_iterable(found), numpy.int64, total), minlength=vocabulary.rows)
     return table
-
-
-def sample_documents(documents: Iterator[Document], count: int) -> list[str]:
-    """The first ``count`` texts that are not blank."""
-    return list(islice((document.texts[0] for document in documents if document.texts[0].strip()), count))

@@ -8,7 +8,7 @@ and in Llama 3 the first is not the one that fires for 43 % of the tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, Iterable
 
 import numpy
 
@@ -122,11 +122,3 @@ class Derivations:
                 if self.left[token] >= 0:
                     waiting += [int(self.left[token]), int(self.right[token])]
         return found
-
-
-def byte_fallback(characters: Sequence[str], has: Callable[[str], bool]) -> list[str]:
-    """Characters as pieces, those that are no piece as their UTF-8 bytes (``<0x0A>``)."""
-    found: list[str] = []
-    for character in characters:
-        found += [character] if has(character) else [f"<0x{byte:02X}>" for byte in character.encode("utf-8", "surrogatepass")]
-    return found

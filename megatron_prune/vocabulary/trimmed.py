@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy
 
@@ -76,8 +76,3 @@ class Trimmed:
         moved = {self.new_ids[old]: piece for old, piece in self.vocabulary.pieces.items() if old in self.new_ids}
         if written.pieces != moved:
             raise PruneError(f"the trimmed tokenizer in {folder} does not say what was kept: please report this")
-
-    def encode(self, written: Vocabulary, texts: Sequence[str]) -> list[bool]:
-        """Whether each text encodes by ``written`` (the trimmed tokenizer) as before, up to the ids."""
-        before, after = self.vocabulary.encode(texts), written.encode(texts)
-        return [[self.new_ids.get(token) for token in old] == list(new) for old, new in zip(before, after)]
