@@ -6,18 +6,23 @@ Ids stand in ``config.json`` and ``generation_config.json`` (also of an image or
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Iterator, Mapping
 
 from megatron_prune.errors import CheckpointError, raise_all
 
 _FILES = ("config.json", "generation_config.json", "adapter_config.json", "preprocessor_config.json", "processor_config.json")
-_TOKENIZER_CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"
+_TOKENIZER_CONFIG, _ADDED, _SPECIAL_MAP = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
-_ID = re.compile(r"(.+_)?token_(ids?|index|indices)|(begin_)?suppress_tokens|(bad|force|stop)_words_ids")
+_ID = re.compile(
+    r"(.+_)?token_(ids?|index|indices)|(begin_)?suppress_tokens|(bad|force|stop)_words_ids|(lang|task)_to_id|"
+    r"(bos|eos|pad|unk|cls|sep|mask)_(id|idx)"
+)
 """Keys whose numbers are ids, however deep their lists."""
 
 _POSITIONED = "forced_decoder_ids"
@@ -52,6 +57,8 @@ def _value(key: str, value: Any, renumber: Renumber, where: str) -> Any:
 def _all_numbers(value: Any, renumber: Renumber, where: str) -> Any:
     if isinstance(value, list):
         return [_all_numbers(item, renumber, where) for item in value]
+    if isinstance(value, dict):
+        return {key: _all_numbers(item, renumber, where) for key, item in value.items()}
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return renumber(where, value)
     return value
@@ -79,9 +86,47 @@ def added_tokens(folder: Path) -> dict[int, str]:
     Raises:
         CheckpointError: if one of the files is damaged.
     """
-    decoder = (_load(folder / _TOKENIZER_CONFIG) or {}).get("added_tokens_decoder") or {}
-    found = {int(number): token["content"] for number, token in decoder.items()}
-    return found | {number: text for text, number in (_load(folder / _ADDED) or {}).items()}
+    with _readable(folder / _TOKENIZER_CONFIG):
+        decoder = (_load(folder / _TOKENIZER_CONFIG) or {}).get("added_tokens_decoder") or {}
+        found = {int(number): _text(token["content"]) for number, token in decoder.items()}
+    with _readable(folder / _ADDED):
+        return found | {_whole(number): text for text, number in (_load(folder / _ADDED) or {}).items()}
+
+
+def special_texts(folder: Path) -> dict[str, str]:
+    """``bos_token`` … → text, as the tokenizer's JSON files say.
+
+    Raises:
+        CheckpointError: if one of the files is damaged.
+    """
+    found: dict[str, str] = {}
+    for name in (_SPECIAL_MAP, _TOKENIZER_CONFIG):
+        with _readable(folder / name):
+            held = _load(folder / name) or {}
+            said = {key: held[key] for key in _SPECIAL if held.get(key)}
+            found |= {key: _text(value["content"] if isinstance(value, dict) else value) for key, value in said.items()}
+    return found
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Say of what is not as it should be which file it is in."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged", got=repr(error)[:200], do="fetch it again") from None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r} is no id")
+    return value
 
 
 def renumber_files(source: Path, target: Path, new_ids: Mapping[int, int], vocab_size: int) -> None:
@@ -117,18 +162,21 @@ def _each_file(folder: Path, renumber: Renumber) -> dict[str, Any]:
     for name in _FILES:
         data = _load(folder / name)
         if data is not None:
-            found[name] = renumbered(data, renumber, f"{name}: ")
+            with _readable(folder / name):
+                found[name] = renumbered(data, renumber, f"{name}: ")
     config = _load(folder / _TOKENIZER_CONFIG)
     if config is not None:
-        found[_TOKENIZER_CONFIG] = config = renumbered(config, renumber, f"{_TOKENIZER_CONFIG}: ")
-        decoder = config.get("added_tokens_decoder")
-        if decoder:
-            where = f"{_TOKENIZER_CONFIG}: added_tokens_decoder"
-            pairs = [(renumber(where, int(number)), copy.deepcopy(token)) for number, token in decoder.items()]
-            config["added_tokens_decoder"] = {str(number): token for number, token in pairs}
+        with _readable(folder / _TOKENIZER_CONFIG):
+            found[_TOKENIZER_CONFIG] = config = renumbered(config, renumber, f"{_TOKENIZER_CONFIG}: ")
+            decoder = config.get("added_tokens_decoder")
+            if decoder:
+                where = f"{_TOKENIZER_CONFIG}: added_tokens_decoder"
+                pairs = [(renumber(where, int(number)), copy.deepcopy(token)) for number, token in decoder.items()]
+                config["added_tokens_decoder"] = {str(number): token for number, token in pairs}
     added = _load(folder / _ADDED)
     if added is not None:
-        found[_ADDED] = {text: renumber(_ADDED, number) for text, number in added.items()}
+        with _readable(folder / _ADDED):
+            found[_ADDED] = {text: renumber(_ADDED, _whole(number)) for text, number in added.items()}
     return found
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from typing import Callable, Iterable, Mapping, Sequence
 
 import numpy
 
@@ -17,7 +16,6 @@ from megatron_prune.vocabulary.joins import Derivations
 from megatron_prune.vocabulary.templates import template_texts
 from megatron_prune.vocabulary.tokenizer_file import KINDS, TokenizerFile
 
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 NO_TOKEN = "row without a token"
 
 
@@ -66,7 +64,7 @@ class Vocabulary:
             CheckpointError: if a file names an id above the last row.
         """
         found: dict[int, str] = {}
-        for token in self.encode(template_texts(self.folder, self._special_texts())):
+        for token in self.encode(template_texts(self.folder, id_fields.special_texts(self.folder))):
             found |= dict.fromkeys(token, "chat template")
         found |= id_fields.named_ids(self.folder) | dict.fromkeys(self.added, "added token")
         for file in self.files:
@@ -77,18 +75,6 @@ class Vocabulary:
         raise_all(CheckpointError, f"{self.folder} names ids above the model's {self.rows - 1}", wrong, do="correct these ids")
         parts = self.derivations.closure(found) - set(found)
         return found | dict.fromkeys(parts, "part of one that stays")
-
-    def _special_texts(self) -> dict[str, Any]:
-        """What a template is told of the tokenizer."""
-        found: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            file = self.folder / name
-            held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-            for key in _SPECIAL:
-                value = held.get(key)
-                if value:
-                    found[key] = value["content"] if isinstance(value, dict) else value
-        return found
 
     def encode(self, texts: Sequence[str]) -> list[Sequence[int]]:
         """Ids of every text, nothing put around it."""
