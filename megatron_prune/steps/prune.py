@@ -14,12 +14,11 @@ from typing import Any
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import tensor_ids
-from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.checkpoint import megatron, staging
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.config import add_options, option
-from megatron_prune.errors import InputError
 from megatron_prune.families.family import Family
 from megatron_prune.planning.plan import Plan, load_plan
 from megatron_prune.planning.target import PRUNE_TYPES
@@ -32,9 +31,10 @@ from megatron_prune.steps.fit import FitOptions, held_metrics, pruned_source, wa
 from megatron_prune.steps.output import Source, log, run, write_megatron
 from megatron_prune.steps.score import megatron_subject
 from megatron_prune.steps.vocab_choice import trimmed_by
+from megatron_prune.steps.vocab_options import tokenizer_folder
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.vocabulary.trimmed import Trimmed
-from megatron_prune.vocabulary.vocabulary import open_vocabulary
+from megatron_prune.vocabulary.vocabulary import holds_tokenizer, open_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +131,7 @@ def kept_vocabulary(
     """
     if request.vocab is None:
         return None
-    folder = own or (huggingface.resolve(tokenizer, weights=False) if tokenizer else None)
-    if folder is None:
-        raise InputError("a trimmed vocabulary needs the model's tokenizer, which it does not keep", do="name it: --tokenizer")
+    folder = own if own and holds_tokenizer(own) else tokenizer_folder(own, tokenizer)  # --tokenizer may be of the text alone
     path = options.vocab_plan or options.plan
     return trimmed_by(load_plan(Path(path)), request.vocab, open_vocabulary(folder, config.vocab_size), path)
 

@@ -158,7 +158,7 @@ def write_cut(
         config_text=(model.path / "config.json").read_text(encoding="utf-8") if hf_config == model.hf_config else None,
         dtypes=dtypes,
         max_shard_bytes=max_shard_bytes,
-        side_files=model.path,
+        side_files=trimmed.vocabulary.folder if trimmed else model.path,
         trimmed=trimmed,
         tied_head_stored=model.tied_head_stored,
         files={megatron.PLAN_FILE: plan.dumps(), RECIPE_FILE: dump_recipe(recipe), "README.md": card},

@@ -13,6 +13,7 @@ import numpy
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import TensorId, parameter_count
@@ -51,7 +52,7 @@ def choose(options: SelectOptions, model: Model, plan_path: str | None = None) -
     vocabulary = model.vocabulary
     texts = held_out_lines(options)
     counts = read_counts(options.counts, vocabulary)
-    total = None if counts is None else numpy.pad(found := counts.total(), (0, vocabulary.rows - len(found)))
+    total = None if counts is None else _of_rows(counts.total(), vocabulary.rows)
     selection: Selection | None = None
     if plan_path:
         trimmed, made_by = _of_plan(plan_path, model)
@@ -67,6 +68,11 @@ def choose(options: SelectOptions, model: Model, plan_path: str | None = None) -
     return Chosen(trimmed=trimmed, counts=counts, report=report | _savings(trimmed, model), made_by=made_by)
 
 
+def _of_rows(total: numpy.ndarray, rows: int) -> numpy.ndarray:
+    """Counts for as many rows: what is more has no tokens."""
+    return numpy.pad(total[:rows], (0, max(0, rows - len(total))))
+
+
 def _of_plan(path: str, model: Model) -> tuple[Trimmed, dict[str, Any]]:
     if model.config is None:
         raise InputError(f"--plan {path}", got=f"a tokenizer alone, {model.path}", needed="a model")
@@ -77,7 +83,8 @@ def _of_plan(path: str, model: Model) -> tuple[Trimmed, dict[str, Any]]:
 
 def vocab_made_by(plan: Plan) -> dict[str, Any]:
     """How the vocabulary of a plan was chosen."""
-    return plan.made_by.get("vocab", {})
+    made_by = plan.made_by.get("vocab", {})
+    return made_by if isinstance(made_by, dict) else {}
 
 
 def trimmed_by(plan: Plan, rows: list[int], vocabulary: Vocabulary, where: object) -> Trimmed:
@@ -113,7 +120,7 @@ def show(chosen: Chosen, options: SelectOptions) -> None:
     """Print the report, and write it and the ids where that was asked for."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for what, value in reports.lines(chosen.report):
-        table.add_row(what, value)
+        table.add_row(what, Text(value))  # not markup: tokens may hold brackets
     Console().print(table)
     if options.report:
         body = {"format": "megatron-prune vocabulary report", "made_by": chosen.made_by, **chosen.report}

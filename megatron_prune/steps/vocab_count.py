@@ -48,6 +48,8 @@ def vocab_count(options: VocabCountOptions, world: World) -> None:
         raise InputError("vocab count is started as one process", got=f"{world.size}", do="say how many work with --workers")
     require_positive(options, "workers")
     output = Path(options.output)
+    if options.text and Path(options.text).resolve() == output.resolve():
+        raise InputError("--output and --text are the same file", got=options.text, do="name another")
     for file in (output, *([Path(options.text)] if options.text else [])):
         staging.check_file(file)
         if file.exists() and not options.overwrite:
@@ -65,6 +67,7 @@ def vocab_count(options: VocabCountOptions, world: World) -> None:
         options.data_field,
         options.split,
         vocabulary.digest,
+        vocabulary.rows,
         [stamps(name) for name, _ in specs],
         __version__,
     ]

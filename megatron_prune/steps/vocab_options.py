@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import re
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
 from megatron_prune.vocabulary.counts import Counts, load_counts, merged
 from megatron_prune.vocabulary.selection import PRIOR, Wanted, tokens_of_scripts, tokens_of_texts
-from megatron_prune.vocabulary.vocabulary import Vocabulary, open_vocabulary
+from megatron_prune.vocabulary.vocabulary import Vocabulary, holds_tokenizer, open_vocabulary
 
 LINES = 20_000
 """Lines of held-out text that are encoded."""
@@ -31,7 +34,7 @@ class SelectOptions:
     """Which tokens stay."""
 
     load_dir: str = option("model: a Hugging Face directory or hub id, or a Megatron checkpoint; or a tokenizer alone")
-    tokenizer: str | None = option("directory of the tokenizer (default: that of the model)", None)
+    tokenizer: str | None = option("directory of the tokenizer, for a model that keeps none", None)
     counts: tuple[str, ...] = option("files of megatron-prune vocab count, each with :WEIGHT if wanted", ())
     remain_vocab_size: int | None = option("tokens that stay: the exact size, specials and bytes included", None)
     min_count: float | None = option("keep tokens that the corpus makes at least this often, at any step of encoding", None)
@@ -86,17 +89,43 @@ def open_subject(load_dir: str, tokenizer: str | None) -> Model:
     path = Path(load_dir).expanduser()
     if megatron.is_megatron(path):
         checkpoint = megatron.open_checkpoint(path)
-        folder = huggingface.resolve(tokenizer, weights=False) if tokenizer else checkpoint.hf_folder
-        if folder is None:
-            raise InputError(f"{path} keeps no tokenizer", do="name its Hugging Face directory with --tokenizer")
+        folder = tokenizer_folder(checkpoint.hf_folder, tokenizer)
         return Model(path=path, checkpoint=checkpoint, vocabulary=open_vocabulary(folder, checkpoint.config.vocab_size))
     folder = huggingface.resolve(load_dir)
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        if tokenizer:
+            raise InputError(f"--tokenizer beside {load_dir}", got="a tokenizer already", do="leave it out")
         rows = huggingface.read_config(folder).get("vocab_size") if huggingface.is_huggingface(folder) else None
         return Model(path=folder, checkpoint=None, vocabulary=open_vocabulary(folder, rows))
     model = huggingface.open_model(folder)
-    source = huggingface.resolve(tokenizer, weights=False) if tokenizer else folder
+    source = tokenizer_folder(folder, tokenizer)
     return Model(path=folder, checkpoint=model, vocabulary=open_vocabulary(source, model.config.vocab_size))
+
+
+def tokenizer_folder(own: Path | None, named: str | None) -> Path:
+    """The directory of a model's tokenizer, with the configuration files that name its ids.
+
+    Args:
+        own: what the model keeps.
+        named: by the user, for a model that keeps none. Both are then put together in a temporary directory; what the model
+            keeps comes first.
+
+    Raises:
+        InputError: if there is no tokenizer, or one too many.
+    """
+    held = own is not None and holds_tokenizer(own)
+    if held and named:
+        raise InputError(f"--tokenizer {named}", got="a model that keeps its own", do="leave it out")
+    if held:
+        return own
+    if not named:
+        raise InputError("the model keeps no tokenizer", do="name its Hugging Face directory with --tokenizer")
+    joined = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, joined, ignore_errors=True)
+    for folder in (huggingface.resolve(named, weights=False), own):
+        if folder:
+            huggingface.copy_side_files(folder, Path(joined))
+    return Path(joined)
 
 
 def check_select(options: SelectOptions) -> None:
@@ -120,9 +149,15 @@ def check_select(options: SelectOptions) -> None:
             raise InputError(
                 f"--{name} needs counts", do="make them with megatron-prune vocab count, and name them with --counts"
             )
-    for path in (options.report, options.save_ids):
-        if path:
-            staging.check_file(Path(path))
+    files = [getattr(options, name, None) for name in ("report", "save_ids", "save_plan")]
+    named = [Path(path).resolve() for path in files if path]
+    if len(set(named)) < len(named):
+        raise InputError("two outputs are the same file", got=", ".join(map(str, named)), do="name different ones")
+    save = getattr(options, "save_dir", None)
+    for path in named:
+        staging.check_file(path, beside=Path(save) if save else None)
+    if len(set(options.counts)) < len(options.counts):
+        raise InputError("--counts names a file twice", got=" ".join(options.counts), do="give it a weight instead")
 
 
 def read_counts(names: tuple[str, ...], vocabulary: Vocabulary) -> Counts | None:

@@ -47,7 +47,7 @@ def vocab_remap(options: VocabRemapOptions, world: World) -> None:
     source, folder = open_pair(options.input), _folder(Path(options.map))
     if Path(f"{source.prefix}.bin").resolve() == pair_files(prefix)["bin"].resolve():
         raise InputError(f"output {prefix} is the input", do="name another --output-prefix")
-    ids = load_map(folder)
+    ids = load_map(folder if Path(options.map).is_dir() else Path(options.map))
     lowest, highest = source.extremes()
     if lowest < 0 or highest >= len(ids.starts) - 1:
         raise InputError(
@@ -55,7 +55,7 @@ def vocab_remap(options: VocabRemapOptions, world: World) -> None:
             got=f"token {highest if lowest >= 0 else lowest}",
             needed=f"0 to {len(ids.starts) - 2}",
         )
-    record = _record(source.prefix, folder)
+    record = _record(source.prefix, folder, ids)
     with staging.work(prefix, json.dumps([options.input, options.map]), main=True, agree=world.agree) as work:
         tokens, kept = _rewrite(source, ids, work / "whole")
         if record:
@@ -71,7 +71,7 @@ def _folder(path: Path) -> Path:
     """Where the map of a trimmed model lies."""
     if path.is_dir() and not (path / MAP_FILE).is_file():
         return megatron.iteration_directory(path) / megatron.HF_FOLDER
-    return path
+    return path if path.is_dir() else path.parent
 
 
 def _rewrite(source: Pair, ids: IdMap, made: Path) -> tuple[int, float]:
@@ -97,23 +97,30 @@ def _rewrite(source: Pair, ids: IdMap, made: Path) -> tuple[int, float]:
     return written, 100 * kept / source.total
 
 
-def _record(prefix: str, folder: Path) -> dict[str, Any] | None:
+def _record(prefix: str, folder: Path, ids: IdMap) -> dict[str, Any] | None:
     """The record beside the pair, of the trimmed tokenizer now; ``None`` where there is none, or no tokenizer.
 
     Raises:
-        InputError: if the pair was renumbered already.
+        InputError: if the pair was made with another tokenizer, or renumbered already.
     """
     try:
         record = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
         made = dict(record["tokenizer"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not folder.is_dir():
+    try:
+        tokenizer = load_tokenizer(folder)
+    except InputError:  # the map alone, or a tokenizer that transformers does not load
         return None
-    tokenizer = load_tokenizer(folder)
     digest = tokenizer_digest(tokenizer)
     if made.get("digest") == digest:
         raise InputError(f"{prefix}.bin speaks the trimmed vocabulary already", do="use it as it is")
+    if ids.tokenizer and made.get("digest") != ids.tokenizer:
+        raise InputError(
+            f"{prefix}.bin was not made with the tokenizer that was trimmed",
+            got=f"{made.get('name')} of {made.get('vocab_size')} tokens",
+            do="renumber what that one made, or tokenise the text again: megatron-prune preprocess",
+        )
     size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
     record.pop("digest", None)
     return {**record, "tokenizer": {"name": folder.name, "vocab_size": size, "eod": tokenizer.eos_token_id, "digest": digest}}

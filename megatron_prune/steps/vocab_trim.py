@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from megatron_prune.steps.vocab_choice import Chosen, choose, plan_of, show
 from megatron_prune.steps.vocab_options import Model, SelectOptions, check_select, open_subject
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.surgery.fold_tokens import FoldedRows, changing_rows, fold_rows, hidden_states, respelled
+from megatron_prune.vocabulary.selection import PRIOR
 from megatron_prune.vocabulary.trimmed import Trimmed
 
 
@@ -64,11 +64,13 @@ def vocab_trim(options: VocabTrimOptions, world: World) -> None:
     save = Path(options.save_dir)
     check_select(options)
     parse_size(options.max_shard_size)
-    if options.plan and any(getattr(options, name) is not None for name in SelectOptions.CRITERIA):
+    chosen_otherwise = [*SelectOptions.CRITERIA, "multiple_of"]
+    if options.plan and (options.prior != PRIOR or any(getattr(options, name) is not None for name in chosen_otherwise)):
         raise InputError("--plan and what else says which tokens stay", do="give one of the two")
     _check_fold(options)
     source = Path(options.load_dir) if Path(options.load_dir).exists() else None
-    staging.check_output(save, overwrite=options.overwrite, source=source)
+    for folder in (source, Path(options.tokenizer) if options.tokenizer else None):
+        staging.check_output(save, overwrite=options.overwrite, source=folder)
     model = open_subject(options.load_dir, options.tokenizer)
     chosen = choose(options, model, options.plan)
     if world.is_main:
@@ -161,8 +163,6 @@ def _write_model(
     if isinstance(checkpoint, HuggingFaceModel):
         check_tied_copy(checkpoint)
         shard_bytes = parse_size(options.max_shard_size)
-        if options.tokenizer:
-            checkpoint = dataclasses.replace(checkpoint, path=chosen.trimmed.vocabulary.folder)
         prune_hf.write_cut(save, checkpoint, checkpoint.family, plan, source, world, max_shard_bytes=shard_bytes, **common)
     else:
         family = FAMILIES.get(checkpoint.manifest.family)

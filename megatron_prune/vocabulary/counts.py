@@ -50,7 +50,7 @@ class Counts:
         """float64 [rows]: occurrences over all corpora. Weighted ones are scaled to their shares of what was counted.
 
         Raises:
-            InputError: if only some have weights, or they are of different vocabularies.
+            InputError: if only some have weights, or a weighted one has no tokens.
         """
         rows = max(len(table) for table in self.tables)
         tables = [numpy.pad(table, (0, rows - len(table))).astype(numpy.float64) for table in self.tables]
@@ -62,6 +62,9 @@ class Counts:
             raise InputError(
                 "weights of corpora", got=f"{bare} without one beside weighted ones", needed="weights for all or none"
             )
+        empty = [corpus.name for corpus, table in zip(self.corpora, tables) if not table.any()]
+        if empty:
+            raise InputError("a corpus without tokens has a weight", got=", ".join(empty), do="leave it out")
         counted, whole = sum(table.sum() for table in tables), sum(weights)
         return sum(table * (weight / whole * counted / table.sum()) for table, weight in zip(tables, weights))
 

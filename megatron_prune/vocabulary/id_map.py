@@ -10,6 +10,7 @@ from zipfile import BadZipFile
 
 import numpy
 
+from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
 from megatron_prune.errors import InputError
 from megatron_prune.vocabulary.vocabulary import Vocabulary
 
@@ -24,11 +25,13 @@ class IdMap:
     starts: int64 [old rows + 1], where an old id's new ids start in ``pieces``.
     pieces: int64: the new ids of old id i are ``pieces[starts[i]:starts[i + 1]]``; of a dropped token what its text falls
         into, of a row without a token none.
+    tokenizer: digest of the whole tokenizer, as the record beside tokenised data has it; empty where it is not known.
     """
 
     new_to_old: numpy.ndarray
     starts: numpy.ndarray
     pieces: numpy.ndarray
+    tokenizer: str = ""
 
     @classmethod
     def of(cls, vocabulary: Vocabulary, rows: numpy.ndarray) -> IdMap:
@@ -40,9 +43,8 @@ class IdMap:
             for old in range(vocabulary.rows)
         ]
         starts = numpy.concatenate([[0], numpy.cumsum([len(found) for found in lists])])
-        return cls(
-            new_to_old=rows, starts=starts, pieces=numpy.array([new for found in lists for new in found], dtype=numpy.int64)
-        )
+        pieces = numpy.array([new for found in lists for new in found], dtype=numpy.int64)
+        return cls(new_to_old=rows, starts=starts, pieces=pieces, tokenizer=_digest(vocabulary.folder))
 
     @property
     def old_to_new(self) -> numpy.ndarray:
@@ -71,8 +73,16 @@ class IdMap:
             pieces=self.pieces,
             d2t=self.new_to_old - numpy.arange(len(self.new_to_old)),
             t2d=old_to_new >= 0,
+            tokenizer=numpy.array(self.tokenizer),
         )
         return held.getvalue()
+
+
+def _digest(folder: Path) -> str:
+    try:
+        return tokenizer_digest(load_tokenizer(folder))
+    except InputError:  # of a kind that transformers does not load
+        return ""
 
 
 def load_map(path: Path) -> IdMap:
@@ -84,7 +94,8 @@ def load_map(path: Path) -> IdMap:
     file = path / MAP_FILE if path.is_dir() else path
     try:
         with numpy.load(file, allow_pickle=False) as held:
-            found = IdMap(**{name: held[name] for name in ("new_to_old", "starts", "pieces")})
+            tables = {name: held[name] for name in ("new_to_old", "starts", "pieces")}
+            found = IdMap(**tables, tokenizer=str(held["tokenizer"]))
         sizes = numpy.diff(found.starts)
         whole = found.starts[0] == 0 and (sizes >= 0).all() and found.starts[-1] == len(found.pieces)
         inside = len(found.pieces) == 0 or 0 <= found.pieces.min() <= found.pieces.max() < len(found.new_to_old)

@@ -24,13 +24,11 @@ class Joins:
         ids: piece → id.
         rank: (left, right) → when they are joined, ``None`` if never.
         symbols: a piece → the pieces that joining starts from.
-        spelled: (left, right) → the joined piece.
     """
 
     ids: dict[Any, int]
     rank: Callable[[Any, Any], Rank | None]
     symbols: Callable[[Any], list[Any]]
-    spelled: Callable[[Any, Any], Any] = lambda left, right: left + right
 
     def derivations(self, rows: int) -> Derivations:
         """The derivation of every token; int64 arrays of ``rows`` entries."""
@@ -64,7 +62,7 @@ class Joins:
                 return symbols
             pair = symbols[best], symbols[best + 1]
             note(pair)
-            symbols[best : best + 2] = [self.spelled(*pair)]
+            symbols[best : best + 2] = [pair[0] + pair[1]]
             del ranks[best]
             if best:
                 ranks[best - 1] = self._rank((symbols[best - 1], symbols[best]), kept)
@@ -73,7 +71,7 @@ class Joins:
 
     def _rank(self, pair: tuple[Any, Any], kept: Callable[[Any], bool]) -> Rank | None:
         rank = self.rank(*pair)
-        return rank if rank is not None and kept(self.spelled(*pair)) else None
+        return rank if rank is not None and kept(pair[0] + pair[1]) else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Iterable
+from typing import Iterable, Sequence
 
 import numpy
 import regex
@@ -79,7 +79,8 @@ def select(vocabulary: Vocabulary, counts: numpy.ndarray | None, wanted: Wanted)
         score = (1.0 - wanted.prior) * made / occurrences + wanted.prior * score
     must = vocabulary.pinned | {token: why for token, why in wanted.keep.items() if token not in vocabulary.pinned}
     must |= dict.fromkeys(ids.closure(must) - set(must), "part of one that stays")
-    last = numpy.lexsort((numpy.arange(vocabulary.rows), ids.length, -score, ~vocabulary.ids_of_rows()))
+    enough = made >= (wanted.min_count or 0.0)  # closed as well, so it may come first
+    last = numpy.lexsort((numpy.arange(vocabulary.rows), ids.length, -score, ~enough, ~vocabulary.ids_of_rows()))
     is_must = numpy.zeros(vocabulary.rows, dtype=bool)
     is_must[list(must)] = True
     order = numpy.concatenate([numpy.flatnonzero(is_must), last[~is_must[last]]])
@@ -123,17 +124,19 @@ def tokens_of_texts(vocabulary: Vocabulary, texts: Iterable[str]) -> set[int]:
     return {token for found in vocabulary.encode(forms) for token in found}
 
 
-def tokens_of_scripts(vocabulary: Vocabulary, scripts: Iterable[str]) -> set[int]:
+def tokens_of_scripts(vocabulary: Vocabulary, scripts: Sequence[str]) -> set[int]:
     """Tokens with letters of these Unicode scripts and of no other. Parts of characters are left to what needs them.
 
     Raises:
         InputError: if there is no such script.
     """
+    if not scripts:
+        raise InputError("--keep-script names none", needed="names of Unicode scripts, such as " + ", ".join(_SCRIPTS[:8]))
     for name in scripts:
         if name not in _SCRIPTS:
             near = difflib.get_close_matches(name.capitalize(), _SCRIPTS, n=1)
             try:
-                regex.compile(rf"\p{{Script={name}}}")
+                regex.compile(rf"\p{{Script={name}}}" if regex.fullmatch(r"\w+", name) else "(")
             except regex.error:
                 raise InputError(
                     f"unknown script {name!r}" + (f"; did you mean {near[0]}?" if near else ""),

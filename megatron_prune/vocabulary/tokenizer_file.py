@@ -76,7 +76,7 @@ class TokenizerFile(ABC):
             found: list[int] = []
             for piece in joins.split(spell(token), is_kept):
                 parts = [piece] if is_kept(piece) else byte_pieces(piece)
-                found += [joins.ids[part] for part in parts]
+                found += [joins.ids[part] for part in parts if is_kept(part)]  # what no token says stays unsaid
             return found
 
         return split
@@ -91,13 +91,13 @@ BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def unigram_splitter(
-    scored: Sequence[tuple[str, float]], unk_id: int, fallback: bool, kept: Mapping[int, int]
+    scored: Sequence[tuple[str, float]], unk_id: int | None, fallback: bool, kept: Mapping[int, int]
 ) -> Callable[[int], list[int]]:
     """:meth:`TokenizerFile.splitter` of a unigram model whose ids are places in ``scored``."""
     from tokenizers import models
 
     left = sorted(number for number in kept if number < len(scored))
-    model = models.Unigram([tuple(scored[number]) for number in left], left.index(unk_id), fallback)
+    model = models.Unigram([tuple(scored[number]) for number in left], None if unk_id is None else left.index(unk_id), fallback)
     return lambda token: [left[piece.id] for piece in model.tokenize(scored[token][0])]
 
 
@@ -125,7 +125,7 @@ def check_byte_pieces(path: Path, ids: Mapping[str, int]) -> dict[int, str]:
 
 
 def lowest_scored(scored: Iterable[tuple[int, float]]) -> int:
-    """The piece of the lowest score: that of an unknown character is set from it, so it stays where there may be one."""
+    """The piece of the lowest score: that of an unknown character is set from it."""
     return min(scored, key=lambda pair: pair[1])[0]
 
 

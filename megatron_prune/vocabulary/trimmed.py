@@ -14,8 +14,11 @@ from megatron_prune.vocabulary import id_fields
 from megatron_prune.vocabulary.id_map import MAP_FILE, IdMap
 from megatron_prune.vocabulary.vocabulary import Vocabulary, open_vocabulary
 
-_OTHER_FORMS = ("tekken.json", "tokenizer.model.v*", "vocab.txt", "vocab.bpe", "encoder.json", "dict.txt")
-"""Files that say the old vocabulary again, in forms that nothing here writes: they are left out."""
+_OTHER_FORMS = (
+    *("tekken.json", "tokenizer.model*", "spiece.model", "sentencepiece.bpe.model", "*.tiktoken", "tiktoken.model"),
+    *("vocab.json", "merges.txt", "vocab.txt", "vocab.bpe", "encoder.json", "dict.txt"),
+)
+"""Files that may say the old vocabulary: those that are not written anew are left out."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,10 +67,10 @@ class Trimmed:
             PruneError: if the result does not encode as it must.
         """
         source = self.vocabulary.folder
-        for pattern in _OTHER_FORMS:
-            for file in folder.glob(pattern):
-                file.unlink()
         if len(self.rows) < self.vocabulary.rows:  # the whole vocabulary keeps its files byte for byte
+            for pattern in _OTHER_FORMS:
+                for file in folder.glob(pattern):
+                    file.unlink()
             for file in self.vocabulary.files:
                 file.write(folder, self.new_ids)
             id_fields.renumber_files(source, folder, self.new_ids, len(self.rows))

@@ -13,6 +13,7 @@ import numpy
 from megatron_prune.errors import CheckpointError, InputError, raise_all
 from megatron_prune.vocabulary import id_fields
 from megatron_prune.vocabulary.joins import Derivations
+from megatron_prune.vocabulary.kinds.tiktoken import RankFile
 from megatron_prune.vocabulary.templates import template_texts
 from megatron_prune.vocabulary.tokenizer_file import KINDS, TokenizerFile
 
@@ -69,8 +70,9 @@ class Vocabulary:
         found |= id_fields.named_ids(self.folder) | dict.fromkeys(self.added, "added token")
         for file in self.files:
             found |= file.pinned
-        start = min((file.special_start() for file in self.files if hasattr(file, "special_start")), default=None)
-        found |= dict.fromkeys(range(self.rows if start is None else start, self.rows), "special token")
+        for file in self.files:
+            if isinstance(file, RankFile) and (start := file.special_from(alone=not self.added)) is not None:
+                found |= dict.fromkeys(range(start, self.rows), "special token")
         wrong = [f"{token} ({why})" for token, why in sorted(found.items()) if not 0 <= token < self.rows]
         raise_all(CheckpointError, f"{self.folder} names ids above the model's {self.rows - 1}", wrong, do="correct these ids")
         parts = self.derivations.closure(found) - set(found)
@@ -103,6 +105,15 @@ class Vocabulary:
         found = numpy.zeros(self.rows, dtype=bool)
         found[list(self.pieces)] = True
         return found
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a directory has a tokenizer that can be trimmed.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
+    return any(KINDS.get(name).find(folder) for name in KINDS.names())
 
 
 def open_vocabulary(folder: Path, rows: int | None = None) -> Vocabulary:

@@ -557,3 +557,74 @@ def test_text_without_a_fold_is_refused(model, tmp_path):
         trim(model, tmp_path / "out", remain_vocab_size=500, nsamples=4)
     with pytest.raises(InputError, match="--fold and --tokenizer-only"):
         trim(model, tmp_path / "out", remain_vocab_size=500, fold=True, tokenizer_only=True)
+
+
+# ------------------------------------------------------------------------------------------ what was once got wrong
+
+
+def test_a_pair_of_another_tokenizer_is_not_renumbered(model, counts, corpus, tmp_path):
+    out = trim(model, tmp_path / "t", counts, remain_vocab_size=SIZE)
+    other = byte_level(tmp_path / "other", size=650)
+    options = {"input": (str(corpus),), "tokenizer": str(other), "output_prefix": str(tmp_path / "o"), "workers": 1}
+    preprocess(PreprocessOptions(**options), World())
+    pair = str(tmp_path / "o_text_document")
+    for path in (out, out / "vocab_map.npz"):
+        with pytest.raises(InputError, match="(?s)not made with the tokenizer that was trimmed.*other"):
+            vocab_remap(VocabRemapOptions(input=pair, output_prefix=str(tmp_path / "n"), map=str(path)), World())
+    assert not list(tmp_path.glob("n*"))
+
+
+def test_a_model_that_keeps_no_tokenizer_is_given_one_and_keeps_its_files(model, counts, tmp_path):
+    convert(ConvertOptions(load_dir=str(model), save_dir=str(tmp_path / "m"), target_tensor_parallel_size=2), World())
+    for file in (tmp_path / "m/release/hf").glob("*token*"):
+        file.unlink()
+    tokenizer = byte_level(tmp_path / "tok")
+    named = {"tokenizer": str(tokenizer)}
+    with pytest.raises(InputError, match="keeps no tokenizer"):
+        trim(tmp_path / "m", tmp_path / "t", counts, remain_vocab_size=SIZE)
+    trim(tmp_path / "m", tmp_path / "t", counts, remain_vocab_size=SIZE, **named)
+    export(ExportOptions(load_dir=str(tmp_path / "t"), save_dir=str(tmp_path / "back")), World())
+    expected = trim(model, tmp_path / "expected", counts, remain_vocab_size=SIZE)
+    names = ["model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "vocab_map.npz"]
+    assert filecmp.cmpfiles(tmp_path / "back", expected, names, shallow=False) == (names, [], [])
+    with pytest.raises(InputError, match="keeps its own"):
+        trim(model, tmp_path / "x", counts, remain_vocab_size=SIZE, **named)
+    with pytest.raises(InputError, match="is, holds or lies in the input"):
+        trim(tmp_path / "m", tokenizer, counts, remain_vocab_size=SIZE, overwrite=True, **named)
+
+
+def test_outputs_that_would_be_lost(model, counts, corpus, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="is the output .* or lies in it"):
+        trim(model, out, counts, remain_vocab_size=SIZE, report=str(out / "report.json"))
+    with pytest.raises(InputError, match="same file"):
+        trim(model, out, counts, remain_vocab_size=SIZE, report=str(tmp_path / "a"), save_ids=str(tmp_path / "a"))
+    with pytest.raises(InputError, match="same file"):
+        count(model, corpus, tmp_path / "c", text=str(tmp_path / "c"))
+    with pytest.raises(InputError, match="twice"):
+        vocab_select(VocabSelectOptions(load_dir=str(model), counts=(str(counts),) * 2, remain_vocab_size=SIZE), World())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tokens_with_brackets_are_shown_as_they_are(model, counts, tmp_path, capsys):
+    from megatron_prune.steps import vocab_choice
+
+    chosen = vocab_choice.Chosen(
+        trimmed=None, counts=None, made_by={}, report={"tokens": {"before": 2, "after": 1}, "must_stay": {}}
+    )
+    entry = [
+        {"id": 1, "text": "[/", "made": 1.0},
+        {"id": 2, "text": "x] [axis", "made": 1.0},
+        {"id": 3, "text": "()]", "made": 1.0},
+    ]
+    chosen.report.update(bytes_without_a_token=[], least_frequent_kept=entry, most_frequent_dropped=[])
+    vocab_choice.show(chosen, VocabSelectOptions(load_dir="x"))
+    shown = capsys.readouterr().out
+    assert "'[/' 1" in shown and "[axis' 1" in shown and "'()]' 1" in shown
+
+
+def test_counts_of_a_model_serve_its_tokenizer_alone(model, counts, tmp_path):
+    tokenizer = byte_level(tmp_path / "tok")
+    out = trim(tokenizer, tmp_path / "out", counts, remain_vocab_size=SIZE)
+    expected = trim(model, tmp_path / "expected", counts, remain_vocab_size=SIZE)
+    assert (out / "tokenizer.json").read_bytes() == (expected / "tokenizer.json").read_bytes()

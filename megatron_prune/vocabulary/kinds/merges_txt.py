@@ -33,6 +33,8 @@ class MergesTxt(TokenizerFile):
             model = {"type": "BPE", "vocab": json.loads(read_bytes(path)), "merges": rules}
         except ValueError as error:
             raise CheckpointError(f"{path} is not JSON", got=str(error)) from None
+        if any(piece.endswith("</w>") for piece in model["vocab"]):
+            raise CheckpointError(f"{path} marks the ends of words with </w>", needed="byte-level BPE: others cannot be trimmed")
         content = {"model": model, "pre_tokenizer": {"type": "ByteLevel"}}
         self._tables = TokenizerJson(path, json.dumps(content).encode())
         self.pieces, self.pinned, self.joins = self._tables.pieces, self._tables.pinned, self._tables.joins

@@ -21,7 +21,13 @@ from megatron_prune.vocabulary.tokenizer_file import (
 
 FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-_WHY = {_UNKNOWN: "unknown token", _CONTROL: "control piece", _USER_DEFINED: "user-defined piece", _BYTE: "byte"}
+_WHY = {
+    _UNKNOWN: "unknown token",
+    _CONTROL: "control piece",
+    _USER_DEFINED: "user-defined piece",
+    _UNUSED: "unused piece",
+    _BYTE: "byte",
+}
 _UNIGRAM, _BPE = 1, 2
 
 
@@ -74,7 +80,7 @@ class SentencePiece(TokenizerFile):
             self.joins = Joins(ids=ids, rank=lambda left, right: ranks.get(left + right), symbols=list)
         else:
             self.joins = None
-            if not trainer.byte_fallback:
+            if self._normal:
                 self.pinned[lowest_scored((n, entries[n].score) for n in self._normal.values())] = "lowest score"
 
     @functools.cached_property

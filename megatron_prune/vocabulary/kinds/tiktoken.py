@@ -65,10 +65,10 @@ class RankFile(TokenizerFile):
         )
         self._constants = _constants(path.parent)
 
-    def special_start(self) -> int | None:
-        """The first id after the ranks, where the code beside the file says it: all from there on are special."""
-        found = self._constants.get(SPECIAL_START)
-        return found.value if found else None
+    def special_from(self, *, alone: bool) -> int | None:
+        """The first id of the rows above the ranks, where all of them are special: the code beside the file says so, or nothing
+        else says what they are."""
+        return len(self._ids) if alone or SPECIAL_START in self._constants else None
 
     @functools.cached_property
     def _runtime(self) -> Any:
@@ -124,8 +124,9 @@ def _constants(folder: Path) -> dict[str, _Constant]:
         except (SyntaxError, ValueError):
             continue
         for node in ast.walk(tree):
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.targets[0], ast.Name):
-                kind = {PATTERN: str, SPECIAL_START: int}.get(node.targets[0].id)
+            names = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            if names and isinstance(names[0], ast.Name) and isinstance(node.value, ast.Constant):
+                kind = {PATTERN: str, SPECIAL_START: int}.get(names[0].id)
                 if kind and isinstance(node.value.value, kind):
-                    found[node.targets[0].id] = _Constant(file, node.value)
+                    found[names[0].id] = _Constant(file, node.value)
     return found

@@ -43,6 +43,8 @@ class TokenizerJson(TokenizerFile):
                 raise CheckpointError(f"{path}: model type {kind!r}", needed="BPE or Unigram: others cannot be trimmed")
             self._unigram = kind == "Unigram"
             self._fallback = bool(self._model.get("byte_fallback"))
+            if not self._model["vocab"]:
+                raise CheckpointError(f"{path} has an empty vocabulary")
             self.added = {token["id"]: token["content"] for token in self._data.get("added_tokens") or ()}
             self._ids = self._read_unigram() if self._unigram else self._read_bpe()
             self._check_added()
@@ -62,13 +64,14 @@ class TokenizerJson(TokenizerFile):
         ids = dict(self._model["vocab"])
         wrong = [f"{piece!r}: {number!r}" for piece, number in ids.items() if not isinstance(number, int) or number < 0]
         raise_all(CheckpointError, f"{self.path}: ids that are no ids", wrong)
-        prefix = self._model.get("continuing_subword_prefix") or ""
-        spelled = lambda left, right: left + right.removeprefix(prefix)
+        for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+            if self._model.get(key):
+                raise CheckpointError(f"{self.path}: {key} {self._model[key]!r}", needed="none: such BPE cannot be trimmed")
         rules: dict[tuple[str, str], int] = {}
         wrong = []
         for rank, merge in enumerate(self._model["merges"]):
             left, right = merge.split(" ") if isinstance(merge, str) else merge
-            wrong += [f"merge {rank}: {part!r}" for part in (left, right, spelled(left, right)) if part not in ids]
+            wrong += [f"merge {rank}: {part!r}" for part in (left, right, left + right) if part not in ids]
             rules.setdefault((left, right), rank)
         raise_all(CheckpointError, f"{self.path}: merges do not fit the vocabulary, which lacks", wrong)
         self._byte_level = any(node.get("type") == "ByteLevel" for node in _nodes(self._data))
@@ -76,7 +79,7 @@ class TokenizerJson(TokenizerFile):
         self.pieces = {number: self._raw(piece) for piece, number in ids.items()}
         self.missing_bytes = [b for c, b in sorted(self._bytes.items(), key=lambda pair: pair[1]) if c not in ids]
         rank_of = lambda left, right: rules.get((left, right))
-        self.joins = Joins(ids=ids, rank=rank_of, symbols=list, spelled=spelled)
+        self.joins = Joins(ids=ids, rank=rank_of, symbols=list)
         self._spelling = {number: piece for piece, number in ids.items()}
         return ids
 
@@ -104,15 +107,15 @@ class TokenizerJson(TokenizerFile):
         if self._bytes:
             pinned |= {self._ids[character]: "byte" for character in self._bytes if character in self._ids}
         else:
-            pinned |= pinned_characters(ordinary, self._fallback)
+            says_bytes = any(node.get("type") == "ByteFallback" for node in _nodes(self._data))
+            pinned |= pinned_characters(ordinary, self._fallback and says_bytes)
         if self._fallback:
             pinned |= check_byte_pieces(self.path, self._ids)
         if self._unigram:
             unk = self._model.get("unk_id")
             pinned |= {} if unk is None else {unk: "unknown token"}
-            if not self._fallback:
-                pinned[lowest_scored((number, score) for number, (_, score) in enumerate(self._scored))] = "lowest score"
-        elif self._model.get("unk_token") is not None:
+            pinned[lowest_scored((number, score) for number, (_, score) in enumerate(self._scored))] = "lowest score"
+        elif self._model.get("unk_token") in self._ids:
             pinned[self._ids[self._model["unk_token"]]] = "unknown token"
         for number in _processor_ids(self._data.get("post_processor")):
             pinned[number] = "post-processor"
@@ -130,7 +133,10 @@ class TokenizerJson(TokenizerFile):
             from tokenizers import Tokenizer
 
             try:
-                self._runtime = Tokenizer.from_str(self._content.decode("utf-8"))
+                text = self._content.decode("utf-8")
+                if self._model.get("dropout"):  # the same tokens every time
+                    text = json.dumps({**self._data, "model": {**self._model, "dropout": None}})
+                self._runtime = Tokenizer.from_str(text)
             except Exception as error:  # tokenizers raises bare Exception
                 raise CheckpointError(f"{self.path} is refused by tokenizers", got=str(error)) from None
             self._runtime.no_truncation()
@@ -138,14 +144,18 @@ class TokenizerJson(TokenizerFile):
         return self._runtime
 
     def encode(self, texts: Sequence[str]) -> list[Sequence[int]]:
-        return [found.ids for found in self.runtime().encode_batch_fast(list(texts), add_special_tokens=False)]
+        runtime = self.runtime()
+        try:
+            return [found.ids for found in runtime.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except Exception as error:  # such as a character that a unigram model without unk_id does not know
+            raise CheckpointError(f"{self.path} cannot encode a text", got=str(error)) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.runtime().decode(list(ids), skip_special_tokens=True)
 
     def splitter(self, kept: Mapping[int, int]) -> Callable[[int], list[int]]:
         if self._unigram:
-            return unigram_splitter(self._scored, self._model["unk_id"], self._fallback, kept)
+            return unigram_splitter(self._scored, self._model.get("unk_id"), self._fallback, kept)
         return self.join_splitter(kept, self._spelling.__getitem__)
 
     def write(self, folder: Path, new_ids: Mapping[int, int]) -> None:
@@ -169,7 +179,7 @@ class TokenizerJson(TokenizerFile):
 
     def _stays(self, merge: str | list[str], kept: Mapping[str, int]) -> bool:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
-        return left in kept and right in kept and self.joins.spelled(left, right) in kept
+        return left in kept and right in kept and left + right in kept
 
 
 def byte_alphabet() -> dict[int, str]:

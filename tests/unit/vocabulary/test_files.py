@@ -146,6 +146,8 @@ def test_counts_add_up_or_are_weighted(tmp_path):
     assert whole.total().tolist() == [1, 7]
     counts([5, 0, 9, 5]).save_text(tmp_path / "c.txt")
     assert (tmp_path / "c.txt").read_text() == "2 9\n0 5\n3 5\n1 0\n"
+    with pytest.raises(InputError, match="without tokens has a weight.*\n.*c1"):
+        counts([1, 2], [0, 0], weights=[1.0, 1.0]).total()
     with pytest.raises(InputError, match="different tokenizers"):
         merged([counts([1]), counts([1], digest="other")])
     with pytest.raises(InputError, match="weights for all or none"):
@@ -184,6 +186,9 @@ def changed_json(folder, tmp_path, change):
         (lambda data: data.update(post_processor={"type": "Own"}), "damaged.*post-processor 'Own'"),
         (lambda data: data.pop("model"), "damaged"),
         (lambda data: data["model"].update(byte_fallback=True), "lacks pieces"),
+        (lambda data: data["model"].update(continuing_subword_prefix="##"), "continuing_subword_prefix '##'.*needed: none"),
+        (lambda data: data["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix '</w>'"),
+        (lambda data: data["model"].update(vocab={}, merges=[]), "empty vocabulary"),
     ],
 )
 def test_a_tokenizer_json_that_is_not_right(made, tmp_path, change, said):
@@ -272,3 +277,106 @@ def test_rows_of_a_plan_that_drop_what_must_stay(made):
     ):
         with pytest.raises(PlanError, match=said):
             Trimmed(vocabulary=whole, rows=numpy.array(rows)).check("plan.json")
+
+
+# --------------------------------------------------------------------------------------- tokenizers that are seldom so
+
+
+def pinned_and_cut(folder, tmp_path, rows=None):
+    """(whole, trimmed, written) with as few tokens as can be."""
+    from megatron_prune.checkpoint.huggingface import copy_side_files
+
+    whole = open_vocabulary(folder, rows)
+    trimmed = Trimmed(vocabulary=whole, rows=numpy.array(sorted(whole.pinned)))
+    out = tmp_path / "cut"
+    out.mkdir()
+    copy_side_files(folder, out)
+    trimmed.write(out)
+    return whole, trimmed, open_vocabulary(out, len(trimmed.rows))
+
+
+def assert_exact(whole, trimmed, written):
+    lines = [word for line in text().splitlines() for word in (line, *line.split())]
+    for line, before, after in zip(lines, whole.encode(lines), written.encode(lines)):
+        covered = all(token in trimmed.new_ids for token in before)
+        assert ([trimmed.new_ids.get(token) for token in before] == list(after)) == covered
+        assert written.decode(after) == whole.decode(before), line
+
+
+def test_unused_pieces_that_others_are_joined_through(made, tmp_path):
+    def unused(proto):
+        for number in range(300, len(proto.pieces), 3):
+            if len(proto.pieces[number].piece) > 1:
+                proto.pieces[number].type = 5
+
+    (tmp_path / "t").mkdir()
+    assert_exact(*pinned_and_cut(changed_proto(made("sentencepiece_bpe"), tmp_path / "t", unused), tmp_path))
+
+
+def test_bytes_to_fall_back_to_that_the_decoder_does_not_say(made, tmp_path):
+    def plain_decoder(data):
+        data["decoder"] = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+
+    (tmp_path / "t").mkdir()
+    (folder := changed_json(made("llama2"), tmp_path / "t", plain_decoder) / "tokenizer.model").unlink()
+    whole, trimmed, written = pinned_and_cut(folder.parent, tmp_path)
+    assert {number for number, piece in whole.pieces.items() if len(piece.decode()) == 1} <= set(trimmed.new_ids)
+    assert_exact(whole, trimmed, written)
+
+
+def test_the_lowest_score_stays_beside_bytes_too(made):
+    whole = open_vocabulary(made("sentencepiece_unigram"))
+    proto = sentencepiece_model_pb2.ModelProto.FromString((made("sentencepiece_unigram") / "tokenizer.model").read_bytes())
+    normal = {number: entry.score for number, entry in enumerate(proto.pieces) if entry.type == 1}
+    assert min(normal, key=normal.get) in whole.pinned
+
+
+@pytest.mark.parametrize("gap, said", [(0, "SPECIAL_START_ID: int = {}"), (5, "SPECIAL_START_ID = {}")])
+def test_rows_above_the_ranks_stay_however_the_code_says_it(made, tmp_path, gap, said):
+    shutil.copytree(made("rank_file"), tmp_path / "t")
+    code, ranks = tmp_path / "t/tokenization_toy.py", 697
+    old = code.read_text()
+    assert f"SPECIAL_START_ID = {ranks}" in old
+    code.write_text(old.replace(f"SPECIAL_START_ID = {ranks}", said.format(ranks + gap)))
+    whole, trimmed, written = pinned_and_cut(tmp_path / "t", tmp_path, ranks + gap + 8)
+    assert set(range(ranks, ranks + gap + 8)) <= set(trimmed.new_ids)
+    assert said.format(trimmed.new_ids[ranks + gap]) in (tmp_path / "cut/tokenization_toy.py").read_text()
+
+
+def test_rows_above_ranks_that_nothing_explains_stay(made, tmp_path):
+    shutil.copy(made("rank_file") / "toy.tiktoken", tmp_path)
+    assert {697, 698, 699} <= set(open_vocabulary(tmp_path, 700).files[0].pieces | open_vocabulary(tmp_path, 700).pinned)
+
+
+def test_dropout_does_not_make_counts_random(made, tmp_path):
+    folder = changed_json(made("byte_level"), tmp_path, lambda data: data["model"].update(dropout=0.5))
+    whole = open_vocabulary(folder)
+    assert whole.encode([text()]) == whole.encode([text()]) == open_vocabulary(made("byte_level")).encode([text()])
+
+
+def test_a_token_with_a_symbol_that_nothing_says(made, tmp_path):
+    folder = changed_json(made("byte_level"), tmp_path / "t", lambda data: data["model"]["vocab"].update({"<|你 x|>": 700}))
+    whole, trimmed, _ = pinned_and_cut(folder, tmp_path)
+    assert 700 not in trimmed.new_ids
+    starts = trimmed.id_map.starts
+    assert [trimmed.rows[new] for new in trimmed.id_map.pieces[starts[700] : starts[701]]]  # what can be said of it
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"0": "<s>"}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+        ("tokenizer_config.json", {"chat_template": 5}),
+        ("tokenizer_config.json", {"bos_token": 5, "chat_template": "a"}),
+        ("special_tokens_map.json", [1]),
+        ("added_tokens.json", {"<x>": "a"}),
+        ("generation_config.json", {"forced_decoder_ids": [5]}),
+    ],
+)
+def test_json_files_that_are_not_as_they_should_be(made, tmp_path, name, content):
+    shutil.copytree(made("byte_level"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=name if "template" not in str(content) else "chat template|tokenizer_config"):
+        open_vocabulary(tmp_path).pinned

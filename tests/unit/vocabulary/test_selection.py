@@ -113,8 +113,8 @@ def test_coverage_and_min_count(counted):
         if len(found.rows) > len(whole.pinned):
             fewer = select(whole, table, Wanted(size=len(found.rows) - 1)).rows
             assert table[fewer].sum() / table.sum() < share
-    for least in (1, 5, 20):
-        found = select(whole, table, Wanted(min_count=least, prior=0.0))
+    for least, prior in ((1, 0.0), (5, 0.02), (20, 0.5)):
+        found = select(whole, table, Wanted(min_count=least, prior=prior))
         assert set(found.rows.tolist()) == set(whole.pinned) | set(numpy.flatnonzero(found.made >= least).tolist())
 
 
@@ -142,6 +142,12 @@ def test_texts_and_scripts_that_are_to_stay(made):
     assert tokens_of_scripts(whole, ["Latin", "Cyrillic"]) >= latin | cyrillic
     found = select(whole, None, Wanted(keep=dict.fromkeys(cyrillic, "script")))
     assert set(found.rows.tolist()) == whole.derivations.closure({*whole.pinned, *cyrillic})
+
+
+@pytest.mark.parametrize("names", [[], ["Latin}|a"], [""]])
+def test_names_that_are_none(made, names):
+    with pytest.raises(InputError, match="Unicode scripts"):
+        tokens_of_scripts(open_vocabulary(made("byte_level")), names)
 
 
 @pytest.mark.parametrize("name, near", [("Lattin", "Latin"), ("Cyrilic", "Cyrillic")])

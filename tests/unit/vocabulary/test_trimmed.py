@@ -204,7 +204,7 @@ def test_post_processor_padding_and_unknown_ids_are_renumbered(made, tmp_path):
     assert [token["id"] for token in new["added_tokens"]] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", ["tekken.json", "tokenizer.model.v3", "vocab.bpe"])
+@pytest.mark.parametrize("name", ["tekken.json", "tokenizer.model.v3", "vocab.bpe", "vocab.json"])
 def test_files_that_say_the_old_vocabulary_again_are_left_out(made, tmp_path: Path, name):
     whole = open_vocabulary(made("byte_level"))
     copy_side_files(whole.folder, tmp_path)
