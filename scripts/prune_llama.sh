@@ -12,6 +12,7 @@
 #   METRIC, SEED                 how units are scored                          (default: the best for each axis, 1234)
 #   DATA, SCORES                 text to measure on / scores that were kept    (default: the model's own samples)
 #   PLAN, SAVE_PLAN              apply a plan / also write the plan here       (default: none)
+#   VOCAB_PLAN                   keep the tokens of this plan (of megatron-prune vocab select)
 #   GPT_ARGS                     Megatron's own arguments; they must agree with the checkpoint
 #   Further arguments are passed on, such as --overwrite.
 set -euo pipefail
@@ -35,6 +36,7 @@ add --memory "${MEMORY:-}"
 add --metric "${METRIC:-}"
 add --scores "${SCORES:-}"
 add --plan "${PLAN:-}"
+add --vocab_plan "${VOCAB_PLAN:-}"
 # shellcheck disable=SC2206  # several sources are several words
 if [ -n "${DATA:-}" ]; then PRUNE_ARGS+=(--data $DATA); fi
 add --save-plan "${SAVE_PLAN:-}"

@@ -52,7 +52,7 @@ def parse_data(specs: Sequence[str] | None) -> list[DataSpec]:
     """
     if not specs:
         return [DataSpec(name=SELF, weight=1.0)]
-    parts = [_split(spec.strip()) for spec in specs]
+    parts = [split_weight(spec.strip()) for spec in specs]
     names = [name for name, _ in parts]
     for number, name in enumerate(names):
         if not name:
@@ -76,14 +76,18 @@ def _identity(name: str) -> str:
     return name if name == path.stem else str((path.with_suffix("") if path.suffix in (".bin", ".idx") else path).resolve())
 
 
-def _split(spec: str) -> tuple[str, float | None]:
-    """(name, weight or ``None``)."""
+def split_weight(spec: str, flag: str = "--data") -> tuple[str, float | None]:
+    """``"name:weight"`` → (name, weight or ``None``).
+
+    Raises:
+        InputError: if the weight is not a positive number.
+    """
     match = _WEIGHTED.fullmatch(spec)
     if match is None:
         return spec, None
     weight = float(match["weight"])
     if not (math.isfinite(weight) and weight > 0):
-        raise InputError(f"--data: the weight of {match['name']}", got=match["weight"], needed="a positive number")
+        raise InputError(f"{flag}: the weight of {match['name']}", got=match["weight"], needed="a positive number")
     return match["name"].strip(), weight
 
 

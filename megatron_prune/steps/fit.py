@@ -25,7 +25,7 @@ from megatron_prune.importance.artifact import ScoresManifest, load_calibration_
 from megatron_prune.importance.metric import METRICS
 from megatron_prune.importance.scoring import score
 from megatron_prune.importance.statistics import STREAM, Statistics
-from megatron_prune.planning.plan import Plan
+from megatron_prune.planning.plan import Plan, load_plan
 from megatron_prune.planning.selection import Scores
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.calibrate import CalibrationOptions, Subject, check_dtype, measure, obtain_calibration, request_key
@@ -104,6 +104,8 @@ def pruned_source(
     _check_refit_options(options, request, refit)
     used = {axis: request.metric_of[axis] for axis in sorted(request.axes(subject.config))}
     made_by = {"metric": options.metric or used, "seed": options.seed, **made_by}
+    if options.vocab_plan:
+        made_by["vocab"] = load_plan(Path(options.vocab_plan)).made_by.get("vocab", {})
     if not wants_text(options):
         plan = _plans(options, request, subject, made_by, None, None, world)[0]
         yield _cut(plan, request, subject)

@@ -22,7 +22,6 @@ from megatron_prune.errors import InputError, PlanError
 from megatron_prune.planning.plan import Plan, kept_tokens, load_plan, whole_plan
 from megatron_prune.steps.vocab_options import Model, SelectOptions, held_out_lines, read_counts, wanted_tokens
 from megatron_prune.vocabulary import report as reports
-from megatron_prune.vocabulary.counts import Counts
 from megatron_prune.vocabulary.selection import Selection, select
 from megatron_prune.vocabulary.trimmed import Trimmed
 from megatron_prune.vocabulary.vocabulary import Vocabulary
@@ -32,13 +31,11 @@ from megatron_prune.vocabulary.vocabulary import Vocabulary
 class Chosen:
     """Attributes:
     trimmed: the tokens that stay.
-    counts: what they were chosen by, if anything.
     report: what that keeps, costs and changes.
     made_by: how they were chosen, for plan and recipe.
     """
 
     trimmed: Trimmed
-    counts: Counts | None
     report: dict[str, Any]
     made_by: dict[str, Any]
 
@@ -65,7 +62,7 @@ def choose(options: SelectOptions, model: Model, plan_path: str | None = None) -
         made_by |= {"corpora": [dataclasses.asdict(corpus) for corpus in counts.corpora]} if counts else {}
         made_by |= {"tokenizer": vocabulary.digest}
     report = reports.describe(trimmed, selection, total, texts)
-    return Chosen(trimmed=trimmed, counts=counts, report=report | _savings(trimmed, model), made_by=made_by)
+    return Chosen(trimmed=trimmed, report=report | _savings(trimmed, model), made_by=made_by)
 
 
 def _of_rows(total: numpy.ndarray, rows: int) -> numpy.ndarray:

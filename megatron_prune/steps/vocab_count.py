@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from megatron_prune import __version__
 from megatron_prune.calibration.documents import open_documents
 from megatron_prune.calibration.pair import open_pair
 from megatron_prune.calibration.reader import TRAIN, reader_kind, stamps
+from megatron_prune.calibration.sources import split_weight
 from megatron_prune.calibration.workers import cores
 from megatron_prune.checkpoint import staging
 from megatron_prune.config import option, require_positive
@@ -54,7 +54,7 @@ def vocab_count(options: VocabCountOptions, world: World) -> None:
         staging.check_file(file)
         if file.exists() and not options.overwrite:
             raise InputError(f"output {file} exists", do="name another, or pass --overwrite to replace it")
-    specs = [_split(spec) for spec in options.input]
+    specs = [split_weight(spec, "--input") for spec in options.input]
     if len({name for name, _ in specs}) < len(specs):
         raise InputError("--input lists a corpus twice", got=" ".join(options.input), do="give it a weight instead")
     if len({weight is None for _, weight in specs}) > 1:
@@ -93,15 +93,6 @@ def vocab_count(options: VocabCountOptions, world: World) -> None:
     for corpus in corpora:
         log.info("%s: %d documents, %d tokens", corpus.name, corpus.documents, corpus.tokens)
     log.info("%s: %d of %d tokens occur; %.1f MB in %.1f s", output, used, vocabulary.rows, size / 1e6, seconds)
-
-
-def _split(spec: str) -> tuple[str, float | None]:
-    match = re.fullmatch(r"(.+):(\d+(?:\.\d+)?)", spec)
-    if match is None or Path(spec).exists():
-        return spec, None
-    if float(match[2]) == 0:
-        raise InputError(f"--input {spec}", got="a weight of 0", needed="a positive number")
-    return match[1], float(match[2])
 
 
 def _is_pair(name: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import io
-import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.calibration.documents import open_documents
 from megatron_prune.calibration.reader import TRAIN
+from megatron_prune.calibration.sources import split_weight
 from megatron_prune.checkpoint import huggingface, megatron, staging
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
@@ -170,10 +170,7 @@ def read_counts(names: tuple[str, ...], vocabulary: Vocabulary) -> Counts | None
         return None
     parts = []
     for spec in names:
-        match = re.fullmatch(r"(.+):(\d+(?:\.\d+)?)", spec)
-        path, weight = (match[1], float(match[2])) if match and not Path(spec).exists() else (spec, None)
-        if weight == 0:
-            raise InputError(f"--counts {spec}", got="a weight of 0", needed="a positive number")
+        path, weight = split_weight(spec, "--counts")
         found = load_counts(Path(path))
         if found.digest != vocabulary.digest:
             raise InputError(

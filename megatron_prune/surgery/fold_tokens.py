@@ -39,7 +39,7 @@ NEAREST = 384
 """Hidden states that a row is fitted to: those where most is at stake."""
 
 RIDGE = 3.0
-"""λ, in units of probability: a row keeps half of itself where it is at stake as often as this."""
+"""λ, in units of probability: a row goes half of the way where this much is at stake over all hidden states."""
 
 _ROWS = 32
 """Rows that are fitted together."""

@@ -63,6 +63,14 @@ class TokenizerFile(ABC):
     def splitter(self, kept: Mapping[int, int]) -> Callable[[int], list[int]]:
         """A function: id → the ``kept`` ids that its text falls into, where it stands alone."""
 
+    def special_from(self, *, alone: bool) -> int | None:
+        """The id from which on all rows are special, whatever they say; ``None`` where there is none.
+
+        Args:
+            alone: whether no other file of the directory adds tokens.
+        """
+        return None
+
     @abstractmethod
     def write(self, folder: Path, new_ids: Mapping[int, int]) -> None:
         """Write the file with the tokens of ``new_ids`` alone (old id → new id, in the old order)."""

@@ -64,7 +64,7 @@ class Trimmed:
         """Write the tokenizer into ``folder``, over the copies of the old files, and check what was written.
 
         Raises:
-            PruneError: if the result does not encode as it must.
+            PruneError: if the result does not say the tokens that stay.
         """
         source = self.vocabulary.folder
         if len(self.rows) < self.vocabulary.rows:  # the whole vocabulary keeps its files byte for byte

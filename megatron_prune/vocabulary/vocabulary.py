@@ -13,7 +13,6 @@ import numpy
 from megatron_prune.errors import CheckpointError, InputError, raise_all
 from megatron_prune.vocabulary import id_fields
 from megatron_prune.vocabulary.joins import Derivations
-from megatron_prune.vocabulary.kinds.tiktoken import RankFile
 from megatron_prune.vocabulary.templates import template_texts
 from megatron_prune.vocabulary.tokenizer_file import KINDS, TokenizerFile
 
@@ -71,7 +70,7 @@ class Vocabulary:
         for file in self.files:
             found |= file.pinned
         for file in self.files:
-            if isinstance(file, RankFile) and (start := file.special_from(alone=not self.added)) is not None:
+            if (start := file.special_from(alone=not self.added)) is not None:
                 found |= dict.fromkeys(range(start, self.rows), "special token")
         wrong = [f"{token} ({why})" for token, why in sorted(found.items()) if not 0 <= token < self.rows]
         raise_all(CheckpointError, f"{self.folder} names ids above the model's {self.rows - 1}", wrong, do="correct these ids")

@@ -97,9 +97,9 @@ def test_counts_are_those_of_the_tokenizer_whatever_form_the_corpus_has(model, c
     held = load_counts(counts)
     expected = numpy.zeros(ROWS, dtype=int)
     found = tokenizer(corpus.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-    if len(corpus.read_text()) < 1 << 14:  # one document
-        numpy.add.at(expected, found, 1)
-        assert table(counts) == expected.tolist()
+    assert len(corpus.read_text(encoding="utf-8")) < 1 << 14  # one document
+    numpy.add.at(expected, found, 1)
+    assert table(counts) == expected.tolist()
     assert held.corpora[0].tokens == sum(table(counts)) > 3000
     lines = [line for line in corpus.read_text(encoding="utf-8").splitlines() if line.strip()]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"body": line}) + "\n" for line in lines))
@@ -267,6 +267,7 @@ def test_a_vocabulary_goes_in_one_run_with_other_axes(ranks, model, plan, tmp_pa
     export(ExportOptions(load_dir=str(tmp_path / "p"), save_dir=str(tmp_path / "one")), World())
     alone = trim(model, tmp_path / "alone", plan=str(plan))
     oracle = load_plan(tmp_path / "all.json").with_vocab(None)
+    assert oracle.made_by["vocab"] == load_plan(plan).made_by["vocab"]
     (tmp_path / "ffn.json").write_text(oracle.dumps())
     both = by_prune_hf(model, tmp_path / "ffn", plan=str(tmp_path / "ffn.json"))
     expected, found = state_dict(both), state_dict(tmp_path / "one")
@@ -300,16 +301,17 @@ def test_a_budget_counts_the_smaller_vocabulary(model, plan, tmp_path):
     assert json.loads((save / "config.json").read_text())["vocab_size"] == 480
 
 
-def test_recovery_trains_on_renumbered_data(ranks, model, plan, corpus, tmp_path):
-    lines = [line for line in corpus.read_text(encoding="utf-8").splitlines() if line.strip()]
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    options = {
-        "input": (str(tmp_path / "c.jsonl"),),
-        "tokenizer": str(model),
-        "output_prefix": str(tmp_path / "old"),
-        "workers": 1,
-    }
+def tokenised_lines(model: Path, folder: Path) -> list[str]:
+    """Lines that are the documents of the pair ``old_text_document`` in ``folder``."""
+    lines = [line for line in text().splitlines() if line.strip()]
+    (folder / "c.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    options = {"input": (str(folder / "c.jsonl"),), "tokenizer": str(model), "output_prefix": str(folder / "old"), "workers": 1}
     preprocess(PreprocessOptions(**options), World())
+    return lines
+
+
+def test_recovery_trains_on_renumbered_data(ranks, model, plan, tmp_path):
+    tokenised_lines(model, tmp_path)
     convert(ConvertOptions(load_dir=str(model), save_dir=str(tmp_path / "m")), World())
     trim(tmp_path / "m", tmp_path / "t", plan=str(plan))
     old, new = (str(tmp_path / f"{name}_text_document") for name in ("old", "new"))
@@ -340,15 +342,7 @@ def test_renumbered_documents_are_the_same_text(model, counts, tmp_path, monkeyp
     from megatron_prune.calibration import pair
 
     out = trim(model, tmp_path / "t", counts, remain_vocab_size=SIZE)
-    lines = [line for line in text().splitlines() if line.strip()]
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    options = {
-        "input": (str(tmp_path / "c.jsonl"),),
-        "tokenizer": str(model),
-        "output_prefix": str(tmp_path / "old"),
-        "workers": 1,
-    }
-    preprocess(PreprocessOptions(**options), World())
+    lines = tokenised_lines(model, tmp_path)
     old, new = (str(tmp_path / f"{name}_text_document") for name in ("old", "new"))
     monkeypatch.setattr(pair, "_BLOCK", 97)  # blocks end inside sequences
     vocab_remap(VocabRemapOptions(input=old, output_prefix=new, map=str(out)), World())
@@ -609,9 +603,7 @@ def test_outputs_that_would_be_lost(model, counts, corpus, tmp_path):
 def test_tokens_with_brackets_are_shown_as_they_are(model, counts, tmp_path, capsys):
     from megatron_prune.steps import vocab_choice
 
-    chosen = vocab_choice.Chosen(
-        trimmed=None, counts=None, made_by={}, report={"tokens": {"before": 2, "after": 1}, "must_stay": {}}
-    )
+    chosen = vocab_choice.Chosen(trimmed=None, made_by={}, report={"tokens": {"before": 2, "after": 1}, "must_stay": {}})
     entry = [
         {"id": 1, "text": "[/", "made": 1.0},
         {"id": 2, "text": "x] [axis", "made": 1.0},

@@ -27,13 +27,13 @@ class MergesTxt(TokenizerFile):
 
     def __init__(self, path: Path):
         self.path = path
-        self._lines = read_bytes(path.with_name(MERGES)).decode("utf-8").split("\n")
-        rules = [line for line in self._lines if _is_rule(line)]
         try:
-            model = {"type": "BPE", "vocab": json.loads(read_bytes(path)), "merges": rules}
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not JSON", got=str(error)) from None
-        if any(piece.endswith("</w>") for piece in model["vocab"]):
+            self._lines = read_bytes(path.with_name(MERGES)).decode("utf-8").split("\n")
+            vocab = dict(json.loads(read_bytes(path)))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} or {MERGES} is damaged", got=str(error)) from None
+        model = {"type": "BPE", "vocab": vocab, "merges": [line for line in self._lines if _is_rule(line)]}
+        if any(piece.endswith("</w>") for piece in vocab):
             raise CheckpointError(f"{path} marks the ends of words with </w>", needed="byte-level BPE: others cannot be trimmed")
         content = {"model": model, "pre_tokenizer": {"type": "ByteLevel"}}
         self._tables = TokenizerJson(path, json.dumps(content).encode())

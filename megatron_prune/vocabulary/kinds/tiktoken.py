@@ -47,7 +47,10 @@ class RankFile(TokenizerFile):
             if not _LINE.fullmatch(line):
                 raise CheckpointError(f"{path}, line {number} is damaged", got=line[:40], needed="a token in base64 and its rank")
             token, rank = line.split()
-            piece = base64.b64decode(token)
+            try:
+                piece = base64.b64decode(token)
+            except ValueError as error:
+                raise CheckpointError(f"{path}, line {number} is damaged", got=str(error), needed="base64") from None
             if piece in self._ids:
                 wrong.append(f"line {number}: the token {piece!r} stands twice")
             self._ids[piece] = int(rank)
@@ -66,8 +69,7 @@ class RankFile(TokenizerFile):
         self._constants = _constants(path.parent)
 
     def special_from(self, *, alone: bool) -> int | None:
-        """The first id of the rows above the ranks, where all of them are special: the code beside the file says so, or nothing
-        else says what they are."""
+        # above the ranks, where the code beside the file says so, or nothing else says what these rows are
         return len(self._ids) if alone or SPECIAL_START in self._constants else None
 
     @functools.cached_property

@@ -217,6 +217,16 @@ def test_no_tokenizer_and_damaged_ones(made, tmp_path):
             open_vocabulary(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name, content", [("merges.txt", b"\xff\xfe"), ("merges.txt", b"a b c\n"), ("vocab.json", b"[1]"), ("vocab.json", b"{")]
+)
+def test_pairs_of_files_that_are_not_right(made, tmp_path, name, content):
+    shutil.copytree(made("gpt2_files"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        open_vocabulary(tmp_path)
+
+
 def changed_proto(folder, tmp_path, change):
     proto = sentencepiece_model_pb2.ModelProto.FromString((folder / "tokenizer.model").read_bytes())
     change(proto)
@@ -248,6 +258,7 @@ def test_rank_files_that_are_not_right(made, tmp_path):
     lines = (made("rank_file") / "toy.tiktoken").read_bytes().splitlines(keepends=True)
     cases = [
         (lines[:5] + [b"!!! 5\n"] + lines[6:], "line 6 is damaged"),
+        (lines[:5] + [b"a 5\n"] + lines[6:], "line 6 is damaged"),
         (lines[:-2] + lines[-1:], "not 0 to"),
         (lines + [base64.b64encode(b"a") + b" %d\n" % len(lines)], "stands twice"),
     ]

@@ -131,7 +131,7 @@ def test_trimmed_tokenizers_load_in_the_libraries_that_run_them(cut):
     assert (new.eos_token, new.bos_token, len(new)) == (old.eos_token, old.bos_token, len(written.pieces))
     whole, trimmed, written = cut("sentencepiece_bpe")
     processor = SentencePieceProcessor(model_file=str(written.folder / "tokenizer.model"))
-    assert processor.get_piece_size() == len(trimmed.rows) - 0 - sum(row not in whole.pieces for row in trimmed.rows.tolist())
+    assert processor.get_piece_size() == len(trimmed.rows) - sum(row not in whole.pieces for row in trimmed.rows.tolist())
     assert (processor.unk_id(), processor.bos_id(), processor.eos_id()) == (0, 1, 2)
     _, _, written = cut("rank_file")
     from tiktoken.load import load_tiktoken_bpe
