@@ -24,6 +24,8 @@ setup(
         "regex>=2023.12",
         "numpy>=1.26",
         "xxhash>=3.4",
+        "pydantic>=2.8",
+        "psutil>=5.9",
         "rich>=13",
         "datasets>=4",
         "tensorboard>=2.14",

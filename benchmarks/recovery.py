@@ -38,7 +38,8 @@ from rich.table import Table
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.calibration.pair import open_pair
-from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.files import staging
 from megatron_prune.planning.resources import training_flops
 from megatron_prune.recovery.data import BatchSizes, build_datasets
 from megatron_prune.recovery.history import HISTORY, draw_losses, peak_flops, read_history

@@ -76,7 +76,7 @@ def die_at_rename(world: World, number: int, step: tuple[str, dict[str, Any]]) -
     """
     import os
 
-    from megatron_prune.checkpoint import staging
+    from megatron_prune.files import staging
 
     rename, left = os.rename, [number]
 

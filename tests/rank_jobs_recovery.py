@@ -109,7 +109,8 @@ def happening(events: dict[int, str]) -> Iterator[None]:
     40 kB or 100 bytes, as on a full disk; ``"little room"``: the disk says so. ``"killed in …"`` (writing, commit, tracker,
     best, rotation): the run is gone at that moment of its checkpoint.
     """
-    from megatron_prune.checkpoint import megatron, staging
+    from megatron_prune.checkpoint import megatron
+    from megatron_prune.files import staging
     from megatron_prune.recovery import checkpoints
     from megatron_prune.recovery.trainer import Trainer
 
@@ -173,7 +174,7 @@ def recover(
     world: World, options: dict[str, Any], events: dict[int, str] | None = None, on_rank: int = 0, *, plots: bool = False
 ) -> int:
     """``steps/recover.py`` → its exit code; ``events`` happen on one rank (see :func:`happening`)."""
-    from megatron_prune.checkpoint import staging
+    from megatron_prune.files import staging
     from megatron_prune.recovery.trainer import Trainer
     from megatron_prune.runtime.model import stop_parallel
     from megatron_prune.steps.recover import RecoverOptions

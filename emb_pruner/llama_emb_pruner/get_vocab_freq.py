@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_prune.checkpoint import staging
 from megatron_prune.cli import run_verb
+from megatron_prune.files import staging
 
 PROG = "get_vocab_freq.py"
 

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from megatron_prune.checkpoint import staging
 from megatron_prune.errors import InputError
+from megatron_prune.files import staging
 
 FORMAT = "megatron-prune samples"
 

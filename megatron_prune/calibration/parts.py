@@ -17,7 +17,7 @@ import numpy
 import xxhash
 
 from megatron_prune.calibration.workers import in_processes
-from megatron_prune.checkpoint import staging
+from megatron_prune.files import staging
 
 _BATCH = 1 << 20
 """Characters that are tokenised together."""

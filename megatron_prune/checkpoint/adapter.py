@@ -14,9 +14,9 @@ from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import megatron, torch_dist
 from megatron_prune.checkpoint.manifest import FILE, Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
-from megatron_prune.checkpoint.region import Scratch
 from megatron_prune.errors import CheckpointError
 from megatron_prune.families.family import Family
+from megatron_prune.files.region import Scratch
 
 KEY = "adapter.layers.{layer}.{role}.{part}"
 """Name of A (``a``, [r, in]) or B (``b``, [out, r]) of a role in a checkpoint."""

@@ -17,10 +17,10 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Block
 from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
 from megatron_prune.checkpoint import safetensors_file, torch_archive
-from megatron_prune.checkpoint.region import Region
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError, InputError, raise_all
 from megatron_prune.families.family import BUFFERS, Family, family_of
+from megatron_prune.files.region import Region
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 BUFFERS_FILE = "rotary_buffers.safetensors"

@@ -16,8 +16,8 @@ import torch
 import xxhash
 
 from megatron_prune.arch.tensors import TensorId, tensor_ids
-from megatron_prune.checkpoint.region import Scratch, closed_files, sync_files
 from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.files.region import Scratch, closed_files, sync_files
 
 WORKERS = 2
 

@@ -12,8 +12,8 @@ import torch
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Block
 from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
-from megatron_prune.checkpoint.region import Region, Scratch
 from megatron_prune.errors import CheckpointError, raise_all
+from megatron_prune.files.region import Region, Scratch
 
 
 class Tile(NamedTuple):

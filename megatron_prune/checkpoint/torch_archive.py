@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, Iterator
 
 import torch
 
-from megatron_prune.checkpoint.region import Region
 from megatron_prune.errors import CheckpointError
+from megatron_prune.files.region import Region
 
 
 class _Slice(io.RawIOBase):

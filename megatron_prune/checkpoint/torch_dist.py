@@ -33,9 +33,9 @@ from megatron_prune.arch.sharding import (
 )
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import torch_archive
-from megatron_prune.checkpoint.region import Region
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError, raise_all
+from megatron_prune.files.region import Region
 
 COMMON, METADATA, VERSION_FILE = "common.pt", ".metadata", "metadata.json"
 _LAYER_KEY = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")

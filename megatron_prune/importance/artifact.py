@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
 from megatron_prune.calibration.tokens import Calibration
-from megatron_prune.checkpoint import staging
 from megatron_prune.errors import InputError, raise_all
+from megatron_prune.files import staging
 from megatron_prune.importance.statistics import replace_file
 from megatron_prune.planning.selection import Scores
 

@@ -17,8 +17,8 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import ROLES, TensorId, tensor_ids
 from megatron_prune.axes.axis import AXES
-from megatron_prune.checkpoint.region import close_files
 from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.files.region import close_files
 from megatron_prune.importance.metric import Metric
 from megatron_prune.planning.selection import Scores
 from megatron_prune.runtime.world import World

@@ -16,8 +16,8 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Block
 from megatron_prune.arch.tensors import ROLES, TensorId
 from megatron_prune.axes.axis import AXES
-from megatron_prune.checkpoint.region import close_files
 from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.files.region import close_files
 from megatron_prune.importance.gates import GateSums
 from megatron_prune.importance.gradient_sums import ParameterSums
 from megatron_prune.importance.metric import GradientMetric

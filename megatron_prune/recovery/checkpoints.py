@@ -23,10 +23,11 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.safe_globals import register_safe_globals
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_prune.checkpoint import megatron, staging
+from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.manifest import FILE, Manifest
 from megatron_prune.checkpoint.megatron_args import megatron_args
 from megatron_prune.errors import CheckpointError, InputError
+from megatron_prune.files import staging
 from megatron_prune.recovery.optimizer import allocate_state, load_state
 from megatron_prune.recovery.report_queue import report_queue
 from megatron_prune.recovery.trainer import Trainer, TrainingError

@@ -14,7 +14,7 @@ from typing import Any, Iterator
 
 import torch
 
-from megatron_prune.checkpoint import staging
+from megatron_prune.files import staging
 
 log = logging.getLogger("megatron_prune")
 

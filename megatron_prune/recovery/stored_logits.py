@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from megatron_prune.checkpoint import staging
 from megatron_prune.errors import CheckpointError, InputError
+from megatron_prune.files import staging
 from megatron_prune.recovery.distillation import Answer, Batch, Teacher
 from megatron_prune.recovery.loss import TeacherTopK
 

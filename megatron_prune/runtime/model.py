@@ -27,8 +27,8 @@ from megatron_prune.arch.sharding import (
     shard,
 )
 from megatron_prune.arch.tensors import TensorId
-from megatron_prune.checkpoint.region import close_files
 from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.files.region import close_files
 from megatron_prune.runtime import cpu
 from megatron_prune.runtime.layers import decoder_spec
 from megatron_prune.runtime.world import World

@@ -10,9 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_prune.checkpoint import huggingface, staging
+from megatron_prune.checkpoint import huggingface
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
+from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.inspect import describe
 

@@ -10,13 +10,14 @@ import torch
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId
-from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.manifest import Manifest, read_recipe
-from megatron_prune.checkpoint.region import Scratch
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import CheckpointError
+from megatron_prune.files import staging
+from megatron_prune.files.region import Scratch
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import Source, write_megatron
 

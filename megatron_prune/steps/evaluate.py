@@ -11,9 +11,10 @@ import torch
 
 from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.calibration.windows import draw_windows
-from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
+from megatron_prune.files import staging
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import PARAM_DTYPES, log

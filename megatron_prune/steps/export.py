@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_prune.arch.tensors import TensorId, tensor_ids
-from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.adapter import StoredAdapter, open_adapted
 from megatron_prune.checkpoint.manifest import RECIPE_FILE, dump_recipe
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
@@ -18,6 +18,7 @@ from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.families.family import FAMILIES, Family
+from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import Source, log, staged, write_huggingface
 

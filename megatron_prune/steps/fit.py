@@ -17,10 +17,10 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import TensorId, tensor_ids
 from megatron_prune.calibration.sources import check_seed
 from megatron_prune.calibration.tokens import Calibration
-from megatron_prune.checkpoint import staging
 from megatron_prune.checkpoint.role_store import RoleStore
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
+from megatron_prune.files import staging
 from megatron_prune.importance.artifact import ScoresManifest, load_calibration_file, load_scores, scores_digest
 from megatron_prune.importance.metric import METRICS
 from megatron_prune.importance.scoring import score

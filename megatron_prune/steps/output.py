@@ -25,13 +25,14 @@ from rich.progress import (
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
-from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.stream import StreamReport, Transform, share, stream
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.families.family import Family
+from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
 from megatron_prune.vocabulary.trimmed import Trimmed
 

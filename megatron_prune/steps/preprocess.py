@@ -15,9 +15,10 @@ from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
 from megatron_prune.calibration.parts import Coding, Part, grouped, join_parts, pair_files, place_pair, text_digest, write_parts
 from megatron_prune.calibration.reader import TRAIN, stamps
 from megatron_prune.calibration.workers import cores
-from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
+from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import log, progress_bar
 

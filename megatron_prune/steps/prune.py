@@ -14,12 +14,13 @@ from typing import Any
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import tensor_ids
-from megatron_prune.checkpoint import megatron, staging
+from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.config import add_options, option
 from megatron_prune.families.family import Family
+from megatron_prune.files import staging
 from megatron_prune.planning.plan import Plan, load_plan
 from megatron_prune.planning.target import PRUNE_TYPES
 from megatron_prune.runtime.layout import run_layout

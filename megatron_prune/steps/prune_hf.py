@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.manifest import RECIPE_FILE, dump_recipe, read_recipe
 from megatron_prune.checkpoint.stream import content_id
@@ -22,6 +22,7 @@ from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.families.family import Family
+from megatron_prune.files import staging
 from megatron_prune.planning.plan import Plan
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.calibrate import Subject, bos_token

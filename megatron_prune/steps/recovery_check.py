@@ -11,10 +11,11 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
 from megatron_prune.calibration.pair import recorded_tokenizer
 from megatron_prune.calibration.sources import check_seed
-from megatron_prune.checkpoint import megatron, staging
+from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import require_positive
 from megatron_prune.errors import InputError, raise_all
+from megatron_prune.files import staging
 from megatron_prune.recovery.checkpoints import check_room
 from megatron_prune.recovery.data import check_data
 from megatron_prune.recovery.stored_logits import check_parts, read_description

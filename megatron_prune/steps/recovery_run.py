@@ -14,10 +14,11 @@ import torch
 import xxhash
 
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.checkpoint import megatron, staging
+from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.manifest import FILE, Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.errors import InputError
+from megatron_prune.files import staging
 from megatron_prune.planning.resources import training_flops
 from megatron_prune.recovery.checkpoints import Checkpoints, clean, newest
 from megatron_prune.recovery.data import build_datasets

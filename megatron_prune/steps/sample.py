@@ -7,9 +7,10 @@ from pathlib import Path
 
 from megatron_prune.calibration.artifact import save_samples
 from megatron_prune.calibration.sources import check_seed
-from megatron_prune.checkpoint import megatron, staging
+from megatron_prune.checkpoint import megatron
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
+from megatron_prune.files import staging
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.calibrate import CalibrationOptions, own_samples

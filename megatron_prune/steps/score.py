@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
+from megatron_prune.files import staging
 from megatron_prune.importance.artifact import FILE, ScoresManifest, save_scores
 from megatron_prune.importance.metric import METRICS
 from megatron_prune.planning.plan import shape_of

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from megatron_prune.checkpoint import megatron, staging
+from megatron_prune.checkpoint import megatron
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
+from megatron_prune.files import staging
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import PARAM_DTYPES, log, progress_bar

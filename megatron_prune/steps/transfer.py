@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.checkpoint import megatron, staging
+from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.adapter import open_adapted
 from megatron_prune.config import option, require_positive
+from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import Source, write_megatron
 

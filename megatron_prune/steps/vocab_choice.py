@@ -17,8 +17,8 @@ from rich.text import Text
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import TensorId, parameter_count
-from megatron_prune.checkpoint import staging
 from megatron_prune.errors import InputError, PlanError
+from megatron_prune.files import staging
 from megatron_prune.planning.plan import Plan, kept_tokens, load_plan, whole_plan
 from megatron_prune.steps.vocab_options import Model, SelectOptions, held_out_lines, read_counts, wanted_tokens
 from megatron_prune.vocabulary import report as reports

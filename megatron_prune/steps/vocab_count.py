@@ -13,9 +13,9 @@ from megatron_prune.calibration.pair import open_pair
 from megatron_prune.calibration.reader import TRAIN, reader_kind, stamps
 from megatron_prune.calibration.sources import split_weight
 from megatron_prune.calibration.workers import cores
-from megatron_prune.checkpoint import staging
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
+from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import log, progress_bar
 from megatron_prune.steps.vocab_options import open_subject

@@ -16,11 +16,12 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.calibration.documents import open_documents
 from megatron_prune.calibration.reader import TRAIN
 from megatron_prune.calibration.sources import split_weight
-from megatron_prune.checkpoint import huggingface, megatron, staging
+from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
+from megatron_prune.files import staging
 from megatron_prune.vocabulary.counts import Counts, load_counts, merged
 from megatron_prune.vocabulary.selection import PRIOR, Wanted, tokens_of_scripts, tokens_of_texts
 from megatron_prune.vocabulary.vocabulary import Vocabulary, holds_tokenizer, open_vocabulary

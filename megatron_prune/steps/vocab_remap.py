@@ -12,9 +12,10 @@ import numpy
 from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
 from megatron_prune.calibration.pair import Pair, open_pair
 from megatron_prune.calibration.parts import pair_files, place_pair
-from megatron_prune.checkpoint import megatron, staging
+from megatron_prune.checkpoint import megatron
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
+from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import log, progress_bar
 from megatron_prune.steps.preprocess import numpy_dtype

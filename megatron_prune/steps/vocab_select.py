@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prune.checkpoint import staging
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
+from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import log
 from megatron_prune.steps.vocab_choice import choose, plan_of, show

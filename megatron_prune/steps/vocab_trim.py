@@ -12,14 +12,15 @@ import torch
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId
-from megatron_prune.checkpoint import huggingface, staging
+from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
-from megatron_prune.checkpoint.region import Scratch
 from megatron_prune.checkpoint.stream import content_id
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import FAMILIES
+from megatron_prune.files import staging
+from megatron_prune.files.region import Scratch
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.world import World
 from megatron_prune.steps import prune, prune_hf

@@ -9,7 +9,7 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import ROLES, TensorId
-from megatron_prune.checkpoint.region import Scratch
+from megatron_prune.files.region import Scratch
 from megatron_prune.planning.plan import LayerPlan, Plan
 
 

@@ -34,9 +34,9 @@ from torch import Tensor
 
 from megatron_prune.arch.tensors import TensorId, layer_roles
 from megatron_prune.calibration.tokens import Calibration
-from megatron_prune.checkpoint.region import Scratch
 from megatron_prune.checkpoint.role_store import RoleStore
 from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.files.region import Scratch
 from megatron_prune.importance.collect import BATCH_TOKENS, Samples, check_finite, layer_reader
 from megatron_prune.importance.moments import Moment
 from megatron_prune.planning.plan import Plan

@@ -15,8 +15,8 @@ from megatron_prune.calibration.documents import DocumentReader
 from megatron_prune.calibration.pair import open_pair
 from megatron_prune.calibration.parts import grouped
 from megatron_prune.calibration.workers import in_processes
-from megatron_prune.checkpoint import staging
 from megatron_prune.errors import InputError
+from megatron_prune.files import staging
 from megatron_prune.vocabulary.vocabulary import Vocabulary, open_vocabulary
 
 _PART = 1 << 21

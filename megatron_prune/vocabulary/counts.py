@@ -11,8 +11,8 @@ import numpy
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from megatron_prune.checkpoint import staging
 from megatron_prune.errors import InputError
+from megatron_prune.files import staging
 
 _FORMAT = "megatron-prune token counts"
 

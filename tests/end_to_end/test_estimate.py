@@ -16,9 +16,9 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count, tensor_ids, tensor_shape
 from megatron_prune.checkpoint import huggingface
-from megatron_prune.checkpoint.region import close_files
 from megatron_prune.cli import main
 from megatron_prune.families.family import FAMILIES
+from megatron_prune.files.region import close_files
 from megatron_prune.planning.resources import PROCESS_BYTES, Training, rank_parameters, saving_memory, streaming_memory
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert

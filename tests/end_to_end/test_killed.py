@@ -124,8 +124,8 @@ def test_a_kill_at_any_moment_leaves_the_old_state_or_the_new_one(context, model
 
 def test_a_half_written_output_is_not_taken_for_a_checkpoint(context, models, tmp_path):
     from megatron_prune.checkpoint import megatron
-    from megatron_prune.checkpoint.staging import partial_path
     from megatron_prune.errors import CheckpointError
+    from megatron_prune.files.staging import partial_path
 
     out, found = tmp_path / "place/out", 0
     out.parent.mkdir()

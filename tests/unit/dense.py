@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Block
 from megatron_prune.arch.tensors import TensorId
-from megatron_prune.checkpoint.region import Region
 from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.files.region import Region
 
 SMALL = ModelConfig(
     num_layers=4,

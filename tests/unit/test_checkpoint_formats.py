@@ -36,10 +36,10 @@ from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import huggingface, legacy, megatron, torch_dist
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron_args import megatron_args, read_args
-from megatron_prune.checkpoint.region import close_files
 from megatron_prune.checkpoint.stream import stream
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.families.family import FAMILIES
+from megatron_prune.files.region import close_files
 
 LLAMA = dataclasses.replace(SMALL, hidden_size=24, qkv_bias=False, qk_norm=False)
 LOCAL = {

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from megatron_prune.checkpoint import safetensors_file
-from megatron_prune.checkpoint.region import close_files
 from megatron_prune.errors import CheckpointError
+from megatron_prune.files.region import close_files
 
 NAMES = st.one_of(
     st.text(st.characters(codec="utf-8"), min_size=1, max_size=12),

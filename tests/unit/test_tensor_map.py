@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from megatron_prune.arch.sharding import Block
 from megatron_prune.arch.tensors import TensorId
-from megatron_prune.checkpoint.region import Region, Scratch, close_files
 from megatron_prune.checkpoint.tensor_map import TensorMap, Tile
 from megatron_prune.errors import CheckpointError
+from megatron_prune.files.region import Region, Scratch, close_files
 
 ROWS, COLS = SMALL.ffn_hidden_size, SMALL.hidden_size
 TENSOR = TensorId("gate", 1)

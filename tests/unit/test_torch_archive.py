@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_prune.checkpoint import torch_archive
-from megatron_prune.checkpoint.region import close_files
 from megatron_prune.errors import CheckpointError
+from megatron_prune.files.region import close_files
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

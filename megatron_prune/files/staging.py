@@ -15,8 +15,8 @@ import shutil
 from pathlib import Path
 from typing import Callable, Iterator
 
-from megatron_prune.checkpoint.region import close_files
 from megatron_prune.errors import InputError
+from megatron_prune.files.region import close_files
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100

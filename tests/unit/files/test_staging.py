@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from megatron_prune.checkpoint import staging
 from megatron_prune.errors import InputError
+from megatron_prune.files import staging
 
 
 def fill(folder, text):
@@ -96,7 +96,7 @@ def test_an_abandoned_run_leaves_the_old_directory_and_no_trace(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from megatron_prune.checkpoint import staging
+from megatron_prune.files import staging
 out, at = Path(sys.argv[1]), sys.argv[2]
 die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
 partial = staging.begin(out)

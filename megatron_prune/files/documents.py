@@ -1,0 +1,115 @@
+"""Documents from outside: read within limits, parsed, checked against a description, or refused with a message.
+
+This is the one place that turns what a damaged file can do to a reader (not a regular file, not UTF-8, not JSON, nested
+without end, a field missing, unknown or of a wrong type, NaN) into an error that names file, field, got and needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from megatron_prune.errors import CheckpointError, InputError
+
+T = TypeVar("T")
+
+LIMIT = 1 << 30
+"""Bytes that a document may have; the longest in use, tokenizers, have a tenth."""
+
+STRICT = {"extra": "forbid", "allow_inf_nan": False}
+"""``__pydantic_config__`` of dataclasses that are read from files: no unknown field, no number that is none."""
+
+
+def open_regular(path: Path, *, error: type[InputError] = CheckpointError) -> BinaryIO:
+    """Open a file to read; a pipe or a device is refused rather than waited for.
+
+    Raises:
+        InputError (of the kind ``error``): if it is missing, may not be read, or is no regular file.
+    """
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise error(f"{path} is missing") from None
+    except (OSError, ValueError) as found:  # ValueError: a NUL in the name
+        raise error(f"{path} cannot be read", got=getattr(found, "strerror", None) or str(found)) from None
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise error(f"{path}", got="a directory" if path.is_dir() else "a pipe or a device", needed="a regular file")
+    return os.fdopen(number, "rb")
+
+
+def read_bytes(path: Path, *, limit: int = LIMIT, error: type[InputError] = CheckpointError) -> bytes:
+    """All bytes of a regular file of at most ``limit`` bytes."""
+    with open_regular(path, error=error) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise error(f"{path}", got=f"{size} bytes", needed=f"at most {limit}")
+        try:
+            return file.read(limit)
+        except OSError as found:
+            raise error(f"{path} cannot be read", got=found.strerror) from None
+
+
+def read_text(path: Path, *, limit: int = LIMIT, error: type[InputError] = CheckpointError) -> str:
+    """The UTF-8 text of a regular file."""
+    try:
+        return read_bytes(path, limit=limit, error=error).decode("utf-8")
+    except UnicodeDecodeError as found:
+        raise error(f"{path} is not UTF-8 text", got=f"byte {found.object[found.start]:#04x} at {found.start}") from None
+
+
+def read_json(
+    path: Path, kind: type[T] = dict[str, Any], *, error: type[InputError] = CheckpointError, do: str | None = None
+) -> T:
+    """A JSON file as a value of ``kind``: see :func:`parse_json`."""
+    return parse_json(read_bytes(path, error=error), kind, path, error=error, do=do)
+
+
+def parse_json(
+    text: str | bytes, kind: type[T], where: object, *, error: type[InputError] = CheckpointError, do: str | None = None
+) -> T:
+    """JSON as a value of ``kind``, a type annotation whose every part is checked; nothing is converted.
+
+    Args:
+        kind: such as ``dict[str, Any]``, ``list[int]``, or a dataclass (with ``__pydantic_config__ = STRICT``), which is built.
+        where: the file, for messages.
+        error: what is raised.
+        do: what the user can do about a damaged file.
+
+    Raises:
+        InputError (of the kind ``error``): naming the field, what was got and what was needed.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _reader(kind).validate_json(text, strict=True)
+    except ValidationError as found:
+        problem, *others = found.errors(include_url=False)
+    except RecursionError:
+        raise error(f"{where} is nested too deeply", do=do) from None
+    if problem["type"] == "json_invalid":
+        raise error(f"{where} is not JSON", got=problem["msg"], do=do) from None
+    field = ".".join(map(str, problem["loc"]))
+    more = f"; {len(others)} more field{'s' if len(others) > 1 else ''} not as needed" if others else ""
+    got = None if problem["type"] in ("missing", "unexpected_keyword_argument") else shorten(problem["input"])
+    raise error(f"{where}" + (f": {field}" if field else ""), got=got, needed=problem["msg"] + more, do=do) from None
+
+
+def shorten(value: object, limit: int = 80) -> str:
+    """``repr`` of a value from outside, for a message: on one line, without control characters, not longer than ``limit``."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # ValueError: an integer of thousands of digits
+        text = f"a {type(value).__name__}"
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+@functools.cache
+def _reader(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
