@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from megatron_prune.errors import CheckpointError
+from megatron_prune.files.documents import shorten
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +23,10 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+
+
+_LARGEST = {"num_layers": 1 << 14, "num_attention_heads": 1 << 16, "num_query_groups": 1 << 16}
+"""What is gone through one by one, long before there are weights that could contradict a size; other sizes: 2^31."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +58,10 @@ class ModelConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise CheckpointError(f"the model's {field.name}", got=repr(value), needed="a positive integer")
+                raise CheckpointError(f"the model's {field.name}", got=shorten(value), needed="a positive integer")
+            largest = _LARGEST.get(field.name, 1 << 31)
+            if field.type == "int" and value > largest:
+                raise CheckpointError(f"the model's {field.name}", got=shorten(value), needed=f"at most {largest}")
         if self.num_attention_heads % self.num_query_groups:
             raise CheckpointError(
                 "the model's query heads do not divide evenly over its KV groups",

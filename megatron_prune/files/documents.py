@@ -7,12 +7,13 @@ without end, a field missing, unknown or of a wrong type, NaN) into an error tha
 from __future__ import annotations
 
 import functools
+import json
 import os
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from megatron_prune.errors import CheckpointError, InputError
+from megatron_prune.errors import CheckpointError, InputError, plain
 
 T = TypeVar("T")
 
@@ -88,14 +89,40 @@ def parse_json(
         return _reader(kind).validate_json(text, strict=True)
     except ValidationError as found:
         problem, *others = found.errors(include_url=False)
+    except InputError as found:  # a dataclass's own check
+        raise (error if type(found) is InputError else type(found))(f"{where}: {found}") from None
     except RecursionError:
         raise error(f"{where} is nested too deeply", do=do) from None
     if problem["type"] == "json_invalid":
         raise error(f"{where} is not JSON", got=problem["msg"], do=do) from None
-    field = ".".join(map(str, problem["loc"]))
+    field = ".".join(map(_key, problem["loc"]))
     more = f"; {len(others)} more field{'s' if len(others) > 1 else ''} not as needed" if others else ""
     got = None if problem["type"] in ("missing", "unexpected_keyword_argument") else shorten(problem["input"])
     raise error(f"{where}" + (f": {field}" if field else ""), got=got, needed=problem["msg"] + more, do=do) from None
+
+
+def parse_versioned(
+    text: str | bytes,
+    kind: type[T],
+    where: object,
+    *,
+    format: str,
+    version: int,
+    error: type[InputError] = CheckpointError,
+    do: str | None = None,
+) -> T:
+    """A document of this project as a value of ``kind``: a JSON object that says its ``format`` and ``version`` beside.
+
+    Raises:
+        InputError (of the kind ``error``): also if it is of another format or version.
+    """
+    held = parse_json(text, dict[str, Any], where, error=error, do=do)
+    if held.pop("format", None) != format:
+        raise error(f"{where} is not a document of {format}", needed=f'"format": "{format}"', do=do)
+    found = held.pop("version", None)
+    if type(found) is not int or found != version:
+        raise error(f"{where}", got=f"version {shorten(found)}", needed=f"version {version}", do="update megatron-prune")
+    return parse_json(json.dumps(held), kind, where, error=error, do=do)
 
 
 def shorten(value: object, limit: int = 80) -> str:
@@ -104,8 +131,11 @@ def shorten(value: object, limit: int = 80) -> str:
         text = repr(value)
     except (RecursionError, ValueError):  # ValueError: an integer of thousands of digits
         text = f"a {type(value).__name__}"
-    text = "".join(character if character.isprintable() else "?" for character in text)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return plain(text.replace("\n", "?"), limit)
+
+
+def _key(part: int | str) -> str:
+    return str(part) if isinstance(part, int) or part.isidentifier() else shorten(part, 40)
 
 
 @functools.cache
