@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -95,7 +96,7 @@ def parse_json(
         raise error(f"{where} is nested too deeply", do=do) from None
     if problem["type"] == "json_invalid":
         raise error(f"{where} is not JSON", got=problem["msg"], do=do) from None
-    field = ".".join(map(_key, problem["loc"]))
+    field = ".".join(_key(part) for part in problem["loc"] if not _KIND.fullmatch(str(part)))
     more = f"; {len(others)} more field{'s' if len(others) > 1 else ''} not as needed" if others else ""
     got = None if problem["type"] in ("missing", "unexpected_keyword_argument") else shorten(problem["input"])
     raise error(f"{where}" + (f": {field}" if field else ""), got=got, needed=problem["msg"] + more, do=do) from None
@@ -132,6 +133,10 @@ def shorten(value: object, limit: int = 80) -> str:
     except (RecursionError, ValueError):  # ValueError: an integer of thousands of digits
         text = f"a {type(value).__name__}"
     return plain(text.replace("\n", "?"), limit)
+
+
+_KIND = re.compile(r"(list|dict|literal|tuple|function-\w+|constrained-\w+)\[.*\]", re.DOTALL)
+"""Which of several kinds a value was tried as: no part of its place."""
 
 
 def _key(part: int | str) -> str:

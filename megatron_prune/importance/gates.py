@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Callable
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.errors import InputError, raise_all
-from megatron_prune.importance.statistics import Statistics, replace_file
+from megatron_prune.importance.statistics import Statistics, read_all, replace_file
 
 
 class GateSums:
@@ -67,7 +66,7 @@ def collect_gates(
     from transformers import AutoModelForCausalLM
 
     path = statistics.folder / "gradients.safetensors"
-    found = load_file(path) if path.exists() else {}
+    found = read_all(path)
     if any(key.startswith("fisher.") for key in found):
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
