@@ -67,7 +67,7 @@ class TensorFile:
         kind = self._file.get_slice(name).get_dtype()
         if _DTYPES.get(kind) is not dtype or len(held) != len(shape) or any(n not in (None, s) for s, n in zip(held, shape)):
             asked = ", ".join("any" if size is None else str(size) for size in shape)
-            raise self.refuse(name, got=f"{kind} {list(held)}", needed=f"{dtype} [{asked}]".removeprefix("torch."))
+            raise self.refuse(name, got=f"{_DTYPES.get(kind, kind)} {list(held)}", needed=f"{dtype} [{asked}]")
         with self._readable():
             found = self._file.get_tensor(name)
         if dtype.is_floating_point and finite and not bool(found.isfinite().all()):

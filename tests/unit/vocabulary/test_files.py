@@ -159,7 +159,7 @@ def test_damaged_counts_are_refused(tmp_path):
     data = (tmp_path / "c").read_bytes()
     for damaged in (b"", data[:-4], data.replace(b"token counts", b"tokenXcounts"), b"0 1\n"):
         (tmp_path / "bad").write_bytes(damaged)
-        with pytest.raises(InputError, match="holds no token counts"):
+        with pytest.raises(InputError, match="holds no token counts|is not a whole safetensors file"):
             load_counts(tmp_path / "bad")
 
 
