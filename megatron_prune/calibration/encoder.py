@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import sys
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 
-from megatron_prune.errors import InputError
+from megatron_prune.errors import InputError, reason
 
 
 class Encoder:
@@ -30,7 +34,8 @@ class Encoder:
             InputError: if there is no tokenizer or it cannot be loaded.
         """
         self.load()
-        return torch.tensor(self._tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+        with tokenizer_errors(f"the tokenizer in {self._folder} cannot encode a text"):
+            return torch.tensor(self._tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
     def load(self) -> None:
         """Load the tokenizer now.
@@ -53,10 +58,55 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with tokenizer_errors(f"the tokenizer in {folder} cannot be read"):
         return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        raise InputError(f"the tokenizer in {folder} cannot be read", got=str(error).split("\n")[0]) from None
+
+
+@contextlib.contextmanager
+def tokenizer_errors(what: str, error: type[InputError] = InputError) -> Iterator[None]:
+    """Say ``what`` is wrong where a library of tokenizers fails.
+
+    They raise bare ``Exception`` for a damaged file, and for what their authors did not think of a panic of Rust, which is no
+    ``Exception`` and has written to standard error before it is seen.
+
+    Raises:
+        InputError (of the kind ``error``): with what the library says.
+    """
+    try:
+        with _no_panic_notes():
+            yield
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as found:
+        raise error(what, got=reason(found)) from None
+
+
+@contextlib.contextmanager
+def _no_panic_notes() -> Iterator[None]:
+    """Keep notes of a panic of Rust off standard error; what else is written to it meanwhile comes after."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            held.seek(0)
+            lines = held.read().decode("utf-8", "replace").splitlines(keepends=True)
+            sys.stderr.write("".join(_without_panics(lines)))
+
+
+def _without_panics(lines: list[str]) -> list[str]:
+    """Lines but for ``thread … panicked at …`` and the two or three after it."""
+    found, skipping = [], False
+    for line in lines:
+        skipping = "panicked at" in line or (skipping and "RUST_BACKTRACE" not in line)
+        if not skipping and "RUST_BACKTRACE" not in line:
+            found.append(line)
+    return found
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -17,6 +17,7 @@ from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
+from megatron_prune.files.documents import read_json
 from megatron_prune.importance.artifact import load_calibration_file, save_calibration
 from megatron_prune.importance.collect import collect
 from megatron_prune.importance.metric import METRICS, Metric
@@ -101,12 +102,14 @@ class Subject:
 
 
 def bos_token(folder: Path | None) -> int | None:
-    """``bos_token_id`` of a Hugging Face directory; ``None`` where it names none."""
-    try:
-        value = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("bos_token_id") if folder else None
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    """``bos_token_id`` of a Hugging Face directory; ``None`` where it names none.
+
+    Raises:
+        CheckpointError: if its ``config.json`` is damaged.
+    """
+    config = folder / "config.json" if folder else None
+    value = read_json(config).get("bos_token_id") if config and config.exists() else None
+    return value if type(value) is int else None
 
 
 def request_key(options: CalibrationOptions, subject: Subject, **more: object) -> str:

@@ -19,6 +19,7 @@ from megatron_prune.errors import InputError
 from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.families.family import FAMILIES, Family
 from megatron_prune.files import staging
+from megatron_prune.files.documents import read_text
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import Source, log, staged, write_huggingface
 
@@ -69,7 +70,7 @@ def export(options: ExportOptions, world: World) -> None:
         log.warning("no tokenizer is kept in %s; pass --hf-dir to add one", checkpoint.path)
     pruned = any(entry["step"] in ("prune", "recover") for entry in checkpoint.manifest.recipe)
     plan = checkpoint.path / megatron.PLAN_FILE
-    files = {megatron.PLAN_FILE: plan.read_text(encoding="utf-8")} if plan.is_file() else {}
+    files = {megatron.PLAN_FILE: read_text(plan)} if plan.is_file() else {}
     if pruned:
         files[RECIPE_FILE] = dump_recipe(checkpoint.manifest.recipe)
         files["README.md"] = model_card(config, checkpoint.manifest.recipe, name=save.name, family=family.name)
@@ -80,7 +81,7 @@ def export(options: ExportOptions, world: World) -> None:
         config=config,
         family=family,
         hf_config=hf_config,
-        config_text=(side / "config.json").read_text(encoding="utf-8") if unchanged else None,
+        config_text=read_text(side / "config.json") if unchanged else None,
         dtypes=dtypes,
         max_shard_bytes=shard_bytes,
         side_files=side,

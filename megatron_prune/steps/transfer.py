@@ -10,6 +10,7 @@ from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.adapter import open_adapted
 from megatron_prune.config import option, require_positive
 from megatron_prune.files import staging
+from megatron_prune.files.documents import read_text
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import Source, write_megatron
 
@@ -60,7 +61,7 @@ def transfer(options: TransferOptions, world: World) -> None:
         ckpt_format=options.ckpt_format or checkpoint.format,
         manifest=lambda report: replace(checkpoint.manifest, layout=layout),
         side_files=checkpoint.hf_folder,
-        plan_text=plan.read_text(encoding="utf-8") if plan.is_file() else None,
+        plan_text=read_text(plan) if plan.is_file() else None,
         overwrite=options.overwrite,
         strict=options.strict,
     )
