@@ -139,9 +139,9 @@ def parse_size(text: str) -> int:
     Raises:
         InputError: if it is not such a size.
     """
-    match = re.fullmatch(r"(\d+)\s*([KMGT]?)B?", text.strip().upper())
+    match = re.fullmatch(r"([0-9]{1,18})\s*([KMGT]?)B?", text.strip().upper())
     if not match or int(match[1]) == 0:
-        raise InputError("--max-shard-size", got=repr(text), needed="a size such as 5GB or 500MB")
+        raise InputError("--max-shard-size", got=repr(text[:40]), needed="a size such as 5GB or 500MB")
     return int(match[1]) * 10 ** (3 * " KMGT".index(match[2] or " "))
 
 

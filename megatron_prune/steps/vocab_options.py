@@ -148,6 +148,8 @@ def check_select(options: SelectOptions) -> None:
         raise InputError("--min-count", got=options.min_count, needed="a positive number")
     if not 0 <= options.prior <= 1:
         raise InputError("--prior", got=options.prior, needed="from 0 to 1")
+    if options.prior != PRIOR and not options.counts:
+        raise InputError("--prior without --counts", got="nothing to weigh it against", do="leave it out, or name counts")
     for name in ("min_count", "coverage"):
         if getattr(options, name) is not None and not options.counts:
             raise InputError(
