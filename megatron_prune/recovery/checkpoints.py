@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from functools import partial
@@ -210,8 +211,8 @@ def iteration_name(iteration: int) -> str:
 
 def iterations(root: Path) -> list[int]:
     """Iterations whose checkpoints are whole, oldest first."""
-    found = [path.parent.name.removeprefix("iter_") for path in root.glob(f"iter_*/{FILE}")]
-    return sorted(int(name) for name in found if name.isdigit())
+    folders = [path.parent for path in root.glob(f"iter_*/{FILE}") if not path.parent.is_symlink()]
+    return sorted(int(folder.name[5:]) for folder in folders if re.fullmatch(r"iter_[0-9]{7,12}", folder.name))
 
 
 def newest(root: Path) -> Path | None:
@@ -223,7 +224,10 @@ def newest(root: Path) -> Path | None:
 def clean(root: Path) -> None:
     """Remove what a killed run left half-written or half-removed."""
     for path in [*root.glob(".iter_*.partial"), *root.glob(".iter_*.removed")]:
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def check_room(root: Path, needed: int) -> None:
@@ -232,6 +236,7 @@ def check_room(root: Path, needed: int) -> None:
     Raises:
         InputError: with both amounts.
     """
+    root = root.absolute()
     while not root.exists():
         root = root.parent
     free = shutil.disk_usage(root).free
