@@ -64,7 +64,9 @@ def read_header(path: Path) -> dict[str, tuple[Region, tuple[int, ...]]]:
     found = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise CheckpointError(f"{path}: tensor {shorten(name)}", got=f"dtype {entry['dtype']}", needed="one of " + ", ".join(DTYPES))
+            raise CheckpointError(
+                f"{path}: tensor {shorten(name)}", got=f"dtype {entry['dtype']}", needed="one of " + ", ".join(DTYPES)
+            )
         shape = tuple(entry["shape"])
         cols = prod(shape[1:])
         region = Region(path, 8 + length + entry["data_offsets"][0], shape[0] if shape else 1, cols, DTYPES[entry["dtype"]])

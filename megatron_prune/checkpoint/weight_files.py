@@ -39,7 +39,9 @@ def stored_tensors(path: Path) -> Stored:
         return _read_indexed(path, index, read)
     others = sorted(entry.name for entry in path.iterdir() if entry.name.endswith(WEIGHTS))[:5]
     raise CheckpointError(
-        f"{path} has no weights", got=", ".join(map(shorten, others)) or None, needed=f"{SINGLE}, or {INDEX} and the files it names"
+        f"{path} has no weights",
+        got=", ".join(map(shorten, others)) or None,
+        needed=f"{SINGLE}, or {INDEX} and the files it names",
     )
 
 

@@ -218,7 +218,7 @@ def _check_padding(token: Any, vocab_size: int) -> None:
             "config.json: pad_token_id",
             got=shorten(token),
             needed=f"an id below the vocab_size {vocab_size}, or null",
-            do="write null: no weight depends on it",
+            do='write "pad_token_id": null in config.json: no weight depends on it',
         )
 
 

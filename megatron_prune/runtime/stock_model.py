@@ -36,14 +36,17 @@ def load_stock_model(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
             return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **safe).eval()
         # transformers would unpickle a .bin; its bytes are read here instead.
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        stock = AutoModelForCausalLM.from_config(config, dtype=dtype or model.commonest_dtype, trust_remote_code=False)
-        stock.load_state_dict(_state_dict(model), strict=not model.config.tie_embeddings)
+        kind = dtype or config.dtype or model.tensors.dtype(TensorId("embedding"))
+        stock = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=False)
+        stock.load_state_dict(_state_dict(model))
         return stock.eval()
     except InputError:
         raise
     except Exception as error:  # a configuration or a file that transformers does not do fails in any of its parts
         text = str(error).strip().split("\n")[0]
-        raise InputError(f"transformers cannot load the model in {folder}", got=f"{type(error).__name__}: {shorten(text, 300)}") from None
+        raise InputError(
+            f"transformers cannot load the model in {folder}", got=f"{type(error).__name__}: {shorten(text, 300)}"
+        ) from None
 
 
 def _state_dict(model: HuggingFaceModel) -> dict[str, torch.Tensor]:
