@@ -12,7 +12,8 @@ from megatron_prune.files.documents import shorten
 MAX_SIZE = 2**31 - 1
 """The largest size that an index of 32 bits reaches; what is larger is a damaged file."""
 
-MAX_LAYERS = 2**14
+MAX_LAYERS, MAX_HEADS = 2**14, 2**16
+"""What is gone through one by one, long before there are weights that could contradict a size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,8 +68,9 @@ class ModelConfig:
 
     def __post_init__(self):
         check_fields(self, "the model's")
-        if self.num_layers > MAX_LAYERS:
-            raise CheckpointError("the model's num_layers", got=self.num_layers, needed=f"at most {MAX_LAYERS}")
+        for name, most in (("num_layers", MAX_LAYERS), ("num_attention_heads", MAX_HEADS)):
+            if getattr(self, name) > most:
+                raise CheckpointError(f"the model's {name}", got=getattr(self, name), needed=f"at most {most}")
         if self.num_attention_heads % self.num_query_groups:
             raise CheckpointError(
                 "the model's query heads do not divide evenly over its KV groups",
