@@ -83,7 +83,12 @@ _KNOWN = {
 """What a checkpoint's ``.metadata`` is built of."""
 
 
-def _read_metadata(path: Path) -> dcp.Metadata:
+def read_metadata(path: Path) -> dcp.Metadata:
+    """What ``.metadata`` says, every part of its type and every file that it names whole and beside it.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or names something that is not there.
+    """
     if not (path / METADATA).exists():
         raise CheckpointError(f"{path} lacks {METADATA}: the checkpoint was never finished")
     metadata = read_pickle(read_bytes(path / METADATA), path / METADATA, known=_KNOWN)
@@ -91,6 +96,7 @@ def _read_metadata(path: Path) -> dcp.Metadata:
         _check_metadata(metadata)
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / METADATA} is not the metadata of a checkpoint", got=str(error)[:200]) from None
+    _check_files(path, metadata)
     return metadata
 
 
@@ -143,7 +149,7 @@ def open_map(path: Path, config: ModelConfig, layout: ParallelLayout) -> TensorM
     Raises:
         CheckpointError: if a file is missing or truncated, or a tensor is missing, extra or of another shape.
     """
-    metadata = _read_metadata(path)
+    metadata = read_metadata(path)
     try:
         return _map(path, metadata, config, layout).validate(path)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
@@ -156,8 +162,7 @@ def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: if a file is missing, truncated or damaged.
     """
-    metadata, found = _read_metadata(path), {}
-    _check_files(path, metadata)
+    metadata, found = read_metadata(path), {}
     for key, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, dcp.TensorStorageMetadata) and key.startswith(prefix):
             found[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -169,7 +174,6 @@ def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def _map(path: Path, metadata: dcp.Metadata, config: ModelConfig, layout: ParallelLayout) -> TensorMap:
-    _check_files(path, metadata)
     known_inner = {tensor.name: tensor for tensor in layer_tensors(config)}
     known_outer = {tensor.name: tensor for tensor in outer_tensors(config)}
     found, problems = TensorMap(config), []

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +23,6 @@ from typing import Any, Callable
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.safe_globals import register_safe_globals
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prune.checkpoint import megatron
@@ -30,7 +30,7 @@ from megatron_prune.checkpoint.manifest import FILE, Manifest
 from megatron_prune.checkpoint.megatron_args import megatron_args
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.files import staging
-from megatron_prune.recovery import writer
+from megatron_prune.recovery import reading, writer
 from megatron_prune.recovery.optimizer import allocate_state, load_state
 from megatron_prune.recovery.trainer import Trainer, TrainingError
 from megatron_prune.runtime import cpu
@@ -181,18 +181,19 @@ class Checkpoints:
         """Take model, optimizer and schedule from a checkpoint, whatever its parallel layout.
 
         Raises:
-            CheckpointError: if megatron-core cannot read it.
+            CheckpointError: if megatron-core cannot read it, or it holds what is not proven harmless.
         """
-        register_safe_globals()  # what common.pt may hold; nothing else in it is unpickled
         with cpu.stand_in():
             wanted = self._state(loading=True)
             try:
-                state = dist_checkpointing.load(wanted, str(folder))
-            except Exception as error:
-                raise CheckpointError(f"{folder} cannot be taken up", got=_last_line(error)) from error
-            self.trainer.load_state(state["model"])
-            load_state(self.trainer.optimizer, state["optimizer"])
-            self.trainer.schedule.load_state_dict(state["opt_param_scheduler"])
+                state = reading.load(wanted, folder)
+                self.trainer.load_state(state["model"])
+                load_state(self.trainer.optimizer, state["optimizer"])
+                self.trainer.schedule.load_state_dict(state["opt_param_scheduler"])
+            except CheckpointError:
+                raise
+            except _FAILURES as error:  # what a damaged state can do to megatron-core
+                raise _cause(error, folder) from None
 
     def _state(self, *, loading: bool) -> dict[str, Any]:
         """megatron-core's description of what this rank writes or wants."""
@@ -210,8 +211,8 @@ def iteration_name(iteration: int) -> str:
 
 def iterations(root: Path) -> list[int]:
     """Iterations whose checkpoints are whole, oldest first."""
-    found = [path.parent.name.removeprefix("iter_") for path in root.glob(f"iter_*/{FILE}")]
-    return sorted(int(name) for name in found if name.isdigit())
+    folders = [path.parent for path in root.glob(f"iter_*/{FILE}") if not path.parent.is_symlink()]
+    return sorted(int(folder.name[5:]) for folder in folders if re.fullmatch(r"iter_[0-9]{7,12}", folder.name))
 
 
 def newest(root: Path) -> Path | None:
@@ -223,7 +224,10 @@ def newest(root: Path) -> Path | None:
 def clean(root: Path) -> None:
     """Remove what a killed run left half-written or half-removed."""
     for path in [*root.glob(".iter_*.partial"), *root.glob(".iter_*.removed")]:
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def check_room(root: Path, needed: int) -> None:
@@ -232,6 +236,7 @@ def check_room(root: Path, needed: int) -> None:
     Raises:
         InputError: with both amounts.
     """
+    root = root.absolute()
     while not root.exists():
         root = root.parent
     free = shutil.disk_usage(root).free
@@ -245,6 +250,13 @@ def _link(place: Path, target: str) -> None:
         temporary.unlink()
     temporary.symlink_to(target)
     os.replace(temporary, place)
+
+
+def _cause(error: BaseException, folder: Path) -> CheckpointError:
+    """What any rank found, where torch gathered it from all."""
+    found = [each for each, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    own = [each for each in found if isinstance(each, CheckpointError)]
+    return own[0] if own else CheckpointError(f"{folder} cannot be taken up", got=_last_line((found or [error])[0]))
 
 
 def _last_line(error: BaseException) -> str:
