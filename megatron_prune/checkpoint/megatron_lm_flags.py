@@ -33,8 +33,8 @@ def megatron_lm_flags(
     scaling = config.rope_scaling
     if scaling and scaling.kind == "llama3":
         flags += ["--use-rope-scaling", "--rope-scaling-factor", repr(scaling.factor)]
-    if scaling and scaling.kind == "linear":
-        flags += ["--rotary-seq-len-interpolation-factor", f"{scaling.factor:g}"]
+    if scaling and scaling.kind == "linear" and float(scaling.factor).is_integer():
+        flags += ["--rotary-seq-len-interpolation-factor", str(int(scaling.factor))]
     if config.sliding_window is not None:
         flags += ["--window-size", f"{config.sliding_window - 1},0"]
     if transformer_impl != TRANSFORMER_IMPLS[0]:
@@ -54,7 +54,7 @@ def contradictions(config: ModelConfig) -> list[str]:
             for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         }
         found += [
-            f"Megatron-LM scales rotary frequencies with {name} {theirs:g} whatever it is told; this model needs {ours:g}"
+            f"Megatron-LM scales rotary frequencies with {name} {theirs:g}, whatever it is told; this model needs {ours:g}"
             for name, (ours, theirs) in constants.items()
             if ours != theirs
         ]
