@@ -32,7 +32,7 @@ from megatron_prune.arch.sharding import (
     shard_sizes,
 )
 from megatron_prune.arch.tensors import TensorId
-from megatron_prune.checkpoint import torch_archive
+from megatron_prune.checkpoint import extra_states, torch_archive
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError, raise_all
 from megatron_prune.files.documents import read_bytes, read_json, shorten
@@ -41,14 +41,6 @@ from megatron_prune.files.region import Region
 
 COMMON, METADATA, VERSION_FILE = "common.pt", ".metadata", "metadata.json"
 _LAYER_KEY = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
-_EXTRA_STATES = (
-    "self_attention.linear_qkv._extra_state",
-    "self_attention.linear_proj._extra_state",
-    "self_attention.core_attention._extra_state",
-    "mlp.linear_fc1._extra_state",
-    "mlp.linear_fc2._extra_state",
-)
-"""Objects that megatron-core's layers look for at load; empty without FP8."""
 
 
 def is_torch_dist(path: Path) -> bool:
@@ -273,12 +265,9 @@ def lay_out(
                 index = dcp.MetadataIndex(key, chunk.offsets)
                 content = torch_archive.empty_tensor(tuple(chunk.sizes), dtype)
                 metadata.storage_data[index] = _append(files[rank, stage], content)
-        for layer in range(config.num_layers):
-            for name in _EXTRA_STATES:
-                key = f"decoder.layers.{name}/shard_{layer}_{config.num_layers}"
-                metadata.state_dict_metadata[key] = dcp.BytesStorageMetadata()
-                file = files[0, layout.stage_of(layer, config.num_layers)]
-                metadata.storage_data[dcp.MetadataIndex(key)] = _append(file, [None])
+        for key, stage in _empty_objects(config, layout):
+            metadata.state_dict_metadata[key] = dcp.BytesStorageMetadata()
+            metadata.storage_data[dcp.MetadataIndex(key)] = _append(files[0, stage], [None])
     finally:
         for file in files.values():
             file.close()
@@ -306,6 +295,14 @@ def _parts(
         split = shard_sizes(tensor, layer, config, sizes)
         for rank in range(layout.tensor if tensor.split != "none" else 1):
             yield key, layer, rank, (tensor, shard(tensor, full, layout.tensor, rank, split)), shape
+
+
+def _empty_objects(config: ModelConfig, layout: ParallelLayout) -> Iterator[tuple[str, int]]:
+    """(key, pipeline stage) of the extra states."""
+    for layer in range(config.num_layers):
+        for name in extra_states.transformer_engine(config):
+            yield f"decoder.layers.{name}/shard_{layer}_{config.num_layers}", layout.stage_of(layer, config.num_layers)
+    yield f"{extra_states.FINAL_NORM}/shard_0_1", layout.pipeline - 1
 
 
 def _outer_stage(tensor: MegatronTensor, layout: ParallelLayout) -> int:

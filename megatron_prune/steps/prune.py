@@ -17,6 +17,7 @@ from megatron_prune.arch.tensors import tensor_ids
 from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
+from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.config import add_options, option
 from megatron_prune.families.family import Family
@@ -51,6 +52,9 @@ class PruneOptions(TargetOptions, FitOptions):
     tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
     pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
     ckpt_format: str | None = option("layout of the result (default: that of the source)", None, choices=megatron.FORMATS)
+    transformer_impl: str = option(
+        "whose modules Megatron-LM is to load it into; torch_dist suits both", TRANSFORMER_IMPLS[0], choices=TRANSFORMER_IMPLS
+    )
     target_family: str | None = option("Hugging Face family the result will be exported as", None)
     overwrite: bool = option("replace an existing output directory", False)
     strict: bool = option("refuse weights that hold NaN or infinity instead of warning", False)
@@ -109,6 +113,7 @@ def prune(options: PruneOptions, world: World) -> None:
             world,
             trimmed=trimmed,
             ckpt_format=options.ckpt_format,
+            transformer_impl=options.transformer_impl,
             overwrite=options.overwrite,
             strict=options.strict,
         )
@@ -148,6 +153,7 @@ def write_cut(
     *,
     trimmed: Trimmed | None,
     ckpt_format: str | None,
+    transformer_impl: str = TRANSFORMER_IMPLS[0],
     overwrite: bool,
     strict: bool,
 ) -> None:
@@ -185,6 +191,7 @@ def write_cut(
         layout=layout,
         dtypes=stored.dtypes(cut.config, None),
         ckpt_format=ckpt_format or checkpoint.format,
+        transformer_impl=transformer_impl,
         manifest=manifest,
         side_files=trimmed.vocabulary.folder if trimmed else checkpoint.hf_folder,
         trimmed=trimmed,
