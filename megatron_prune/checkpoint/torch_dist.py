@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import metadata as dcp
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import (
+    EMBEDDING,
     MegatronTensor,
     ParallelLayout,
     Shard,
@@ -33,6 +34,7 @@ from megatron_prune.arch.sharding import (
 )
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import extra_states, torch_archive
+from megatron_prune.checkpoint.stored_args import args_of, run_config, unwrapped
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError, raise_all
 from megatron_prune.files.documents import read_bytes, read_json, shorten
@@ -40,6 +42,8 @@ from megatron_prune.files.pickled import read_pickle
 from megatron_prune.files.region import Region
 
 COMMON, METADATA, VERSION_FILE = "common.pt", ".metadata", "metadata.json"
+COMMON_OBJECT = "common_state/shard_0_1"
+"""What megatron-core writes since 0.19 in place of ``common.pt``."""
 _LAYER_KEY = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
 
 
@@ -117,22 +121,56 @@ def _check_numbers(numbers: Any) -> None:
             raise ValueError(f"a size or place of {shorten(number)}")
 
 
-def read_args(path: Path) -> Namespace:
-    """The ``args`` in ``common.pt``.
+def read_stored(path: Path) -> dict[str, Any] | None:
+    """The ``args`` in ``common.pt`` (megatron-core 0.19: in an object beside the tensors), or Bridge's in ``run_config.yaml``.
 
     Raises:
-        CheckpointError: if the checkpoint is not whole or holds none.
+        CheckpointError: if the checkpoint is not whole.
     """
-    for name in (VERSION_FILE, COMMON):
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path} lacks {name}: the checkpoint was never finished")
+    if not (path / VERSION_FILE).is_file():
+        raise CheckpointError(f"{path} lacks {VERSION_FILE}: the checkpoint was never finished")
     backend = read_json(path / VERSION_FILE).get("sharded_backend")
     if backend != "torch_dist":
-        raise CheckpointError(f"{path}: sharded_backend", got=repr(backend), needed="'torch_dist'")
-    common = torch_archive.read_objects(path / COMMON)
-    if not isinstance(common, dict) or not isinstance(common.get("args"), Namespace):
-        raise CheckpointError(f"{path / COMMON} holds no args")
-    return common["args"]
+        raise CheckpointError(f"{path}: sharded_backend", got=shorten(backend), needed="'torch_dist'")
+    common = _common(path)
+    if not isinstance(common, dict):
+        raise CheckpointError(f"{path}: its common state", got=shorten(common), needed="a dictionary")
+    args = args_of(common, path)
+    return run_config(path) if args is None else args
+
+
+def _common(path: Path) -> Any:
+    """What is no tensor: training state, and ``args``."""
+    if (path / COMMON).exists():
+        return torch_archive.read_objects(path / COMMON)
+    storage = read_metadata(path).storage_data
+    info = next((info for index, info in storage.items() if index.fqn == COMMON_OBJECT), None)
+    if info is None:
+        raise CheckpointError(f"{path} lacks {COMMON}: the checkpoint was never finished")
+    return torch_archive.read_objects(_inside(path, info), offset=info.offset, length=info.length)
+
+
+def _inside(path: Path, info: filesystem._StorageInfo) -> Path:
+    if Path(info.relative_path).name != info.relative_path:
+        raise CheckpointError(f"{path / METADATA} names a file outside the checkpoint", got=shorten(info.relative_path))
+    return path / info.relative_path
+
+
+def found_layout(path: Path) -> tuple[int, int]:
+    """Any layout reads it: one rank, one stage."""
+    return 1, 1
+
+
+def embedding_rows(path: Path) -> int:
+    """Rows of the embedding, padding included.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    for key, entry in read_metadata(path).state_dict_metadata.items():
+        if isinstance(entry, dcp.TensorStorageMetadata) and unwrapped(key) == EMBEDDING.name and len(entry.size) == 2:
+            return entry.size[0]
+    raise CheckpointError(f"{path} holds no {EMBEDDING.name}")
 
 
 def open_map(path: Path, config: ModelConfig, layout: ParallelLayout) -> TensorMap:
@@ -172,8 +210,8 @@ def _map(path: Path, metadata: dcp.Metadata, config: ModelConfig, layout: Parall
     for key, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, dcp.TensorStorageMetadata) or key.startswith(("optimizer.", "rng_state", "chained_")):
             continue
-        match = _LAYER_KEY.fullmatch(key)
-        name, half = (match[2], None) if match else (key, None)
+        match = _LAYER_KEY.fullmatch(unwrapped(key))
+        name, half = (match[2], None) if match else (unwrapped(key), None)
         if name.endswith(("linear_fc1.weight_w", "linear_fc1.weight_v")):
             name, half = name[:-2], name[-1]
         tensor = (known_inner if match else known_outer).get(name)
@@ -197,8 +235,7 @@ def _map(path: Path, metadata: dcp.Metadata, config: ModelConfig, layout: Parall
 def _check_files(path: Path, metadata: dcp.Metadata) -> None:
     ends: dict[str, int] = {}
     for info in metadata.storage_data.values():
-        if Path(info.relative_path).name != info.relative_path:
-            raise CheckpointError(f"{path / METADATA} names a file outside the checkpoint", got=info.relative_path)
+        _inside(path, info)
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
     problems = []
     for name, end in sorted(ends.items()):

@@ -30,6 +30,7 @@ from megatron_prune.runtime.world import World
 from megatron_prune.steps.choose import Request, TargetOptions, read_request
 from megatron_prune.steps.export import choose_family
 from megatron_prune.steps.fit import FitOptions, held_metrics, pruned_source, wants_text
+from megatron_prune.steps.foreign import ForeignOptions, open_megatron
 from megatron_prune.steps.output import Source, commonest, log, run, write_megatron
 from megatron_prune.steps.score import megatron_subject
 from megatron_prune.steps.vocab_choice import trimmed_by
@@ -40,7 +41,7 @@ from megatron_prune.vocabulary.vocabulary import holds_tokenizer, open_vocabular
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneOptions(TargetOptions, FitOptions):
+class PruneOptions(TargetOptions, FitOptions, ForeignOptions):
     """Prune a Megatron checkpoint to a smaller shape, by scores or by a plan, and re-fit what stays."""
 
     load: str = option("Megatron checkpoint: its root, or an iteration directory")
@@ -81,7 +82,7 @@ def prune(options: PruneOptions, world: World) -> None:
     staging.check_output(save, overwrite=options.overwrite, source=Path(options.load))
     if options.save_plan:
         staging.check_file(Path(options.save_plan), beside=save)
-    checkpoint = megatron.open_checkpoint(Path(options.load))
+    checkpoint = open_megatron(options.load, options, world, options.megatron)
     check_megatron_flags(options.megatron, checkpoint.config)
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     family = choose_family(checkpoint.manifest.family, options.target_family)

@@ -12,11 +12,12 @@ from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.config import option, require_positive
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.foreign import ForeignOptions, noted, told
 from megatron_prune.steps.output import Source, write_megatron
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferOptions:
+class TransferOptions(ForeignOptions):
     """Rewrite a Megatron checkpoint for another parallel layout, format or element type; merge an adapter."""
 
     load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
@@ -45,7 +46,8 @@ def transfer(options: TransferOptions, world: World) -> None:
     require_positive(options, "target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by")
     save = Path(options.save_dir)
     staging.check_output(save, overwrite=options.overwrite, source=Path(options.load_dir))
-    checkpoint, adapter = open_adapted(Path(options.load_dir), Path(options.base) if options.base else None)
+    checkpoint, adapter = open_adapted(Path(options.load_dir), Path(options.base) if options.base else None, told(options))
+    noted(checkpoint, world)
     layout = ParallelLayout(
         tensor=options.target_tensor_parallel_size,
         pipeline=options.target_pipeline_parallel_size,
