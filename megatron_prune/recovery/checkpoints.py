@@ -31,6 +31,7 @@ from megatron_prune.checkpoint.megatron_args import megatron_args
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.files import staging
 from megatron_prune.recovery import reading, writer
+from megatron_prune.recovery.extra_states import missing_extra_states
 from megatron_prune.recovery.optimizer import allocate_state, load_state
 from megatron_prune.recovery.trainer import Trainer, TrainingError
 from megatron_prune.runtime import cpu
@@ -54,6 +55,7 @@ class Checkpoints:
         root: the run's directory.
         keep: how many of the newest stay, beside the best.
         side_files: fills a checkpoint's directory with what goes along (tokenizer, plan).
+        tokenizer: whether one is among these.
         needed: bytes of one checkpoint.
     """
 
@@ -62,6 +64,7 @@ class Checkpoints:
     trainer: Trainer
     keep: int
     side_files: Callable[[Path], None]
+    tokenizer: bool
     needed: int
     _queue: AsyncCallsQueue = field(init=False, default_factory=AsyncCallsQueue)
     _writing: Path = field(init=False, default=Path())
@@ -92,7 +95,8 @@ class Checkpoints:
         self.world.agree(error)
         with cpu.stand_in():
             state = self._state(loading=False)
-            args = megatron_args(described.model, described.layout, self.trainer.dtype, None)
+            state["model"] |= missing_extra_states(state["model"], described.model)
+            args = megatron_args(described.model, described.layout, self.trainer.dtype, self._tokenizer(folder))
             consumed = described.recipe[-1]["consumed_samples"]
             args.iteration, args.consumed_train_samples, args.no_save_optim = iteration, consumed, False
             state |= {"args": args, "checkpoint_version": 3.0, "iteration": iteration}
@@ -108,6 +112,10 @@ class Checkpoints:
                 self._writer = self._queue.async_calls[-1].async_caller.process
             except _FAILURES as failed:  # what is written at once, or the start of the writers
                 raise self._lost(failed) from failed
+
+    def _tokenizer(self, folder: Path) -> str | None:
+        """Where the tokenizer of a checkpoint will lie once it is in place."""
+        return str(folder.absolute() / megatron.HF_FOLDER) if self.tokenizer else None
 
     def mark_best(self, iteration: int) -> None:
         """Let a checkpoint that is in place be the best."""

@@ -8,19 +8,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import add_options, option, require_positive
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.megatron_flags import add_megatron_flags, megatron_flags, refuse_training_flags
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.foreign import ForeignOptions, open_megatron
 from megatron_prune.steps.idle_flags import SEPARATE_DATA, Needs, filled
 
 DECAY_STYLES = ["cosine", "linear", "constant", "inverse-square-root"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecoverOptions:
+class RecoverOptions(ForeignOptions):
     """Win back what pruning cost: train a Megatron checkpoint, plain or distilled from the unpruned model."""
 
     load: str = option("Megatron checkpoint to start from: its root, or an iteration directory")
@@ -95,6 +95,7 @@ FREE = {
     *("early_stop", "log_interval", "wandb_project", "sequence_parallel", "tensor_model_parallel_size"),
     *("pipeline_model_parallel_size", "overwrite", "megatron"),
     *(item.name for item in dataclasses.fields(RecoverOptions) if item.name.startswith("recompute_")),
+    *(item.name for item in dataclasses.fields(ForeignOptions)),
 }
 """What may change when a run goes on; the rest is what the run is."""
 
@@ -138,7 +139,7 @@ def recover(options: RecoverOptions, world: World) -> int:
         InputError: on arguments, data, a checkpoint or a layout that do not fit; nothing is written.
         TrainingError: on a loss that is not finite, or a checkpoint that cannot be written; those before stay.
     """
-    checkpoint = megatron.open_checkpoint(Path(options.load))
+    checkpoint = open_megatron(options.load, options, world, options.megatron)
     options = _filled(options, checkpoint)
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
 

@@ -15,7 +15,7 @@ import xxhash
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import megatron
-from megatron_prune.checkpoint.manifest import FILE, Manifest
+from megatron_prune.checkpoint.manifest import FILE, AdapterOrigin, Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.errors import CheckpointError, InputError, PruneError
 from megatron_prune.files import staging
@@ -33,6 +33,7 @@ from megatron_prune.recovery.stored_logits import StoredTeacher
 from megatron_prune.recovery.trainer import Step, Trainer
 from megatron_prune.runtime.model import build_model, stop_parallel
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.megatron_lm import say_flags
 from megatron_prune.steps.output import log
 from megatron_prune.steps.recover import RecoverOptions
 from megatron_prune.steps.recovery_check import RUN_FILE, RunFile, check_teacher
@@ -98,6 +99,7 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
         trainer=trainer,
         keep=options.keep,
         side_files=lambda folder: _copy_side_files(checkpoint, folder),
+        tokenizer=checkpoint.hf_folder is not None,
         needed=checkpoint_bytes(options, checkpoint),
     )
     if latest:
@@ -126,6 +128,8 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
     stop_parallel()
     if world.is_main:
         _sum_up(options, checkpoint, position, run, test_loss, history)
+        if not run.stopped and not options.lora_r:
+            say_flags(save, checkpoint.config, layout, dtype, ckpt_format="torch_dist")
     return 128 + signal.SIGTERM if run.stopped else 0
 
 
@@ -229,7 +233,7 @@ def describe(
     identity = xxhash.xxh3_128_hexdigest(json.dumps([before.content_id, entry], sort_keys=True).encode())
     lora, adapter = adapter_config(options), None
     if lora:
-        adapter = {"config": lora.to_json(), "base": str(checkpoint.path.absolute()), "base_content_id": before.content_id}
+        adapter = AdapterOrigin(config=lora, base=str(checkpoint.path.absolute()), base_content_id=before.content_id)
     return replace(before, layout=layout, content_id=identity, recipe=[*before.recipe, entry], adapter=adapter)
 
 

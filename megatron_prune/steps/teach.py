@@ -12,18 +12,18 @@ from typing import Any
 import torch
 
 from megatron_prune.calibration.sources import check_seed
-from megatron_prune.checkpoint import megatron
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError, PruneError
 from megatron_prune.files import staging
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.foreign import ForeignOptions, open_megatron
 from megatron_prune.steps.idle_flags import SEPARATE_DATA, filled
 from megatron_prune.steps.output import PARAM_DTYPES, log, progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeachOptions:
+class TeachOptions(ForeignOptions):
     """Write a teacher's most probable tokens for every token that a recovery will train on; its data arguments must be the same."""
 
     load: str = option("Megatron checkpoint of the teacher: its root, or an iteration directory")
@@ -61,7 +61,7 @@ def teach(options: TeachOptions, world: World) -> None:
     require_positive(options, "train_iters", "global_batch_size", "top_k", "micro_batch_size", "seq_length", "eval_iters")
     save = Path(options.save)
     staging.check_output(save, overwrite=options.overwrite, source=Path(options.load))
-    checkpoint = megatron.open_checkpoint(Path(options.load))
+    checkpoint = open_megatron(options.load, options, world)
     config = checkpoint.config
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     layout.check(config)
