@@ -28,7 +28,7 @@ from megatron_prune.arch.sharding import (
     shard_sizes,
 )
 from megatron_prune.arch.tensors import TensorId
-from megatron_prune.checkpoint import torch_archive
+from megatron_prune.checkpoint import extra_states, torch_archive
 from megatron_prune.checkpoint.stored_args import args_of, unwrapped
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError, raise_all
@@ -37,7 +37,6 @@ from megatron_prune.files.documents import shorten
 FILE = "model_optim_rng.pt"
 _FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 _LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.")
-_EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
 def rank_folder(rank: int, stage: int, layout: ParallelLayout) -> str:
@@ -231,17 +230,16 @@ def lay_out(
     dtypes: dict[TensorId, torch.dtype],
     args: Namespace,
     sizes: dict[tuple[str, int], list[int]],
-    *,
-    local_names: bool = False,
 ) -> None:
     """Create every rank's file with all tensors zero; the bytes are filled in through :func:`open_map`.
 
     Args:
         path: an existing empty directory.
         dtypes: element type of every role tensor.
+        args: what every file is to hold; their ``transformer_impl`` says whose names tensors get.
         sizes: (axis, layer) → units of every rank, where shards are of unequal size.
-        local_names: name tensors as megatron-core's local layers do, rather than Transformer Engine's.
     """
+    local_names = args.transformer_impl == "local"
     for stage in range(layout.pipeline):
         for rank in range(layout.tensor):
             model: dict[str, Any] = {}
@@ -253,10 +251,17 @@ def lay_out(
                 shape = held.shape if len(full) > 1 else held.shape[:1]
                 dtype = dtypes[TensorId(tensor.roles[0], layer)]
                 model[local_name if local_names else name] = torch_archive.empty_tensor(shape, dtype)
-            for local in range(len(layers)):
-                model.update({f"decoder.layers.{local}.{linear}._extra_state": None for linear in _EXTRA_STATES})
+            model |= dict.fromkeys(_extra_states(config, layout, stage, local_names))
             folder = path / rank_folder(rank, stage, layout)
             folder.mkdir(parents=True)
             with open(folder / FILE, "wb") as file:
                 content = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
                 torch_archive.lay_out(content, file)
+
+
+def _extra_states(config: ModelConfig, layout: ParallelLayout, stage: int, local_names: bool) -> Iterator[str]:
+    names = extra_states.LOCAL if local_names else extra_states.transformer_engine(config)
+    for local in range(len(layout.stage_layers(stage, config.num_layers))):
+        yield from (f"decoder.layers.{local}.{name}" for name in names)
+    if stage == layout.pipeline - 1 and not local_names:
+        yield extra_states.FINAL_NORM

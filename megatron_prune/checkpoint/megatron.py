@@ -22,7 +22,7 @@ from megatron_prune.arch.tensors import TensorId, tensor_ids
 from megatron_prune.checkpoint import legacy, manifest, torch_dist
 from megatron_prune.checkpoint.description import Description, Told, check_flags, check_goes_back_to, describe, settle
 from megatron_prune.checkpoint.manifest import Manifest
-from megatron_prune.checkpoint.megatron_args import megatron_args, padded_as_stored
+from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS, megatron_args, padded_as_stored
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError
 from megatron_prune.families.family import FAMILIES
@@ -179,6 +179,8 @@ def lay_out(
     dtypes: dict[TensorId, torch.dtype],
     *,
     ckpt_format: str,
+    transformer_impl: str = TRANSFORMER_IMPLS[0],
+    tokenizer: bool = True,
     sizes: dict[tuple[str, int], list[int]] | None = None,
 ) -> Path:
     """Create an unfinished checkpoint with every tensor zero.
@@ -187,6 +189,7 @@ def lay_out(
         root: an existing empty directory (the partial output).
         final_root: where it will stand, for paths inside ``args``.
         dtypes: element type of every role tensor.
+        tokenizer: whether one will lie in its ``hf`` folder.
         sizes: (axis, layer) → units of every rank, where shards are of unequal size.
 
     Returns:
@@ -194,8 +197,8 @@ def lay_out(
     """
     folder = root / RELEASE
     folder.mkdir()
-    tokenizer = str(final_root.absolute() / RELEASE / HF_FOLDER)
-    args: Namespace = megatron_args(config, layout, dtypes[TensorId("embedding")], tokenizer)
+    place = str(final_root.absolute() / RELEASE / HF_FOLDER) if tokenizer else None
+    args: Namespace = megatron_args(config, layout, dtypes[TensorId("embedding")], place, transformer_impl)
     _FORMATS[ckpt_format].lay_out(folder, config, layout, dtypes, args, sizes or {})
     return folder
 

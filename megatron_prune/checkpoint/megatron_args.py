@@ -14,9 +14,22 @@ import torch
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 
+TRANSFORMER_IMPLS = ["transformer_engine", "local"]
+"""Megatron-LM's words for whose modules its layers are made of; the first is its default."""
 
-def megatron_args(config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype, tokenizer: str | None) -> Namespace:
-    """``args`` for a weights-only checkpoint of ``config``, under Megatron-LM's names."""
+
+def megatron_args(
+    config: ModelConfig,
+    layout: ParallelLayout,
+    dtype: torch.dtype,
+    tokenizer: str | None,
+    transformer_impl: str = TRANSFORMER_IMPLS[0],
+) -> Namespace:
+    """``args`` for a weights-only checkpoint of ``config``, under Megatron-LM's names.
+
+    Args:
+        tokenizer: directory of the tokenizer, where there is one.
+    """
     scaling = config.rope_scaling
     return Namespace(
         num_layers=config.num_layers,
@@ -61,6 +74,7 @@ def megatron_args(config: ModelConfig, layout: ParallelLayout, dtype: torch.dtyp
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         use_mcore_models=True,
+        transformer_impl=transformer_impl,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         no_save_optim=True,

@@ -33,7 +33,7 @@ from megatron_prune.arch.sharding import (
     shard_sizes,
 )
 from megatron_prune.arch.tensors import TensorId
-from megatron_prune.checkpoint import torch_archive
+from megatron_prune.checkpoint import extra_states, torch_archive
 from megatron_prune.checkpoint.stored_args import args_of, run_config, unwrapped
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError, raise_all
@@ -45,14 +45,6 @@ COMMON, METADATA, VERSION_FILE = "common.pt", ".metadata", "metadata.json"
 COMMON_OBJECT = "common_state/shard_0_1"
 """What megatron-core writes since 0.19 in place of ``common.pt``."""
 _LAYER_KEY = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
-_EXTRA_STATES = (
-    "self_attention.linear_qkv._extra_state",
-    "self_attention.linear_proj._extra_state",
-    "self_attention.core_attention._extra_state",
-    "mlp.linear_fc1._extra_state",
-    "mlp.linear_fc2._extra_state",
-)
-"""Objects that megatron-core's layers look for at load; empty without FP8."""
 
 
 def is_torch_dist(path: Path) -> bool:
@@ -87,7 +79,12 @@ _KNOWN = {
 """What a checkpoint's ``.metadata`` is built of."""
 
 
-def _read_metadata(path: Path) -> dcp.Metadata:
+def read_metadata(path: Path) -> dcp.Metadata:
+    """What ``.metadata`` says, every part of its type and every file that it names whole and beside it.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or names something that is not there.
+    """
     if not (path / METADATA).exists():
         raise CheckpointError(f"{path} lacks {METADATA}: the checkpoint was never finished")
     metadata = read_pickle(read_bytes(path / METADATA), path / METADATA, known=_KNOWN)
@@ -95,6 +92,7 @@ def _read_metadata(path: Path) -> dcp.Metadata:
         _check_metadata(metadata)
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / METADATA} is not the metadata of a checkpoint", got=str(error)[:200]) from None
+    _check_files(path, metadata)
     return metadata
 
 
@@ -145,7 +143,7 @@ def _common(path: Path) -> Any:
     """What is no tensor: training state, and ``args``."""
     if (path / COMMON).exists():
         return torch_archive.read_objects(path / COMMON)
-    storage = _read_metadata(path).storage_data
+    storage = read_metadata(path).storage_data
     info = next((info for index, info in storage.items() if index.fqn == COMMON_OBJECT), None)
     if info is None:
         raise CheckpointError(f"{path} lacks {COMMON}: the checkpoint was never finished")
@@ -169,7 +167,7 @@ def embedding_rows(path: Path) -> int:
     Raises:
         CheckpointError: if there is none.
     """
-    for key, entry in _read_metadata(path).state_dict_metadata.items():
+    for key, entry in read_metadata(path).state_dict_metadata.items():
         if isinstance(entry, dcp.TensorStorageMetadata) and unwrapped(key) == EMBEDDING.name and len(entry.size) == 2:
             return entry.size[0]
     raise CheckpointError(f"{path} holds no {EMBEDDING.name}")
@@ -181,7 +179,7 @@ def open_map(path: Path, config: ModelConfig, layout: ParallelLayout) -> TensorM
     Raises:
         CheckpointError: if a file is missing or truncated, or a tensor is missing, extra or of another shape.
     """
-    metadata = _read_metadata(path)
+    metadata = read_metadata(path)
     try:
         return _map(path, metadata, config, layout).validate(path)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
@@ -194,8 +192,7 @@ def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: if a file is missing, truncated or damaged.
     """
-    metadata, found = _read_metadata(path), {}
-    _check_files(path, metadata)
+    metadata, found = read_metadata(path), {}
     for key, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, dcp.TensorStorageMetadata) and key.startswith(prefix):
             found[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -207,7 +204,6 @@ def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def _map(path: Path, metadata: dcp.Metadata, config: ModelConfig, layout: ParallelLayout) -> TensorMap:
-    _check_files(path, metadata)
     known_inner = {tensor.name: tensor for tensor in layer_tensors(config)}
     known_outer = {tensor.name: tensor for tensor in outer_tensors(config)}
     found, problems = TensorMap(config), []
@@ -306,12 +302,9 @@ def lay_out(
                 index = dcp.MetadataIndex(key, chunk.offsets)
                 content = torch_archive.empty_tensor(tuple(chunk.sizes), dtype)
                 metadata.storage_data[index] = _append(files[rank, stage], content)
-        for layer in range(config.num_layers):
-            for name in _EXTRA_STATES:
-                key = f"decoder.layers.{name}/shard_{layer}_{config.num_layers}"
-                metadata.state_dict_metadata[key] = dcp.BytesStorageMetadata()
-                file = files[0, layout.stage_of(layer, config.num_layers)]
-                metadata.storage_data[dcp.MetadataIndex(key)] = _append(file, [None])
+        for key, stage in _empty_objects(config, layout):
+            metadata.state_dict_metadata[key] = dcp.BytesStorageMetadata()
+            metadata.storage_data[dcp.MetadataIndex(key)] = _append(files[0, stage], [None])
     finally:
         for file in files.values():
             file.close()
@@ -339,6 +332,14 @@ def _parts(
         split = shard_sizes(tensor, layer, config, sizes)
         for rank in range(layout.tensor if tensor.split != "none" else 1):
             yield key, layer, rank, (tensor, shard(tensor, full, layout.tensor, rank, split)), shape
+
+
+def _empty_objects(config: ModelConfig, layout: ParallelLayout) -> Iterator[tuple[str, int]]:
+    """(key, pipeline stage) of the extra states."""
+    for layer in range(config.num_layers):
+        for name in extra_states.transformer_engine(config):
+            yield f"decoder.layers.{name}/shard_{layer}_{config.num_layers}", layout.stage_of(layer, config.num_layers)
+    yield f"{extra_states.FINAL_NORM}/shard_0_1", layout.pipeline - 1
 
 
 def _outer_stage(tensor: MegatronTensor, layout: ParallelLayout) -> int:

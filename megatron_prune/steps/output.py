@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,15 +26,17 @@ from rich.progress import (
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import both_versions, huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.manifest import Manifest
+from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.stream import StreamReport, Transform, share, stream
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.families.family import Family
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.megatron_lm import say_flags
 from megatron_prune.vocabulary.trimmed import Trimmed
 
 log = logging.getLogger("megatron_prune")
@@ -64,6 +67,7 @@ def write_megatron(
     layout: ParallelLayout,
     dtypes: dict[TensorId, torch.dtype],
     ckpt_format: str,
+    transformer_impl: str = TRANSFORMER_IMPLS[0],
     manifest: Callable[[StreamReport], Manifest],
     side_files: Path | None,
     trimmed: Trimmed | None = None,
@@ -85,7 +89,17 @@ def write_megatron(
     """
     with staged(world, save, needed=_bytes(config, dtypes), overwrite=overwrite) as partial:
         if world.is_main:
-            folder = megatron.lay_out(partial, save, config, layout, dtypes, ckpt_format=ckpt_format, sizes=sizes)
+            folder = megatron.lay_out(
+                partial,
+                save,
+                config,
+                layout,
+                dtypes,
+                ckpt_format=ckpt_format,
+                transformer_impl=transformer_impl,
+                tokenizer=side_files is not None,
+                sizes=sizes,
+            )
             if side_files:
                 (folder / megatron.HF_FOLDER).mkdir()
                 huggingface.copy_side_files(side_files, folder / megatron.HF_FOLDER)
@@ -101,6 +115,9 @@ def write_megatron(
         report = run(world, source, target, label="writing", strict=strict)
         if world.is_main:
             megatron.finish(folder, manifest(report))
+    if world.is_main:
+        dtype = dtypes[TensorId("embedding")]
+        say_flags(save, config, layout, dtype, ckpt_format=ckpt_format, transformer_impl=transformer_impl)
 
 
 def write_huggingface(
@@ -125,6 +142,8 @@ def write_huggingface(
     """Write a Hugging Face directory at ``save``; every process takes part.
 
     Args:
+        config_text: the exact text of ``config.json``, where the model is one that was read and is written back unchanged;
+            a changed one is described so that transformers 4 and 5 read the same (``checkpoint/both_versions.py``).
         trimmed: the tokenizer that takes the place of that in ``side_files``.
         files: further text files by name (model card, plan).
     """
@@ -135,6 +154,9 @@ def write_huggingface(
                 (partial / huggingface.BUFFERS_FILE).unlink(missing_ok=True)
                 if trimmed:
                     trimmed.write(partial)
+            if config_text is None:
+                hf_config = both_versions.describe(hf_config, config, commonest(dtypes))
+                both_versions.rewrite_side_files(partial, config.vocab_size)
             huggingface.lay_out(
                 partial,
                 config,
@@ -150,6 +172,11 @@ def write_huggingface(
                 (partial / name).write_text(text, encoding="utf-8")
         world.barrier()
         return run(world, source, huggingface.open_model(partial).tensors, label="writing", strict=strict)
+
+
+def commonest(dtypes: dict[TensorId, torch.dtype]) -> torch.dtype:
+    """The element type of most tensors: what a configuration names."""
+    return Counter(dtypes.values()).most_common(1)[0][0]
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.adapter import open_adapted
+from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.config import option, require_positive
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
@@ -25,6 +26,9 @@ class TransferOptions(ForeignOptions):
     target_pipeline_parallel_size: int = option("pipeline stages it is written for", 1)
     target_params_dtype: str | None = option("element type (default: as stored)", None, choices=["fp32", "bf16", "fp16"])
     ckpt_format: str | None = option("checkpoint layout (default: that of the source)", None, choices=megatron.FORMATS)
+    transformer_impl: str = option(
+        "whose modules Megatron-LM is to load it into; torch_dist suits both", TRANSFORMER_IMPLS[0], choices=TRANSFORMER_IMPLS
+    )
     make_vocab_size_divisible_by: int | None = option(
         "the padded vocabulary is a multiple of this × the tensor-parallel size (default: that of the source)", None
     )
@@ -60,6 +64,7 @@ def transfer(options: TransferOptions, world: World) -> None:
         layout=layout,
         dtypes=source.dtypes(checkpoint.config, options.target_params_dtype),
         ckpt_format=options.ckpt_format or checkpoint.format,
+        transformer_impl=options.transformer_impl,
         manifest=lambda report: replace(checkpoint.manifest, layout=layout),
         side_files=checkpoint.hf_folder,
         plan_text=plan.read_text(encoding="utf-8") if plan.is_file() else None,
