@@ -25,6 +25,7 @@ from megatron_prune.checkpoint.megatron_args import megatron_args, padded_as_sto
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError
 from megatron_prune.families.family import family_for
+from megatron_prune.files.documents import read_text
 
 TRACKER, RELEASE, HF_FOLDER, PLAN_FILE = "latest_checkpointed_iteration.txt", "release", "hf", "plan.json"
 FORMATS = ["torch_dist", "torch"]
@@ -56,6 +57,17 @@ class MegatronCheckpoint:
         """Configuration and tokenizer kept for the way back, if any."""
         folder = self.path / HF_FOLDER
         return folder if folder.is_dir() else None
+
+    def plan_text(self) -> str | None:
+        """The plan that it was pruned by, as it stands, if it was.
+
+        Raises:
+            CheckpointError: if it is a link, or no text.
+        """
+        file = self.path / PLAN_FILE
+        if file.is_symlink():
+            raise CheckpointError(f"{file}", got="a link", needed="the plan itself", do="put a copy in its place, or remove it")
+        return read_text(file) if file.exists() else None
 
 
 def is_megatron(path: Path) -> bool:

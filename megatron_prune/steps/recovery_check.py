@@ -15,12 +15,12 @@ from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import require_positive
 from megatron_prune.errors import InputError, raise_all
-from megatron_prune.files import staging
 from megatron_prune.recovery.checkpoints import check_room
 from megatron_prune.recovery.data import check_data
 from megatron_prune.recovery.stored_logits import check_parts, read_description
 from megatron_prune.runtime.megatron_flags import check_megatron_flags
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.overwrite import RUN, check_output
 from megatron_prune.steps.recover import RecoverOptions
 from megatron_prune.steps.recovery_settings import (
     batch_sizes,
@@ -191,7 +191,7 @@ def _check_run(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> None:
     save = Path(options.save)
     ours = (save / RUN_FILE).is_file()
     if not ours or options.overwrite:
-        staging.check_output(save, overwrite=options.overwrite, source=Path(options.load))
+        check_output(save, RUN, overwrite=options.overwrite, source=Path(options.load))
     else:
         try:
             before = json.loads((save / RUN_FILE).read_text(encoding="utf-8"))["settings"]
