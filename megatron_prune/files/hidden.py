@@ -2,6 +2,7 @@
 
 .NAME.partial/ or .NAME.work/    beside NAME; where NAME cannot be renamed (a mount point), .megatron_prune.partial/ … in it
     .megatron_prune              shows that it is ours; locked while a run is at work
+    request.json                 what a run that can go on was asked for
     content/                     what becomes NAME
     moves.json                   what is being put in place (moves.py)
     old/                         what that takes the place of
@@ -17,12 +18,13 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from itertools import count
 from pathlib import Path
 
 from megatron_prune.errors import InputError
 
-CONTENT, OLD = "content", "old"
+CONTENT, OLD, REQUEST = "content", "old", "request.json"
 PARTIAL, WORK = "partial", "work"
 _MARK = ".megatron_prune"
 _MOUNTS = "/proc/self/mountinfo"
@@ -97,7 +99,10 @@ def take(folder: Path) -> None:
 
 
 def temporary(parent: Path) -> Path:
-    """A hidden directory of no output, with a name of its own; :func:`leave` removes it."""
+    """A hidden directory of no output, with a name of its own; :func:`leave` removes it, or the next one here after a day."""
+    for stray in parent.glob(f"{_MARK}.????????"):
+        if (stray / _MARK).is_file() and time.time() - stray.stat().st_mtime > 86400:
+            leave(stray)
     folder = Path(tempfile.mkdtemp(prefix=f"{_MARK}.", dir=parent))
     (folder / _MARK).touch()
     return folder
@@ -114,8 +119,8 @@ def leave(folder: Path) -> None:
 
 
 def clear(folder: Path, *, keep: tuple[str, ...] = ()) -> None:
-    """Remove what a hidden directory holds, but for its mark and names to ``keep``."""
-    for name in os.listdir(folder):
+    """Remove what a hidden directory holds, but for its mark and names to ``keep``; the request first: nobody goes on with the rest."""
+    for name in sorted(os.listdir(folder), key=lambda name: name != REQUEST):
         path = folder / name
         if name not in (_MARK, *keep):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

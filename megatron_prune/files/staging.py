@@ -20,13 +20,12 @@ from megatron_prune.errors import InputError, PruneError
 from megatron_prune.files import hidden, moves
 from megatron_prune.files.atomic import sync, write_bytes, write_text
 from megatron_prune.files.failures import explained
-from megatron_prune.files.hidden import CONTENT, OLD, PARTIAL, WORK, hidden_path, located
+from megatron_prune.files.hidden import CONTENT, OLD, PARTIAL, REQUEST, WORK, hidden_path, located
 from megatron_prune.files.placement import check_file, check_output, unfinished
 from megatron_prune.files.region import close_files
 
 __all__ = ["check_file", "check_output", "sync", "unfinished", "write_bytes", "write_text"]
 
-_KEY_FILE = "request.json"
 _SIGNS = ("latest_checkpointed_iteration.txt", "config.json", "scores.json", "teacher.json", "adapter_config.json")
 """What makes a directory a checkpoint, a model, or something else that is whole."""
 
@@ -175,11 +174,11 @@ def work_path(path: Path) -> Path:
 
 
 def _take_up(box: Path, key: str) -> None:
-    """Lock a work directory, emptied of what another request left."""
+    """Lock a work directory, emptied of what another request left, and of what an output was exchanged for."""
     _take(box)
-    note = box / _KEY_FILE
-    same = note.is_file() and note.read_text(encoding="utf-8") == key
-    hidden.clear(box, keep=(_KEY_FILE, CONTENT) if same else ())
+    note, placed = box / REQUEST, any(source == box / CONTENT for source, _, _ in moves.noted(box))
+    same = not placed and note.is_file() and note.read_text(encoding="utf-8") == key
+    hidden.clear(box, keep=(REQUEST, CONTENT) if same else ())
     (box / CONTENT).mkdir(exist_ok=True)
     if not same:
         write_text(note, key)
