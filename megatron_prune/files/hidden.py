@@ -24,7 +24,7 @@ from pathlib import Path
 
 from megatron_prune.errors import InputError
 
-CONTENT, OLD, REQUEST = "content", "old", "request.json"
+CONTENT, OLD, REQUEST, MOVES = "content", "old", "request.json", "moves.json"
 PARTIAL, WORK = "partial", "work"
 _MARK = ".megatron_prune"
 _MOUNTS = "/proc/self/mountinfo"
@@ -119,8 +119,11 @@ def leave(folder: Path) -> None:
 
 
 def clear(folder: Path, *, keep: tuple[str, ...] = ()) -> None:
-    """Remove what a hidden directory holds, but for its mark and names to ``keep``; the request first: nobody goes on with the rest."""
-    for name in sorted(os.listdir(folder), key=lambda name: name != REQUEST):
+    """Remove what a hidden directory holds, but for its mark and names to ``keep``.
+
+    First the request, so that nobody goes on with the rest; last what is noted as done, for as long the run is not at its end.
+    """
+    for name in sorted(os.listdir(folder), key=lambda name: (name == MOVES) - (name == REQUEST)):
         path = folder / name
         if name not in (_MARK, *keep):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -17,9 +17,8 @@ from typing import Sequence
 from megatron_prune.errors import InputError
 from megatron_prune.files.atomic import sync, write_text
 from megatron_prune.files.documents import read_json
-from megatron_prune.files.hidden import OLD
+from megatron_prune.files.hidden import MOVES, OLD
 
-FILE = "moves.json"
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -36,15 +35,15 @@ def carry_out(hidden: Path, moves: Sequence[tuple[Path, Path]]) -> None:
     name = lambda path: os.path.relpath(path, hidden)
     listed = [[name(source), name(target), os.lstat(source).st_ino] for source, target in moves]
     (hidden / OLD).mkdir(exist_ok=True)
-    write_text(hidden / FILE, json.dumps(listed))
+    write_text(hidden / MOVES, json.dumps(listed))
     complete(hidden)
 
 
 def noted(hidden: Path) -> list[tuple[Path, Path, int]]:
     """(source, target, inode) of the moves that a hidden directory has written down, done or not."""
-    if not (hidden / FILE).is_file():
+    if not (hidden / MOVES).is_file():
         return []
-    found = read_json(hidden / FILE, list[tuple[str, str, int]], error=InputError, do=f"remove {hidden}")
+    found = read_json(hidden / MOVES, list[tuple[str, str, int]], error=InputError, do=f"remove {hidden}")
     path = lambda name: Path(os.path.normpath(hidden / name))
     return [(path(source), path(target), inode) for source, target, inode in found]
 

@@ -50,7 +50,8 @@ def check_file(path: Path, *, beside: Path | None = None, inputs: Iterable[Path]
         if beside is not None and hidden.located(beside) in (place, *place.parents):
             raise InputError(f"{path} is the output {beside} or lies in it", do="name a file elsewhere")
         for name in inputs:
-            if os.path.exists(name) and Path(os.path.realpath(name)) in (place, *place.parents):
+            held = Path(os.path.realpath(name))
+            if held.exists() and (held == place or held.is_dir() and held in place.parents):
                 raise InputError(f"output {path} is the input {name} or lies in it", do="name another output")
         moves.check_target(place, directory=False)
         if place in hidden.mount_points():
@@ -61,7 +62,7 @@ def check_file(path: Path, *, beside: Path | None = None, inputs: Iterable[Path]
 def unfinished(path: Path) -> bool:
     """Whether a run was stopped while it put this output in place; the next one completes that."""
     boxes = [hidden.hidden_path(path, ending) for ending in (hidden.PARTIAL, hidden.WORK)]
-    return any((box / moves.FILE).is_file() for box in boxes)
+    return any((box / hidden.MOVES).is_file() for box in boxes)
 
 
 def _check_kept(place: Path, path: Path) -> None:

@@ -59,7 +59,7 @@ def _take(box: Path) -> None:
 def abandon(path: Path) -> None:
     """Remove the partial output of ``path``, unless it is about to be in place."""
     box = hidden_path(path, PARTIAL)
-    end = _let_go if (box / moves.FILE).is_file() else hidden.leave
+    end = _let_go if (box / hidden.MOVES).is_file() else hidden.leave
     end(box)
 
 
@@ -109,7 +109,7 @@ def _staged_files(files: Mapping[Path, bytes], box: Path) -> Iterator[list[tuple
             write_bytes(beside[path] / CONTENT, data)
         yield [(beside[path] / CONTENT, located(path)) for path in files]
     except BaseException:
-        end = _let_go if (box / moves.FILE).is_file() else hidden.leave  # what is noted will be completed
+        end = _let_go if (box / hidden.MOVES).is_file() else hidden.leave  # what is noted will be completed
         for each in beside.values():
             end(each)
         raise
