@@ -17,6 +17,7 @@ from pathlib import Path
 from megatron_prune import __version__
 from megatron_prune.config import parse
 from megatron_prune.errors import InputError, PruneError, reason
+from megatron_prune.files.failures import describe
 
 DEBUG = "MEGATRON_PRUNE_DEBUG"
 """Environment variable: set to anything, what was not foreseen ends with its traceback."""
@@ -83,6 +84,8 @@ def run_verb(verb: str, argv: list[str], *, prog: str) -> None:
         _fail(world, f"{prog}: {error}", 1)
     except KeyboardInterrupt:
         _fail(world, f"{prog}: interrupted", 130)
+    except OSError as error:  # before work: what is refused while something is written is a PruneError
+        _fail(world, f"{prog}: {describe(error)}", 2)
     except SystemExit:
         raise
     except BaseException as error:  # a panic of a library in Rust is no Exception

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import re
+import reprlib
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -138,8 +139,8 @@ def parse_versioned(
 def shorten(value: object, limit: int = 80) -> str:
     """``repr`` of a value from outside, for a message: on one line, without control characters, not longer than ``limit``."""
     try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # ValueError: an integer of thousands of digits
+        text = _BRIEF.repr(value)  # bounded also where parts are shared again and again
+    except Exception:  # such as an integer of thousands of digits
         text = f"a {type(value).__name__}"
     return plain(text.replace("\n", "?"), limit)
 
@@ -150,6 +151,10 @@ _KIND = re.compile(r"(list|dict|literal|tuple|function-\w+|constrained-\w+)\[.*\
 
 def _key(part: int | str) -> str:
     return str(part) if isinstance(part, int) or part.isidentifier() else shorten(part, 40)
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong = 3, 120, 120, 120
 
 
 @functools.cache

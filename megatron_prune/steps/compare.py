@@ -12,11 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import TypedDict
 
+from megatron_prune.calibration.encoder import load_tokenizer
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.config import option, require_positive
-from megatron_prune.errors import InputError
+from megatron_prune.errors import InputError, reason
 from megatron_prune.files import staging
 from megatron_prune.files.documents import read_json
+from megatron_prune.runtime.stock_model import load_stock_model
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.inspect import describe
 
@@ -62,7 +64,7 @@ def compare(options: CompareOptions, world: World) -> None:
         print("perplexity on the first {windows} windows of {seq_length} tokens of {text}".format(**protocols[0]))
     if options.output:
         content = {"before": rows[0], "after": rows[1], "protocol": protocols[0] if protocols else None}
-        staging.write_text(Path(options.output), json.dumps(content, indent=2) + "\n")
+        staging.write_files({Path(options.output): json.dumps(content, indent=2).encode() + b"\n"})
 
 
 class _Evaluation(TypedDict):
@@ -90,14 +92,14 @@ def _facts(name: str, options: CompareOptions, evaluation: dict[str, Any] | None
 
 def _generate(folder: Path, options: CompareOptions) -> str:
     """Greedy continuation of the prompt by stock transformers."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = load_tokenizer(folder)
+    model = load_stock_model(folder)
     inputs = tokenizer(options.prompt, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    settings = {"max_new_tokens": options.max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+    try:
+        output = model.generate(**inputs, **settings)
+    except Exception as error:  # settings and token ids that the files name fail in any part of transformers
+        raise InputError(f"transformers cannot generate with {folder}", got=reason(error)) from None
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
