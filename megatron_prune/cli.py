@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_prune import __version__
 from megatron_prune.config import parse
-from megatron_prune.errors import InputError, PruneError, reason
+from megatron_prune.errors import InputError, PruneError, plain, reason
 from megatron_prune.files.failures import describe
 
 DEBUG = "MEGATRON_PRUNE_DEBUG"
@@ -128,7 +128,7 @@ def _fail(world, message: str, code: int) -> None:
         if not world.is_main:
             time.sleep(10.0)  # torchrun ends this process as soon as another has failed
         message = "\n".join(f"[rank {world.rank}] {line}" for line in message.split("\n"))
-    print(message, file=sys.stderr, flush=True)
+    print(plain(message, 1 << 20), file=sys.stderr, flush=True)
     if world.size > 1:
         os._exit(code)  # a process group with dead peers must not be torn down politely: that can hang
     raise SystemExit(code)

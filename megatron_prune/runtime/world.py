@@ -29,13 +29,17 @@ class World:
         Raises:
             InputError: if one is no number, or the rank is none of the world.
         """
-        found = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))}
+        found = {
+            name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        }
         for name, text in found.items():
             if not re.fullmatch(r"[0-9]{1,9}", text):
                 raise InputError(f"the environment variable {name}", got=repr(text), needed="a number, as torchrun sets it")
         rank, size, local = (int(text) for text in found.values())
         if rank >= size:
-            raise InputError("the environment variables RANK and WORLD_SIZE", got=f"{rank} of {size}", needed="a rank below the size")
+            raise InputError(
+                "the environment variables RANK and WORLD_SIZE", got=f"{rank} of {size}", needed="a rank below the size"
+            )
         return cls(rank, size, local)
 
     @property

@@ -43,7 +43,9 @@ class CalibrationOptions:
     )
     data_field: str = option("name of the text in JSONL records and data sets", "text")
     nsamples: int = option("samples from each source", 128, least=1)
-    seq_length: int | None = option("tokens in a sample (default: 512, or the model's context where that is shorter)", None, least=2)
+    seq_length: int | None = option(
+        "tokens in a sample (default: 512, or the model's context where that is shorter)", None, least=2
+    )
     seed: int = option("seed of all that is drawn: windows, own samples, the random metric", 1234)
     dtype: str = option("what to compute in", "fp32", choices=["fp32", "bf16", "fp16"])
 

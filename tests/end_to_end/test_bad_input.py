@@ -250,7 +250,7 @@ EDITS = {
     "an unknown key": (lambda p: p.update(colour="red"), "plan.json: colour.*no field of that name"),
     "an unknown key in a layer": (lambda p: _first(p).update(colour="red"), "layers.0.colour"),
     "another version": (lambda p: p.update(version=2), "version 2"),
-    "another format": (lambda p: p.update(format="x"), "something else.*needed: \"format\": \"megatron-prune plan\""),
+    "another format": (lambda p: p.update(format="x"), 'something else.*needed: "format": "megatron-prune plan"'),
     "another model": (lambda p: p.update(content_id="xxh3-sha256:0"), "made from another model.*content_id.*null"),
     "shards that do not add up": (lambda p: _first(p).update(shards={"ffn": [1]}), "do not add up to 60"),
 }

@@ -47,7 +47,9 @@ class RankFile(TokenizerFile):
             if not line.strip():
                 continue
             if not _LINE.fullmatch(line):
-                raise CheckpointError(f"{path}, line {number} is damaged", got=shorten(line[:40]), needed="a token in base64 and its rank")
+                raise CheckpointError(
+                    f"{path}, line {number} is damaged", got=shorten(line[:40]), needed="a token in base64 and its rank"
+                )
             token, rank = line.split()
             try:
                 piece = base64.b64decode(token)

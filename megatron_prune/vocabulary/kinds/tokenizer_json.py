@@ -91,7 +91,9 @@ class TokenizerJson(TokenizerFile):
             self._unigram = kind == "Unigram"
             self._fallback = bool(self._model.get("byte_fallback"))
             if isinstance(self._model["vocab"], list) != (kind == "Unigram"):
-                raise CheckpointError(f"{path}: model.vocab", needed="a list of pieces" if kind == "Unigram" else "pieces and ids")
+                raise CheckpointError(
+                    f"{path}: model.vocab", needed="a list of pieces" if kind == "Unigram" else "pieces and ids"
+                )
             if not self._model["vocab"]:
                 raise CheckpointError(f"{path} has an empty vocabulary")
             self.added = {token["id"]: token["content"] for token in self._data.get("added_tokens") or ()}
