@@ -204,8 +204,8 @@ def recover(
             stop_parallel()
             if world.size > 1:
                 forget_groups()
-            for folder in list(staging._locks):
-                staging._unlock(staging._locks.pop(folder))  # a run holds its directory for as long as its process lives
+            for folder in list(hidden.locks):
+                hidden.unlock(hidden.locks.pop(folder))  # a run holds its directory for as long as its process lives
 
 
 def teach(world: World, options: dict[str, Any]) -> None:
