@@ -179,7 +179,7 @@ def recover(
     world: World, options: dict[str, Any], events: dict[int, str] | None = None, on_rank: int = 0, *, plots: bool = False
 ) -> int:
     """``steps/recover.py`` → its exit code; ``events`` happen on one rank (see :func:`happening`)."""
-    from megatron_prune.files import staging
+    from megatron_prune.files import hidden
     from megatron_prune.recovery.trainer import Trainer
     from megatron_prune.runtime.model import stop_parallel
     from megatron_prune.steps.recover import RecoverOptions
