@@ -12,7 +12,7 @@ from typing import Any, Iterator
 from megatron_prune import __version__
 from megatron_prune.calibration.documents import DocumentReader, open_documents
 from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
-from megatron_prune.calibration.parts import Coding, Part, grouped, join_parts, pair_files, place_pair, text_digest, write_parts
+from megatron_prune.calibration.parts import Coding, Part, grouped, join_parts, pair_files, place_pairs, text_digest, write_parts
 from megatron_prune.calibration.reader import TRAIN, stamps
 from megatron_prune.calibration.workers import cores
 from megatron_prune.checkpoint import huggingface, megatron
@@ -21,6 +21,7 @@ from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import log, progress_bar
+from megatron_prune.steps.overwrite import check_pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +58,11 @@ def preprocess(options: PreprocessOptions, world: World) -> None:
         dtype=numpy_dtype(facts["vocab_size"]).__name__,
     )
     sources = [_open(name, options) for name in options.input]
-    try:
-        with staging.work(Path(options.output_prefix), _key(facts, coding, folder), main=True, agree=world.agree) as work:
-            start = time.monotonic()
-            size, parts = _tokenise(sources, options, coding, work)
-            written = [_join(column, parts, options, coding, facts, work) for column in range(len(options.json_keys))]
-            _place(work, options)
-    except OSError as error:
-        raise InputError(
-            f"{options.output_prefix} cannot be written",
-            got=str(error),
-            do="make room or name another place; the finished parts are kept, and the same command goes on from them",
-        ) from None
+    with staging.work(Path(options.output_prefix), _key(facts, coding, folder), main=True, agree=world.agree) as work:
+        start = time.monotonic()
+        size, parts = _tokenise(sources, options, coding, work)
+        written = [_join(column, parts, options, coding, facts, work) for column in range(len(options.json_keys))]
+        _place(work, options)
     for key, (documents, tokens) in zip(options.json_keys, written):
         log.info("%s: %d documents, %d tokens (%s)", outputs(options, key)["bin"], documents, tokens, coding.dtype)
     seconds, total = time.monotonic() - start, sum(tokens for _, tokens in written)
@@ -106,13 +100,10 @@ def _check(options: PreprocessOptions, world: World) -> None:
         raise InputError("--json-keys", got=" ".join(keys), needed="different names that can be part of a file's name")
     if options.output_prefix.endswith("/"):
         raise InputError("--output-prefix", got=options.output_prefix, needed="a directory and the start of a file's name")
-    for file in (file for key in keys for file in outputs(options, key).values()):
-        staging.check_file(file)
-        for name in options.input:
-            if Path(name).exists() and Path(name).resolve() in (file.resolve(), *file.resolve().parents):
-                raise InputError(f"output {file} is the input {name} or lies in it", do="name another --output-prefix")
-        if file.exists() and not options.overwrite:
-            raise InputError(f"output {file} exists", do="name another --output-prefix, or pass --overwrite to replace it")
+    for key in keys:
+        for file in outputs(options, key).values():
+            staging.check_file(file, inputs=map(Path, options.input))
+        check_pair(outputs(options, key), staging.unfinished(Path(options.output_prefix)), options.overwrite)
 
 
 def _open(name: str, options: PreprocessOptions) -> DocumentReader:
@@ -222,6 +213,5 @@ def _digest(file: Path) -> str:
 
 
 def _place(work: Path, options: PreprocessOptions) -> None:
-    for column, key in enumerate(options.json_keys):
-        prefix = outputs(options, key)["bin"].with_suffix("")
-        place_pair(work / f"whole-{column}", prefix)
+    prefixes = [outputs(options, key)["bin"].with_suffix("") for key in options.json_keys]
+    place_pairs(work, {prefix: work / f"whole-{column}" for column, prefix in enumerate(prefixes)})
