@@ -302,9 +302,9 @@ DAMAGES = {
         rf"{UP}: shape \(95, 48\), needed \(96, 48\)",
     ),
     "a transposed tensor": (lambda hf: edit_weights(hf, lambda t: t.update({UP: t[UP].T.contiguous()})), f"{UP}: shape"),
-    "whole numbers": (lambda hf: edit_weights(hf, lambda t: t.update({UP: t[UP].to(torch.int8)})), f"{UP}.*I8"),
+    "whole numbers": (lambda hf: edit_weights(hf, lambda t: t.update({UP: t[UP].to(torch.int8)})), f"{UP}: dtype int8"),
     "more layers than config.json says": (
-        lambda hf: edit_json(hf / "config.json", num_hidden_layers=3),
+        lambda hf: edit_json(hf / "config.json", num_hidden_layers=3, layer_types=["full_attention"] * 3),
         "layers.3.*not a tensor",
     ),
     "no config.json": (lambda hf: (hf / "config.json").unlink(), "has no config.json"),
@@ -323,7 +323,7 @@ DAMAGES = {
     ),
     "an unknown rope scaling": (
         lambda hf: edit_json(hf / "config.json", rope_parameters={"rope_type": "yarn", "factor": 2.0}),
-        "rope scaling.*yarn",
+        "rope_parameters.*yarn",
     ),
     "a rope scaling without a factor": (
         lambda hf: edit_json(hf / "config.json", rope_parameters={"rope_type": "linear", "rope_theta": 1e4}),
@@ -368,7 +368,7 @@ def test_an_index_that_does_not_match_its_files(tiny, tmp_path, refused, kind):
         "a file truncated": f"{files[1]} is not a whole safetensors file",
         "a tensor in another file": tensor,
         "a tensor it does not name": tensor,
-        "no map": "index.json is damaged",
+        "no map": "index.json: weight_map",
     }
     if kind == "a file gone":
         (hf / files[1]).unlink()
