@@ -7,7 +7,7 @@ import re
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 from megatron_prune.calibration.streams import UNPACKED
 from megatron_prune.errors import InputError
@@ -119,6 +119,24 @@ def _reason(file: Path, is_text: Callable[[Path], bool]) -> str | None:
     if ending in UNPACKED and file.with_suffix("").is_file():
         return "compressed, beside the same unpacked"
     return None
+
+
+def check_read_once(flag: str, sources: Iterable[tuple[str, list[Path]]]) -> None:
+    """Refuse sources that hold the same file.
+
+    Args:
+        sources: the name and the files of each.
+
+    Raises:
+        InputError: naming the file and both sources.
+    """
+    seen: dict[tuple[int, int], str] = {}
+    for name, files in sources:
+        for file in files:
+            facts = facts_of(file)
+            first = seen.setdefault((facts.st_dev, facts.st_ino), name) if facts else name
+            if first != name:
+                raise InputError(f"{flag}: {file} would be read twice", got=f"{first} and {name}", do="leave one of them out")
 
 
 def summary(name: str, facts: dict[str, Any]) -> str | None:

@@ -44,6 +44,10 @@ class Document:
     size: int
     answers: tuple[list[Span] | None, ...] = ()
 
+    def of(self, column: int) -> tuple[str, list[Span] | None]:
+        """The text for a key, by its place, and the answers in it."""
+        return self.texts[column], self.answers[column] if self.answers else None
+
     @property
     def is_talk(self) -> bool:
         """Whether the first text is one."""

@@ -10,6 +10,7 @@ from typing import Any, Callable, Sequence
 
 import torch
 
+from megatron_prune.calibration.contents import check_read_once
 from megatron_prune.calibration.encoder import Encoder
 from megatron_prune.calibration.reader import TRAIN, Drawn, Reader, open_reader
 from megatron_prune.calibration.readers.samples import Self
@@ -136,6 +137,7 @@ def load_calibration(
         raise InputError("calibration without a source", needed="at least one, such as self")
     encode = Encoder(tokenizer_dir)
     readers = [open_reader(spec.name, encode=encode, field=field, split=split) for spec in specs]
+    check_read_once("--data", ((reader.name, reader.files()) for reader in readers))
     for reader in readers:
         _prepare(reader, self_samples)
     drawn: dict[int, Drawn] = {}
