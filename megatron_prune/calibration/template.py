@@ -24,6 +24,9 @@ _START_SECONDS = 600.0
 _MEMORY = 2 << 30
 """Bytes that a template may take beyond what the process has at its start."""
 
+_LONGEST = 1 << 26
+"""Characters of a talk."""
+
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -68,10 +71,9 @@ class ChatTemplate:
     def _template(self, tools: list | None, where: str) -> str:
         try:
             return self._tokenizer.get_chat_template(None, tools)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError):  # there is none, or several and none of them is the default
             raise InputError(
-                f"{where} is a talk, and the tokenizer {self._name} has no chat template",
-                got=str(error).split(". ")[0],
+                f"{where} is a talk, and the tokenizer {self._name} has no chat template for it",
                 do="put the model's chat_template.jinja into the tokenizer's directory, or give text",
             ) from None
 
@@ -141,9 +143,9 @@ def _rendered(
         return texts[0], spans[0] if mark else []
 
     text, spans = render(messages, False, marked)
+    if not 0 < len(text) <= _LONGEST:
+        raise TemplateError(f"it makes {len(text)} characters of this talk; 1 to {_LONGEST} are taken")
     check_said(messages, text)
-    if not text:
-        raise TemplateError("it says nothing")
     if answers and not marked:
         spans = answer_spans(lambda some, prompt: render(some, prompt)[0], messages, text)
     return text, spans

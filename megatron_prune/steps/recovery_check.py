@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_prune.arch.adapter import target_roles
 from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.calibration.answers import has_mask
 from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
 from megatron_prune.calibration.pair import recorded_tokenizer
 from megatron_prune.calibration.sources import check_seed
@@ -21,6 +22,7 @@ from megatron_prune.recovery.data import check_data
 from megatron_prune.recovery.stored_logits import check_parts, read_description
 from megatron_prune.runtime.megatron_flags import check_megatron_flags
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.output import log
 from megatron_prune.steps.recover import RecoverOptions
 from megatron_prune.steps.recovery_settings import (
     batch_sizes,
@@ -47,6 +49,8 @@ def check(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
         try:
             pairs = check_data(data_options(options), checkpoint.config.vocab_size)
             _check_tokenizer(list(pairs), checkpoint)
+            for prefix in filter(has_mask, () if options.answers_only else pairs):
+                log.info("%s says which tokens are answers; all tokens count, for there is no --answers-only", prefix)
             if options.teacher_logits:
                 samples = options.train_iters * options.global_batch_size
                 check_parts(Path(options.teacher_logits), samples, options.seq_length)
@@ -194,7 +198,7 @@ def _check_run(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> None:
         staging.check_output(save, overwrite=options.overwrite, source=Path(options.load))
     else:
         try:
-            before = json.loads((save / RUN_FILE).read_text(encoding="utf-8"))["settings"]
+            before = {"answers_only": False, **json.loads((save / RUN_FILE).read_text(encoding="utf-8"))["settings"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{save / RUN_FILE} is damaged", got=repr(error), do="pass --overwrite to begin anew") from None
         problems = [

@@ -75,7 +75,7 @@ def teach(options: TeachOptions, world: World) -> None:
     from megatron_prune.recovery.data import DataOptions, build_datasets, check_data
 
     data = DataOptions(
-        **{item.name: getattr(options, item.name) for item in dataclasses.fields(DataOptions) if item.name != "cache"},
+        **{item.name: getattr(options, item.name) for item in dataclasses.fields(DataOptions) if item.name in SHARED},
         cache=save.absolute().with_name(f".{save.name}.work") / "data_cache",
     )
     error = None
