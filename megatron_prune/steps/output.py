@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,7 +26,7 @@ from rich.progress import (
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import both_versions, huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.stream import StreamReport, Transform, share, stream
@@ -125,6 +126,8 @@ def write_huggingface(
     """Write a Hugging Face directory at ``save``; every process takes part.
 
     Args:
+        config_text: the exact text of ``config.json``, where the model is one that was read and is written back unchanged;
+            a changed one is described so that transformers 4 and 5 read the same (``checkpoint/both_versions.py``).
         trimmed: the tokenizer that takes the place of that in ``side_files``.
         files: further text files by name (model card, plan).
     """
@@ -135,6 +138,9 @@ def write_huggingface(
                 (partial / huggingface.BUFFERS_FILE).unlink(missing_ok=True)
                 if trimmed:
                     trimmed.write(partial)
+            if config_text is None:
+                hf_config = both_versions.describe(hf_config, config, commonest(dtypes))
+                both_versions.rewrite_side_files(partial, config.vocab_size)
             huggingface.lay_out(
                 partial,
                 config,
@@ -150,6 +156,11 @@ def write_huggingface(
                 (partial / name).write_text(text, encoding="utf-8")
         world.barrier()
         return run(world, source, huggingface.open_model(partial).tensors, label="writing", strict=strict)
+
+
+def commonest(dtypes: dict[TensorId, torch.dtype]) -> torch.dtype:
+    """The element type of most tensors: what a configuration names."""
+    return Counter(dtypes.values()).most_common(1)[0][0]
 
 
 @contextlib.contextmanager
