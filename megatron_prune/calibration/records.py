@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, Iterator, Sequence
@@ -98,5 +99,10 @@ class RecordReader(FileReader):
 
 def json_error(where: str, error: Exception | str, needed: str) -> InputError:
     """What is said of a record that is not JSON."""
-    got = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+    if isinstance(error, json.JSONDecodeError):
+        got = f"{error.msg} at character {error.pos}"
+    elif isinstance(error, RecursionError):
+        got = "values in values, too deep"
+    else:
+        got = error if isinstance(error, str) else "a number of thousands of digits"
     return InputError(f"{where} is not JSON", got=got, needed=needed)

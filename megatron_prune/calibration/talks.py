@@ -5,6 +5,7 @@ What a talk looks like as text is for the tokenizer's own template to say (``tem
 
 from __future__ import annotations
 
+import os
 from typing import Any, Callable, Mapping
 
 from megatron_prune.errors import InputError
@@ -72,7 +73,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         message = {**message, "content": _joined(content, where)}
     elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise InputError(f"{where}: content", got=shorten(content), needed="text")
-    return {name: value for name, value in message.items() if value is not None or name == "content"}
+    return {name: value for name, value in message.items() if value is not None}  # as transformers does
 
 
 def _joined(parts: list, where: str) -> str:
@@ -124,7 +125,8 @@ def _span(render: Callable[[Messages, bool], str], messages: Messages, text: str
     place = after.rfind(said)
     if said and place >= len(base) and after.startswith(base):
         tail = after[place + len(said) :]
-        for header in (before.removeprefix(base), after[len(base) : place]):
+        prompt = before.removeprefix(base)
+        for header in (prompt, after[len(base) : place], os.path.commonprefix([prompt, text[len(base) :]])):
             if text.startswith(base + header + said + tail):
                 return len(base + header), len(base + header + said + tail)
     raise TemplateError(

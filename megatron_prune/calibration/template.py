@@ -119,8 +119,11 @@ def _serve(pipe: Connection, special: dict[str, Any], answers: bool) -> None:
 
 
 def _limit_memory() -> None:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        held = int(file.read().split()[0]) * resource.getpagesize()
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            held = int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:  # not Linux: the time is limited all the same
+        return
     resource.setrlimit(resource.RLIMIT_AS, (held + _MEMORY, held + _MEMORY))
 
 

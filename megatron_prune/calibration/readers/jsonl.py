@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from pathlib import Path
@@ -77,8 +78,6 @@ class _Values:
     _BLOCK = 1 << 18
 
     def __init__(self, reader: Json, stream: Any):
-        import codecs
-
         self._reader, self._stream, self._decode = reader, stream, codecs.getincrementaldecoder("utf-8")().decode
         self._held, self._place, self._line, self._ended = "", 0, 1, False
 
@@ -96,8 +95,10 @@ class _Values:
             space = _SPACE.match(self._held, self._place).end()
             self._line += self._held.count("\n", self._place, space)
             self._place = space
-            if space < len(self._held) or not self._more():
-                return space == len(self._held)
+            if space < len(self._held):
+                return False
+            if not self._more():
+                return True
 
     def next(self) -> Record:
         """The record that comes next.
@@ -114,8 +115,6 @@ class _Values:
                 if not _may_be_cut(error, len(self._held)) or not self._more():
                     raise self.error(error) from None
                 continue
-            if stop == len(self._held) and self._more():
-                continue  # a number may go on
             where, taken = self._where(), self._held[self._place : stop]
             self._line += taken.count("\n")
             self._place = stop
