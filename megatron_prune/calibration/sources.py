@@ -169,7 +169,7 @@ def check_amount(nsamples: int, seq_length: int) -> None:
     """
     most = MOST_TOKENS // max(seq_length, 1)
     if not 1 <= nsamples <= most:
-        raise InputError("--nsamples", got=nsamples, needed=f"1 to {most} samples of {seq_length} tokens")
+        raise InputError("--nsamples", got=nsamples, needed=f"a positive number, at most {most}")
 
 
 def check_seed(seed: int) -> None:

@@ -18,7 +18,12 @@ from megatron_prune.files.documents import open_regular
 _BUFFER = 1 << 20
 """Bytes that are unpacked together: what a file unpacks to may be of any size."""
 
-_OTHER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+_OTHER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 """Byte-order marks of what is not read; the long ones first, for one begins as the other does."""
 
 

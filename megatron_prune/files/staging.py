@@ -196,6 +196,15 @@ def work(path: Path, key: str, *, main: bool, agree: Callable[[Exception | None]
             _unlock(_locks.pop(folder, None))
 
 
+def check_free(folder: Path) -> None:
+    """Refuse a directory that another run holds.
+
+    Raises:
+        InputError: if one does.
+    """
+    _unlock(_lock(folder))
+
+
 def hold(folder: Path) -> None:
     """Make a directory, if it is not there, and keep other runs off it until this process ends.
 

@@ -21,7 +21,9 @@ from torch.utils.data import Dataset
 
 from megatron_prune.calibration.answers import mask_prefix, open_mask
 from megatron_prune.calibration.pair import Pair, open_pair
-from megatron_prune.errors import InputError
+from megatron_prune.errors import InputError, PruneError
+from megatron_prune.recovery import index_cache
+from megatron_prune.runtime.world import World
 
 SPLITS = ("train", "valid", "test")
 
@@ -167,8 +169,8 @@ def split_counts(split: str, sequences: int) -> list[int]:
     return [0 if share is None else round(share[1] * sequences) - round(share[0] * sequences) for share in bounds]
 
 
-def build_datasets(options: DataOptions, samples: tuple[int, int, int]) -> list[Dataset | None]:
-    """The training, validation and test sets; every process takes part.
+def build_datasets(options: DataOptions, samples: tuple[int, int, int], world: World) -> list[Dataset | None]:
+    """The training, validation and test sets; every process takes part. The main one makes the indices that are not there.
 
     Args:
         samples: of each, at the least.
@@ -176,7 +178,28 @@ def build_datasets(options: DataOptions, samples: tuple[int, int, int]) -> list[
     Returns:
         What yields ``tokens`` and ``labels``, int64 [seq_length] (``IGNORED`` for labels that do not count); ``None`` for a
         split that is empty.
+
+    Raises:
+        PruneError: if the indices cannot be written.
     """
+    error = None
+    if world.is_main:
+        try:
+            build_alone(options, samples)
+        except OSError as found:
+            error = PruneError(f"the indices of the data cannot be written to {options.cache}: {found}")
+    world.agree(error)
+    with index_cache.without_pickles():
+        return _build(options, samples)
+
+
+def build_alone(options: DataOptions, samples: tuple[int, int, int]) -> list[Dataset | None]:
+    """The same in one process, waiting for no other."""
+    with index_cache.sound(options.cache), index_cache.without_pickles(), index_cache.alone():
+        return _build(options, samples)
+
+
+def _build(options: DataOptions, samples: tuple[int, int, int]) -> list[Dataset | None]:
     blends: dict[str, Any] = {"blend": None, "blend_per_split": None, "split": None}
     if options.data_path:
         blends |= {"blend": parse_blend(options.data_path, "--data-path"), "split": _without_empty_test(options)}

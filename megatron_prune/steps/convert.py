@@ -13,6 +13,7 @@ from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.manifest import Manifest, read_recipe
+from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import CheckpointError
@@ -32,6 +33,9 @@ class ConvertOptions:
     target_pipeline_parallel_size: int = option("pipeline stages it is written for", 1)
     target_params_dtype: str | None = option("element type (default: as stored)", None, choices=["fp32", "bf16", "fp16"])
     ckpt_format: str = option("checkpoint layout", "torch_dist", choices=megatron.FORMATS)
+    transformer_impl: str = option(
+        "whose modules Megatron-LM is to load it into; torch_dist suits both", TRANSFORMER_IMPLS[0], choices=TRANSFORMER_IMPLS
+    )
     make_vocab_size_divisible_by: int = option("the padded vocabulary is a multiple of this × the tensor-parallel size", 128)
     overwrite: bool = option("replace an existing output directory", False)
     strict: bool = option("refuse weights that hold NaN or infinity instead of warning", False)
@@ -76,6 +80,7 @@ def convert(options: ConvertOptions, world: World) -> None:
         layout=layout,
         dtypes=source.dtypes(model.config, options.target_params_dtype),
         ckpt_format=options.ckpt_format,
+        transformer_impl=options.transformer_impl,
         manifest=manifest,
         side_files=model.path,
         buffers_of=model,

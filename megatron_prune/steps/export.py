@@ -19,16 +19,16 @@ from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.families.family import FAMILIES, Family
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.foreign import ForeignOptions, noted, told
 from megatron_prune.steps.output import Source, commonest, log, staged, write_huggingface
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(ForeignOptions):
     """Turn a Megatron checkpoint into a Hugging Face model that stock transformers loads."""
 
     load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
     save_dir: str = option("Hugging Face directory to write")
-    hf_dir: str | None = option("take config.json and tokenizer from here (default: those kept in the checkpoint)", None)
     target_params_dtype: str | None = option(
         "element type (default: that of the Hugging Face model it came from)", None, choices=["fp32", "bf16", "fp16"]
     )
@@ -49,15 +49,13 @@ def export(options: ExportOptions, world: World) -> None:
     save = Path(options.save_dir)
     staging.check_output(save, overwrite=options.overwrite, source=Path(options.load_dir))
     shard_bytes = parse_size(options.max_shard_size)
-    side = huggingface.resolve(options.hf_dir) if options.hf_dir else None
-    vocab_size = huggingface.read_config(side).get("vocab_size") if side else None
-    base = Path(options.base) if options.base else None
-    checkpoint, adapter = open_adapted(Path(options.load_dir), base, vocab_size=vocab_size)
+    checkpoint, adapter = open_adapted(Path(options.load_dir), Path(options.base) if options.base else None, told(options))
+    noted(checkpoint, world)
     if options.adapter_only:
         _write_adapter(options, adapter, choose_family(checkpoint.manifest.family, options.target_family), world)
         return
-    side = side or checkpoint.hf_folder
-    template = huggingface.read_config(side) if side else None
+    side = checkpoint.hf_folder
+    template = huggingface.read_config(side) if side and huggingface.is_huggingface(side) else None
     family = choose_family(checkpoint.manifest.family, options.target_family)
     config = checkpoint.config
     hf_config = family.hf_config(config, template, checkpoint.manifest.kept_layers)
@@ -85,7 +83,7 @@ def export(options: ExportOptions, world: World) -> None:
         max_shard_bytes=shard_bytes,
         side_files=side,
         tied_head_stored=checkpoint.manifest.tied_head_stored,
-        buffers={} if pruned else huggingface.load_buffers(checkpoint.hf_folder),
+        buffers={} if pruned else huggingface.load_buffers(checkpoint.path / megatron.HF_FOLDER),
         files=files,
         overwrite=options.overwrite,
         strict=options.strict,

@@ -29,12 +29,14 @@ from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
 from megatron_prune.checkpoint import both_versions, huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.manifest import Manifest
+from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.stream import StreamReport, Transform, share, stream
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.families.family import Family
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.megatron_lm import say_flags
 from megatron_prune.vocabulary.trimmed import Trimmed
 
 log = logging.getLogger("megatron_prune")
@@ -65,6 +67,7 @@ def write_megatron(
     layout: ParallelLayout,
     dtypes: dict[TensorId, torch.dtype],
     ckpt_format: str,
+    transformer_impl: str = TRANSFORMER_IMPLS[0],
     manifest: Callable[[StreamReport], Manifest],
     side_files: Path | None,
     trimmed: Trimmed | None = None,
@@ -86,7 +89,17 @@ def write_megatron(
     """
     with staged(world, save, needed=_bytes(config, dtypes), overwrite=overwrite) as partial:
         if world.is_main:
-            folder = megatron.lay_out(partial, save, config, layout, dtypes, ckpt_format=ckpt_format, sizes=sizes)
+            folder = megatron.lay_out(
+                partial,
+                save,
+                config,
+                layout,
+                dtypes,
+                ckpt_format=ckpt_format,
+                transformer_impl=transformer_impl,
+                tokenizer=side_files is not None,
+                sizes=sizes,
+            )
             if side_files:
                 (folder / megatron.HF_FOLDER).mkdir()
                 huggingface.copy_side_files(side_files, folder / megatron.HF_FOLDER)
@@ -102,6 +115,9 @@ def write_megatron(
         report = run(world, source, target, label="writing", strict=strict)
         if world.is_main:
             megatron.finish(folder, manifest(report))
+    if world.is_main:
+        dtype = dtypes[TensorId("embedding")]
+        say_flags(save, config, layout, dtype, ckpt_format=ckpt_format, transformer_impl=transformer_impl)
 
 
 def write_huggingface(

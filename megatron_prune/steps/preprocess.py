@@ -213,9 +213,7 @@ def _tokenise(
     return done, prefixes, left_out
 
 
-def _record(
-    sources: list[DocumentReader], options: PreprocessOptions, coding: Coding, facts: dict[str, Any]
-) -> dict[str, Any]:
+def _record(sources: list[DocumentReader], options: PreprocessOptions, coding: Coding, facts: dict[str, Any]) -> dict[str, Any]:
     """What the records of all keys say."""
     return {
         "format": "megatron-prune documents",

@@ -7,19 +7,19 @@ from pathlib import Path
 
 from megatron_prune.calibration.artifact import save_samples
 from megatron_prune.calibration.sources import check_amount, check_seed
-from megatron_prune.checkpoint import megatron
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.calibrate import CalibrationOptions, own_samples
+from megatron_prune.steps.foreign import ForeignOptions, open_megatron
 from megatron_prune.steps.output import log
 from megatron_prune.steps.score import megatron_subject
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions:
+class SampleOptions(ForeignOptions):
     """Sample text from a Megatron checkpoint, to be given to --data."""
 
     load: str = option("Megatron checkpoint: its root, or an iteration directory")
@@ -45,7 +45,7 @@ def sample(options: SampleOptions, world: World) -> None:
     if not options.save.endswith(".safetensors"):
         raise InputError("--save", got=options.save, needed="a file name that ends in .safetensors")
     staging.check_file(Path(options.save))
-    checkpoint = megatron.open_checkpoint(Path(options.load))
+    checkpoint = open_megatron(options.load, options, world)
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     layout.check(checkpoint.config)
     if options.seq_length > checkpoint.config.max_position_embeddings:

@@ -10,7 +10,7 @@ import torch
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
 from megatron_prune.calibration.encoder import load_tokenizer
 from megatron_prune.calibration.windows import read_windows
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
@@ -18,13 +18,14 @@ from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.stock_model import load_stock_model
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import check_tied_copy
+from megatron_prune.steps.foreign import ForeignOptions, open_megatron
 from megatron_prune.steps.output import log
 
 TEXT = "The quick brown fox jumps over the lazy dog. In 1969, people first walked on the Moon; 384,400 km from home."
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyOptions:
+class VerifyOptions(ForeignOptions):
     """Compare logits of a Megatron checkpoint, running under TP × PP, with those of a Hugging Face model."""
 
     load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
@@ -49,7 +50,7 @@ def verify(options: VerifyOptions, world: World) -> int:
     folder = huggingface.resolve(options.hf_dir)
     model = huggingface.open_model(folder)
     check_tied_copy(model)
-    checkpoint = megatron.open_checkpoint(Path(options.load_dir), vocab_size=model.config.vocab_size)
+    checkpoint = open_megatron(options.load_dir, options, world)
     compared = [item.name for item in fields(ModelConfig)] if checkpoint.own else SHAPE_FIELDS
     differing = [name for name in compared if getattr(model.config, name) != getattr(checkpoint.config, name)]
     if differing:

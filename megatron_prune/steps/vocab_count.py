@@ -123,9 +123,7 @@ def _files(name: str, source: DocumentReader | None) -> list[Path]:
     return source.files() if source else [Path(f"{open_pair(name).prefix}.bin")]
 
 
-def _count(
-    name: str, source: DocumentReader | None, options: VocabCountOptions, vocabulary: Vocabulary, state: Path
-) -> Tally:
+def _count(name: str, source: DocumentReader | None, options: VocabCountOptions, vocabulary: Vocabulary, state: Path) -> Tally:
     if source is None:
         pair = open_pair(name)
         with progress_bar(f"counting {Path(name).name}", pair.total * pair.dtype.itemsize, shown=True) as advance:

@@ -18,11 +18,13 @@ from megatron_prune.calibration.documents import open_documents
 from megatron_prune.calibration.reader import TRAIN
 from megatron_prune.calibration.sources import split_weight
 from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint.description import Told
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
+from megatron_prune.steps.foreign import ForeignOptions
 from megatron_prune.steps.output import log
 from megatron_prune.vocabulary.counts import Counts, load_counts, merged
 from megatron_prune.vocabulary.selection import PRIOR, Wanted, tokens_of_scripts, tokens_of_texts
@@ -33,7 +35,7 @@ LINES = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectOptions:
+class SelectOptions(ForeignOptions):
     """Which tokens stay."""
 
     load_dir: str = option("model: a Hugging Face directory or hub id, or a Megatron checkpoint; or a tokenizer alone")
@@ -83,17 +85,22 @@ class Model:
         return self.checkpoint.layout if isinstance(self.checkpoint, MegatronCheckpoint) else None
 
 
-def open_subject(load_dir: str, tokenizer: str | None) -> Model:
+def open_subject(load_dir: str, tokenizer: str | None, beside: Told = Told()) -> Model:
     """Open a model of either kind, or a tokenizer.
+
+    Args:
+        beside: what is said of a Megatron checkpoint.
 
     Raises:
         InputError: if there is none, or its tokenizer is missing, damaged or another model's.
     """
     path = Path(load_dir).expanduser()
     if megatron.is_megatron(path):
-        checkpoint = megatron.open_checkpoint(path)
+        checkpoint = megatron.open_checkpoint(path, beside)
         folder = tokenizer_folder(checkpoint.hf_folder, tokenizer)
         return Model(path=path, checkpoint=checkpoint, vocabulary=open_vocabulary(folder, checkpoint.config.vocab_size))
+    if beside != Told():
+        raise InputError(f"{load_dir} is no Megatron checkpoint", do="leave out what is said of one: --hf-dir and the like")
     folder = huggingface.resolve(load_dir)
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         if tokenizer:

@@ -27,6 +27,7 @@ from megatron_prune.steps import prune, prune_hf
 from megatron_prune.steps.calibrate import CalibrationOptions, Subject, bos_token, obtain_calibration, request_key
 from megatron_prune.steps.convert import check_tied_copy
 from megatron_prune.steps.export import parse_size
+from megatron_prune.steps.foreign import noted, told
 from megatron_prune.steps.huggingface_runner import HuggingFaceRunner
 from megatron_prune.steps.output import PARAM_DTYPES, Source, log, progress_bar, run, staged
 from megatron_prune.steps.score import megatron_subject
@@ -72,7 +73,9 @@ def vocab_trim(options: VocabTrimOptions, world: World) -> None:
     source = Path(options.load_dir) if Path(options.load_dir).exists() else None
     for folder in (source, Path(options.tokenizer) if options.tokenizer else None):
         staging.check_output(save, overwrite=options.overwrite, source=folder)
-    model = open_subject(options.load_dir, options.tokenizer)
+    model = open_subject(options.load_dir, options.tokenizer, told(options))
+    if model.layout:
+        noted(model.checkpoint, world)
     chosen = choose(options, model, options.plan)
     if world.is_main:
         show(chosen, options)

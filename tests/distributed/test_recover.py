@@ -360,7 +360,10 @@ def marked(data) -> tuple[list[torch.Tensor], torch.Tensor]:
     """A mask beside the data, of which some documents have nothing; and what megatron-core itself draws of it (by the same
     indices, for it is as long): for the batches of the steps and for the held-out samples."""
     draw = torch.Generator().manual_seed(3)
-    texts = [(torch.rand(len(text), generator=draw) < 0.2 * (number % 4)).long().tolist() for number, text in enumerate(reference.documents(40))]
+    texts = [
+        (torch.rand(len(text), generator=draw) < 0.2 * (number % 4)).long().tolist()
+        for number, text in enumerate(reference.documents(40))
+    ]
     mask = reference.write_pair(Path(f"{data}_mask"), texts, numpy.uint8)
     counts = (STEPS * BATCH, HELD_OUT * BATCH, HELD_OUT * BATCH)
     train, valid, _ = reference.samples(([mask], None), SPLIT, seq_length=LENGTH, seed=SEED, counts=counts)

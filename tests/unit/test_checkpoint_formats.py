@@ -48,15 +48,15 @@ LOCAL = {
 }
 
 
-def args_for(config, layout) -> Namespace:
-    return megatron_args(config, layout, torch.float32, None)
+def args_for(config, layout, transformer_impl="transformer_engine") -> Namespace:
+    return megatron_args(config, layout, torch.float32, None, transformer_impl)
 
 
-def write(room, path, config, layout, model, **how):
+def write(room, path, config, layout, model, transformer_impl="transformer_engine"):
     """A checkpoint of ours, filled in by a stream."""
     path.mkdir(parents=True)
     dtypes = {tensor: data.dtype for tensor, data in model.items()}
-    room.lay_out(path, config, layout, dtypes, args_for(config, layout), {}, **how)
+    room.lay_out(path, config, layout, dtypes, args_for(config, layout, transformer_impl), {})
     stream(raw_map(path.parent / "raw", config, model), room.open_map(path, config, layout))
 
 
@@ -93,7 +93,7 @@ def test_torch_load_finds_on_every_rank_the_chunks_of_the_dense_model(tmp_path, 
         ParallelLayout(tensor=tensor, pipeline=pipeline, vocab_divisible_by=8),
     )
     model = random_model(config, torch.bfloat16)
-    write(legacy, tmp_path / "c", config, layout, model, local_names=local_names)
+    write(legacy, tmp_path / "c", config, layout, model, "local" if local_names else "transformer_engine")
     expected = rank_files(config, layout, model, local_names)
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == sorted(expected)
     for folder, tensors in expected.items():

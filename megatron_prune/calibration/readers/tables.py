@@ -63,7 +63,9 @@ class _Table(RecordReader):
         try:
             yield
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-            raise InputError(f"{self.name} cannot be read", got=str(error).split("\n")[0], needed=f"a whole {self.kind} file") from None
+            raise InputError(
+                f"{self.name} cannot be read", got=str(error).split("\n")[0], needed=f"a whole {self.kind} file"
+            ) from None
 
 
 def _may_hold_text(kind: Any) -> bool:

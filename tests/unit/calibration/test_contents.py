@@ -47,7 +47,10 @@ def test_everything_in_a_folder_is_read_once_or_named_with_the_reason(tmp_path):
     write(tmp_path, {f"b{ending}.JSONL{ending.upper()}": pack(record("lines " + ending)) for ending, pack in PACKERS.items()})
     write(tmp_path, {"c.json": b"[" + record("one") + b",\n" + record("two") + b"]", "d.ndjson": record("nd")})
     table(tmp_path / "e" / "shard-00000-of-00001.PARQUET", text=["row"], id=[1])
-    write(tmp_path, {"README.md": b"x", "LICENSE": b"x", "licence-MIT.txt": b"x", "dataset_infos.json": b"{}", "readme.jsonl": record("r")})
+    write(
+        tmp_path,
+        {"README.md": b"x", "LICENSE": b"x", "licence-MIT.txt": b"x", "dataset_infos.json": b"{}", "readme.jsonl": record("r")},
+    )
     write(tmp_path, {".hidden.txt": b"x", ".git/a.txt": b"x", "e/.ipynb_checkpoints/a-checkpoint.txt": b"x"})
     write(tmp_path, {"x.pdf": b"x", "noending": b"x", "empty.txt": b"", "c.json.gz": gzip.compress(b"x")})
     write(tmp_path, {"p.bin": b"x", "p.idx": b"x", "p.json": b"{}"})
@@ -206,9 +209,15 @@ def test_tables_are_read_column_by_column(tmp_path, monkeypatch):
     rows = [f"row {number}" for number in range(600)]
     kinds = {"text": rows, "body": pyarrow.array(rows).dictionary_encode(), "id": list(range(600)), "deep": [{"a": 1}] * 600}
     table(tmp_path / "x.parquet", **kinds)
-    with pyarrow.OSFile(str(tmp_path / "file.arrow"), "wb") as sink, pyarrow.ipc.new_file(sink, pyarrow.table(kinds).schema) as out:
+    with (
+        pyarrow.OSFile(str(tmp_path / "file.arrow"), "wb") as sink,
+        pyarrow.ipc.new_file(sink, pyarrow.table(kinds).schema) as out,
+    ):
         out.write(pyarrow.table(kinds))
-    with pyarrow.OSFile(str(tmp_path / "stream.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, pyarrow.table(kinds).schema) as out:
+    with (
+        pyarrow.OSFile(str(tmp_path / "stream.arrow"), "wb") as sink,
+        pyarrow.ipc.new_stream(sink, pyarrow.table(kinds).schema) as out,
+    ):
         out.write(pyarrow.table(kinds))
     for name in ("x.parquet", "file.arrow", "stream.arrow"):
         assert texts(tmp_path / name) == texts(tmp_path / name, "body") == rows
@@ -241,7 +250,17 @@ def test_a_pipe_is_no_source(tmp_path):
         open_documents(str(tmp_path / "pipe"), ("text",), split="train")
 
 
-@pytest.mark.parametrize("changes, flag", [({"nsamples": 0}, "--nsamples"), ({"nsamples": -1}, "--nsamples"), ({"nsamples": 10**20}, "--nsamples"), ({"seq_length": 1}, "--seq-length"), ({"seq_length": -5}, "--seq-length"), ({"seed": -1}, "--seed")])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, flag",
+    [
+        ({"nsamples": 0}, "--nsamples"),
+        ({"nsamples": -1}, "--nsamples"),
+        ({"nsamples": 10**20}, "--nsamples"),
+        ({"seq_length": 1}, "--seq-length"),
+        ({"seq_length": -5}, "--seq-length"),
+        ({"seed": -1}, "--seed"),
+    ],
+)
 def test_numbers_that_are_nonsense_are_refused_by_their_flag(load, tmp_path, changes, flag):
     (tmp_path / "a.txt").write_text("words " * 99)
     with pytest.raises(InputError, match=flag):

@@ -119,7 +119,8 @@ def test_talks_of_every_writing_are_the_same(templated, tmp_path):
     write(tmp_path / "x.jsonl", *rows)
     parquet.write_table(pyarrow.table({"messages": [TALK] * 2, "id": [1, 2]}), tmp_path / "x.parquet")
     said = lambda name, key="text": [
-        document.texts[0] for document in open_documents(str(tmp_path / name), (key,), split="train", encode=Encoder(folder)).documents((key,))
+        document.texts[0]
+        for document in open_documents(str(tmp_path / name), (key,), split="train", encode=Encoder(folder)).documents((key,))
     ]
     assert said("x.jsonl") == [wanted, wanted, wanted, "system: Be.\n" + wanted]
     assert said("x.parquet") == said("x.parquet", "messages") == [wanted, wanted]
@@ -137,8 +138,16 @@ def test_talks_are_calibration_data_without_a_second_bos(templated, load, tmp_pa
 @pytest.mark.parametrize(
     "template, record, message",
     [
-        (BRACKETS, {"messages": [{"role": "system", "content": "s"}, *TALK]}, "x.jsonl, line 2: the chat template.*Only user and assistant"),
-        (FORGETFUL, {"messages": [{"role": "system", "content": "forget me"}, *TALK]}, "line 2: .*it leaves out message 1, of role system"),
+        (
+            BRACKETS,
+            {"messages": [{"role": "system", "content": "s"}, *TALK]},
+            "x.jsonl, line 2: the chat template.*Only user and assistant",
+        ),
+        (
+            FORGETFUL,
+            {"messages": [{"role": "system", "content": "forget me"}, *TALK]},
+            "line 2: .*it leaves out message 1, of role system",
+        ),
         (CHATML, {"messages": [{"role": "user"}]}, "line 2, message 1: content.*got: None.*needed: text"),
         (CHATML, {"messages": [{"content": "a"}]}, "line 2, message 1: role"),
         (CHATML, {"messages": ["a"]}, "line 2, message 1.*got: 'a'"),
@@ -245,7 +254,11 @@ def test_what_is_not_the_mask_of_a_pair_is_refused(templated, tmp_path):
         prefixes.append(f"{tmp_path / name}_text_document")
     pair, mask = open_pair(prefixes[0]), Path(f"{mask_prefix(prefixes[0])}.bin")
     whole = mask.read_bytes()
-    for content, message in ((whole.replace(b"\1", b"\2"), "value 2"), (whole[1:] + whole[:1], "another digest"), (whole[:-1], "not whole")):
+    for content, message in (
+        (whole.replace(b"\1", b"\2"), "value 2"),
+        (whole[1:] + whole[:1], "another digest"),
+        (whole[:-1], "not whole"),
+    ):
         mask.write_bytes(content)
         with pytest.raises(InputError, match=message):
             open_mask(pair)
@@ -265,7 +278,15 @@ def test_what_is_not_the_mask_of_a_pair_is_refused(templated, tmp_path):
 )
 def test_what_has_no_answers_is_refused(templated, tmp_path, capsys, records, options, message):
     file = write(tmp_path / "x.jsonl", *records)
-    words = ["preprocess", "--input", str(file), "--tokenizer", str(templated(BRACKETS)[0]), "--output-prefix", str(tmp_path / "p")]
+    words = [
+        "preprocess",
+        "--input",
+        str(file),
+        "--tokenizer",
+        str(templated(BRACKETS)[0]),
+        "--output-prefix",
+        str(tmp_path / "p"),
+    ]
     with pytest.raises(SystemExit) as left:
         main([*words, "--workers", "1", *options])
     assert left.value.code == 2
