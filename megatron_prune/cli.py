@@ -16,6 +16,7 @@ import warnings
 from megatron_prune import __version__
 from megatron_prune.config import parse
 from megatron_prune.errors import InputError, PruneError
+from megatron_prune.files.failures import describe
 
 VERBS = {
     "convert": "Hugging Face → Megatron",
@@ -78,6 +79,8 @@ def run_verb(verb: str, argv: list[str], *, prog: str) -> None:
         _fail(world, f"{prog}: {error}", 1)
     except KeyboardInterrupt:
         _fail(world, f"{prog}: interrupted", 130)
+    except OSError as error:  # before work: what is refused while something is written is a PruneError
+        _fail(world, f"{prog}: {describe(error)}", 2)
     except Exception:
         _fail(world, traceback.format_exc(), 1)
     if code:

@@ -33,7 +33,7 @@ def save_samples(path: Path, tokens: torch.Tensor, provenance: dict[str, Any]) -
             "samples to keep", got=f"provenance {sorted(provenance)}", needed="content_id of the model they are from"
         )
     metadata = {"format": FORMAT, "provenance": json.dumps(provenance, sort_keys=True)}
-    staging.write_bytes(path, save({"tokens": tokens.cpu().contiguous()}, metadata=metadata))
+    staging.write_files({path: save({"tokens": tokens.cpu().contiguous()}, metadata=metadata)})
 
 
 def load_samples(path: Path) -> tuple[torch.Tensor, dict[str, Any]]:

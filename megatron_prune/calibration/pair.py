@@ -12,6 +12,8 @@ import numpy
 import torch
 
 from megatron_prune.errors import InputError
+from megatron_prune.files import staging
+from megatron_prune.files.documents import open_regular
 
 _HEADER = b"MMIDIDX\x00\x00"
 _START = struct.Struct("<9sQBQQ")
@@ -21,8 +23,19 @@ _BLOCK = 1 << 22
 """Tokens that are looked at together."""
 
 
+def is_index(file: Path) -> bool:
+    """Whether a file begins as the index of a Megatron data set."""
+    try:
+        with open_regular(file) as data:
+            return data.read(len(_HEADER)) == _HEADER
+    except (InputError, OSError):
+        return False
+
+
 def open_pair(prefix: str | Path) -> Pair:
     """The pair ``prefix.bin`` and ``prefix.idx``; only the index is read.
+
+    A run that was stopped while it put the pair in place is completed first.
 
     Args:
         prefix: of both files; the name of either of them will do.
@@ -32,7 +45,10 @@ def open_pair(prefix: str | Path) -> Pair:
             ids, or holds none.
     """
     path = Path(prefix)
-    return Pair(str(path.with_suffix("") if path.suffix in (".bin", ".idx") else path))
+    whole = str(path.with_suffix("") if path.suffix in (".bin", ".idx") else path)
+    if not os.path.lexists(f"{whole}.idx"):
+        staging.settle(Path(f"{whole}.idx"))
+    return Pair(whole)
 
 
 class Pair:

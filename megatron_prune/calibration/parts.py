@@ -12,7 +12,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Sequence, TypeVar
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence, TypeVar
 
 import numpy
 import xxhash
@@ -219,18 +219,17 @@ def pair_files(prefix: Path) -> dict[str, Path]:
     return {ending: prefix.with_name(f"{prefix.name}.{ending}") for ending in _ENDINGS}
 
 
-def place_pair(made: Path, prefix: Path) -> None:
-    """Put a finished pair in place; an old index goes first, so that no index ever belongs to other tokens.
+def place_pairs(work: Path, pairs: Mapping[Path, Path]) -> None:
+    """Put finished pairs in place, all together; old indices go first, so that no index ever belongs to other tokens.
+
+    A run that is stopped in between has the next one, and whoever opens a pair, complete it.
 
     Args:
-        made, prefix: of its files where they were made and where they go. Without a record an old one goes.
+        work: of :func:`staging.work`.
+        pairs: prefix of the files' places → prefix of the files in ``work``. Without a record an old one goes.
     """
-    sources, files = pair_files(made), pair_files(prefix)
-    present = [ending for ending in _ENDINGS if sources[ending].exists()]
-    for ending in present:
-        staging.sync(sources[ending])
-    files["idx"].unlink(missing_ok=True)
-    files["json"].unlink(missing_ok=True)
-    for ending in present:
-        os.rename(sources[ending], files[ending])
-    staging.sync(prefix.absolute().parent)
+    moves: list[tuple[Path, Path | None]] = [(pair_files(prefix)["idx"], None) for prefix in pairs]
+    for prefix, made in pairs.items():
+        for ending, file in pair_files(made).items():
+            moves.append((pair_files(prefix)[ending], file if file.exists() else None))
+    staging.place_from_work(work, moves)

@@ -26,6 +26,7 @@ from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS, megatron_
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError
 from megatron_prune.families.family import FAMILIES
+from megatron_prune.files.documents import read_text
 
 TRACKER, RELEASE, HF_FOLDER, PLAN_FILE = "latest_checkpointed_iteration.txt", "release", "hf", "plan.json"
 TOKENIZER = "tokenizer"
@@ -58,6 +59,17 @@ class MegatronCheckpoint:
     hf_folder: Path | None
     unsaid: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def plan_text(self) -> str | None:
+        """The plan that it was pruned by, as it stands, if it was.
+
+        Raises:
+            CheckpointError: if it is a link, or no text.
+        """
+        file = self.path / PLAN_FILE
+        if file.is_symlink():
+            raise CheckpointError(f"{file}", got="a link", needed="the plan itself", do="put a copy in its place, or remove it")
+        return read_text(file) if file.exists() else None
 
 
 def is_megatron(path: Path) -> bool:

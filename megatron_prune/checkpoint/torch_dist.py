@@ -147,7 +147,8 @@ def _common(path: Path) -> Any:
     info = next((info for index, info in storage.items() if index.fqn == COMMON_OBJECT), None)
     if info is None:
         raise CheckpointError(f"{path} lacks {COMMON}: the checkpoint was never finished")
-    return torch_archive.read_objects(_inside(path, info), offset=info.offset, length=info.length)
+    held = torch_archive.read_objects(_inside(path, info), offset=info.offset, length=info.length)
+    return held[0] if isinstance(held, list) and len(held) == 1 else held
 
 
 def _inside(path: Path, info: filesystem._StorageInfo) -> Path:

@@ -32,7 +32,7 @@ def load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the file that holds something else than tensors and plain values.
     """
-    torch_dist.read_args(folder)  # there, and of this kind
+    torch_dist.read_stored(folder)  # there, and of this kind
     with mock.patch.object(torch_strategies, "_get_filesystem_reader", lambda path, cache_metadata=False: _Reader(path)):
         return dist_checkpointing.load(wanted, str(folder), common_strategy=_Common())
 

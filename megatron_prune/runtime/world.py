@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
@@ -64,6 +64,16 @@ class World:
         for found in self.all_gather(error):
             if found is not None:
                 raise found
+
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Do something on the main process; the others wait, and what it raises there is raised on all of them."""
+        error = None
+        if self.is_main:
+            try:
+                action()
+            except Exception as found:
+                error = found
+        self.agree(error)
 
     def spread(self, value: torch.Tensor) -> torch.Tensor:
         """The main process's tensor on the host, written into those of all others, which have its shape and dtype.

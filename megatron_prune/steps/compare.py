@@ -62,7 +62,7 @@ def compare(options: CompareOptions, world: World) -> None:
         print("perplexity on the first {windows} windows of {seq_length} tokens of {text}".format(**protocols[0]))
     if options.output:
         content = {"before": rows[0], "after": rows[1], "protocol": protocols[0] if protocols else None}
-        staging.write_text(Path(options.output), json.dumps(content, indent=2) + "\n")
+        staging.write_files({Path(options.output): json.dumps(content, indent=2).encode() + b"\n"})
 
 
 def _read(path: str | None) -> dict[str, Any] | None:

@@ -99,4 +99,4 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
             log.info("%s", line)
         log.info("perplexity %.3f over %d windows of %d tokens of %s", value, len(windows), options.seq_length, options.data)
         if options.output:
-            staging.write_text(Path(options.output), json.dumps(result, indent=2) + "\n")
+            staging.write_files({Path(options.output): json.dumps(result, indent=2).encode() + b"\n"})

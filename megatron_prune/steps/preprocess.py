@@ -17,7 +17,7 @@ from megatron_prune.calibration.contents import check_read_once, summary
 from megatron_prune.calibration.cutting import checked, cut, part_size
 from megatron_prune.calibration.documents import DocumentReader, open_documents
 from megatron_prune.calibration.encoder import Encoder, load_tokenizer, tokenizer_digest
-from megatron_prune.calibration.parts import Coding, join_parts, pair_files, place_pair, write_parts
+from megatron_prune.calibration.parts import Coding, join_parts, pair_files, place_pairs, write_parts
 from megatron_prune.calibration.reader import TRAIN, stamps
 from megatron_prune.calibration.workers import cores
 from megatron_prune.checkpoint import huggingface, megatron
@@ -26,6 +26,7 @@ from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import log, progress_bar
+from megatron_prune.steps.overwrite import check_pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,22 +70,15 @@ def preprocess(options: PreprocessOptions, world: World) -> None:
     check_read_once("--input", ((source.name, source.files()) for source in sources))
     for line in filter(None, (summary(source.name, source.contents()) for source in sources)):
         log.info("%s", line)
-    try:
-        with staging.work(Path(options.output_prefix), _key(facts, coding, folder), main=True, agree=world.agree) as work:
-            start = time.monotonic()
-            size, parts, left_out = _tokenise(sources, options, coding, work)
-            record = _record(sources, options, coding, facts)
-            written = [
-                _join(column, parts[column :: len(left_out)], {**record, "key": key, "left_out": left_out[column]}, coding, work)
-                for column, key in enumerate(options.json_keys)
-            ]
-            _place(work, options)
-    except OSError as error:
-        raise InputError(
-            f"{options.output_prefix} cannot be written",
-            got=str(error),
-            do="make room or name another place; the finished parts are kept, and the same command goes on from them",
-        ) from None
+    with staging.work(Path(options.output_prefix), _key(facts, coding, folder), main=True, agree=world.agree) as work:
+        start = time.monotonic()
+        size, parts, left_out = _tokenise(sources, options, coding, work)
+        record = _record(sources, options, coding, facts)
+        written = [
+            _join(column, parts[column :: len(left_out)], {**record, "key": key, "left_out": left_out[column]}, coding, work)
+            for column, key in enumerate(options.json_keys)
+        ]
+        _place(work, options)
     for key, (documents, tokens), passed in zip(options.json_keys, written, left_out):
         log.info("%s: %d documents, %d tokens (%s)", outputs(options, key)["bin"], documents, tokens, coding.dtype)
         for why, number in passed.items():
@@ -99,12 +93,12 @@ def outputs(options: PreprocessOptions, key: str) -> dict[str, Path]:
     return pair_files(prefix.with_name(f"{prefix.name}_{key}_document"))
 
 
-def _written(options: PreprocessOptions, key: str) -> Iterator[Path]:
-    """The pair of a key, its record, and its mask if there is one."""
+def _pairs(options: PreprocessOptions, key: str) -> Iterator[dict[str, Path]]:
+    """The files of the pair of a key, and of its mask if there is one or a new pair may make it go."""
     files = outputs(options, key)
-    yield from files.values()
-    if options.answers_only:
-        yield from (file for ending, file in pair_files(mask_prefix(files["bin"].with_suffix(""))).items() if ending != "json")
+    yield files
+    if options.answers_only or options.overwrite:
+        yield pair_files(mask_prefix(files["bin"].with_suffix("")))
 
 
 def tokenizer_folder(name: str) -> Path:
@@ -132,13 +126,11 @@ def _check(options: PreprocessOptions, world: World) -> None:
         raise InputError("--json-keys", got=" ".join(keys), needed="different names that can be part of a file's name")
     if options.output_prefix.endswith("/"):
         raise InputError("--output-prefix", got=options.output_prefix, needed="a directory and the start of a file's name")
-    for file in (file for key in keys for file in _written(options, key)):
-        staging.check_file(file)
-        for name in options.input:
-            if os.path.exists(name) and Path(name).resolve() in (file.resolve(), *file.resolve().parents):
-                raise InputError(f"output {file} is the input {name} or lies in it", do="name another --output-prefix")
-        if file.exists() and not options.overwrite:
-            raise InputError(f"output {file} exists", do="name another --output-prefix, or pass --overwrite to replace it")
+    for key in keys:
+        for files in _pairs(options, key):
+            for file in files.values():
+                staging.check_file(file, inputs=map(Path, options.input))
+            check_pair(files, staging.unfinished(Path(options.output_prefix)), options.overwrite)
 
 
 def _open(name: str, options: PreprocessOptions, encode: Encoder) -> DocumentReader:
@@ -254,9 +246,11 @@ def _digest(file: Path) -> str:
 
 
 def _place(work: Path, options: PreprocessOptions) -> None:
-    """Put pairs in place, each after its mask: a pair that says that it has one has."""
+    """Put pairs in place, each with its mask; where an old one has a mask and the new one none, it goes."""
+    pairs = {}
     for column, key in enumerate(options.json_keys):
-        prefix = outputs(options, key)["bin"].with_suffix("")
-        if options.answers_only:
-            place_pair(mask_prefix(work / f"whole-{column}"), mask_prefix(prefix))
-        place_pair(work / f"whole-{column}", prefix)
+        prefix, made = outputs(options, key)["bin"].with_suffix(""), work / f"whole-{column}"
+        if options.answers_only or options.overwrite:
+            pairs[mask_prefix(prefix)] = mask_prefix(made)
+        pairs[prefix] = made
+    place_pairs(work, pairs)

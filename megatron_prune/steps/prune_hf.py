@@ -11,7 +11,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Mapping
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import huggingface, megatron
@@ -31,7 +31,8 @@ from megatron_prune.steps.convert import check_tied_copy
 from megatron_prune.steps.export import choose_family, parse_size
 from megatron_prune.steps.fit import FitOptions, held_metrics, pruned_source, wants_text
 from megatron_prune.steps.huggingface_runner import HuggingFaceRunner, check_metrics
-from megatron_prune.steps.output import Source, commonest, log, run, write_huggingface
+from megatron_prune.steps.output import Source, commonest, log, run, say_links, write_huggingface
+from megatron_prune.steps.overwrite import HUGGING_FACE, check_output
 from megatron_prune.steps.prune import kept_vocabulary
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.vocabulary.trimmed import Trimmed
@@ -64,7 +65,8 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
     """
     save = Path(options.output_path)
     folder = huggingface.resolve(options.model_name_or_path)
-    staging.check_output(save, overwrite=options.overwrite, source=folder)
+    check_output(save, HUGGING_FACE, overwrite=options.overwrite, source=folder)
+    say_links(folder, world)
     if options.save_plan:
         staging.check_file(Path(options.save_plan), beside=save)
     parse_size(options.max_shard_size)
@@ -112,12 +114,11 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
             world,
             trimmed=trimmed,
             max_shard_bytes=parse_size(options.max_shard_size),
+            beside={Path(options.save_plan): plan.dumps().encode()} if options.save_plan else {},
             overwrite=options.overwrite,
             strict=options.strict,
         )
     if world.is_main:
-        if options.save_plan:
-            staging.write_text(Path(options.save_plan), plan.dumps())
         log.info("pruned to %s: %s", save, plan.summary())
 
 
@@ -131,6 +132,7 @@ def write_cut(
     *,
     trimmed: Trimmed | None,
     max_shard_bytes: int,
+    beside: Mapping[Path, bytes],
     overwrite: bool,
     strict: bool,
 ) -> None:
@@ -139,6 +141,7 @@ def write_cut(
     Args:
         source: the pruned tensors.
         trimmed: the tokenizer that goes with them, where the vocabulary is cut.
+        beside: files that appear together with it.
     """
     cut = Cut(plan, model.config)
     template = trimmed.config(model.hf_config) if trimmed else model.hf_config
@@ -161,6 +164,7 @@ def write_cut(
         trimmed=trimmed,
         tied_head_stored=model.tied_head_stored,
         files={megatron.PLAN_FILE: plan.dumps(), RECIPE_FILE: dump_recipe(recipe), "README.md": card},
+        beside=beside,
         overwrite=overwrite,
         strict=strict,
     )

@@ -30,6 +30,7 @@ from megatron_prune.recovery.stored_logits import check_answers, check_parts, re
 from megatron_prune.runtime.megatron_flags import check_megatron_flags
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import log
+from megatron_prune.steps.overwrite import RUN, check_output
 from megatron_prune.steps.recover import RecoverOptions
 from megatron_prune.steps.recovery_settings import (
     batch_sizes,
@@ -225,7 +226,7 @@ def _check_run(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> None:
     save = Path(options.save)
     begun = (save / RUN_FILE).is_file()
     if options.overwrite or not begun and not is_blank(save):
-        staging.check_output(save, overwrite=options.overwrite, source=Path(options.load))
+        check_output(save, RUN, overwrite=options.overwrite, source=Path(options.load))
     elif begun:
         staging.check_free(save)
         before = read_json(save / RUN_FILE, RunFile, error=InputError, do="pass --overwrite to begin anew").settings

@@ -56,7 +56,7 @@ def sample(options: SampleOptions, world: World) -> None:
     shared = ("nsamples", "seq_length", "seed", "dtype")
     wanted = CalibrationOptions(**{name: getattr(options, name) for name in shared})
     tokens = own_samples(wanted, subject, options.nsamples, world)
+    facts = {name: getattr(options, name) for name in shared} | {"bos": subject.bos, "content_id": subject.content_id}
+    world.on_main(lambda: save_samples(Path(options.save), tokens, facts))
     if world.is_main:
-        facts = {name: getattr(options, name) for name in shared}
-        save_samples(Path(options.save), tokens, {**facts, "bos": subject.bos, "content_id": subject.content_id})
         log.info("%d samples of %d tokens: %s", *tokens.shape, options.save)

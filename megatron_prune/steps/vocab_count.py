@@ -20,9 +20,10 @@ from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import log, progress_bar
+from megatron_prune.steps.overwrite import check_counts, is_list_of_counts
 from megatron_prune.steps.vocab_options import open_subject
 from megatron_prune.vocabulary.counting import Tally, count_documents, count_pair
-from megatron_prune.vocabulary.counts import Corpus, Counts
+from megatron_prune.vocabulary.counts import Corpus, Counts, is_counts
 from megatron_prune.vocabulary.vocabulary import Vocabulary
 
 
@@ -52,10 +53,9 @@ def vocab_count(options: VocabCountOptions, world: World) -> None:
     output = Path(options.output)
     if options.text and Path(options.text).resolve() == output.resolve():
         raise InputError("--output and --text are the same file", got=options.text, do="name another")
-    for file in (output, *([Path(options.text)] if options.text else [])):
-        staging.check_file(file)
-        if file.exists() and not options.overwrite:
-            raise InputError(f"output {file} exists", do="name another, or pass --overwrite to replace it")
+    for file, is_ours in ((output, is_counts), *([(Path(options.text), is_list_of_counts)] if options.text else [])):
+        staging.check_file(file, inputs=[Path(split_weight(spec, "--input")[0]) for spec in options.input])
+        check_counts(file, is_ours, options.overwrite)
     specs = [split_weight(spec, "--input") for spec in options.input]
     if len({name for name, _ in specs}) < len(specs):
         raise InputError("--input lists a corpus twice", got=" ".join(options.input), do="give it a weight instead")
@@ -94,9 +94,8 @@ def vocab_count(options: VocabCountOptions, world: World) -> None:
             for (name, weight), tally in zip(specs, tallies)
         ]
         counts = Counts(digest=vocabulary.digest, corpora=corpora, tables=[tally.table for tally in tallies])
-        if options.text:
-            counts.save_text(Path(options.text))
-        counts.save(output)
+        files = {output: counts.dumps(), **({Path(options.text): counts.dump_text()} if options.text else {})}
+        staging.write_files(files)
     seconds, size = time.monotonic() - start, sum(corpus.size for corpus in corpora)
     used = int((sum(counts.tables) > 0).sum())
     for corpus in corpora:

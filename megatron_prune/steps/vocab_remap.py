@@ -12,13 +12,14 @@ import numpy
 from megatron_prune.calibration.answers import has_mask
 from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
 from megatron_prune.calibration.pair import Pair, open_pair
-from megatron_prune.calibration.parts import pair_files, place_pair
+from megatron_prune.calibration.parts import pair_files, place_pairs
 from megatron_prune.checkpoint import megatron
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import log, progress_bar
+from megatron_prune.steps.overwrite import check_pair
 from megatron_prune.steps.preprocess import numpy_dtype
 from megatron_prune.vocabulary.id_map import MAP_FILE, IdMap, load_map
 
@@ -43,9 +44,8 @@ def vocab_remap(options: VocabRemapOptions, world: World) -> None:
         raise InputError("vocab remap is started as one process", got=f"{world.size}")
     prefix = Path(options.output_prefix)
     for file in pair_files(prefix).values():
-        staging.check_file(file)
-        if file.exists() and not options.overwrite:
-            raise InputError(f"output {file} exists", do="name another --output-prefix, or pass --overwrite to replace it")
+        staging.check_file(file, inputs=[Path(options.map)])
+    check_pair(pair_files(prefix), staging.unfinished(prefix), options.overwrite)
     source, folder = open_pair(options.input), _folder(Path(options.map))
     if has_mask(source.prefix):
         raise InputError(
@@ -68,7 +68,7 @@ def vocab_remap(options: VocabRemapOptions, world: World) -> None:
         if record:
             record |= {"tokens": tokens, "dtype": numpy_dtype(len(ids.new_to_old)).__name__}
             (work / "whole.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        place_pair(work / "whole", prefix)
+        place_pairs(work, {prefix: work / "whole"})
     log.info(
         "%s.bin: %d documents, %d tokens of %d (%.2f%% kept as they were)", prefix, source.documents, tokens, source.total, kept
     )

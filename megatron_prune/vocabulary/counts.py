@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from megatron_prune.errors import InputError
-from megatron_prune.files import staging
 
 _FORMAT = "megatron-prune token counts"
 
@@ -82,19 +81,24 @@ class Counts:
         head = {"format": _FORMAT, "digest": self.digest, "corpora": json.dumps([asdict(corpus) for corpus in self.corpora])}
         return save({f"counts.{number}": table for number, table in enumerate(self.tables)}, head)
 
-    def save(self, path: Path) -> None:
-        """Write the file, atomically."""
-        staging.write_bytes(path, self.dumps())
-
-    def save_text(self, path: Path) -> None:
-        """Write S4's file: a line for every id, ``id count``, the most frequent first, equals by id."""
+    def dump_text(self) -> bytes:
+        """S4's file: a line for every id, ``id count``, the most frequent first, equals by id."""
         total = numpy.rint(self.total()).astype(numpy.int64)
         order = numpy.argsort(-total, kind="stable")
-        staging.write_text(path, "".join(f"{number} {total[number]}\n" for number in order.tolist()))
+        return "".join(f"{number} {total[number]}\n" for number in order.tolist()).encode()
+
+
+def is_counts(path: Path) -> bool:
+    """Whether a file holds token counts."""
+    try:
+        load_counts(path)
+    except InputError:
+        return False
+    return True
 
 
 def load_counts(path: Path) -> Counts:
-    """Read what :meth:`Counts.save` wrote.
+    """Read what :meth:`Counts.dumps` gave.
 
     Raises:
         InputError: if it is no such file, or damaged.

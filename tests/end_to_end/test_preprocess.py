@@ -29,7 +29,7 @@ from megatron_prune.calibration.documents import open_documents
 from megatron_prune.calibration.encoder import tokenizer_digest
 from megatron_prune.calibration.pair import open_pair
 from megatron_prune.cli import main, run_verb
-from megatron_prune.errors import InputError
+from megatron_prune.errors import InputError, PruneError
 from megatron_prune.runtime.world import World
 from megatron_prune.steps import preprocess as step
 from megatron_prune.steps.preprocess import PreprocessOptions, part_size, preprocess
@@ -221,7 +221,7 @@ def parts_of(work: Path) -> dict[str, int]:
 def test_a_stopped_run_goes_on_where_it_was(folder, tokenizer, tmp_path, monkeypatch):
     rows = records(60, seed=3)
     asked = {"input": (write_jsonl(tmp_path / "x.jsonl", rows),), "output_prefix": tmp_path / "x", "tokenizer": folder}
-    work, join = tmp_path / ".x.work", step.join_parts
+    work, join = tmp_path / ".x.work/content", step.join_parts
     expected, found = dense(encoded(tokenizer, [row["text"] for row in rows], [1])), []
 
     class Stopping:
@@ -253,7 +253,7 @@ def test_a_stopped_run_goes_on_where_it_was(folder, tokenizer, tmp_path, monkeyp
     missing = [part.prefix for part in parts if not part.is_written]
     full = Path(f"{missing[-1]}.bin")
     full.symlink_to("/dev/full")
-    with pytest.raises(InputError, match="(?s)x cannot be written.*No space left.*finished parts are kept"):
+    with pytest.raises(PruneError, match="(?s)x was not written.*No space left.*finished parts are kept"):
         run(**asked, workers=2)
     assert sorted(os.listdir(tmp_path)) == [".x.work", "x.jsonl"] and kept.items() <= parts_of(work).items()
     full.unlink()
@@ -278,10 +278,10 @@ def test_a_mended_line_leaves_the_other_parts_as_they_were(folder, tokenizer, tm
     file.write_text("".join([*good[:-1], "no\n"]))
     with pytest.raises(InputError, match="x.jsonl, line 61 is not JSON"):
         run(input=(file,), output_prefix=tmp_path / "x", tokenizer=folder, workers=1)
-    kept, found, join = parts_of(tmp_path / ".x.work"), {}, step.join_parts
+    kept, found, join = parts_of(tmp_path / ".x.work/content"), {}, step.join_parts
 
     def watched(parts, *more):
-        found.update(parts_of(tmp_path / ".x.work"))
+        found.update(parts_of(tmp_path / ".x.work/content"))
         return join(parts, *more)
 
     monkeypatch.setattr(step, "join_parts", watched)
@@ -326,7 +326,7 @@ def alive(pid: int) -> bool:
 
 def test_a_killed_run_leaves_no_process_and_no_output(folder, tokenizer, tmp_path):
     rows = records(2000, seed=4)
-    file, work = write_jsonl(tmp_path / "x.jsonl", rows), tmp_path / ".x.work"
+    file, work = write_jsonl(tmp_path / "x.jsonl", rows), tmp_path / ".x.work/content"
     words = [sys.executable, "-c", KILLED, str(file), str(tmp_path / "x"), str(folder)]
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (work.is_dir() and parts_of(work)):

@@ -614,6 +614,30 @@ REFUSED = {
     "a split without validation": ({"split": "100,0,0"}, "--split"),
     "a split that is none": ({"split": "a,b,c"}, "--split"),
     "a place inside the checkpoint": ({"save": "m/run"}, "in the input"),
+    "held-out data beside data that is cut": ({"valid_data_path": ("gone",)}, "--valid-data-path gone has no effect without"),
+    "test data beside data that is cut": ({"test_data_path": ("text",)}, "--test-data-path text has no effect without"),
+    "a cut of data that is not cut": (
+        {"data_path": (), "train_data_path": ("text",), "valid_data_path": ("text",)},
+        f"--split {SPLIT} has no effect without --data-path",
+    ),
+    "a scale of a loss that is not scaled": ({"initial_loss_scale": 2.0}, "--initial-loss-scale 2.0 .* without --fp16"),
+    "an end of a rate that stays": ({"lr_decay_style": "constant"}, "--min-lr 0.001 has no effect without a --lr-decay-style"),
+    "a fall of a rate that stays": (
+        {"lr_decay_style": "constant", "min_lr": None, "lr_decay_iters": 4},
+        "--lr-decay-iters 4 has no effect",
+    ),
+    "a share of a teacher that is not there": ({"distill_weight": 0.7}, "--distill-weight 0.7 has no effect without --teacher"),
+    "a temperature of nobody": ({"distill_temperature": 2.0}, "--distill-temperature 2.0 has no effect without --teacher"),
+    "layers that do not count": ({"teacher": "taught", "hidden_layers": (1,)}, "--hidden-layers 1 has no effect without"),
+    "an alpha of no adapters": ({"lora_alpha": 8.0}, "--lora-alpha 8.0 has no effect without --lora-r"),
+    "a dropout of no adapters": ({"lora_dropout": 0.1}, "--lora-dropout 0.1 has no effect without --lora-r"),
+    "targets of no adapters": ({"lora_targets": ("q_proj", "k_proj")}, "--lora-targets q_proj k_proj has no effect without"),
+    "sequences split over one rank": ({"sequence_parallel": True}, "--sequence-parallel has no effect"),
+    "two kinds of recompute": (
+        {"recompute_activations": True, "recompute_granularity": "full"},
+        "--recompute-activations and --recompute-granularity full",
+    ),
+    "a cache that is a file": ({"data_cache_path": "text.idx"}, "text.idx.*a link or a file.*needed: a directory"),
 }
 
 
@@ -644,6 +668,55 @@ def test_damaged_data_is_refused_before_anything_is_written(run, tmp_path, damag
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("moment", ["shuffle", "sample", "description"])
+def test_a_kill_while_the_indices_are_written_is_mended_by_the_same_command(run, whole, tmp_path, monkeypatch, caplog, moment):
+    save, save_array = tmp_path / "run", numpy.save
+
+    def killed(path, *rest, **further):
+        if moment in str(path) or moment == "description":
+            if moment != "description":
+                save_array(path, *rest, **further)
+                os.truncate(path, os.path.getsize(path) - 8)
+            raise jobs.Killed
+        save_array(path, *rest, **further)
+
+    with monkeypatch.context() as patch, pytest.raises(jobs.Killed):
+        patch.setattr(numpy, "save", killed)
+        run(save)
+    assert run(save) == 0
+    same_end(save, whole())
+
+
+def test_a_disk_that_is_full_while_the_indices_are_written_is_named_on_every_rank(options, ranks, run, whole, tmp_path):
+    save = tmp_path / "run"
+    with pytest.raises(RankFailed, match="the indices of the data cannot be written to .*data_cache") as failed:
+        ranks(2).run(jobs.recover, options(save, tensor_model_parallel_size=2), {0: "indices do not fit"})
+    assert failed.value.kinds == {0: "PruneError", 1: "PruneError"}
+    assert run(save) == 0
+    same_end(save, whole())
+
+
+def test_a_kill_while_a_run_begins_is_mended_by_the_same_command(run, whole, tmp_path):
+    save = tmp_path / "run"
+    save.mkdir()
+    (save / ".run.json.partial").write_text("{")
+    assert run(save) == 0
+    same_end(save, whole())
+
+
+def test_a_line_of_the_history_that_is_no_record_is_named_and_one_that_was_cut_off_is_written_again(run, whole, tmp_path):
+    save = tmp_path / "run"
+    assert run(save, {2: "stop"}) == 143
+    lines = (save / "history.jsonl").read_text().splitlines()
+    for damaged in ('{"iteration": "3", "tokens": 4}', '{"iteration": 3}', "[]", "{"):
+        (save / "history.jsonl").write_text("\n".join([lines[0], damaged, *lines[1:]]) + "\n")
+        with pytest.raises(InputError, match="history.jsonl, line 2"):
+            run(save)
+    (save / "history.jsonl").write_text("\n".join([*lines, lines[-1][:20]]))
+    assert run(save) == 0
+    same_end(save, whole(), kept=(4, 6))
+
+
 def test_a_directory_that_holds_something_else_is_left_alone(run, tmp_path):
     save = tmp_path / "run"
     save.mkdir()
@@ -651,7 +724,7 @@ def test_a_directory_that_holds_something_else_is_left_alone(run, tmp_path):
     with pytest.raises(InputError, match="run exists"):
         run(save)
     (save / "run.json").write_text("{")
-    with pytest.raises(InputError, match="run.json is damaged"):
+    with pytest.raises(InputError, match="run.json is not JSON"):
         run(save)
     assert (save / "thesis.tex").read_text() == "years of work"
 

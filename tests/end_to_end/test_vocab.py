@@ -132,7 +132,7 @@ def test_any_number_of_workers_counts_the_same_and_a_killed_run_goes_on(model, t
     script = tmp_path / "slow.py"
     script.write_text(slow)
     process = subprocess.Popen([sys.executable, str(script), *command[3:]], stderr=subprocess.DEVNULL)
-    state = tmp_path / ".two.work" / "corpus-0"
+    state = tmp_path / ".two.work/content/corpus-0"
     limit = time.monotonic() + 120
     while not state.exists() and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.01)
@@ -629,7 +629,7 @@ def test_tokens_with_brackets_are_shown_as_they_are(model, counts, tmp_path, cap
         {"id": 3, "text": "()]", "made": 1.0},
     ]
     chosen.report.update(bytes_without_a_token=[], least_frequent_kept=entry, most_frequent_dropped=[])
-    vocab_choice.show(chosen, VocabSelectOptions(load_dir="x"))
+    vocab_choice.show(chosen)
     shown = capsys.readouterr().out
     assert "'[/' 1" in shown and "[axis' 1" in shown and "'()]' 1" in shown
 

@@ -139,12 +139,12 @@ def test_counts_add_up_or_are_weighted(tmp_path):
     assert weighted.sum() == pytest.approx(20)
     both = counts([1, 3], [5, 1]).weighted(2.0)
     assert (both.tables[0].tolist(), both.corpora[0].weight, both.corpora[0].tokens) == ([6, 4], 2.0, 10)
-    counts([1, 2, 0], [3, 0, 4], weights=[1.0, 2.0]).save(tmp_path / "c")
+    (tmp_path / "c").write_bytes(counts([1, 2, 0], [3, 0, 4], weights=[1.0, 2.0]).dumps())
     back = load_counts(tmp_path / "c")
     assert [table.tolist() for table in back.tables] == [[1, 2, 0], [3, 0, 4]] and back.corpora[1].weight == 2.0
     whole = merged([counts([1, 2]), counts([0, 5])])
     assert whole.total().tolist() == [1, 7]
-    counts([5, 0, 9, 5]).save_text(tmp_path / "c.txt")
+    (tmp_path / "c.txt").write_bytes(counts([5, 0, 9, 5]).dump_text())
     assert (tmp_path / "c.txt").read_text() == "2 9\n0 5\n3 5\n1 0\n"
     with pytest.raises(InputError, match="without tokens has a weight.*\n.*c1"):
         counts([1, 2], [0, 0], weights=[1.0, 1.0]).total()
@@ -155,7 +155,7 @@ def test_counts_add_up_or_are_weighted(tmp_path):
 
 
 def test_damaged_counts_are_refused(tmp_path):
-    counts([1, 2]).save(tmp_path / "c")
+    (tmp_path / "c").write_bytes(counts([1, 2]).dumps())
     data = (tmp_path / "c").read_bytes()
     for damaged in (b"", data[:-4], data.replace(b"token counts", b"tokenXcounts"), b"0 1\n"):
         (tmp_path / "bad").write_bytes(damaged)
