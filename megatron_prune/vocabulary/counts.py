@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,7 @@ class Corpus:
         name: of the corpus, without folders.
         documents, tokens, size: how many; bytes of the source.
         weight: its share of all corpora's counts, up to a common factor; ``None`` where occurrences simply add up.
+        contents: of a folder, which files were read and which were not.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Corpus:
     tokens: int
     size: int
     weight: float | None = None
+    contents: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
