@@ -18,6 +18,7 @@ from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
+from megatron_prune.files.documents import read_json
 from megatron_prune.importance.artifact import load_calibration_file, save_calibration
 from megatron_prune.importance.collect import collect
 from megatron_prune.importance.metric import METRICS, Metric
@@ -42,8 +43,10 @@ class CalibrationOptions:
         None,
     )
     data_field: str = option("name of the text in JSONL records and data sets", "text")
-    nsamples: int = option("samples from each source", 128)
-    seq_length: int | None = option("tokens in a sample (default: 512, or the model's context where that is shorter)", None)
+    nsamples: int = option("samples from each source", 128, least=1)
+    seq_length: int | None = option(
+        "tokens in a sample (default: 512, or the model's context where that is shorter)", None, least=2
+    )
     seed: int = option("seed of all that is drawn: windows, own samples, the random metric", 1234)
     dtype: str = option("what to compute in", "fp32", choices=["fp32", "bf16", "fp16"])
 
@@ -102,12 +105,14 @@ class Subject:
 
 
 def bos_token(folder: Path | None) -> int | None:
-    """``bos_token_id`` of a Hugging Face directory; ``None`` where it names none."""
-    try:
-        value = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("bos_token_id") if folder else None
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    """``bos_token_id`` of a Hugging Face directory; ``None`` where it names none.
+
+    Raises:
+        CheckpointError: if its ``config.json`` is damaged.
+    """
+    config = folder / "config.json" if folder else None
+    value = read_json(config).get("bos_token_id") if config and config.exists() else None
+    return value if type(value) is int else None
 
 
 def request_key(options: CalibrationOptions, subject: Subject, **more: object) -> str:

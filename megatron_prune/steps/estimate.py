@@ -63,13 +63,13 @@ class EstimateOptions(ForeignOptions):
     seq_length: int = option("tokens in a sequence of recovery", 4096)
     nsamples: int = option("samples of calibration text, of all sources together", 256)
     sample_length: int | None = option(
-        "tokens in a sample of calibration text (default: 512, or the model's context where that is shorter)", None
+        "tokens in a sample of calibration text (default: 512, or the model's context where that is shorter)", None, least=2
     )
     recompute: bool = option("recovery recomputes activations layer by layer", False)
     distill: bool = option("recovery is distilled from the unpruned model beside it", False)
-    train_tokens: float = option("tokens of the recovery", 12e9)
-    device_tflops: float = option("what a device can do at best, TFLOP/s (H100 in bf16: 989)", 989.0)
-    mfu: float = option("share of it that training reaches", 0.4)
+    train_tokens: float = option("tokens of the recovery", 12e9, least=1)
+    device_tflops: float = option("what a device can do at best, TFLOP/s (H100 in bf16: 989)", 989.0, least=1e-6)
+    mfu: float = option("share of it that training reaches", 0.4, least=1e-6)
     json: bool = option("print JSON", False)
 
 

@@ -441,12 +441,12 @@ def test_a_tokenizer_without_a_model(tmp_path):
         ({"coverage": 0.9}, "needs counts"),
         ({"coverage": 1.5}, "--coverage"),
         ({"keep_script": "Lattin"}, "did you mean Latin"),
-        ({"keep": "/nowhere"}, "--keep /nowhere"),
-        ({"keep_ids": "/nowhere"}, "holds no ids"),
+        ({"keep": "/nowhere"}, "/nowhere is missing"),
+        ({"keep_ids": "/nowhere"}, "/nowhere is missing"),
         ({"remain_vocab_size": 500, "prior": 2.0}, "--prior"),
         ({"remain_vocab_size": 500, "held_out": ("/nowhere",)}, "no file or folder /nowhere"),
         ({"remain_vocab_size": 500, "plan": "/nowhere"}, "give one of the two"),
-        ({"plan": "/nowhere"}, "plan /nowhere cannot be read"),
+        ({"plan": "/nowhere"}, "/nowhere is missing"),
     ],
 )
 def test_requests_that_cannot_be_met(model, tmp_path, options, said):
