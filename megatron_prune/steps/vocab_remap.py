@@ -44,7 +44,7 @@ def vocab_remap(options: VocabRemapOptions, world: World) -> None:
         raise InputError("vocab remap is started as one process", got=f"{world.size}")
     prefix = Path(options.output_prefix)
     for file in pair_files(prefix).values():
-        staging.check_file(file, inputs=[Path(options.map)])
+        staging.check_file(file, inputs=[Path(options.map)] if Path(options.map).is_file() else [])
     check_pair(pair_files(prefix), staging.unfinished(prefix), options.overwrite)
     source, folder = open_pair(options.input), _folder(Path(options.map))
     if has_mask(source.prefix):
