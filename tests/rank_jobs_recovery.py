@@ -179,7 +179,7 @@ def recover(
     world: World, options: dict[str, Any], events: dict[int, str] | None = None, on_rank: int = 0, *, plots: bool = False
 ) -> int:
     """``steps/recover.py`` → its exit code; ``events`` happen on one rank (see :func:`happening`)."""
-    from megatron_prune.files import staging
+    from megatron_prune.files import hidden
     from megatron_prune.recovery.trainer import Trainer
     from megatron_prune.runtime.model import stop_parallel
     from megatron_prune.steps.recover import RecoverOptions
@@ -204,8 +204,8 @@ def recover(
             stop_parallel()
             if world.size > 1:
                 forget_groups()
-            for folder in list(staging._locks):
-                staging._unlock(staging._locks.pop(folder))  # a run holds its directory for as long as its process lives
+            for folder in list(hidden.locks):
+                hidden.unlock(hidden.locks.pop(folder))  # a run holds its directory for as long as its process lives
 
 
 def teach(world: World, options: dict[str, Any]) -> None:

@@ -13,6 +13,8 @@ from typing import Any, Iterator
 
 import torch
 
+from megatron_prune.calibration.talks import Messages, Span
+from megatron_prune.calibration.template import ChatTemplate
 from megatron_prune.errors import InputError, reason
 from megatron_prune.files.documents import read_json, shorten
 
@@ -22,11 +24,12 @@ class Encoder:
 
     Args:
         folder: directory of the tokenizer; ``None`` where there is none, which is an error only when text has to be read.
+        answers: whether to tell which characters of a talk the assistant says.
     """
 
-    def __init__(self, folder: Path | None):
-        self._folder = folder
-        self._tokenizer = None
+    def __init__(self, folder: Path | None, *, answers: bool = False):
+        self._folder, self.answers = folder, answers
+        self._tokenizer = self._template = None
 
     def __call__(self, text: str) -> torch.Tensor:
         """int64 [tokens].
@@ -35,8 +38,27 @@ class Encoder:
             InputError: if there is no tokenizer or it cannot be loaded.
         """
         self.load()
+        bos = self._tokenizer.bos_token
+        begun = bool(bos) and text.startswith(bos)  # a talk says itself which special tokens it has
         with tokenizer_errors(f"the tokenizer in {self._folder} cannot encode a text"):
-            return torch.tensor(self._tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+            ids = self._tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def render(self, messages: Messages, tools: list | None, where: str) -> tuple[str, list[Span]]:
+        """A talk as text by the tokenizer's chat template, and which characters are the assistant's, if that is asked for.
+
+        Args:
+            where: the record, for messages.
+
+        Raises:
+            InputError: naming the record, if there is no tokenizer or template, or it does not do.
+        """
+        if self._folder is None:
+            raise InputError(f"{where} is a talk, and there is no chat template", do="name a tokenizer that has one")
+        if self._template is None:
+            self.load()
+            self._template = ChatTemplate(self._tokenizer, self._folder.name, answers=self.answers)
+        return self._template.render(messages, tools, where)
 
     def load(self) -> None:
         """Load the tokenizer now.

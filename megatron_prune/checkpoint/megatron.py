@@ -25,7 +25,7 @@ from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS, megatron_args, padded_as_stored
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError
-from megatron_prune.families.family import FAMILIES
+from megatron_prune.families.family import FAMILIES, family_for
 from megatron_prune.files.documents import read_text, shorten
 
 TRACKER, RELEASE, HF_FOLDER, PLAN_FILE = "latest_checkpointed_iteration.txt", "release", "hf", "plan.json"
@@ -135,7 +135,7 @@ def open_checkpoint(path: Path, told: Told = Told(), *, incomplete: bool = False
         config=settled.config,
         layout=layout,
         tensors=room.open_map(folder, settled.config, layout),
-        manifest=Manifest(family=settled.family.name, model=settled.config, layout=layout),
+        manifest=Manifest(family=(settled.family or family_for(settled.config)).name, model=settled.config, layout=layout),
         own=False,
         hf_folder=told.hf_dir or _tokenizer_beside(folder),
         unsaid=settled.unsaid,

@@ -11,6 +11,7 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.calibration.contents import summary
 from megatron_prune.calibration.reader import stamps
 from megatron_prune.calibration.sources import load_calibration, parse_data
 from megatron_prune.calibration.tokens import Calibration
@@ -26,7 +27,7 @@ from megatron_prune.importance.statistics import Statistics
 from megatron_prune.planning.selection import Scores
 from megatron_prune.runtime.stage import Stage
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.output import PARAM_DTYPES, progress_bar
+from megatron_prune.steps.output import PARAM_DTYPES, log, progress_bar
 
 SEQ_LENGTH = 512
 """Tokens in a sample where nothing else is asked for."""
@@ -159,6 +160,8 @@ def obtain_calibration(options: CalibrationOptions, subject: Subject, folder: Pa
     )
     world.barrier()
     if world.is_main:
+        for line in filter(None, (summary(source["name"], source) for source in calibration.provenance)):
+            log.info("%s", line)
         save_calibration(folder, calibration)
     world.barrier()
     return calibration

@@ -63,9 +63,10 @@ def export(options: ExportOptions, world: World) -> None:
     config = checkpoint.config
     hf_config = family.hf_config(config, template, checkpoint.manifest.kept_layers)
     dtypes = _dtypes(checkpoint, options.target_params_dtype)
-    stored = getattr(torch, checkpoint.manifest.hf_dtypes.get("default", ""), None)
-    changed = not checkpoint.own or any(entry["step"] not in ("convert", "transfer") for entry in checkpoint.manifest.recipe)
-    unchanged = not changed and hf_config == template and commonest(dtypes) == stored
+    named = (template or {}).get("dtype") or (template or {}).get("torch_dtype")  # what a foreign checkpoint has besides
+    stored = checkpoint.manifest.hf_dtypes.get("default", named)
+    changed = any(entry["step"] not in ("convert", "transfer") for entry in checkpoint.manifest.recipe)
+    unchanged = not changed and hf_config == template and str(commonest(dtypes)) == f"torch.{stored}"
     if side is None and world.is_main:
         log.warning("no tokenizer is kept in %s; pass --hf-dir to add one", checkpoint.path)
     pruned = any(entry["step"] in ("prune", "recover") for entry in checkpoint.manifest.recipe)

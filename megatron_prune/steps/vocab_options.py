@@ -13,6 +13,7 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.calibration.contents import summary
 from megatron_prune.calibration.documents import open_documents
 from megatron_prune.calibration.reader import TRAIN
 from megatron_prune.calibration.sources import split_weight
@@ -25,6 +26,7 @@ from megatron_prune.errors import InputError, reason
 from megatron_prune.files import staging
 from megatron_prune.files.documents import read_bytes, read_text, shorten
 from megatron_prune.steps.foreign import ForeignOptions
+from megatron_prune.steps.output import log
 from megatron_prune.vocabulary.counts import Counts, load_counts, merged
 from megatron_prune.vocabulary.selection import PRIOR, Wanted, tokens_of_scripts, tokens_of_texts
 from megatron_prune.vocabulary.vocabulary import Vocabulary, holds_tokenizer, open_vocabulary
@@ -240,7 +242,10 @@ def held_out_lines(options: SelectOptions) -> list[str]:
     found: list[str] = []
     for name in options.held_out:
         before = len(found)
-        for document in open_documents(name, (options.data_field,), split=TRAIN).documents((options.data_field,)):
+        source = open_documents(name, (options.data_field,), split=TRAIN)
+        if line := summary(name, source.contents()):
+            log.info("%s", line)
+        for document in source.documents((options.data_field,)):
             found += [line for line in document.texts[0].splitlines() if line.strip()]
             if len(found) >= LINES:
                 break

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy
 
+from megatron_prune.calibration.answers import has_mask
 from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
 from megatron_prune.calibration.pair import Pair, open_pair, read_record
 from megatron_prune.calibration.parts import pair_files, place_pairs
@@ -43,9 +44,14 @@ def vocab_remap(options: VocabRemapOptions, world: World) -> None:
         raise InputError("vocab remap is started as one process", got=f"{world.size}")
     prefix = Path(options.output_prefix)
     for file in pair_files(prefix).values():
-        staging.check_file(file, inputs=[Path(options.map)])
+        staging.check_file(file, inputs=[Path(options.map)] if Path(options.map).is_file() else [])
     check_pair(pair_files(prefix), staging.unfinished(prefix), options.overwrite)
     source, folder = open_pair(options.input), _folder(Path(options.map))
+    if has_mask(source.prefix):
+        raise InputError(
+            f"{source.prefix} says which tokens are answers, and these become others",
+            do="tokenise its text again with the trimmed tokenizer: megatron-prune preprocess --answers-only",
+        )
     if Path(f"{source.prefix}.bin").resolve() == pair_files(prefix)["bin"].resolve():
         raise InputError(f"output {prefix} is the input", do="name another --output-prefix")
     ids = load_map(folder if Path(options.map).is_dir() else Path(options.map))

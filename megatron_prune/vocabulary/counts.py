@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Sequence
+from typing import Annotated, Any, Sequence
 
 import numpy
 import torch
@@ -28,6 +28,7 @@ class Corpus:
         name: of the corpus, without folders.
         documents, tokens, size: how many; bytes of the source.
         weight: its share of all corpora's counts, up to a common factor; ``None`` where occurrences simply add up.
+        contents: of a folder, which files were read and which were not.
     """
 
     __pydantic_config__ = STRICT
@@ -37,6 +38,7 @@ class Corpus:
     tokens: Amount
     size: Amount
     weight: Annotated[float, Field(gt=0)] | None = None
+    contents: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

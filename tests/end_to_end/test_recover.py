@@ -7,10 +7,13 @@ order. At another layout the order of sums differs, by 1e-7 of a loss in float32
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import math
 import os
+import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +32,7 @@ from ranks import RankFailed
 from tiny import state_dict
 
 from megatron_prune.cli import main
-from megatron_prune.errors import InputError
+from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.recovery.trainer import TrainingError
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
@@ -666,6 +669,115 @@ def test_damaged_data_is_refused_before_anything_is_written(run, tmp_path, damag
     with pytest.raises(InputError, match="token 399" if damage == "other vocabulary" else r"text\.(bin|idx)"):
         run(tmp_path / "run", data_path=(pair,))
     assert not (tmp_path / "run").exists()
+
+
+class Bomb:
+    """What a pickle of it would do, and then give."""
+
+    def __init__(self, canary: Path, inner: Any):
+        self.canary, self.inner = str(canary), pickle.dumps(inner)
+
+    def __reduce__(self):
+        return eval, (f"(__import__('os').mkdir({self.canary!r}), __import__('pickle').loads({self.inner!r}))[1]",)
+
+
+def arm(save: Path, place: str, canary: Path) -> None:
+    """Put a :class:`Bomb` where megatron-core or torch would unpickle it when the run goes on; all else stays as it was."""
+    folder = save / "iter_0000003"
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    if place == ".metadata":
+        (folder / ".metadata").write_bytes(pickle.dumps(Bomb(canary, metadata)))
+    elif place == "common.pt":
+        torch.save(Bomb(canary, torch.load(folder / "common.pt", weights_only=False)), folder / "common.pt")
+    elif place == "a part of common.pt":
+        common = torch.load(folder / "common.pt", weights_only=False)
+        torch.save(common | {"opt_param_scheduler": Bomb(canary, common["opt_param_scheduler"])}, folder / "common.pt")
+    elif place == "an index":
+        path = next((save / "data_cache").glob("*train-document_index.npy"))
+        path.write_bytes(pickle.dumps(Bomb(canary, numpy.load(path))))
+    else:
+        wanted = (lambda name: "_extra_state" in name) if place == "an object" else (lambda name: "linear_fc1.weight" in name)
+        for index, info in metadata.storage_data.items():
+            if wanted(index.fqn):
+                data = io.BytesIO()
+                torch.save(Bomb(canary, [None]), data)
+                with open(folder / info.relative_path, "ab") as file:
+                    info.offset, info.length = file.tell(), len(data.getvalue())
+                    file.write(data.getvalue())
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.fixture(scope="module")
+def begun(run, tmp_path_factory) -> Path:
+    """A run that was stopped after three steps."""
+    save = tmp_path_factory.mktemp("begun") / "run"
+    assert run(save, {2: "stop"}) == 143
+    return save
+
+
+@pytest.mark.parametrize("place", [".metadata", "common.pt", "a part of common.pt", "an object", "a tensor", "an index"])
+def test_going_on_runs_nothing_that_a_run_directory_holds(run, begun, whole, tmp_path, place):
+    save, canary = tmp_path / "run", tmp_path / "canary"
+    shutil.copytree(begun, save, symlinks=True)
+    arm(save, place, canary)
+    before = {path: path.stat().st_mtime_ns for path in save.rglob("*")}
+    if place == "an index":  # of a file that this project makes
+        assert run(save) == 0
+        same_end(save, whole())
+    else:
+        with pytest.raises(CheckpointError, match="names '(builtins|__builtin__).eval', which no checkpoint needs"):
+            run(save)
+        assert {path: path.stat().st_mtime_ns for path in save.rglob("*")} == before
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut short", "a position of another", "no step", "no optimizer", "another shape"])
+def test_a_damaged_checkpoint_of_a_run_is_named_and_nothing_is_written(run, begun, tmp_path, damage):
+    save = tmp_path / "run"
+    shutil.copytree(begun, save, symlinks=True)
+    folder = save / "iter_0000003"
+    if damage == "cut short":
+        os.truncate(folder / ".metadata", 500)
+    elif damage in ("a position of another", "no step"):
+        manifest = json.loads((folder / "megatron_prune.json").read_text())
+        manifest["recipe"] = manifest["recipe"][:-1] if damage == "no step" else manifest["recipe"]
+        if damage != "no step":
+            manifest["recipe"][-1]["iteration"] = 2
+        (folder / "megatron_prune.json").write_text(json.dumps(manifest))
+    else:
+        common = torch.load(folder / "common.pt", weights_only=False)
+        common["optimizer"] = {} if damage == "no optimizer" else {"optimizer": {"param_groups": [{"lr": "fast"}]}}
+        torch.save(common, folder / "common.pt")
+    before = {path: path.stat().st_mtime_ns for path in save.rglob("*")}
+    with pytest.raises(CheckpointError, match="iter_0000003"):
+        run(save)
+    assert {path: path.stat().st_mtime_ns for path in save.rglob("*")} == before
+
+
+def test_links_in_a_run_directory_are_not_followed(run, begun, whole, tmp_path):
+    """Names that a run makes, taken by links out of it: what they lead to stays, and the run comes to the same end."""
+    save, outside = tmp_path / "run", tmp_path / "outside"
+    shutil.copytree(begun, save, symlinks=True)
+    outside.mkdir()
+    (outside / "precious").write_text("years of work")
+    index = next((save / "data_cache").glob("*train-shuffle_index.npy"))
+    index.rename(outside / "index")
+    index.symlink_to(outside / "index")
+    kept = (outside / "index").read_bytes()
+    for name in (".iter_0000004.partial", ".iter_0000002.removed", "iter_0000009"):
+        (save / name).symlink_to(outside)
+    shutil.copy(save / "iter_0000003/megatron_prune.json", outside)
+    for name in ("loss.png", "history.jsonl", "summary.json"):
+        text = (save / name).read_bytes() if (save / name).exists() else b""
+        (save / name).unlink(missing_ok=True)
+        (outside / name).write_bytes(text)
+        (save / name).symlink_to(outside / name)
+    before = {path: path.read_bytes() for path in outside.iterdir()}
+    assert run(save, plots=True) == 0
+    assert {path: path.read_bytes() for path in outside.iterdir()} == before and (outside / "index").read_bytes() == kept
+    (save / "iter_0000009").unlink()
+    (save / "loss.png").unlink()
+    same_end(save, whole())
 
 
 @pytest.mark.parametrize("moment", ["shuffle", "sample", "description"])
