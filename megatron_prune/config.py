@@ -31,14 +31,14 @@ def integers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 7,13") from None
 
 
-def text(given: str) -> str:
+def nonempty(given: str) -> str:
     """A text that says something: a variable that was never set is not taken for a path."""
     if not given.strip():
         raise argparse.ArgumentTypeError("nothing is given: it is empty")
     return given
 
 
-_TYPES = {"int": int, "float": float, "str": text, "tuple": integers}
+_TYPES = {"int": int, "float": float, "str": nonempty, "tuple": integers}
 _METAVARS = {"int": "N", "float": "X", "tuple": "N,N"}
 
 
@@ -57,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type, chosen: list[Field]
         elif name == "bool":
             parser.add_argument(*spellings, action="store_true", **common)
         elif annotation == tuple[str, ...]:
-            parser.add_argument(*spellings, nargs="+", type=text, default=item.default, metavar=item.name.upper(), **common)
+            parser.add_argument(*spellings, nargs="+", type=nonempty, default=item.default, metavar=item.name.upper(), **common)
         else:
             parser.add_argument(
                 *spellings,

@@ -19,7 +19,7 @@ from megatron_prune.arch.tensors import parameter_count, tensor_ids
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.manifest import read_recipe
 from megatron_prune.checkpoint.tensor_map import TensorMap
-from megatron_prune.config import text
+from megatron_prune.config import nonempty
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import Source, run
 
@@ -36,7 +36,7 @@ class InspectOptions:
 def parse(argv: list[str], prog: str) -> InspectOptions:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog=prog, description=InspectOptions.__doc__, allow_abbrev=False)
-    parser.add_argument("path", type=text, metavar="CKPT|HF", help="Megatron checkpoint, Hugging Face directory, or hub id")
+    parser.add_argument("path", type=nonempty, metavar="CKPT|HF", help="Megatron checkpoint, Hugging Face directory, or hub id")
     parser.add_argument("--weights", action="store_true", help="read all weights and name those that hold NaN or infinity")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return InspectOptions(**vars(parser.parse_args(argv)))
