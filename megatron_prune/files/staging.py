@@ -221,6 +221,15 @@ def settle(place: Path) -> None:
                     _let_go(box)
 
 
+def check_free(folder: Path) -> None:
+    """Refuse a directory that another run holds.
+
+    Raises:
+        InputError: if one does.
+    """
+    hidden.unlock(hidden.lock(folder))
+
+
 def hold(folder: Path) -> None:
     """Make a directory, if it is not there, and keep other runs off it until this process ends.
 

@@ -13,6 +13,7 @@ from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.manifest import Manifest, read_recipe
+from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import CheckpointError
@@ -32,6 +33,9 @@ class ConvertOptions:
     target_pipeline_parallel_size: int = option("pipeline stages it is written for", 1)
     target_params_dtype: str | None = option("element type (default: as stored)", None, choices=["fp32", "bf16", "fp16"])
     ckpt_format: str = option("checkpoint layout", "torch_dist", choices=megatron.FORMATS)
+    transformer_impl: str = option(
+        "whose modules Megatron-LM is to load it into; torch_dist suits both", TRANSFORMER_IMPLS[0], choices=TRANSFORMER_IMPLS
+    )
     make_vocab_size_divisible_by: int = option("the padded vocabulary is a multiple of this × the tensor-parallel size", 128)
     overwrite: bool = option("replace an existing output directory", False)
     strict: bool = option("refuse weights that hold NaN or infinity instead of warning", False)
@@ -64,7 +68,7 @@ def convert(options: ConvertOptions, world: World) -> None:
             model=model.config,
             layout=layout,
             content_id=content_id(report.digests),
-            hf_dtypes=describe_dtypes(megatron.stored_dtypes(model.tensors)),
+            hf_dtypes=describe_dtypes(megatron.stored_dtypes(model.tensors), model.tied_head_dtype),
             tied_head_stored=model.tied_head_stored,
             recipe=[*read_recipe(model.path), {"step": "convert", "from": Path(options.load_dir).name}],
         )
@@ -77,6 +81,7 @@ def convert(options: ConvertOptions, world: World) -> None:
         layout=layout,
         dtypes=source.dtypes(model.config, options.target_params_dtype),
         ckpt_format=options.ckpt_format,
+        transformer_impl=options.transformer_impl,
         manifest=manifest,
         side_files=model.path,
         buffers_of=model,
@@ -85,11 +90,13 @@ def convert(options: ConvertOptions, world: World) -> None:
     )
 
 
-def describe_dtypes(dtypes: dict[TensorId, torch.dtype]) -> dict[str, str]:
-    """``{"default": the commonest, str(tensor): another, …}`` for a manifest."""
+def describe_dtypes(dtypes: dict[TensorId, torch.dtype], tied_head: torch.dtype | None = None) -> dict[str, str]:
+    """``{"default": the commonest, str(tensor): another, …}`` for a manifest; ``tied_head`` is that of a stored copy."""
     names = {tensor: str(dtype).removeprefix("torch.") for tensor, dtype in dtypes.items()}
     default = Counter(names.values()).most_common(1)[0][0]
-    return {"default": default, **{str(tensor): name for tensor, name in names.items() if name != default}}
+    others = {str(tensor): name for tensor, name in names.items() if name != default}
+    copied = {str(TensorId("output")): str(tied_head).removeprefix("torch.")} if tied_head else {}
+    return {"default": default, **others, **copied}
 
 
 def check_tied_copy(model: HuggingFaceModel) -> None:
@@ -109,8 +116,13 @@ def check_tied_copy(model: HuggingFaceModel) -> None:
             )
             original.part(row, rows).read_into(left)
             copy.part(row, rows).read_into(right)
-            if copy.dtype != original.dtype or not torch.equal(left.view(torch.uint8), right.view(torch.uint8)):
+            same = left.view(torch.uint8), right.view(torch.uint8)
+            if copy.dtype != original.dtype:  # as transformers compares them: by value
+                same = left.double(), right.double()
+            if not torch.equal(*same):
                 raise CheckpointError(
                     f"{model.path} ties its embeddings but stores an output layer that differs from them",
-                    do='set "tie_word_embeddings" to false in config.json if the stored output layer is meant',
+                    got="two models: transformers 5 computes with the stored output layer, transformers 4 with the embedding",
+                    do='set "tie_word_embeddings" to false in config.json if the stored output layer is meant; '
+                    "take it out of the weights if it is not",
                 )

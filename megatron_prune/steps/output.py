@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+from collections import Counter
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -25,9 +26,10 @@ from rich.progress import (
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import both_versions, huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.manifest import Manifest
+from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.stream import StreamReport, Transform, share, stream
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError, InputError
@@ -35,6 +37,7 @@ from megatron_prune.families.family import Family
 from megatron_prune.files import staging
 from megatron_prune.files.failures import explained
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.megatron_lm import say_flags
 from megatron_prune.steps.overwrite import HUGGING_FACE, MEGATRON, Kind, check_replaceable
 from megatron_prune.vocabulary.trimmed import Trimmed
 
@@ -66,6 +69,7 @@ def write_megatron(
     layout: ParallelLayout,
     dtypes: dict[TensorId, torch.dtype],
     ckpt_format: str,
+    transformer_impl: str = TRANSFORMER_IMPLS[0],
     manifest: Callable[[StreamReport], Manifest],
     side_files: Path | None,
     trimmed: Trimmed | None = None,
@@ -89,7 +93,17 @@ def write_megatron(
     """
 
     def lay_out() -> None:
-        folder = megatron.lay_out(partial, save, config, layout, dtypes, ckpt_format=ckpt_format, sizes=sizes)
+        folder = megatron.lay_out(
+            partial,
+            save,
+            config,
+            layout,
+            dtypes,
+            ckpt_format=ckpt_format,
+            transformer_impl=transformer_impl,
+            tokenizer=side_files is not None,
+            sizes=sizes,
+        )
         if side_files:
             (folder / megatron.HF_FOLDER).mkdir()
             huggingface.copy_side_files(side_files, folder / megatron.HF_FOLDER)
@@ -107,6 +121,9 @@ def write_megatron(
         target = megatron.open_target(folder, config, layout, ckpt_format)
         report = run(world, source, target, label="writing", strict=strict)
         world.on_main(lambda: megatron.finish(folder, manifest(report)))
+    if world.is_main:
+        dtype = dtypes[TensorId("embedding")]
+        say_flags(save, config, layout, dtype, ckpt_format=ckpt_format, transformer_impl=transformer_impl)
 
 
 def write_huggingface(
@@ -132,6 +149,8 @@ def write_huggingface(
     """Write a Hugging Face directory at ``save``; every process takes part.
 
     Args:
+        config_text: the exact text of ``config.json``, where the model is one that was read and is written back unchanged;
+            a changed one is described so that transformers 4 and 5 read the same (``checkpoint/both_versions.py``).
         trimmed: the tokenizer that takes the place of that in ``side_files``.
         files: further text files by name (model card, plan).
         beside: files that appear together with it.
@@ -143,11 +162,15 @@ def write_huggingface(
             (partial / huggingface.BUFFERS_FILE).unlink(missing_ok=True)
             if trimmed:
                 trimmed.write(partial)
+        described = hf_config
+        if config_text is None:
+            described = both_versions.describe(hf_config, config, commonest(dtypes))
+            both_versions.rewrite_side_files(partial, config.vocab_size)
         huggingface.lay_out(
             partial,
             config,
             family,
-            hf_config,
+            described,
             dtypes,
             max_shard_bytes=max_shard_bytes,
             tied_head_stored=tied_head_stored,
@@ -161,6 +184,11 @@ def write_huggingface(
     with staged(world, output) as partial:
         world.on_main(lay_out)
         return run(world, source, huggingface.open_model(partial).tensors, label="writing", strict=strict)
+
+
+def commonest(dtypes: dict[TensorId, torch.dtype]) -> torch.dtype:
+    """The element type of most tensors: what a configuration names."""
+    return Counter(dtypes.values()).most_common(1)[0][0]
 
 
 @dataclass(frozen=True)

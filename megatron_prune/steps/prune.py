@@ -17,6 +17,7 @@ from megatron_prune.arch.tensors import tensor_ids
 from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
+from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.config import add_options, option
 from megatron_prune.families.family import Family
@@ -27,9 +28,10 @@ from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.megatron_flags import add_megatron_flags, check_megatron_flags, megatron_flags
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.choose import Request, TargetOptions, read_request
-from megatron_prune.steps.export import choose_family, commonest
+from megatron_prune.steps.export import choose_family
 from megatron_prune.steps.fit import FitOptions, held_metrics, pruned_source, wants_text
-from megatron_prune.steps.output import Source, log, run, say_links, write_megatron
+from megatron_prune.steps.foreign import ForeignOptions, open_megatron
+from megatron_prune.steps.output import Source, commonest, log, run, say_links, write_megatron
 from megatron_prune.steps.overwrite import MEGATRON, check_output
 from megatron_prune.steps.score import megatron_subject
 from megatron_prune.steps.vocab_choice import trimmed_by
@@ -40,7 +42,7 @@ from megatron_prune.vocabulary.vocabulary import holds_tokenizer, open_vocabular
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneOptions(TargetOptions, FitOptions):
+class PruneOptions(TargetOptions, FitOptions, ForeignOptions):
     """Prune a Megatron checkpoint to a smaller shape, by scores or by a plan, and re-fit what stays."""
 
     load: str = option("Megatron checkpoint: its root, or an iteration directory")
@@ -52,6 +54,9 @@ class PruneOptions(TargetOptions, FitOptions):
     tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
     pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
     ckpt_format: str | None = option("layout of the result (default: that of the source)", None, choices=megatron.FORMATS)
+    transformer_impl: str = option(
+        "whose modules Megatron-LM is to load it into; torch_dist suits both", TRANSFORMER_IMPLS[0], choices=TRANSFORMER_IMPLS
+    )
     target_family: str | None = option("Hugging Face family the result will be exported as", None)
     overwrite: bool = option("replace an existing output directory", False)
     strict: bool = option("refuse weights that hold NaN or infinity instead of warning", False)
@@ -78,7 +83,7 @@ def prune(options: PruneOptions, world: World) -> None:
     check_output(save, MEGATRON, overwrite=options.overwrite, source=Path(options.load))
     if options.save_plan:
         staging.check_file(Path(options.save_plan), beside=save)
-    checkpoint = megatron.open_checkpoint(Path(options.load))
+    checkpoint = open_megatron(options.load, options, world, options.megatron)
     check_megatron_flags(options.megatron, checkpoint.config)
     say_links(checkpoint.path, world)
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
@@ -111,6 +116,7 @@ def prune(options: PruneOptions, world: World) -> None:
             world,
             trimmed=trimmed,
             ckpt_format=options.ckpt_format,
+            transformer_impl=options.transformer_impl,
             beside={Path(options.save_plan): plan.dumps().encode()} if options.save_plan else {},
             overwrite=options.overwrite,
             strict=options.strict,
@@ -149,6 +155,7 @@ def write_cut(
     *,
     trimmed: Trimmed | None,
     ckpt_format: str | None,
+    transformer_impl: str = TRANSFORMER_IMPLS[0],
     beside: Mapping[Path, bytes],
     overwrite: bool,
     strict: bool,
@@ -188,6 +195,7 @@ def write_cut(
         layout=layout,
         dtypes=stored.dtypes(cut.config, None),
         ckpt_format=ckpt_format or checkpoint.format,
+        transformer_impl=transformer_impl,
         manifest=manifest,
         side_files=trimmed.vocabulary.folder if trimmed else checkpoint.hf_folder,
         trimmed=trimmed,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping
@@ -23,15 +22,16 @@ from megatron_prune.errors import InputError
 from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.families.family import Family
 from megatron_prune.files import staging
+from megatron_prune.files.documents import STRICT, read_json
 from megatron_prune.planning.plan import Plan
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.calibrate import Subject, bos_token
 from megatron_prune.steps.choose import TargetOptions, read_request
 from megatron_prune.steps.convert import check_tied_copy
-from megatron_prune.steps.export import choose_family, commonest, name_dtype, parse_size
+from megatron_prune.steps.export import choose_family, parse_size
 from megatron_prune.steps.fit import FitOptions, held_metrics, pruned_source, wants_text
 from megatron_prune.steps.huggingface_runner import HuggingFaceRunner, check_metrics
-from megatron_prune.steps.output import Source, log, run, say_links, write_huggingface
+from megatron_prune.steps.output import Source, commonest, log, run, say_links, write_huggingface
 from megatron_prune.steps.overwrite import HUGGING_FACE, check_output
 from megatron_prune.steps.prune import kept_vocabulary
 from megatron_prune.surgery.cut import Cut
@@ -148,8 +148,6 @@ def write_cut(
     dtypes = Source(tensors=model.tensors, origin=cut.origin).dtypes(cut.config, None)
     kept = [entry.layer for entry in plan.layers]
     hf_config = family.hf_config(cut.config, template, kept if len(kept) < model.config.num_layers else None)
-    stored = str(commonest(dtypes)).removeprefix("torch.")
-    name_dtype(hf_config, commonest(dtypes), stored)
     recipe = [*read_recipe(model.path), plan.recipe_entry()]
     card = model_card(cut.config, recipe, name=save.name, family=family.name)
     write_huggingface(
@@ -159,7 +157,7 @@ def write_cut(
         config=cut.config,
         family=family,
         hf_config=hf_config,
-        config_text=(model.path / "config.json").read_text(encoding="utf-8") if hf_config == model.hf_config else None,
+        config_text=None,
         dtypes=dtypes,
         max_shard_bytes=max_shard_bytes,
         side_files=trimmed.vocabulary.folder if trimmed else model.path,
@@ -186,6 +184,20 @@ def with_sizes(options: PruneHfOptions) -> PruneHfOptions:
     return options
 
 
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """The sizes of S4's JSON file: see :class:`TargetOptions`."""
+
+    __pydantic_config__ = STRICT
+
+    hidden_size_remain: int | None = None
+    ffn_hidden_size_remain: int | None = None
+    num_attention_heads_remain: int | None = None
+    num_query_groups_remain: int | None = None
+    num_layers_remain: int | None = None
+    drop_layers: list[int] | None = None
+
+
 BUDGETS = ("params", "ratio", "memory")
 DEFAULT_CONFIG = "prune_config.json"
 
@@ -196,23 +208,6 @@ def read_prune_config(path: Path) -> dict[str, Any]:
     Raises:
         InputError: if it is not such a file, or has a key or a value that is none of these.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--prune_config_path {path}",
-            got=str(error),
-            needed="a JSON file",
-            do="name one, or give sizes, a budget or a plan",
-        ) from None
-    if not isinstance(data, dict) or set(data) - set(TargetOptions.SIZES):
-        unknown = sorted(set(data) - set(TargetOptions.SIZES)) if isinstance(data, dict) else type(data).__name__
-        raise InputError(f"{path}", got=f"unknown keys {unknown}", needed="keys out of " + ", ".join(TargetOptions.SIZES))
-    whole = lambda value: isinstance(value, int) and not isinstance(value, bool)
-    drop = data.pop("drop_layers", None)
-    if drop is not None and not (isinstance(drop, list) and all(whole(layer) for layer in drop)):
-        raise InputError(f"{path}: drop_layers", got=drop, needed="a list of layer numbers, or null")
-    for key, value in data.items():
-        if value is not None and not whole(value):
-            raise InputError(f"{path}: {key}", got=value, needed="a whole number, or null")
-    return {**data, "drop_layers": tuple(drop) if drop is not None else None}
+    do = f"name a JSON file of {', '.join(TargetOptions.SIZES)}; or give sizes, a budget or a plan"
+    held = read_json(path, PruneConfig, error=InputError, do=do)
+    return {**vars(held), "drop_layers": None if held.drop_layers is None else tuple(held.drop_layers)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import huggingface
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
@@ -25,13 +25,14 @@ from megatron_prune.steps.calibrate import (
     scores_of,
 )
 from megatron_prune.steps.choose import BEST
+from megatron_prune.steps.foreign import ForeignOptions, open_megatron
 from megatron_prune.steps.megatron_runner import MegatronRunner
 from megatron_prune.steps.output import log
 from megatron_prune.steps.overwrite import SCORES, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions(CalibrationOptions):
+class ScoreOptions(CalibrationOptions, ForeignOptions):
     """Score the units of every axis of a Megatron checkpoint on calibration text."""
 
     load: str = option("Megatron checkpoint: its root, or an iteration directory")
@@ -51,7 +52,7 @@ def score(options: ScoreOptions, world: World) -> None:
     """
     save, metrics = Path(options.save), metric_names(options.metrics)
     check_output(save, SCORES, overwrite=options.overwrite, source=Path(options.load))
-    checkpoint = megatron.open_checkpoint(Path(options.load))
+    checkpoint = open_megatron(options.load, options, world)
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     layout.check(checkpoint.config)
     subject = megatron_subject(checkpoint, layout, options.tokenizer, world)

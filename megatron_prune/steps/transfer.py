@@ -8,14 +8,16 @@ from pathlib import Path
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.adapter import open_adapted
+from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.config import option, require_positive
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.foreign import ForeignOptions, noted, told
 from megatron_prune.steps.output import Source, say_links, write_megatron
 from megatron_prune.steps.overwrite import MEGATRON, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferOptions:
+class TransferOptions(ForeignOptions):
     """Rewrite a Megatron checkpoint for another parallel layout, format or element type; merge an adapter."""
 
     load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
@@ -24,6 +26,9 @@ class TransferOptions:
     target_pipeline_parallel_size: int = option("pipeline stages it is written for", 1)
     target_params_dtype: str | None = option("element type (default: as stored)", None, choices=["fp32", "bf16", "fp16"])
     ckpt_format: str | None = option("checkpoint layout (default: that of the source)", None, choices=megatron.FORMATS)
+    transformer_impl: str = option(
+        "whose modules Megatron-LM is to load it into; torch_dist suits both", TRANSFORMER_IMPLS[0], choices=TRANSFORMER_IMPLS
+    )
     make_vocab_size_divisible_by: int | None = option(
         "the padded vocabulary is a multiple of this × the tensor-parallel size (default: that of the source)", None
     )
@@ -41,7 +46,8 @@ def transfer(options: TransferOptions, world: World) -> None:
     require_positive(options, "target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by")
     save = Path(options.save_dir)
     check_output(save, MEGATRON, overwrite=options.overwrite, source=Path(options.load_dir))
-    checkpoint, adapter = open_adapted(Path(options.load_dir), Path(options.base) if options.base else None)
+    checkpoint, adapter = open_adapted(Path(options.load_dir), Path(options.base) if options.base else None, told(options))
+    noted(checkpoint, world)
     layout = ParallelLayout(
         tensor=options.target_tensor_parallel_size,
         pipeline=options.target_pipeline_parallel_size,
@@ -58,6 +64,7 @@ def transfer(options: TransferOptions, world: World) -> None:
         layout=layout,
         dtypes=source.dtypes(checkpoint.config, options.target_params_dtype),
         ckpt_format=options.ckpt_format or checkpoint.format,
+        transformer_impl=options.transformer_impl,
         manifest=lambda report: replace(checkpoint.manifest, layout=layout),
         side_files=checkpoint.hf_folder,
         plan_text=checkpoint.plan_text(),

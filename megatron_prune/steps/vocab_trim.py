@@ -12,7 +12,7 @@ import torch
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import both_versions, huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.stream import content_id
@@ -27,6 +27,7 @@ from megatron_prune.steps import prune, prune_hf
 from megatron_prune.steps.calibrate import CalibrationOptions, Subject, bos_token, obtain_calibration, request_key
 from megatron_prune.steps.convert import check_tied_copy
 from megatron_prune.steps.export import parse_size
+from megatron_prune.steps.foreign import noted, told
 from megatron_prune.steps.huggingface_runner import HuggingFaceRunner
 from megatron_prune.steps.output import PARAM_DTYPES, Output, Source, log, progress_bar, run, say_links, staged
 from megatron_prune.steps.overwrite import HUGGING_FACE, MEGATRON, check_output
@@ -74,8 +75,10 @@ def vocab_trim(options: VocabTrimOptions, world: World) -> None:
     if options.tokenizer:
         staging.check_output(save, overwrite=options.overwrite, source=Path(options.tokenizer))
     check_output(save, kind, overwrite=options.overwrite, source=source)
-    model = open_subject(options.load_dir, options.tokenizer)
+    model = open_subject(options.load_dir, options.tokenizer, told(options))
     huggingface.side_files(model.vocabulary.folder)
+    if model.layout:
+        noted(model.checkpoint, world)
     if model.checkpoint is not None:
         say_links(model.checkpoint.path, world)
     chosen = choose(options, model, options.plan)
@@ -97,6 +100,7 @@ def _write_tokenizer(save: Path, chosen: Chosen, options: VocabTrimOptions, worl
     with staged(world, Output(save, HUGGING_FACE, overwrite=options.overwrite, beside=beside)) as partial:
         world.on_main(lambda: huggingface.copy_side_files(chosen.trimmed.vocabulary.folder, partial))
         world.on_main(lambda: chosen.trimmed.write(partial))
+        world.on_main(lambda: both_versions.rewrite_side_files(partial, len(chosen.trimmed.rows)))
 
 
 def _check_fold(options: VocabTrimOptions) -> None:
