@@ -15,6 +15,7 @@ import torch
 
 from megatron_prune.cli import run_verb
 from megatron_prune.config import nonempty
+from megatron_prune.errors import InputError, PruneError
 from megatron_prune.files import staging
 
 PROG = "get_vocab_freq.py"
@@ -34,6 +35,10 @@ def main() -> None:
     add("--data_field", type=nonempty, default="text", help="name of the text in jsonl")
     add("--overwrite", action="store_true", help="replace existing counts and tokenizer")
     options = parser.parse_args()
+    try:
+        staging.check_file(Path(options.remain_vocab_ids_path))
+    except InputError as error:
+        parser.error(str(error))
     named = Path(options.spm)
     folder = str(named.parent if named.is_file() else named)
     for path in options.data_path:
@@ -51,7 +56,10 @@ def main() -> None:
         ids = torch.load(f"{work}/ids.pt", weights_only=True).tolist()
     held = io.BytesIO()
     torch.save(ids, held)
-    staging.write_files({Path(options.remain_vocab_ids_path): held.getvalue()})
+    try:
+        staging.write_files({Path(options.remain_vocab_ids_path): held.getvalue()})
+    except PruneError as error:
+        sys.exit(f"{PROG}: {error}")
     if options.new_spm_path:
         trim = ["--load-dir", folder, "--keep-ids", options.remain_vocab_ids_path, "--save-dir", options.new_spm_path]
         run_verb("vocab trim", [*trim, "--tokenizer-only", *again], prog=PROG)
