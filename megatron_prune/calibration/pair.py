@@ -82,7 +82,8 @@ class Pair:
         if (lengths < 0).any() or (self._pointers < 0).any() or ends[0] != 0 or (numpy.diff(ends) < 0).any():
             raise InputError(f"{prefix}.idx is damaged", got="lengths or places below 0", do="make the pair again")
         held = Path(f"{prefix}.bin").stat().st_size
-        needed = int((self._pointers + lengths * self.dtype.itemsize).max()) if len(lengths) else 0
+        reach = self._pointers.astype(numpy.uint64) + (lengths * self.dtype.itemsize).astype(numpy.uint64)  # below 2^64
+        needed = max(int(reach.max()), int(lengths.sum()) * self.dtype.itemsize) if len(lengths) else 0  # none lie on each other
         if held < needed:
             raise InputError(f"{prefix}.bin is not whole", got=f"{held} bytes", needed=f"{needed} bytes, as {prefix}.idx says")
         self.ends = numpy.cumsum(lengths)

@@ -34,6 +34,7 @@ class DataOptions:
         split: shares of the documents for training, validation and test, such as ``"969,30,1"``.
         train_data_path, valid_data_path, test_data_path: instead of ``data_path``, one blend for each.
         cache: directory for the indices that megatron-core makes.
+        shared: whether other runs use that directory too.
     """
 
     data_path: tuple[str, ...] = ()
@@ -44,6 +45,7 @@ class DataOptions:
     seq_length: int
     seed: int
     cache: Path
+    shared: bool = False
 
     @property
     def separate(self) -> tuple[tuple[str, ...], ...]:
@@ -184,7 +186,7 @@ def build_datasets(options: DataOptions, samples: tuple[int, int, int], world: W
 
 def build_alone(options: DataOptions, samples: tuple[int, int, int]) -> list[Dataset | None]:
     """The same in one process, waiting for no other."""
-    with index_cache.sound(options.cache), index_cache.without_pickles(), index_cache.alone():
+    with index_cache.held(options.cache, shared=options.shared), index_cache.without_pickles(), index_cache.alone():
         return _build(options, samples)
 
 

@@ -362,7 +362,7 @@ def object_of_a_run(program: bytes) -> Any:
 
 def index_of_data(program: bytes) -> Any:
     path = written(Path("cache") / f"{'0' * 32}-GPTDataset-train-document_index.npy", program)
-    with index_cache.sound(path.parent):
+    with index_cache.held(path.parent, shared=True):
         assert not path.exists()
     written(path, program)
     with index_cache.without_pickles(), pytest.raises(Exception, match="allow_pickle|pickle|Array|magic|No data"):
