@@ -15,7 +15,7 @@ from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig, RopeScaling
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.known_args import refused_arguments, shown
 from megatron_prune.errors import CheckpointError, raise_all
-from megatron_prune.families.family import Family, family_for, family_of
+from megatron_prune.families.family import Family, family_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +60,13 @@ class Settled:
     """The model that a checkpoint holds.
 
     Attributes:
+        family: that of ``--hf-dir``, where the architecture is the same.
         unsaid: fields that nobody says; their value is a stand-in, and the model must not be computed with.
         notes: what the user should know about how it was settled.
     """
 
     config: ModelConfig
-    family: Family
+    family: Family | None
     unsaid: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -211,9 +212,8 @@ def settle(description: Description, told: Told, padded: int, where: object, *, 
         raise CheckpointError(
             f"{where} holds fewer rows of the vocabulary than the model has tokens", got=padded, needed=config.vocab_size
         )
-    if family and (family.qkv_bias, family.qk_norm) == (config.qkv_bias, config.qk_norm):
-        return Settled(config=config, family=family, unsaid=missing, notes=tuple(notes))
-    return Settled(config=config, family=family_for(config), unsaid=missing, notes=tuple(notes))
+    same = family is not None and (family.qkv_bias, family.qk_norm) == (config.qkv_bias, config.qk_norm)
+    return Settled(config=config, family=family if same else None, unsaid=missing, notes=tuple(notes))
 
 
 def _taken(description: Description, theirs: ModelConfig | None, told: Told) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Block
@@ -20,10 +20,11 @@ from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
 from megatron_prune.checkpoint import safetensors_file, weight_files
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.checkpoint.weight_files import INDEX, SINGLE, WEIGHTS
-from megatron_prune.errors import CheckpointError, InputError, raise_all
+from megatron_prune.errors import CheckpointError, InputError, raise_all, reason
 from megatron_prune.families.family import Family, family_of
-from megatron_prune.files.documents import LIMIT, read_json
+from megatron_prune.files.documents import LIMIT, read_json, shorten
 from megatron_prune.files.region import Region
+from megatron_prune.files.tensor_file import open_tensors
 
 CONFIG = "config.json"
 BUFFERS_FILE = "rotary_buffers.safetensors"
@@ -194,7 +195,12 @@ def save_buffers(model: HuggingFaceModel, folder: Path) -> None:
 def load_buffers(folder: Path | None) -> dict[str, torch.Tensor]:
     """What :func:`save_buffers` kept; empty if nothing."""
     file = folder / BUFFERS_FILE if folder else None
-    return load_file(file) if file and file.is_file() else {}
+    if file is None or not file.exists():
+        return {}
+    with open_tensors(file, do="convert the model again") as held:
+        strange = [name for name in held.names if not _BUFFERS.fullmatch(name)]
+        raise_all(CheckpointError, f"{file} holds what is no rotary table", [shorten(name) for name in strange])
+        return {name: held.take(name) for name in held.names}
 
 
 def side_files(source: Path) -> dict[str, Path]:
@@ -305,5 +311,5 @@ def _from_hub(name: str, fetch: Callable[[], str]) -> str:
             return snapshot_download(name, local_files_only=True)
         except Exception:
             raise InputError(
-                f"{name} is neither a directory nor a model that can be fetched from the hub", got=str(error).split("\n")[0]
+                f"{name} is neither a directory nor a model that can be fetched from the hub", got=reason(error)
             ) from None

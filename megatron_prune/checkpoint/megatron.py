@@ -25,8 +25,8 @@ from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS, megatron_args, padded_as_stored
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError
-from megatron_prune.families.family import FAMILIES
-from megatron_prune.files.documents import read_text
+from megatron_prune.families.family import FAMILIES, family_for
+from megatron_prune.files.documents import read_text, shorten
 
 TRACKER, RELEASE, HF_FOLDER, PLAN_FILE = "latest_checkpointed_iteration.txt", "release", "hf", "plan.json"
 TOKENIZER = "tokenizer"
@@ -92,9 +92,9 @@ def iteration_directory(path: Path) -> Path:
             got=f"no {TRACKER}" if path.is_dir() else "no such directory",
             needed="a checkpoint root, or one of its iteration directories",
         )
-    text = tracker.read_text(encoding="utf-8").strip()
-    if text != RELEASE and not re.fullmatch(r"\d+", text):
-        raise CheckpointError(f"{tracker}", got=repr(text[:40]), needed="an iteration number, or 'release'")
+    text = read_text(tracker, limit=1 << 10).strip()
+    if text != RELEASE and not re.fullmatch(r"[0-9]{1,18}", text):
+        raise CheckpointError(f"{tracker}", got=shorten(text), needed="an iteration number, or 'release'")
     folder = path / (text if text == RELEASE else f"iter_{int(text):07d}")
     if not (torch_dist.is_torch_dist(folder) or legacy.is_legacy(folder)):
         raise CheckpointError(
@@ -135,7 +135,7 @@ def open_checkpoint(path: Path, told: Told = Told(), *, incomplete: bool = False
         config=settled.config,
         layout=layout,
         tensors=room.open_map(folder, settled.config, layout),
-        manifest=Manifest(family=settled.family.name, model=settled.config, layout=layout),
+        manifest=Manifest(family=(settled.family or family_for(settled.config)).name, model=settled.config, layout=layout),
         own=False,
         hf_folder=told.hf_dir or _tokenizer_beside(folder),
         unsaid=settled.unsaid,

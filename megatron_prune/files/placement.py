@@ -96,6 +96,7 @@ def _try(place: Path, *, directory: bool) -> None:
         base = base.parent
     if not base.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(base))
+    before = os.stat(base)
     probe = hidden.temporary(base)
     try:
         folder = probe.joinpath(*reversed(missing))
@@ -107,6 +108,8 @@ def _try(place: Path, *, directory: bool) -> None:
             _try_to_rename(place, folder / place.name)
     finally:
         hidden.leave(probe)
+        with contextlib.suppress(OSError):
+            os.utime(base, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if nobody had been there
 
 
 def _try_to_rename(place: Path, taken: Path) -> None:

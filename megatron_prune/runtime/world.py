@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 from dataclasses import dataclass
 from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
+
+from megatron_prune.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +24,23 @@ class World:
 
     @classmethod
     def of_environment(cls) -> World:
-        """Read torchrun's variables; starts nothing."""
-        env = os.environ
-        return cls(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
+        """Read torchrun's variables; starts nothing.
+
+        Raises:
+            InputError: if one is no number, or the rank is none of the world.
+        """
+        found = {
+            name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        }
+        for name, text in found.items():
+            if not re.fullmatch(r"[0-9]{1,9}", text):
+                raise InputError(f"the environment variable {name}", got=repr(text), needed="a number, as torchrun sets it")
+        rank, size, local = (int(text) for text in found.values())
+        if rank >= size:
+            raise InputError(
+                "the environment variables RANK and WORLD_SIZE", got=f"{rank} of {size}", needed="a rank below the size"
+            )
+        return cls(rank, size, local)
 
     @property
     def is_main(self) -> bool:

@@ -17,6 +17,7 @@ from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.families.family import FAMILIES, Family
+from megatron_prune.files.documents import read_text
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.foreign import ForeignOptions, noted, told
 from megatron_prune.steps.output import Output, Source, commonest, log, say_links, staged, write_huggingface
@@ -62,9 +63,10 @@ def export(options: ExportOptions, world: World) -> None:
     config = checkpoint.config
     hf_config = family.hf_config(config, template, checkpoint.manifest.kept_layers)
     dtypes = _dtypes(checkpoint, options.target_params_dtype)
-    stored = getattr(torch, checkpoint.manifest.hf_dtypes.get("default", ""), None)
-    changed = not checkpoint.own or any(entry["step"] not in ("convert", "transfer") for entry in checkpoint.manifest.recipe)
-    unchanged = not changed and hf_config == template and commonest(dtypes) == stored
+    named = (template or {}).get("dtype") or (template or {}).get("torch_dtype")  # what a foreign checkpoint has besides
+    stored = checkpoint.manifest.hf_dtypes.get("default", named)
+    changed = any(entry["step"] not in ("convert", "transfer") for entry in checkpoint.manifest.recipe)
+    unchanged = not changed and hf_config == template and str(commonest(dtypes)) == f"torch.{stored}"
     if side is None and world.is_main:
         log.warning("no tokenizer is kept in %s; pass --hf-dir to add one", checkpoint.path)
     pruned = any(entry["step"] in ("prune", "recover") for entry in checkpoint.manifest.recipe)
@@ -81,7 +83,7 @@ def export(options: ExportOptions, world: World) -> None:
         config=config,
         family=family,
         hf_config=hf_config,
-        config_text=(side / "config.json").read_text(encoding="utf-8") if unchanged else None,
+        config_text=read_text(side / "config.json") if unchanged else None,
         dtypes=dtypes,
         max_shard_bytes=shard_bytes,
         side_files=side,
@@ -120,9 +122,9 @@ def parse_size(text: str) -> int:
     Raises:
         InputError: if it is not such a size.
     """
-    match = re.fullmatch(r"(\d+)\s*([KMGT]?)B?", text.strip().upper())
+    match = re.fullmatch(r"([0-9]{1,18})\s*([KMGT]?)B?", text.strip().upper())
     if not match or int(match[1]) == 0:
-        raise InputError("--max-shard-size", got=repr(text), needed="a size such as 5GB or 500MB")
+        raise InputError("--max-shard-size", got=repr(text[:40]), needed="a size such as 5GB or 500MB")
     return int(match[1]) * 10 ** (3 * " KMGT".index(match[2] or " "))
 
 

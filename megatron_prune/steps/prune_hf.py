@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping
@@ -23,6 +22,7 @@ from megatron_prune.errors import InputError
 from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.families.family import Family
 from megatron_prune.files import staging
+from megatron_prune.files.documents import STRICT, read_json
 from megatron_prune.planning.plan import Plan
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.calibrate import Subject, bos_token
@@ -184,6 +184,20 @@ def with_sizes(options: PruneHfOptions) -> PruneHfOptions:
     return options
 
 
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """The sizes of S4's JSON file: see :class:`TargetOptions`."""
+
+    __pydantic_config__ = STRICT
+
+    hidden_size_remain: int | None = None
+    ffn_hidden_size_remain: int | None = None
+    num_attention_heads_remain: int | None = None
+    num_query_groups_remain: int | None = None
+    num_layers_remain: int | None = None
+    drop_layers: list[int] | None = None
+
+
 BUDGETS = ("params", "ratio", "memory")
 DEFAULT_CONFIG = "prune_config.json"
 
@@ -194,23 +208,6 @@ def read_prune_config(path: Path) -> dict[str, Any]:
     Raises:
         InputError: if it is not such a file, or has a key or a value that is none of these.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--prune_config_path {path}",
-            got=str(error),
-            needed="a JSON file",
-            do="name one, or give sizes, a budget or a plan",
-        ) from None
-    if not isinstance(data, dict) or set(data) - set(TargetOptions.SIZES):
-        unknown = sorted(set(data) - set(TargetOptions.SIZES)) if isinstance(data, dict) else type(data).__name__
-        raise InputError(f"{path}", got=f"unknown keys {unknown}", needed="keys out of " + ", ".join(TargetOptions.SIZES))
-    whole = lambda value: isinstance(value, int) and not isinstance(value, bool)
-    drop = data.pop("drop_layers", None)
-    if drop is not None and not (isinstance(drop, list) and all(whole(layer) for layer in drop)):
-        raise InputError(f"{path}: drop_layers", got=drop, needed="a list of layer numbers, or null")
-    for key, value in data.items():
-        if value is not None and not whole(value):
-            raise InputError(f"{path}: {key}", got=value, needed="a whole number, or null")
-    return {**data, "drop_layers": tuple(drop) if drop is not None else None}
+    do = f"name a JSON file of {', '.join(TargetOptions.SIZES)}; or give sizes, a budget or a plan"
+    held = read_json(path, PruneConfig, error=InputError, do=do)
+    return {**vars(held), "drop_layers": None if held.drop_layers is None else tuple(held.drop_layers)}

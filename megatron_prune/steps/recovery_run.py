@@ -93,6 +93,7 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
         adapters=add_adapters(running, lora) if lora else [],
         hidden=hidden,
         hidden_weight=options.hidden_weight,
+        answers_only=options.answers_only,
     )
     checkpoints = Checkpoints(
         root=save,

@@ -81,7 +81,7 @@ def teach(options: TeachOptions, world: World) -> None:
     from megatron_prune.steps.recovery_check import check_tokenizer
 
     data = DataOptions(
-        **{item.name: getattr(options, item.name) for item in dataclasses.fields(DataOptions) if hasattr(options, item.name)},
+        **{item.name: getattr(options, item.name) for item in dataclasses.fields(DataOptions) if item.name in SHARED},
         cache=staging.work_path(save) / "data_cache",
     )
     error = None

@@ -72,8 +72,9 @@ def vocab_trim(options: VocabTrimOptions, world: World) -> None:
     _check_fold(options)
     source = Path(options.load_dir) if Path(options.load_dir).exists() else None
     kind = MEGATRON if source and megatron.is_megatron(source) and not options.tokenizer_only else HUGGING_FACE
-    for folder in (source, Path(options.tokenizer) if options.tokenizer else None):
-        check_output(save, kind, overwrite=options.overwrite, source=folder)
+    if options.tokenizer:
+        staging.check_output(save, overwrite=options.overwrite, source=Path(options.tokenizer))
+    check_output(save, kind, overwrite=options.overwrite, source=source)
     model = open_subject(options.load_dir, options.tokenizer, told(options))
     huggingface.side_files(model.vocabulary.folder)
     if model.layout:

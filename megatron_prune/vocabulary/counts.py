@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Sequence
+from typing import Annotated, Any, Sequence
 
 import numpy
-from safetensors import SafetensorError, safe_open
+import torch
+from pydantic import Field
 from safetensors.numpy import save
 
 from megatron_prune.errors import InputError
+from megatron_prune.files.documents import STRICT, parse_json
+from megatron_prune.files.tensor_file import open_tensors
 
 _FORMAT = "megatron-prune token counts"
+Amount = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +28,17 @@ class Corpus:
         name: of the corpus, without folders.
         documents, tokens, size: how many; bytes of the source.
         weight: its share of all corpora's counts, up to a common factor; ``None`` where occurrences simply add up.
+        contents: of a folder, which files were read and which were not.
     """
 
+    __pydantic_config__ = STRICT
+
     name: str
-    documents: int
-    tokens: int
-    size: int
-    weight: float | None = None
+    documents: Amount
+    tokens: Amount
+    size: Amount
+    weight: Annotated[float, Field(gt=0)] | None = None
+    contents: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,20 +109,16 @@ def load_counts(path: Path) -> Counts:
     Raises:
         InputError: if it is no such file, or damaged.
     """
-    try:
-        with safe_open(path, "numpy") as file:
-            head = file.metadata() or {}
-            if head.get("format") != _FORMAT:
-                raise ValueError("another kind of file")
-            corpora = [Corpus(**entry) for entry in json.loads(head["corpora"])]
-            tables = [file.get_tensor(f"counts.{number}") for number in range(len(corpora))]
-        if not tables or any(table.dtype != numpy.int64 or table.ndim != 1 or (table < 0).any() for table in tables):
-            raise ValueError("tables that are no counts")
-        return Counts(digest=head["digest"], corpora=corpora, tables=tables)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} holds no token counts", got=str(error), do="make them with megatron-prune vocab count"
-        ) from None
+    again = "make them with megatron-prune vocab count"
+    with open_tensors(path, error=InputError, do=again) as file:
+        if file.metadata.get("format") != _FORMAT:
+            raise InputError(f"{path} holds no token counts", got="another kind of file", do=again)
+        said = file.metadata.get("corpora", "")
+        corpora = parse_json(said, list[Corpus], f"{path}: corpora", error=InputError, do=again)
+        if not corpora or "digest" not in file.metadata:
+            raise InputError(f"{path} holds no token counts", got="no corpora" if not corpora else "no digest", do=again)
+        tables = [file.read(f"counts.{number}", torch.int64, (None,), least=0).numpy() for number in range(len(corpora))]
+        return Counts(digest=file.metadata["digest"], corpora=corpora, tables=tables)
 
 
 def merged(parts: Sequence[Counts]) -> Counts:

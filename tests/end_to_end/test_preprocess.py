@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import torch
 from tiny import build_tiny
 
 from megatron_prune import __version__
+from megatron_prune.calibration.cutting import cut
 from megatron_prune.calibration.documents import open_documents
 from megatron_prune.calibration.encoder import tokenizer_digest
 from megatron_prune.calibration.pair import open_pair
@@ -110,7 +112,9 @@ def test_every_byte_is_that_of_the_specification_for_any_number_of_workers(folde
                 "format": "megatron-prune documents",
                 "version": __version__,
                 "inputs": ["one.jsonl", "two.jsonl"],
+                "contents": {},
                 "key": key,
+                "left_out": {"without text": len(rows) - len(documents)},
                 "split": "train",
                 "tokenizer": {"name": "hf", "vocab_size": 307, "eod": 1, "digest": tokenizer_digest(tokenizer)},
                 "append_eod": True,
@@ -245,7 +249,8 @@ def test_a_stopped_run_goes_on_where_it_was(folder, tokenizer, tmp_path, monkeyp
     assert kept and sorted(os.listdir(tmp_path)) == [".x.work", "x.jsonl"]
     monkeypatch.setattr(step, "join_parts", watched)
     source = open_documents(str(asked["input"][0]), ("text",), split="train")
-    missing = [part.prefix for part in step._parts([source], ("text",), 2000, work) if not part.is_written]
+    parts = cut(source.documents(("text",)), 2000, work, [Counter()], answers=False)
+    missing = [part.prefix for part in parts if not part.is_written]
     full = Path(f"{missing[-1]}.bin")
     full.symlink_to("/dev/full")
     with pytest.raises(PruneError, match="(?s)x was not written.*No space left.*finished parts are kept"):

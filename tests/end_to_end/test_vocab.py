@@ -359,6 +359,25 @@ def test_renumbered_documents_are_the_same_text(model, counts, tmp_path, monkeyp
     assert record["tokens"] == sum(map(len, after)) and record["tokenizer"]["vocab_size"] == SIZE
     with pytest.raises(InputError, match="trimmed vocabulary already"):
         vocab_remap(VocabRemapOptions(input=new, output_prefix=str(tmp_path / "x"), map=str(out)), World())
+    for ending in ("bin", "idx"):  # a mask of answers would no longer be theirs
+        Path(f"{old}_mask.{ending}").write_bytes(Path(f"{old}.{ending}").read_bytes())
+    with pytest.raises(InputError, match="(?s)says which tokens are answers.*preprocess --answers-only"):
+        vocab_remap(VocabRemapOptions(input=old, output_prefix=str(tmp_path / "x"), map=str(out)), World())
+
+
+def test_a_folder_is_counted_once_and_the_file_says_what_was_read(model, tmp_path):
+    folder = tmp_path / "c"
+    folder.mkdir()
+    for name in ("a.txt", ".b.txt", "c.pdf"):
+        (folder / name).write_text("some words")
+    os.link(folder / "a.txt", folder / "z.txt")
+    count(model, folder, tmp_path / "once")
+    count(model, folder / "a.txt", tmp_path / "file")
+    assert table(tmp_path / "once") == table(tmp_path / "file")
+    passed = {"hidden": [".b.txt"], "no ending of text that is read": ["c.pdf"], "other names of files that are read": ["z.txt"]}
+    assert load_counts(tmp_path / "once").corpora[0].contents == {"files": ["a.txt"], "passed_over": passed}
+    with pytest.raises(InputError, match="(?s)--input: .*z.txt would be read twice"):
+        count(model, [str(folder), str(folder / "z.txt")], tmp_path / "twice")
 
 
 # -------------------------------------------------------------------------------------------------------------- the shells
@@ -422,12 +441,12 @@ def test_a_tokenizer_without_a_model(tmp_path):
         ({"coverage": 0.9}, "needs counts"),
         ({"coverage": 1.5}, "--coverage"),
         ({"keep_script": "Lattin"}, "did you mean Latin"),
-        ({"keep": "/nowhere"}, "--keep /nowhere"),
-        ({"keep_ids": "/nowhere"}, "holds no ids"),
+        ({"keep": "/nowhere"}, "/nowhere is missing"),
+        ({"keep_ids": "/nowhere"}, "/nowhere is missing"),
         ({"remain_vocab_size": 500, "prior": 2.0}, "--prior"),
         ({"remain_vocab_size": 500, "held_out": ("/nowhere",)}, "no file or folder /nowhere"),
         ({"remain_vocab_size": 500, "plan": "/nowhere"}, "give one of the two"),
-        ({"plan": "/nowhere"}, "plan /nowhere cannot be read"),
+        ({"plan": "/nowhere"}, "/nowhere is missing"),
     ],
 )
 def test_requests_that_cannot_be_met(model, tmp_path, options, said):

@@ -77,7 +77,9 @@ def state(place: Path) -> dict[str, str]:
 
 
 def is_probe(path: Path) -> bool:
-    return any(fnmatch.fnmatch(name, ".megatron_prune.????????") and not name.endswith(("partial", "work")) for name in path.parts)
+    return any(
+        fnmatch.fnmatch(name, ".megatron_prune.????????") and not name.endswith(("partial", "work")) for name in path.parts
+    )
 
 
 OLD = {"out/config.json": "old", "out/deep/weights": "old", "out/gone": "old", "plan.json": "old"}
