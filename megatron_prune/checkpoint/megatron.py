@@ -26,6 +26,7 @@ from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS, megatron_
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError
 from megatron_prune.families.family import FAMILIES, family_for
+from megatron_prune.files.documents import read_text, shorten
 
 TRACKER, RELEASE, HF_FOLDER, PLAN_FILE = "latest_checkpointed_iteration.txt", "release", "hf", "plan.json"
 TOKENIZER = "tokenizer"
@@ -59,6 +60,17 @@ class MegatronCheckpoint:
     unsaid: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def plan_text(self) -> str | None:
+        """The plan that it was pruned by, as it stands, if it was.
+
+        Raises:
+            CheckpointError: if it is a link, or no text.
+        """
+        file = self.path / PLAN_FILE
+        if file.is_symlink():
+            raise CheckpointError(f"{file}", got="a link", needed="the plan itself", do="put a copy in its place, or remove it")
+        return read_text(file) if file.exists() else None
+
 
 def is_megatron(path: Path) -> bool:
     """Whether ``path`` looks like a Megatron checkpoint: its root, or an iteration directory."""
@@ -80,9 +92,9 @@ def iteration_directory(path: Path) -> Path:
             got=f"no {TRACKER}" if path.is_dir() else "no such directory",
             needed="a checkpoint root, or one of its iteration directories",
         )
-    text = tracker.read_text(encoding="utf-8").strip()
-    if text != RELEASE and not re.fullmatch(r"\d+", text):
-        raise CheckpointError(f"{tracker}", got=repr(text[:40]), needed="an iteration number, or 'release'")
+    text = read_text(tracker, limit=1 << 10).strip()
+    if text != RELEASE and not re.fullmatch(r"[0-9]{1,18}", text):
+        raise CheckpointError(f"{tracker}", got=shorten(text), needed="an iteration number, or 'release'")
     folder = path / (text if text == RELEASE else f"iter_{int(text):07d}")
     if not (torch_dist.is_torch_dist(folder) or legacy.is_legacy(folder)):
         raise CheckpointError(

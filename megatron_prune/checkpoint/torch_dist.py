@@ -36,7 +36,7 @@ from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import extra_states, torch_archive
 from megatron_prune.checkpoint.stored_args import args_of, run_config, unwrapped
 from megatron_prune.checkpoint.tensor_map import TensorMap
-from megatron_prune.errors import CheckpointError, raise_all
+from megatron_prune.errors import CheckpointError, raise_all, reason
 from megatron_prune.files.documents import read_bytes, read_json, shorten
 from megatron_prune.files.pickled import read_pickle
 from megatron_prune.files.region import Region
@@ -185,7 +185,7 @@ def open_map(path: Path, config: ModelConfig, layout: ParallelLayout) -> TensorM
     try:
         return _map(path, metadata, config, layout).validate(path)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{path / METADATA} does not fit the files", got=f"{type(error).__name__}: {error}") from None
+        raise CheckpointError(f"{path / METADATA} does not fit the files", got=reason(error)) from None
 
 
 def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:

@@ -231,7 +231,7 @@ def newest(root: Path) -> Path | None:
 
 def clean(root: Path) -> None:
     """Remove what a killed run left half-written or half-removed."""
-    for path in [*root.glob(".iter_*.partial"), *root.glob(".iter_*.removed")]:
+    for path in [*root.glob(".iter_*.partial*"), *root.glob(".iter_*.removed")]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -26,7 +26,7 @@ from megatron_prune.files.documents import open_regular
 
 log = logging.getLogger("megatron_prune")
 
-_NAME = re.compile(r"[0-9a-f]{32}-(?:GPT|Blended)Dataset-(?:train|valid|test)-(?:description\.txt|(\w+)_index\.npy)")
+_NAME = re.compile(r"[0-9a-f]{32}-(?:GPT|Answers|Blended)Dataset-(?:train|valid|test)-(?:description\.txt|(\w+)_index\.npy)")
 _KINDS = {
     "document": ("int32",),
     "sample": ("int32", "int64"),

@@ -24,6 +24,7 @@ from torch.futures import Future
 
 from megatron_prune.checkpoint import torch_archive, torch_dist
 from megatron_prune.errors import CheckpointError
+from megatron_prune.files.documents import shorten
 
 
 def load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -41,6 +42,8 @@ class _Common(TorchCommonLoadStrategy):
     def load_common(self, checkpoint_dir: str) -> dict[str, Any]:
         path = Path(checkpoint_dir) / torch_dist.COMMON
         stored = torch_archive.read_objects(path)
+        if not isinstance(stored, dict):
+            raise CheckpointError(f"{path}", got=shorten(stored), needed="a dictionary")
         return {key: _plain(value, path) for key, value in stored.items() if key != "args"}
 
 
@@ -78,6 +81,8 @@ def _object(name: str, stored: Any, path: Path) -> Any:
     Of FP8's ``_extra_state`` nothing is: no run trains with it, and Transformer Engine would unpickle it from a tensor.
     """
     value = _plain(stored, path)
+    if not isinstance(value, list):
+        raise CheckpointError(f"{path}: {name}", got=shorten(value), needed="a list, one of each shard")
     return [None] * len(value) if "_extra_state" in name else value
 
 
@@ -91,7 +96,7 @@ def _plain(value: Any, path: Path) -> Any:
         return type(value)(_plain(each, path) for each in value)
     if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
         return value
-    raise CheckpointError(f"{path} holds what no run's state does", got=repr(value)[:100], needed="tensors and plain values")
+    raise CheckpointError(f"{path} holds what no run's state does", got=shorten(value), needed="tensors and plain values")
 
 
 def _read(stored: Any, path: Path) -> torch.Tensor:

@@ -26,7 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_prune.errors import InputError
+from megatron_prune.errors import InputError, reason
 from megatron_prune.files import staging
 from megatron_prune.files.documents import STRICT, read_json
 from megatron_prune.recovery.distillation import Answer, Batch, Teacher
@@ -160,7 +160,7 @@ def check_parts(folder: Path, samples: int, length: int) -> None:
                 shapes = {name: tuple(found.get_shape()) for name, found in slices.items()}
                 dtypes = {name: found.get_dtype() for name, found in slices.items()}
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} is missing or damaged", got=str(error), do="teach again") from None
+            raise InputError(f"{path} is missing or damaged", got=reason(error), do="teach again") from None
         k = shapes["ids"][-1] if shapes["ids"] else 0
         needed = {"ids": (rows, length, k), "log_probs": (rows, length, k), "rest": (rows, length), "digests": (rows,)}
         if shapes != needed or dtypes != _DTYPES or not k:

@@ -17,10 +17,10 @@ from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import CheckpointError
-from megatron_prune.files import staging
 from megatron_prune.files.region import Scratch
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.output import Source, write_megatron
+from megatron_prune.steps.output import Source, say_links, write_megatron
+from megatron_prune.steps.overwrite import MEGATRON, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,8 @@ def convert(options: ConvertOptions, world: World) -> None:
     )
     save = Path(options.save_dir)
     folder = huggingface.resolve(options.load_dir)
-    staging.check_output(save, overwrite=options.overwrite, source=folder)
+    check_output(save, MEGATRON, overwrite=options.overwrite, source=folder)
+    say_links(folder, world)
     model = huggingface.open_model(folder)
     layout.check(model.config)
     check_tied_copy(model)

@@ -17,7 +17,7 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.description import Told
-from megatron_prune.config import add_options, option, require_positive
+from megatron_prune.config import add_options, option, require_positive, text
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import family_of
 from megatron_prune.importance.collect import BATCH_TOKENS
@@ -63,13 +63,13 @@ class EstimateOptions(ForeignOptions):
     seq_length: int = option("tokens in a sequence of recovery", 4096)
     nsamples: int = option("samples of calibration text, of all sources together", 256)
     sample_length: int | None = option(
-        "tokens in a sample of calibration text (default: 512, or the model's context where that is shorter)", None
+        "tokens in a sample of calibration text (default: 512, or the model's context where that is shorter)", None, least=2
     )
     recompute: bool = option("recovery recomputes activations layer by layer", False)
     distill: bool = option("recovery is distilled from the unpruned model beside it", False)
-    train_tokens: float = option("tokens of the recovery", 12e9)
-    device_tflops: float = option("what a device can do at best, TFLOP/s (H100 in bf16: 989)", 989.0)
-    mfu: float = option("share of it that training reaches", 0.4)
+    train_tokens: float = option("tokens of the recovery", 12e9, least=1)
+    device_tflops: float = option("what a device can do at best, TFLOP/s (H100 in bf16: 989)", 989.0, least=1e-6)
+    mfu: float = option("share of it that training reaches", 0.4, least=1e-6)
     json: bool = option("print JSON", False)
 
 
@@ -77,7 +77,7 @@ def parse(argv: list[str], prog: str) -> EstimateOptions:
     """Read the command line: the model is positional."""
     parser = argparse.ArgumentParser(prog=prog, description=EstimateOptions.__doc__, allow_abbrev=False)
     flags = [item for item in EstimateOptions.__dataclass_fields__.values() if item.name != "path"]
-    parser.add_argument("path", metavar="CKPT|HF", help=EstimateOptions.__dataclass_fields__["path"].metadata["help"])
+    parser.add_argument("path", type=text, metavar="CKPT|HF", help=EstimateOptions.__dataclass_fields__["path"].metadata["help"])
     add_options(parser, EstimateOptions, flags)
     return EstimateOptions(**vars(parser.parse_args(argv)))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_prune.arch.tensors import parameter_count
+from megatron_prune.calibration.contents import summary
 from megatron_prune.calibration.windows import draw_windows
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.config import option, require_positive
@@ -86,7 +87,7 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
             "checkpoint": str(options.load_dir),
             "perplexity": value,
             "text": str(options.data),
-            "split": drawn.facts["split"],
+            **{name: value for name, value in drawn.facts.items() if name in ("split", "files", "passed_over")},
             "windows": len(windows),
             "seq_length": options.seq_length,
             "dtype": options.dtype,
@@ -94,6 +95,8 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
             "pipeline_parallel": layout.pipeline,
             "parameters": parameter_count(checkpoint.config),
         }
+        if line := summary(str(options.data), drawn.facts):
+            log.info("%s", line)
         log.info("perplexity %.3f over %d windows of %d tokens of %s", value, len(windows), options.seq_length, options.data)
         if options.output:
-            staging.write_text(Path(options.output), json.dumps(result, indent=2) + "\n")
+            staging.write_files({Path(options.output): json.dumps(result, indent=2).encode() + b"\n"})

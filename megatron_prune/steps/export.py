@@ -17,10 +17,11 @@ from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.families.family import FAMILIES, Family
-from megatron_prune.files import staging
+from megatron_prune.files.documents import read_text
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.foreign import ForeignOptions, noted, told
-from megatron_prune.steps.output import Source, commonest, log, staged, write_huggingface
+from megatron_prune.steps.output import Output, Source, commonest, log, say_links, staged, write_huggingface
+from megatron_prune.steps.overwrite import HUGGING_FACE, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,9 @@ def export(options: ExportOptions, world: World) -> None:
         InputError: on an argument or checkpoint that does not fit; nothing is written.
     """
     save = Path(options.save_dir)
-    staging.check_output(save, overwrite=options.overwrite, source=Path(options.load_dir))
+    check_output(save, HUGGING_FACE, overwrite=options.overwrite, source=Path(options.load_dir))
+    if options.hf_dir and save.exists() and Path(options.hf_dir).exists() and save.samefile(options.hf_dir):
+        raise InputError(f"output {save} is the input {options.hf_dir}", do="name another directory")
     shard_bytes = parse_size(options.max_shard_size)
     checkpoint, adapter = open_adapted(Path(options.load_dir), Path(options.base) if options.base else None, told(options))
     noted(checkpoint, world)
@@ -67,8 +70,9 @@ def export(options: ExportOptions, world: World) -> None:
     if side is None and world.is_main:
         log.warning("no tokenizer is kept in %s; pass --hf-dir to add one", checkpoint.path)
     pruned = any(entry["step"] in ("prune", "recover") for entry in checkpoint.manifest.recipe)
-    plan = checkpoint.path / megatron.PLAN_FILE
-    files = {megatron.PLAN_FILE: plan.read_text(encoding="utf-8")} if plan.is_file() else {}
+    say_links(checkpoint.path, world)
+    plan = checkpoint.plan_text()
+    files = {megatron.PLAN_FILE: plan} if plan is not None else {}
     if pruned:
         files[RECIPE_FILE] = dump_recipe(checkpoint.manifest.recipe)
         files["README.md"] = model_card(config, checkpoint.manifest.recipe, name=save.name, family=family.name)
@@ -79,7 +83,7 @@ def export(options: ExportOptions, world: World) -> None:
         config=config,
         family=family,
         hf_config=hf_config,
-        config_text=(side / "config.json").read_text(encoding="utf-8") if unchanged else None,
+        config_text=read_text(side / "config.json") if unchanged else None,
         dtypes=dtypes,
         max_shard_bytes=shard_bytes,
         side_files=side,
@@ -94,9 +98,8 @@ def export(options: ExportOptions, world: World) -> None:
 def _write_adapter(options: ExportOptions, adapter: StoredAdapter | None, family: Family, world: World) -> None:
     if adapter is None:
         raise InputError(f"--adapter-only: {options.load_dir} is no adapter", do="leave it out")
-    with staged(world, Path(options.save_dir), needed=0, overwrite=options.overwrite) as partial:
-        if world.is_main:
-            adapter.write_peft(partial, family, options.base or "")
+    with staged(world, Output(Path(options.save_dir), HUGGING_FACE, overwrite=options.overwrite)) as partial:
+        world.on_main(lambda: adapter.write_peft(partial, family, options.base or ""))
 
 
 def choose_family(recorded: str, asked: str | None) -> Family:
@@ -119,9 +122,9 @@ def parse_size(text: str) -> int:
     Raises:
         InputError: if it is not such a size.
     """
-    match = re.fullmatch(r"(\d+)\s*([KMGT]?)B?", text.strip().upper())
+    match = re.fullmatch(r"([0-9]{1,18})\s*([KMGT]?)B?", text.strip().upper())
     if not match or int(match[1]) == 0:
-        raise InputError("--max-shard-size", got=repr(text), needed="a size such as 5GB or 500MB")
+        raise InputError("--max-shard-size", got=repr(text[:40]), needed="a size such as 5GB or 500MB")
     return int(match[1]) * 10 ** (3 * " KMGT".index(match[2] or " "))
 
 

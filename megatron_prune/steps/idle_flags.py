@@ -42,7 +42,11 @@ def filled(options: Options, rules: dict[str, Needs]) -> Options:
 
 
 SEPARATE_DATA = {
-    "split": Needs("--data-path: the blends of --train-data-path and the like are not cut", lambda o: o.data_path, "969,30,1"),
+    "split": Needs(
+        "--data-path: the blends of --train-data-path and the like are not cut",
+        lambda o: o.data_path or not o.train_data_path,
+        "969,30,1",
+    ),
     "valid_data_path": Needs("--train-data-path: --data-path is cut by --split", lambda o: o.train_data_path, ()),
     "test_data_path": Needs("--train-data-path: --data-path is cut by --split", lambda o: o.train_data_path, ()),
 }

@@ -20,7 +20,7 @@ from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.description import Told
 from megatron_prune.checkpoint.manifest import read_recipe
 from megatron_prune.checkpoint.tensor_map import TensorMap
-from megatron_prune.config import add_options
+from megatron_prune.config import add_options, text
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.foreign import ForeignOptions, told
 from megatron_prune.steps.output import Source, run
@@ -38,7 +38,7 @@ class InspectOptions(ForeignOptions):
 def parse(argv: list[str], prog: str) -> InspectOptions:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog=prog, description=InspectOptions.__doc__, allow_abbrev=False)
-    parser.add_argument("path", metavar="CKPT|HF", help="Megatron checkpoint, Hugging Face directory, or hub id")
+    parser.add_argument("path", type=text, metavar="CKPT|HF", help="Megatron checkpoint, Hugging Face directory, or hub id")
     parser.add_argument("--weights", action="store_true", help="read all weights and name those that hold NaN or infinity")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_options(parser, ForeignOptions)

@@ -32,6 +32,7 @@ class RecoverOptions(ForeignOptions):
     train_data_path: tuple[str, ...] = option("blend to train on, instead of --data-path", ())
     valid_data_path: tuple[str, ...] = option("blend that held-out losses are measured on", ())
     test_data_path: tuple[str, ...] = option("blend that the end is measured on", ())
+    answers_only: bool = option("count the assistant's tokens alone: pairs of preprocess --answers-only", False)
     data_cache_path: str | None = option("directory for the indices of the data (default: in --save)", None)
     seq_length: int | None = option("tokens in a sequence (default: 4096, or the model's context where that is shorter)", None)
     seed: int = option("seed of the order of the data and of dropout", 1234)

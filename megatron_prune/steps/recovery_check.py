@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_prune.arch.adapter import target_roles
 from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.calibration.answers import has_mask
 from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
 from megatron_prune.calibration.pair import recorded_tokenizer
 from megatron_prune.calibration.sources import check_seed
@@ -28,6 +29,8 @@ from megatron_prune.recovery.index_cache import check_place
 from megatron_prune.recovery.stored_logits import check_answers, check_parts, read_description
 from megatron_prune.runtime.megatron_flags import check_megatron_flags
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.output import log
+from megatron_prune.steps.overwrite import RUN, check_output
 from megatron_prune.steps.recover import RecoverOptions
 from megatron_prune.steps.recovery_settings import (
     batch_sizes,
@@ -67,6 +70,8 @@ def check(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
             pairs = check_data(data, checkpoint.config.vocab_size)
             check_tokenizer(list(pairs), checkpoint)
             check_place(data.cache)
+            for prefix in filter(has_mask, () if options.answers_only else pairs):
+                log.info("%s says which tokens are answers; all tokens count, for there is no --answers-only", prefix)
             _check_run(options, checkpoint)
             if options.teacher_logits:
                 _check_answers(options, checkpoint)
@@ -225,10 +230,11 @@ def _check_run(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> None:
     save = Path(options.save)
     begun = (save / RUN_FILE).is_file()
     if options.overwrite or not begun and not is_blank(save):
-        staging.check_output(save, overwrite=options.overwrite, source=Path(options.load))
+        check_output(save, RUN, overwrite=options.overwrite, source=Path(options.load))
     elif begun:
         staging.check_free(save)
         before = read_json(save / RUN_FILE, RunFile, error=InputError, do="pass --overwrite to begin anew").settings
+        before = {"answers_only": False, **before}
         problems = [
             f"--{name.replace('_', '-')} {value}, begun with {_shown(before.get(name))}"
             for name, value in run_settings(options, checkpoint).items()

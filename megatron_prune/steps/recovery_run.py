@@ -14,7 +14,7 @@ import torch
 import xxhash
 
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.checkpoint import megatron
+from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.manifest import FILE, AdapterOrigin, Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.errors import CheckpointError, InputError, PruneError
@@ -35,6 +35,7 @@ from megatron_prune.runtime.model import build_model, stop_parallel
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.megatron_lm import say_flags
 from megatron_prune.steps.output import log
+from megatron_prune.steps.overwrite import RUN, check_replaceable
 from megatron_prune.steps.recover import RecoverOptions
 from megatron_prune.steps.recovery_check import RUN_FILE, RunFile, check_teacher
 from megatron_prune.steps.recovery_settings import (
@@ -92,6 +93,7 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
         adapters=add_adapters(running, lora) if lora else [],
         hidden=hidden,
         hidden_weight=options.hidden_weight,
+        answers_only=options.answers_only,
     )
     checkpoints = Checkpoints(
         root=save,
@@ -141,7 +143,8 @@ def _begin(options: RecoverOptions, checkpoint: MegatronCheckpoint, world: World
         try:
             staging.hold(save.absolute())
             if options.overwrite:
-                for entry in sorted(save.iterdir(), key=lambda path: path.name == RUN_FILE):  # without it this is no run
+                check_replaceable(save, RUN, known=())
+                for entry in sorted(save.iterdir(), key=lambda entry: entry.name == RUN_FILE):  # last: it says what they are
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             clean(save)
             if not (save / RUN_FILE).is_file():
@@ -211,9 +214,10 @@ def _open_history(
 
 def _copy_side_files(checkpoint: MegatronCheckpoint, folder: Path) -> None:
     if checkpoint.hf_folder:
-        shutil.copytree(checkpoint.hf_folder, folder / megatron.HF_FOLDER)
-    if (checkpoint.path / megatron.PLAN_FILE).is_file():
-        shutil.copyfile(checkpoint.path / megatron.PLAN_FILE, folder / megatron.PLAN_FILE)
+        (folder / megatron.HF_FOLDER).mkdir()
+        huggingface.copy_side_files(checkpoint.hf_folder, folder / megatron.HF_FOLDER)
+    if (plan := checkpoint.plan_text()) is not None:
+        (folder / megatron.PLAN_FILE).write_text(plan, encoding="utf-8")
 
 
 def describe(

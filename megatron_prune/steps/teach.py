@@ -20,6 +20,7 @@ from megatron_prune.runtime.world import World
 from megatron_prune.steps.foreign import ForeignOptions, open_megatron
 from megatron_prune.steps.idle_flags import SEPARATE_DATA, filled
 from megatron_prune.steps.output import PARAM_DTYPES, log, progress_bar
+from megatron_prune.steps.overwrite import TEACHER, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ def teach(options: TeachOptions, world: World) -> None:
     """
     require_positive(options, "train_iters", "global_batch_size", "top_k", "micro_batch_size", "seq_length", "eval_iters")
     save = Path(options.save)
-    staging.check_output(save, overwrite=options.overwrite, source=Path(options.load))
+    check_output(save, TEACHER, overwrite=options.overwrite, source=Path(options.load))
     checkpoint = open_megatron(options.load, options, world)
     config = checkpoint.config
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
@@ -80,8 +81,8 @@ def teach(options: TeachOptions, world: World) -> None:
     from megatron_prune.steps.recovery_check import check_tokenizer
 
     data = DataOptions(
-        **{item.name: getattr(options, item.name) for item in dataclasses.fields(DataOptions) if item.name != "cache"},
-        cache=save.absolute().with_name(f".{save.name}.work") / "data_cache",
+        **{item.name: getattr(options, item.name) for item in dataclasses.fields(DataOptions) if item.name in SHARED},
+        cache=staging.work_path(save) / "data_cache",
     )
     error = None
     if world.is_main:
@@ -101,14 +102,17 @@ def teach(options: TeachOptions, world: World) -> None:
         _write_parts(options, running, train_set, samples, folder, world)
         stop_parallel()
         world.barrier()
-        if world.is_main:
+
+        def finish() -> None:
             from megatron_prune.recovery.stored_logits import DESCRIPTION
 
             staging.write_text(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
             shutil.rmtree(folder / "data_cache")
             staging.finish_work(folder, save)
-            log.info("%d samples of %d tokens, %d of each distribution: %s", samples, length, options.top_k, save)
-        world.barrier()
+
+        world.on_main(finish)
+    if world.is_main:
+        log.info("%d samples of %d tokens, %d of each distribution: %s", samples, length, options.top_k, save)
 
 
 def describe(options: TeachOptions, content_id: str | None, vocab_size: int) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class VerifyOptions(ForeignOptions):
     hf_dir: str = option("Hugging Face model: a directory, or a hub id")
     text: str | None = option("text file to compare on (default: a built-in sentence)", None)
     seq_length: int = option("tokens of it to compare on, at most", 128)
-    tolerance: float = option("largest allowed difference of a logit; both sides compute in float32", 1e-3)
+    tolerance: float = option("largest allowed difference of a logit; both sides compute in float32", 1e-3, least=0)
     tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
     pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
 

@@ -274,6 +274,35 @@ def test_each_split_may_have_a_blend_of_its_own(tmp_path):
     assert {whole(item)[0] // 100_000 for item in map(build_datasets(with_test, (20, 10, 10), World())[2].__getitem__, range(10))} == {3}
 
 
+def marked(folder: Path, name: str, count: int, *, first: int = 0) -> str:
+    """A :func:`numbered` pair with a mask: tokens that divide by three count."""
+    prefix = numbered(folder, name, count, first=first)
+    texts = documents(count, seed=first, shortest=3, longest=40)
+    masks = [[int((1000 * (first + number) + place) % 3 == 0) for place in range(len(text))] for number, text in enumerate(texts)]
+    write_pair(f"{prefix}_mask", masks, numpy.uint8)
+    return prefix
+
+
+def test_labels_that_a_mask_does_not_name_are_left_out_wherever_the_sample_comes_from(tmp_path):
+    words = ("1", marked(tmp_path, "a", 20), "2", marked(tmp_path, "b", 20, first=100))
+    plain = build_datasets(options(tmp_path, *words), (90, 30, 10), World())
+    wanted = options(tmp_path, *words, answers_only=True)
+    check_data(wanted, 10**6)
+    for both in zip(plain, build_datasets(wanted, (90, 30, 10), World()), strict=True):
+        for number in range(len(both[0])):  # more than one epoch of the training set
+            whole_item, item = (dataset[number] for dataset in both)
+            labels = whole_item["labels"]
+            assert torch.equal(item["tokens"], whole_item["tokens"])
+            assert torch.equal(item["labels"], torch.where(labels % 3 == 0, labels, -100))
+
+
+def test_answers_only_needs_a_mask_of_every_pair(tmp_path):
+    with_mask, without = marked(tmp_path, "a", 20), numbered(tmp_path, "b", 20)
+    for words in ((without,), ("1", with_mask, "2", without)):
+        with pytest.raises(InputError, match="(?s)b does not say which of its tokens are answers.*preprocess --answers-only"):
+            check_data(options(tmp_path, *words, answers_only=True), 10**6)
+
+
 # --------------------------------------------------------------------------------------------------------------- the steps
 
 
