@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from megatron_prune.arch.adapter import AdapterConfig
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import megatron, torch_dist
+from megatron_prune.checkpoint.description import Told
 from megatron_prune.checkpoint.manifest import FILE, Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.errors import CheckpointError
@@ -64,13 +65,12 @@ class StoredAdapter:
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def open_adapted(
-    path: Path, base: Path | None = None, *, vocab_size: int | None = None
-) -> tuple[MegatronCheckpoint, StoredAdapter | None]:
+def open_adapted(path: Path, base: Path | None = None, told: Told = Told()) -> tuple[MegatronCheckpoint, StoredAdapter | None]:
     """Open a checkpoint as :func:`megatron.open_checkpoint` does; one of adapters as the model it was trained on.
 
     Args:
         base: where that model is now, if not where it was.
+        told: what the user says beside the checkpoint, or that model.
 
     Returns:
         The checkpoint, whose manifest also tells how the adapter came to be, and the adapter, if it is one.
@@ -81,20 +81,20 @@ def open_adapted(
     folder = megatron.iteration_directory(path)
     described = Manifest.load(folder / FILE) if (folder / FILE).is_file() else None
     if described is None or described.adapter is None:
-        return megatron.open_checkpoint(path, vocab_size=vocab_size), None
-    where = Path(base or described.adapter["base"])
+        return megatron.open_checkpoint(path, told), None
+    where = Path(base or described.adapter.base)
     try:
-        checkpoint = megatron.open_checkpoint(where)
+        checkpoint = megatron.open_checkpoint(where, told)
     except CheckpointError as error:
         raise CheckpointError(f"the model that the adapter in {folder} belongs on: {error}", do="name it with --base") from None
-    if checkpoint.manifest.content_id != described.adapter["base_content_id"]:
+    if checkpoint.manifest.content_id != described.adapter.base_content_id:
         raise CheckpointError(
             f"{where} is not the model that the adapter in {folder} was trained on",
             got=checkpoint.manifest.content_id,
-            needed=described.adapter["base_content_id"],
+            needed=described.adapter.base_content_id,
             do="name that model with --base",
         )
-    config = AdapterConfig.from_json(described.adapter["config"])
+    config = described.adapter.config
     adapter = StoredAdapter(config=config, matrices=_read(folder, config, checkpoint.config.num_layers))
     return replace(checkpoint, manifest=replace(described, adapter=None)), adapter
 

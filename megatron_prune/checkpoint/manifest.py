@@ -3,37 +3,68 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
+
+from megatron_prune.arch.adapter import AdapterConfig
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.errors import CheckpointError
+from megatron_prune.files.documents import STRICT, parse_versioned, read_bytes
 
 FILE = "megatron_prune.json"
 VERSION = 1
-_FORMAT = "megatron-prune checkpoint"
-
+_FORMAT, _RECIPE = "megatron-prune checkpoint", "megatron-prune recipe"
 
 RECIPE_FILE = "megatron_prune_recipe.json"
 """In a pruned Hugging Face directory: how it came to be."""
 
 
+class RecipeEntry(TypedDict):
+    """A step that made a model: its name, the sizes that it changed, and whatever else it says."""
+
+    __pydantic_config__ = {"extra": "allow"}
+    step: str
+    old: NotRequired[dict[str, int]]
+    new: NotRequired[dict[str, int]]
+
+
 def dump_recipe(recipe: list[dict[str, Any]]) -> str:
     """Text of :data:`RECIPE_FILE`."""
-    return json.dumps({"format": "megatron-prune recipe", "version": VERSION, "recipe": recipe}, indent=2) + "\n"
+    return json.dumps({"format": _RECIPE, "version": VERSION, "recipe": recipe}, indent=2) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RecipeFile:
+    __pydantic_config__ = STRICT
+    recipe: list[RecipeEntry]
 
 
 def read_recipe(folder: Path) -> list[dict[str, Any]]:
-    """Steps that made a Hugging Face directory, oldest first; empty if it does not say."""
-    try:
-        recipe = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))["recipe"]
-        return [entry for entry in recipe if isinstance(entry, dict) and "step" in entry]
-    except FileNotFoundError:
+    """Steps that made a Hugging Face directory, oldest first; empty if it does not say.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    file = folder / RECIPE_FILE
+    if not file.exists():
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / RECIPE_FILE} is damaged", got=repr(error), do="mend or remove it") from None
+    held = read_bytes(file)
+    return parse_versioned(held, _RecipeFile, file, format=_RECIPE, version=VERSION, do="mend or remove it").recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOrigin:
+    """What a checkpoint of adapters alone holds: their config, and the model they belong on by its place and digest."""
+
+    __pydantic_config__ = STRICT
+    config: AdapterConfig
+    base: str
+    base_content_id: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,54 +83,35 @@ class Manifest:
             ``base_content_id``.
     """
 
+    __pydantic_config__ = STRICT
+
     family: str
     model: ModelConfig
-    layout: ParallelLayout
+    layout: Annotated[ParallelLayout, Field(alias="parallel")]
     content_id: str | None = None
-    hf_dtypes: dict[str, str] = field(default_factory=dict)
+    hf_dtypes: dict[str, Literal["float64", "float32", "float16", "bfloat16"]] = field(default_factory=dict)
     tied_head_stored: bool = False
-    kept_layers: list[int] | None = None
-    recipe: list[dict[str, Any]] = field(default_factory=list)
-    adapter: dict[str, Any] | None = None
+    kept_layers: list[Annotated[int, Field(ge=0)]] | None = None
+    recipe: list[RecipeEntry] = field(default_factory=list)
+    adapter: AdapterOrigin | None = None
 
     def dumps(self) -> str:
         """The file's text."""
-        data = {
-            "format": _FORMAT,
-            "version": VERSION,
-            "family": self.family,
-            "model": self.model.to_json(),
-            "parallel": {
-                "tensor": self.layout.tensor,
-                "pipeline": self.layout.pipeline,
-                "vocab_divisible_by": self.layout.vocab_divisible_by,
-            },
-            "content_id": self.content_id,
-            "hf_dtypes": self.hf_dtypes,
-            "tied_head_stored": self.tied_head_stored,
-            "kept_layers": self.kept_layers,
-            "recipe": self.recipe,
-            "adapter": self.adapter,
-        }
-        return json.dumps(data, indent=2) + "\n"
+        data = {"parallel" if name == "layout" else name: value for name, value in asdict(self).items()}
+        return json.dumps({"format": _FORMAT, "version": VERSION, **data}, indent=2) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
         """Read the file.
 
         Raises:
-            CheckpointError: if it is not such a file, or of a later version.
+            CheckpointError: if it is not such a file, of a later version, or says of the model what cannot be.
         """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data.pop("format") != _FORMAT:
-                raise ValueError("another format")
-            version = data.pop("version")
-            if version != VERSION:
-                raise CheckpointError(
-                    f"{path}", got=f"version {version}", needed=f"version {VERSION}", do="update megatron-prune"
-                )
-            model = ModelConfig.from_json(data.pop("model"))
-            return cls(model=model, layout=ParallelLayout(**data.pop("parallel")), **data)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is not a manifest of this project", got=str(error)) from None
+        found = parse_versioned(read_bytes(path), cls, path, format=_FORMAT, version=VERSION)
+        if found.hf_dtypes and "default" not in found.hf_dtypes:
+            raise CheckpointError(f"{path}: hf_dtypes.default", needed="the element type of most tensors")
+        if found.kept_layers is not None and len(found.kept_layers) != found.model.num_layers:
+            raise CheckpointError(
+                f"{path}: kept_layers", got=f"{len(found.kept_layers)} layers", needed=f"the model's {found.model.num_layers}"
+            )
+        return found

@@ -7,13 +7,15 @@ without end, a field missing, unknown or of a wrong type, NaN) into an error tha
 from __future__ import annotations
 
 import functools
+import json
 import os
+import re
 import reprlib
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from megatron_prune.errors import CheckpointError, InputError
+from megatron_prune.errors import CheckpointError, InputError, plain
 
 T = TypeVar("T")
 
@@ -24,7 +26,7 @@ STRICT = {"extra": "forbid", "allow_inf_nan": False}
 """``__pydantic_config__`` of dataclasses that are read from files: no unknown field, no number that is none."""
 
 
-def open_regular(path: Path, *, error: type[InputError] = CheckpointError) -> BinaryIO:
+def open_regular(path: Path, *, error: type[InputError] = CheckpointError, do: str | None = None) -> BinaryIO:
     """Open a file to read; a pipe or a device is refused rather than waited for.
 
     Raises:
@@ -33,18 +35,18 @@ def open_regular(path: Path, *, error: type[InputError] = CheckpointError) -> Bi
     try:
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise error(f"{path} is missing") from None
+        raise error(f"{path} is missing", do=do) from None
     except (OSError, ValueError) as found:  # ValueError: a NUL in the name
-        raise error(f"{path} cannot be read", got=getattr(found, "strerror", None) or str(found)) from None
+        raise error(f"{path} cannot be read", got=getattr(found, "strerror", None) or str(found), do=do) from None
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise error(f"{path}", got="a directory" if path.is_dir() else "a pipe or a device", needed="a regular file")
+        raise error(f"{path}", got="a directory" if path.is_dir() else "a pipe or a device", needed="a regular file", do=do)
     return os.fdopen(number, "rb")
 
 
-def read_bytes(path: Path, *, limit: int = LIMIT, error: type[InputError] = CheckpointError) -> bytes:
+def read_bytes(path: Path, *, limit: int = LIMIT, error: type[InputError] = CheckpointError, do: str | None = None) -> bytes:
     """All bytes of a regular file of at most ``limit`` bytes."""
-    with open_regular(path, error=error) as file:
+    with open_regular(path, error=error, do=do) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise error(f"{path}", got=f"{size} bytes", needed=f"at most {limit}")
@@ -66,7 +68,7 @@ def read_json(
     path: Path, kind: type[T] = dict[str, Any], *, error: type[InputError] = CheckpointError, do: str | None = None
 ) -> T:
     """A JSON file as a value of ``kind``: see :func:`parse_json`."""
-    return parse_json(read_bytes(path, error=error), kind, path, error=error, do=do)
+    return parse_json(read_bytes(path, error=error, do=do), kind, path, error=error, do=do)
 
 
 def parse_json(
@@ -89,14 +91,49 @@ def parse_json(
         return _reader(kind).validate_json(text, strict=True)
     except ValidationError as found:
         problem, *others = found.errors(include_url=False)
+    except InputError as found:  # a dataclass's own check
+        raise (error if type(found) is InputError else type(found))(f"{where}: {found}") from None
     except RecursionError:
         raise error(f"{where} is nested too deeply", do=do) from None
     if problem["type"] == "json_invalid":
         raise error(f"{where} is not JSON", got=problem["msg"], do=do) from None
-    field = ".".join(map(str, problem["loc"]))
+    field = ".".join(_key(part) for part in problem["loc"] if not _KIND.fullmatch(str(part)))
     more = f"; {len(others)} more field{'s' if len(others) > 1 else ''} not as needed" if others else ""
-    got = None if problem["type"] in ("missing", "unexpected_keyword_argument") else shorten(problem["input"])
-    raise error(f"{where}" + (f": {field}" if field else ""), got=got, needed=problem["msg"] + more, do=do) from None
+    got = None if problem["type"] == "missing" else shorten(problem["input"])
+    needed = _NEEDED.get(problem["type"], problem["msg"].removeprefix("Input should be "))
+    raise error(f"{where}" + (f": {field}" if field else ""), got=got, needed=needed + more, do=do) from None
+
+
+_NEEDED = {
+    "missing": "a value: the field is missing",
+    "unexpected_keyword_argument": "no field of that name",
+    "extra_forbidden": "no field of that name",
+}
+"""Where pydantic's words would not be understood without Python."""
+
+
+def parse_versioned(
+    text: str | bytes,
+    kind: type[T],
+    where: object,
+    *,
+    format: str,
+    version: int,
+    error: type[InputError] = CheckpointError,
+    do: str | None = None,
+) -> T:
+    """A document of this project as a value of ``kind``: a JSON object that says its ``format`` and ``version`` beside.
+
+    Raises:
+        InputError (of the kind ``error``): also if it is of another format or version.
+    """
+    held = parse_json(text, dict[str, Any], where, error=error, do=do)
+    if held.pop("format", None) != format:
+        raise error(f"{where} is something else", needed=f'"format": "{format}"', do=do)
+    found = held.pop("version", None)
+    if type(found) is not int or found != version:
+        raise error(f"{where}", got=f"version {shorten(found)}", needed=f"version {version}", do="update megatron-prune")
+    return parse_json(json.dumps(held), kind, where, error=error, do=do)
 
 
 def shorten(value: object, limit: int = 80) -> str:
@@ -105,8 +142,15 @@ def shorten(value: object, limit: int = 80) -> str:
         text = _BRIEF.repr(value)  # bounded also where parts are shared again and again
     except Exception:  # such as an integer of thousands of digits
         text = f"a {type(value).__name__}"
-    text = "".join(character if character.isprintable() else "?" for character in text)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return plain(text.replace("\n", "?"), limit)
+
+
+_KIND = re.compile(r"(list|dict|literal|tuple|function-\w+|constrained-\w+)\[.*\]", re.DOTALL)
+"""Which of several kinds a value was tried as: no part of its place."""
+
+
+def _key(part: int | str) -> str:
+    return str(part) if isinstance(part, int) or part.isidentifier() else shorten(part, 40)
 
 
 _BRIEF = reprlib.Repr()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import os
 import weakref
@@ -27,6 +28,7 @@ class _Handle:
     """An open file, closed when it falls out of the cache."""
 
     def __init__(self, path: str, writable: bool):
+        self.path = path
         self.number = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
         if writable:
             _written.add(self)
@@ -39,7 +41,17 @@ class _Handle:
 def sync_files() -> None:
     """Wait until what this process wrote is on the disk (another machine cannot do that for it)."""
     for handle in list(_written):
-        os.fsync(handle.number)
+        with _named(handle):
+            os.fsync(handle.number)
+
+
+@contextlib.contextmanager
+def _named(handle: _Handle) -> Iterator[None]:
+    """Let errors of a descriptor name its file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, handle.path) from None
 
 
 def close_files() -> None:
@@ -90,9 +102,10 @@ class Region:
             CheckpointError: if the file ends early.
         """
         handle = _Handle(str(self.path), False)
-        view, done = _bytes(out), 0
+        view, done = _bytes(out, self), 0
         while done < self.nbytes:
-            count = os.preadv(handle.number, [view[done : done + (1 << 30)]], self.offset + done)
+            with _named(handle):
+                count = os.preadv(handle.number, [view[done : done + (1 << 30)]], self.offset + done)
             if count == 0:
                 raise CheckpointError(
                     f"{self.path} ends early", got=f"{self.offset + done} bytes", needed=f"{self.offset + self.nbytes}"
@@ -102,9 +115,13 @@ class Region:
     def write_from(self, data: torch.Tensor) -> None:
         """Write ``data`` (contiguous, this region's dtype and number of elements)."""
         handle = _Handle(str(self.path), True)
-        view, done = _bytes(data), 0
+        view, done = _bytes(data, self), 0
         while done < self.nbytes:
-            done += os.pwrite(handle.number, view[done : done + (1 << 30)], self.offset + done)
+            with _named(handle):
+                count = os.pwrite(handle.number, view[done : done + (1 << 30)], self.offset + done)
+                if count == 0:
+                    raise OSError(errno.EIO, "nothing could be written")
+            done += count
         if self.nbytes >= _WRITE_BACK_BYTES:
             _start_write_back(handle.number, self.offset, self.nbytes)
 
@@ -127,8 +144,10 @@ def _start_write_back(number: int, offset: int, count: int) -> None:
         function(number, offset, count, _SYNC_FILE_RANGE_WRITE)
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def _bytes(tensor: torch.Tensor, region: Region) -> memoryview:
     """The tensor's own memory, without a copy (numpy has no bfloat16, so by way of bytes)."""
+    if tensor.dtype != region.dtype or tensor.numel() != region.rows * region.cols:
+        raise ValueError(f"{tensor.dtype} {list(tensor.shape)} for {region.dtype} [{region.rows}, {region.cols}] of {region.path}")
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 

@@ -4,23 +4,25 @@ SAVE/latest_checkpointed_iteration.txt     the newest
 SAVE/best → iter_0000200                   the one with the lowest held-out loss
 SAVE/iter_0000200/                         a checkpoint as any other of this project, with the state of the optimizer
 
-A checkpoint is written under a hidden name by processes that megatron-core starts, while training goes on, and put in place
-by one rename when every rank's part is there. Any TP × PP × DP reads it.
+A checkpoint is written under a hidden name by a process of every rank (``writer.py``), while training goes on, and put in
+place by one rename when every rank's part is there. Any TP × PP × DP reads it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Callable
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.safe_globals import register_safe_globals
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prune.checkpoint import megatron
@@ -28,9 +30,9 @@ from megatron_prune.checkpoint.manifest import FILE, Manifest
 from megatron_prune.checkpoint.megatron_args import megatron_args
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.files import staging
+from megatron_prune.recovery import reading, writer
 from megatron_prune.recovery.extra_states import missing_extra_states
 from megatron_prune.recovery.optimizer import allocate_state, load_state
-from megatron_prune.recovery.report_queue import report_queue
 from megatron_prune.recovery.trainer import Trainer, TrainingError
 from megatron_prune.runtime import cpu
 from megatron_prune.runtime.world import World
@@ -66,10 +68,10 @@ class Checkpoints:
     needed: int
     _queue: AsyncCallsQueue = field(init=False, default_factory=AsyncCallsQueue)
     _writing: Path = field(init=False, default=Path())
+    _writer: BaseProcess | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        """Start the process through which writers report: torchrun signals a stop to it too, and it must outlive that."""
-        filesystem_async._results_queue = report_queue()
+        filesystem_async._results_queue = writer.Report()  # its own would be another process, which can die as well
 
     def save(self, iteration: int, described: Manifest, *, best: bool) -> None:
         """Begin to write a checkpoint; :meth:`poll` or :meth:`finish` puts it in place.
@@ -102,8 +104,12 @@ class Checkpoints:
                 request = dist_checkpointing.save(
                     state, str(staging.partial_path(folder)), async_sharded_save=True, content_metadata=_CONTENT
                 )
+                if request.async_fn:
+                    request = request._replace(async_fn=partial(writer.write, request.async_fn.args[0]))
+                request.finalize_fns.insert(0, self._see_writers)
                 request.add_finalize_fn(lambda: self._commit(folder, described, best))
                 self._queue.schedule_async_request(request)
+                self._writer = self._queue.async_calls[-1].async_caller.process
             except _FAILURES as failed:  # what is written at once, or the start of the writers
                 raise self._lost(failed) from failed
 
@@ -131,14 +137,24 @@ class Checkpoints:
             with cpu.stand_in():
                 self._queue.maybe_finalize_async_calls(blocking=blocking)
         except TrainingError:
+            self._abandon()
             raise
         except _FAILURES as error:  # whatever a writer failed with, wrapped by megatron-core
             raise self._lost(error) from error
 
+    def _see_writers(self) -> None:
+        """Raise on every rank how any rank's writer ended, if not well."""
+        how = writer.ending(self._writer)
+        name = f"{self._writing.name} could not be written: rank {self.world.rank}'s "
+        self.world.agree(TrainingError(f"{name}{how}\n  {self._whole()}") if how else None)
+
     def _lost(self, error: BaseException) -> TrainingError:
+        self._abandon()
+        return TrainingError(f"a checkpoint could not be written: {_last_line(error)}\n  {self._whole()}")
+
+    def _abandon(self) -> None:
         if self.world.is_main:
             staging.abandon(self._writing)
-        return TrainingError(f"a checkpoint could not be written: {_last_line(error)}\n  {self._whole()}")
 
     def _commit(self, folder: Path, described: Manifest, best: bool) -> None:
         error = None
@@ -173,18 +189,19 @@ class Checkpoints:
         """Take model, optimizer and schedule from a checkpoint, whatever its parallel layout.
 
         Raises:
-            CheckpointError: if megatron-core cannot read it.
+            CheckpointError: if megatron-core cannot read it, or it holds what is not proven harmless.
         """
-        register_safe_globals()  # what common.pt may hold; nothing else in it is unpickled
         with cpu.stand_in():
             wanted = self._state(loading=True)
             try:
-                state = dist_checkpointing.load(wanted, str(folder))
-            except Exception as error:
-                raise CheckpointError(f"{folder} cannot be taken up", got=_last_line(error)) from error
-            self.trainer.load_state(state["model"])
-            load_state(self.trainer.optimizer, state["optimizer"])
-            self.trainer.schedule.load_state_dict(state["opt_param_scheduler"])
+                state = reading.load(wanted, folder)
+                self.trainer.load_state(state["model"])
+                load_state(self.trainer.optimizer, state["optimizer"])
+                self.trainer.schedule.load_state_dict(state["opt_param_scheduler"])
+            except CheckpointError:
+                raise
+            except _FAILURES as error:  # what a damaged state can do to megatron-core
+                raise _cause(error, folder) from None
 
     def _state(self, *, loading: bool) -> dict[str, Any]:
         """megatron-core's description of what this rank writes or wants."""
@@ -202,8 +219,8 @@ def iteration_name(iteration: int) -> str:
 
 def iterations(root: Path) -> list[int]:
     """Iterations whose checkpoints are whole, oldest first."""
-    found = [path.parent.name.removeprefix("iter_") for path in root.glob(f"iter_*/{FILE}")]
-    return sorted(int(name) for name in found if name.isdigit())
+    folders = [path.parent for path in root.glob(f"iter_*/{FILE}") if not path.parent.is_symlink()]
+    return sorted(int(folder.name[5:]) for folder in folders if re.fullmatch(r"iter_[0-9]{7,12}", folder.name))
 
 
 def newest(root: Path) -> Path | None:
@@ -214,8 +231,11 @@ def newest(root: Path) -> Path | None:
 
 def clean(root: Path) -> None:
     """Remove what a killed run left half-written or half-removed."""
-    for path in [*root.glob(".iter_*.partial"), *root.glob(".iter_*.removed")]:
-        shutil.rmtree(path, ignore_errors=True)
+    for path in [*root.glob(".iter_*.partial*"), *root.glob(".iter_*.removed")]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def check_room(root: Path, needed: int) -> None:
@@ -224,6 +244,7 @@ def check_room(root: Path, needed: int) -> None:
     Raises:
         InputError: with both amounts.
     """
+    root = root.absolute()
     while not root.exists():
         root = root.parent
     free = shutil.disk_usage(root).free
@@ -237,6 +258,13 @@ def _link(place: Path, target: str) -> None:
         temporary.unlink()
     temporary.symlink_to(target)
     os.replace(temporary, place)
+
+
+def _cause(error: BaseException, folder: Path) -> CheckpointError:
+    """What any rank found, where torch gathered it from all."""
+    found = [each for each, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    own = [each for each in found if isinstance(each, CheckpointError)]
+    return own[0] if own else CheckpointError(f"{folder} cannot be taken up", got=_last_line((found or [error])[0]))
 
 
 def _last_line(error: BaseException) -> str:

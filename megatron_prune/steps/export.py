@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,18 +17,19 @@ from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.families.family import FAMILIES, Family
-from megatron_prune.files import staging
+from megatron_prune.files.documents import read_text
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.output import Source, log, staged, write_huggingface
+from megatron_prune.steps.foreign import ForeignOptions, noted, told
+from megatron_prune.steps.output import Output, Source, commonest, log, say_links, staged, write_huggingface
+from megatron_prune.steps.overwrite import HUGGING_FACE, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(ForeignOptions):
     """Turn a Megatron checkpoint into a Hugging Face model that stock transformers loads."""
 
     load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
     save_dir: str = option("Hugging Face directory to write")
-    hf_dir: str | None = option("take config.json and tokenizer from here (default: those kept in the checkpoint)", None)
     target_params_dtype: str | None = option(
         "element type (default: that of the Hugging Face model it came from)", None, choices=["fp32", "bf16", "fp16"]
     )
@@ -48,28 +48,31 @@ def export(options: ExportOptions, world: World) -> None:
         InputError: on an argument or checkpoint that does not fit; nothing is written.
     """
     save = Path(options.save_dir)
-    staging.check_output(save, overwrite=options.overwrite, source=Path(options.load_dir))
+    check_output(save, HUGGING_FACE, overwrite=options.overwrite, source=Path(options.load_dir))
+    if options.hf_dir and save.exists() and Path(options.hf_dir).exists() and save.samefile(options.hf_dir):
+        raise InputError(f"output {save} is the input {options.hf_dir}", do="name another directory")
     shard_bytes = parse_size(options.max_shard_size)
-    side = huggingface.resolve(options.hf_dir) if options.hf_dir else None
-    vocab_size = huggingface.read_config(side).get("vocab_size") if side else None
-    base = Path(options.base) if options.base else None
-    checkpoint, adapter = open_adapted(Path(options.load_dir), base, vocab_size=vocab_size)
+    checkpoint, adapter = open_adapted(Path(options.load_dir), Path(options.base) if options.base else None, told(options))
+    noted(checkpoint, world)
     if options.adapter_only:
         _write_adapter(options, adapter, choose_family(checkpoint.manifest.family, options.target_family), world)
         return
-    side = side or checkpoint.hf_folder
-    template = huggingface.read_config(side) if side else None
+    side = checkpoint.hf_folder
+    template = huggingface.read_config(side) if side and huggingface.is_huggingface(side) else None
     family = choose_family(checkpoint.manifest.family, options.target_family)
     config = checkpoint.config
     hf_config = family.hf_config(config, template, checkpoint.manifest.kept_layers)
     dtypes = _dtypes(checkpoint, options.target_params_dtype)
-    name_dtype(hf_config, commonest(dtypes), checkpoint.manifest.hf_dtypes.get("default") if template else None)
-    unchanged = template is not None and hf_config == template
+    named = (template or {}).get("dtype") or (template or {}).get("torch_dtype")  # what a foreign checkpoint has besides
+    stored = checkpoint.manifest.hf_dtypes.get("default", named)
+    changed = any(entry["step"] not in ("convert", "transfer") for entry in checkpoint.manifest.recipe)
+    unchanged = not changed and hf_config == template and str(commonest(dtypes)) == f"torch.{stored}"
     if side is None and world.is_main:
         log.warning("no tokenizer is kept in %s; pass --hf-dir to add one", checkpoint.path)
     pruned = any(entry["step"] in ("prune", "recover") for entry in checkpoint.manifest.recipe)
-    plan = checkpoint.path / megatron.PLAN_FILE
-    files = {megatron.PLAN_FILE: plan.read_text(encoding="utf-8")} if plan.is_file() else {}
+    say_links(checkpoint.path, world)
+    plan = checkpoint.plan_text()
+    files = {megatron.PLAN_FILE: plan} if plan is not None else {}
     if pruned:
         files[RECIPE_FILE] = dump_recipe(checkpoint.manifest.recipe)
         files["README.md"] = model_card(config, checkpoint.manifest.recipe, name=save.name, family=family.name)
@@ -80,12 +83,12 @@ def export(options: ExportOptions, world: World) -> None:
         config=config,
         family=family,
         hf_config=hf_config,
-        config_text=(side / "config.json").read_text(encoding="utf-8") if unchanged else None,
+        config_text=read_text(side / "config.json") if unchanged else None,
         dtypes=dtypes,
         max_shard_bytes=shard_bytes,
         side_files=side,
         tied_head_stored=checkpoint.manifest.tied_head_stored,
-        buffers={} if pruned else huggingface.load_buffers(checkpoint.hf_folder),
+        buffers={} if pruned else huggingface.load_buffers(checkpoint.path / megatron.HF_FOLDER),
         files=files,
         overwrite=options.overwrite,
         strict=options.strict,
@@ -95,9 +98,8 @@ def export(options: ExportOptions, world: World) -> None:
 def _write_adapter(options: ExportOptions, adapter: StoredAdapter | None, family: Family, world: World) -> None:
     if adapter is None:
         raise InputError(f"--adapter-only: {options.load_dir} is no adapter", do="leave it out")
-    with staged(world, Path(options.save_dir), needed=0, overwrite=options.overwrite) as partial:
-        if world.is_main:
-            adapter.write_peft(partial, family, options.base or "")
+    with staged(world, Output(Path(options.save_dir), HUGGING_FACE, overwrite=options.overwrite)) as partial:
+        world.on_main(lambda: adapter.write_peft(partial, family, options.base or ""))
 
 
 def choose_family(recorded: str, asked: str | None) -> Family:
@@ -114,33 +116,15 @@ def choose_family(recorded: str, asked: str | None) -> Family:
     return family
 
 
-def name_dtype(hf_config: dict, dtype: torch.dtype, recorded: str | None) -> None:
-    """Make ``config.json`` name the element type that is written (transformers 5: ``dtype``; before: ``torch_dtype``).
-
-    A configuration that names none is left so while the type is still the ``recorded`` one.
-    """
-    name = str(dtype).removeprefix("torch.")
-    keys = [key for key in ("dtype", "torch_dtype") if hf_config.get(key)]
-    if not keys and name != recorded:
-        keys = ["torch_dtype"]
-    for key in keys:
-        hf_config[key] = name if name != recorded else hf_config[key]
-
-
-def commonest(dtypes: dict[TensorId, torch.dtype]) -> torch.dtype:
-    """The element type of most tensors: what a configuration names."""
-    return Counter(dtypes.values()).most_common(1)[0][0]
-
-
 def parse_size(text: str) -> int:
     """``"5GB"``, ``"500MB"`` → bytes (decimal, as transformers reads them).
 
     Raises:
         InputError: if it is not such a size.
     """
-    match = re.fullmatch(r"(\d+)\s*([KMGT]?)B?", text.strip().upper())
+    match = re.fullmatch(r"([0-9]{1,18})\s*([KMGT]?)B?", text.strip().upper())
     if not match or int(match[1]) == 0:
-        raise InputError("--max-shard-size", got=repr(text), needed="a size such as 5GB or 500MB")
+        raise InputError("--max-shard-size", got=repr(text[:40]), needed="a size such as 5GB or 500MB")
     return int(match[1]) * 10 ** (3 * " KMGT".index(match[2] or " "))
 
 
@@ -148,4 +132,7 @@ def _dtypes(checkpoint: MegatronCheckpoint, asked: str | None) -> dict[TensorId,
     if asked or not checkpoint.manifest.hf_dtypes:
         return Source(tensors=checkpoint.tensors).dtypes(checkpoint.config, asked)
     recorded = checkpoint.manifest.hf_dtypes
-    return {t: getattr(torch, recorded.get(str(t), recorded["default"])) for t in tensor_ids(checkpoint.config)}
+    names = {tensor: recorded.get(str(tensor), recorded["default"]) for tensor in tensor_ids(checkpoint.config)}
+    if checkpoint.manifest.tied_head_stored:
+        names[TensorId("output")] = recorded.get(str(TensorId("output")), names[TensorId("embedding")])
+    return {tensor: getattr(torch, name) for tensor, name in names.items()}

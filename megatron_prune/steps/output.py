@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Mapping
 
 import torch
 from rich.console import Console
@@ -25,7 +26,7 @@ from rich.progress import (
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import both_versions, huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
@@ -34,8 +35,10 @@ from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.families.family import Family
 from megatron_prune.files import staging
+from megatron_prune.files.failures import explained
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.megatron_lm import say_flags
+from megatron_prune.steps.overwrite import HUGGING_FACE, MEGATRON, Kind, check_replaceable
 from megatron_prune.vocabulary.trimmed import Trimmed
 
 log = logging.getLogger("megatron_prune")
@@ -73,6 +76,7 @@ def write_megatron(
     buffers_of: HuggingFaceModel | None = None,
     sizes: dict[tuple[str, int], list[int]] | None = None,
     plan_text: str | None = None,
+    beside: Mapping[Path, bytes] | None = None,
     overwrite: bool = False,
     strict: bool = False,
 ) -> None:
@@ -85,35 +89,38 @@ def write_megatron(
         buffers_of: the model whose stored rotary tables are kept, coming from Hugging Face.
         sizes: (axis, layer) → units of every rank, where shards are of unequal size.
         plan_text: the plan that made it.
+        beside: files that appear together with it.
     """
-    with staged(world, save, needed=_bytes(config, dtypes), overwrite=overwrite) as partial:
-        if world.is_main:
-            folder = megatron.lay_out(
-                partial,
-                save,
-                config,
-                layout,
-                dtypes,
-                ckpt_format=ckpt_format,
-                transformer_impl=transformer_impl,
-                tokenizer=side_files is not None,
-                sizes=sizes,
-            )
-            if side_files:
-                (folder / megatron.HF_FOLDER).mkdir()
-                huggingface.copy_side_files(side_files, folder / megatron.HF_FOLDER)
-                if trimmed:
-                    trimmed.write(folder / megatron.HF_FOLDER)
-            if buffers_of:
-                huggingface.save_buffers(buffers_of, folder / megatron.HF_FOLDER)
-            if plan_text:
-                (folder / megatron.PLAN_FILE).write_text(plan_text, encoding="utf-8")
-        world.barrier()
+
+    def lay_out() -> None:
+        folder = megatron.lay_out(
+            partial,
+            save,
+            config,
+            layout,
+            dtypes,
+            ckpt_format=ckpt_format,
+            transformer_impl=transformer_impl,
+            tokenizer=side_files is not None,
+            sizes=sizes,
+        )
+        if side_files:
+            (folder / megatron.HF_FOLDER).mkdir()
+            huggingface.copy_side_files(side_files, folder / megatron.HF_FOLDER)
+            if trimmed:
+                trimmed.write(folder / megatron.HF_FOLDER)
+        if buffers_of:
+            huggingface.save_buffers(buffers_of, folder / megatron.HF_FOLDER)
+        if plan_text:
+            (folder / megatron.PLAN_FILE).write_text(plan_text, encoding="utf-8")
+
+    output = Output(save, MEGATRON, needed=_bytes(config, dtypes, side_files), overwrite=overwrite, beside=beside or {})
+    with staged(world, output) as partial:
+        world.on_main(lay_out)
         folder = partial / megatron.RELEASE
         target = megatron.open_target(folder, config, layout, ckpt_format)
         report = run(world, source, target, label="writing", strict=strict)
-        if world.is_main:
-            megatron.finish(folder, manifest(report))
+        world.on_main(lambda: megatron.finish(folder, manifest(report)))
     if world.is_main:
         dtype = dtypes[TensorId("embedding")]
         say_flags(save, config, layout, dtype, ckpt_format=ckpt_format, transformer_impl=transformer_impl)
@@ -135,61 +142,116 @@ def write_huggingface(
     tied_head_stored: bool = False,
     buffers: dict[str, torch.Tensor] | None = None,
     files: dict[str, str] | None = None,
+    beside: Mapping[Path, bytes] | None = None,
     overwrite: bool = False,
     strict: bool = False,
 ) -> StreamReport:
     """Write a Hugging Face directory at ``save``; every process takes part.
 
     Args:
+        config_text: the exact text of ``config.json``, where the model is one that was read and is written back unchanged;
+            a changed one is described so that transformers 4 and 5 read the same (``checkpoint/both_versions.py``).
         trimmed: the tokenizer that takes the place of that in ``side_files``.
         files: further text files by name (model card, plan).
+        beside: files that appear together with it.
     """
-    with staged(world, save, needed=_bytes(config, dtypes), overwrite=overwrite) as partial:
-        if world.is_main:
-            if side_files:
-                huggingface.copy_side_files(side_files, partial)
-                (partial / huggingface.BUFFERS_FILE).unlink(missing_ok=True)
-                if trimmed:
-                    trimmed.write(partial)
-            huggingface.lay_out(
-                partial,
-                config,
-                family,
-                hf_config,
-                dtypes,
-                max_shard_bytes=max_shard_bytes,
-                tied_head_stored=tied_head_stored,
-                buffers=buffers,
-                config_text=config_text,
-            )
-            for name, text in (files or {}).items():
-                (partial / name).write_text(text, encoding="utf-8")
-        world.barrier()
+
+    def lay_out() -> None:
+        if side_files:
+            huggingface.copy_side_files(side_files, partial)
+            (partial / huggingface.BUFFERS_FILE).unlink(missing_ok=True)
+            if trimmed:
+                trimmed.write(partial)
+        described = hf_config
+        if config_text is None:
+            described = both_versions.describe(hf_config, config, commonest(dtypes))
+            both_versions.rewrite_side_files(partial, config.vocab_size)
+        huggingface.lay_out(
+            partial,
+            config,
+            family,
+            described,
+            dtypes,
+            max_shard_bytes=max_shard_bytes,
+            tied_head_stored=tied_head_stored,
+            buffers=buffers,
+            config_text=config_text,
+        )
+        for name, text in (files or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
+
+    output = Output(save, HUGGING_FACE, needed=_bytes(config, dtypes, side_files), overwrite=overwrite, beside=beside or {})
+    with staged(world, output) as partial:
+        world.on_main(lay_out)
         return run(world, source, huggingface.open_model(partial).tensors, label="writing", strict=strict)
 
 
+def commonest(dtypes: dict[TensorId, torch.dtype]) -> torch.dtype:
+    """The element type of most tensors: what a configuration names."""
+    return Counter(dtypes.values()).most_common(1)[0][0]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is being written.
+
+    Attributes:
+        save: the directory.
+        kind: what it is going to be.
+        needed: bytes that it takes.
+        overwrite: whether it may replace an output that is there.
+        beside: files that are put in place together with it.
+    """
+
+    save: Path
+    kind: Kind
+    needed: int = 0
+    overwrite: bool = False
+    beside: Mapping[Path, bytes] = field(default_factory=dict)
+
+
 @contextlib.contextmanager
-def staged(world: World, save: Path, *, needed: int, overwrite: bool) -> Iterator[Path]:
-    """A partial output directory that is put in place at the end, or removed on an error."""
-    _check_room(save, needed)
-    partial = staging.partial_path(save)
-    error = None
-    if world.is_main:
+def staged(world: World, output: Output) -> Iterator[Path]:
+    """A partial output directory that is put in place at the end, with the files beside it, or removed on an error.
+
+    Raises:
+        InputError: if there is no room for it.
+        PruneError: if the system refuses something on the way.
+    """
+
+    def begin() -> None:
+        _check_room(output)
+        staging.begin(output.save)
+
+    def commit() -> None:
+        if output.overwrite:
+            known = {path.name for path in staging.partial_path(output.save).rglob("*")}
+            check_replaceable(output.save, output.kind, known=known)  # it may have changed while we worked
+        staging.commit(output.save, output.beside)
+
+    with explained(output.save):
+        world.on_main(begin)
         try:
-            staging.begin(save)
-        except (InputError, OSError) as found:
-            error = found
-    world.agree(error)
-    try:
-        yield partial
-        world.barrier()
-        if world.is_main:
-            staging.commit(save)
-        world.barrier()
-    except BaseException:
-        if world.is_main:
-            staging.abandon(save)
-        raise
+            yield staging.partial_path(output.save)
+            world.on_main(commit)
+        except BaseException:
+            if world.is_main:
+                staging.abandon(output.save)
+            raise
+
+
+def say_links(folder: Path, world: World) -> None:
+    """Say which weights are read from elsewhere, and refuse what else is not the directory's own.
+
+    Raises:
+        InputError: naming a file beside the weights that is a link out of the directory, or no file.
+    """
+    for each in (folder, folder / megatron.HF_FOLDER):
+        if huggingface.is_huggingface(each):
+            huggingface.side_files(each)
+    linked = huggingface.linked_weights(folder)
+    if linked and world.is_main:
+        log.info("weights that are links: %s", "; ".join(linked))
 
 
 def run(world: World, source: Source, target: TensorMap | None, *, label: str, strict: bool) -> StreamReport:
@@ -201,16 +263,21 @@ def run(world: World, source: Source, target: TensorMap | None, *, label: str, s
     wanted = tensor_ids((target or source.tensors).config)
     weights = {tensor: source.tensors.nbytes(source.origin(tensor)) for tensor in wanted}
     mine = sum(weights[tensor] for tensor in share(weights, world.rank, world.size))
+    report, error = StreamReport(), None
     with progress_bar(label, mine, shown=world.is_main) as advance:
-        report = stream(
-            source.tensors,
-            target,
-            origin=source.origin,
-            transform=source.transform,
-            rank=world.rank,
-            ranks=world.size,
-            progress=advance,
-        )
+        try:
+            report = stream(
+                source.tensors,
+                target,
+                origin=source.origin,
+                transform=source.transform,
+                rank=world.rank,
+                ranks=world.size,
+                progress=advance,
+            )
+        except Exception as found:
+            error = found
+    world.agree(error)
     whole = StreamReport()
     for part in world.all_gather(report):
         whole.merge(part)
@@ -234,14 +301,19 @@ def progress_bar(label: str, total: int, *, shown: bool, unit: str = "bytes") ->
         yield lambda count: bar.advance(task, count)
 
 
-def _bytes(config: ModelConfig, dtypes: dict[TensorId, torch.dtype]) -> int:
-    return sum(prod(tensor_shape(tensor.role, config)) * dtypes[tensor].itemsize for tensor in tensor_ids(config))
+def _bytes(config: ModelConfig, dtypes: dict[TensorId, torch.dtype], side_files: Path | None) -> int:
+    weights = sum(prod(tensor_shape(tensor.role, config)) * dtypes[tensor].itemsize for tensor in tensor_ids(config))
+    return weights + sum(file.stat().st_size for file in huggingface.side_files(side_files).values()) if side_files else weights
 
 
-def _check_room(save: Path, needed: int) -> None:
-    parent = save.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise InputError(f"not enough room for {save}", got=f"{free / 1e9:.1f} GB free", needed=f"{needed / 1e9:.1f} GB")
+def _check_room(output: Output) -> None:
+    for save, needed in ((output.save, output.needed), *((path, len(data)) for path, data in output.beside.items())):
+        parent = save.absolute()
+        while not parent.exists():
+            parent = parent.parent
+        free = shutil.disk_usage(parent).free
+        if free < needed:
+            got, wanted = (f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size:,} bytes" for size in (free, needed))
+            raise InputError(
+                f"not enough room for {save}", got=f"{got} free", needed=wanted, do="make room, or name a place that has it"
+            )

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Mapping
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
@@ -28,9 +28,11 @@ from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.megatron_flags import add_megatron_flags, check_megatron_flags, megatron_flags
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.choose import Request, TargetOptions, read_request
-from megatron_prune.steps.export import choose_family, commonest
+from megatron_prune.steps.export import choose_family
 from megatron_prune.steps.fit import FitOptions, held_metrics, pruned_source, wants_text
-from megatron_prune.steps.output import Source, log, run, write_megatron
+from megatron_prune.steps.foreign import ForeignOptions, open_megatron
+from megatron_prune.steps.output import Source, commonest, log, run, say_links, write_megatron
+from megatron_prune.steps.overwrite import MEGATRON, check_output
 from megatron_prune.steps.score import megatron_subject
 from megatron_prune.steps.vocab_choice import trimmed_by
 from megatron_prune.steps.vocab_options import tokenizer_folder
@@ -40,7 +42,7 @@ from megatron_prune.vocabulary.vocabulary import holds_tokenizer, open_vocabular
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneOptions(TargetOptions, FitOptions):
+class PruneOptions(TargetOptions, FitOptions, ForeignOptions):
     """Prune a Megatron checkpoint to a smaller shape, by scores or by a plan, and re-fit what stays."""
 
     load: str = option("Megatron checkpoint: its root, or an iteration directory")
@@ -78,11 +80,12 @@ def prune(options: PruneOptions, world: World) -> None:
         InputError: on a request, layout, plan or checkpoint that does not fit; nothing is written.
     """
     save = Path(options.save)
-    staging.check_output(save, overwrite=options.overwrite, source=Path(options.load))
+    check_output(save, MEGATRON, overwrite=options.overwrite, source=Path(options.load))
     if options.save_plan:
         staging.check_file(Path(options.save_plan), beside=save)
-    checkpoint = megatron.open_checkpoint(Path(options.load))
+    checkpoint = open_megatron(options.load, options, world, options.megatron)
     check_megatron_flags(options.megatron, checkpoint.config)
+    say_links(checkpoint.path, world)
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     family = choose_family(checkpoint.manifest.family, options.target_family)
     request = read_request(
@@ -114,12 +117,11 @@ def prune(options: PruneOptions, world: World) -> None:
             trimmed=trimmed,
             ckpt_format=options.ckpt_format,
             transformer_impl=options.transformer_impl,
+            beside={Path(options.save_plan): plan.dumps().encode()} if options.save_plan else {},
             overwrite=options.overwrite,
             strict=options.strict,
         )
     if world.is_main:
-        if options.save_plan:
-            staging.write_text(Path(options.save_plan), plan.dumps())
         log.info("pruned to %s: %s", save, plan.summary())
 
 
@@ -154,6 +156,7 @@ def write_cut(
     trimmed: Trimmed | None,
     ckpt_format: str | None,
     transformer_impl: str = TRANSFORMER_IMPLS[0],
+    beside: Mapping[Path, bytes],
     overwrite: bool,
     strict: bool,
 ) -> None:
@@ -163,6 +166,7 @@ def write_cut(
         source: the pruned tensors.
         trimmed: the tokenizer that goes with them, where the vocabulary is cut.
         ckpt_format: ``None``: that of the checkpoint.
+        beside: files that appear together with it.
     """
     cut = Cut(plan, checkpoint.config)
     stored = Source(tensors=checkpoint.tensors, origin=cut.origin)
@@ -197,6 +201,7 @@ def write_cut(
         trimmed=trimmed,
         sizes=plan.shard_sizes(),
         plan_text=plan.dumps(),
+        beside=beside,
         overwrite=overwrite,
         strict=strict,
     )

@@ -10,13 +10,14 @@ from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.adapter import open_adapted
 from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.config import option, require_positive
-from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.output import Source, write_megatron
+from megatron_prune.steps.foreign import ForeignOptions, noted, told
+from megatron_prune.steps.output import Source, say_links, write_megatron
+from megatron_prune.steps.overwrite import MEGATRON, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferOptions:
+class TransferOptions(ForeignOptions):
     """Rewrite a Megatron checkpoint for another parallel layout, format or element type; merge an adapter."""
 
     load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
@@ -44,16 +45,17 @@ def transfer(options: TransferOptions, world: World) -> None:
     """
     require_positive(options, "target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by")
     save = Path(options.save_dir)
-    staging.check_output(save, overwrite=options.overwrite, source=Path(options.load_dir))
-    checkpoint, adapter = open_adapted(Path(options.load_dir), Path(options.base) if options.base else None)
+    check_output(save, MEGATRON, overwrite=options.overwrite, source=Path(options.load_dir))
+    checkpoint, adapter = open_adapted(Path(options.load_dir), Path(options.base) if options.base else None, told(options))
+    noted(checkpoint, world)
     layout = ParallelLayout(
         tensor=options.target_tensor_parallel_size,
         pipeline=options.target_pipeline_parallel_size,
         vocab_divisible_by=options.make_vocab_size_divisible_by or checkpoint.layout.vocab_divisible_by,
     )
     layout.check(checkpoint.config)
+    say_links(checkpoint.path, world)
     source = Source(tensors=checkpoint.tensors, transform=adapter.merge if adapter else None)
-    plan = checkpoint.path / megatron.PLAN_FILE
     write_megatron(
         world,
         save,
@@ -65,7 +67,7 @@ def transfer(options: TransferOptions, world: World) -> None:
         transformer_impl=options.transformer_impl,
         manifest=lambda report: replace(checkpoint.manifest, layout=layout),
         side_files=checkpoint.hf_folder,
-        plan_text=plan.read_text(encoding="utf-8") if plan.is_file() else None,
+        plan_text=checkpoint.plan_text(),
         overwrite=options.overwrite,
         strict=options.strict,
     )

@@ -8,27 +8,31 @@ from pathlib import Path
 import torch
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
+from megatron_prune.calibration.encoder import load_tokenizer
 from megatron_prune.calibration.windows import read_windows
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
 from megatron_prune.runtime.layout import run_layout
+from megatron_prune.runtime.stock_model import load_stock_model
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.convert import check_tied_copy
+from megatron_prune.steps.foreign import ForeignOptions, open_megatron
 from megatron_prune.steps.output import log
 
 TEXT = "The quick brown fox jumps over the lazy dog. In 1969, people first walked on the Moon; 384,400 km from home."
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyOptions:
+class VerifyOptions(ForeignOptions):
     """Compare logits of a Megatron checkpoint, running under TP × PP, with those of a Hugging Face model."""
 
     load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
     hf_dir: str = option("Hugging Face model: a directory, or a hub id")
     text: str | None = option("text file to compare on (default: a built-in sentence)", None)
     seq_length: int = option("tokens of it to compare on, at most", 128)
-    tolerance: float = option("largest allowed difference of a logit; both sides compute in float32", 1e-3)
+    tolerance: float = option("largest allowed difference of a logit; both sides compute in float32", 1e-3, least=0)
     tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
     pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
 
@@ -45,7 +49,8 @@ def verify(options: VerifyOptions, world: World) -> int:
     require_positive(options, "seq_length")
     folder = huggingface.resolve(options.hf_dir)
     model = huggingface.open_model(folder)
-    checkpoint = megatron.open_checkpoint(Path(options.load_dir), vocab_size=model.config.vocab_size)
+    check_tied_copy(model)
+    checkpoint = open_megatron(options.load_dir, options, world)
     compared = [item.name for item in fields(ModelConfig)] if checkpoint.own else SHAPE_FIELDS
     differing = [name for name in compared if getattr(model.config, name) != getattr(checkpoint.config, name)]
     if differing:
@@ -78,32 +83,35 @@ def _tokens(options: VerifyOptions, folder: Path, checkpoint: MegatronCheckpoint
     limit = min(options.seq_length, checkpoint.config.max_position_embeddings)
     if options.text:
         return read_windows(Path(options.text), folder, seq_length=limit, count=1)
-    from transformers import AutoTokenizer
-
     try:
-        ids = AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
-    except (OSError, ValueError):
+        ids = load_tokenizer(folder)(TEXT)["input_ids"]
+    except InputError as error:
+        if any(folder.glob("tokenizer*")):
+            log.warning("%s\ncomparing on a fixed pattern of tokens", error)
         ids = [7919 * position % checkpoint.config.vocab_size for position in range(64)]
+    if max(ids, default=0) >= checkpoint.config.vocab_size:
+        raise InputError(
+            f"the tokenizer in {folder} names tokens that the model has no row for",
+            got=max(ids),
+            needed=f"ids below {checkpoint.config.vocab_size}",
+        )
     return torch.tensor([ids[:limit]])
 
 
 def _difference(checkpoint: MegatronCheckpoint, layout, world: World, tokens: torch.Tensor, folder: Path):
     """Statistics of the difference, on one rank of the last stage; ``None`` on the others."""
     from megatron.core import parallel_state
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
     from megatron_prune.runtime.forward import full_logits
     from megatron_prune.runtime.model import build_model, stop_parallel
 
-    disable_progress_bar()
     running = build_model(checkpoint.tensors, layout, world, dtype=torch.float32, seq_length=tokens.shape[1])
     logits = full_logits(running, [tokens])
     first = parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_data_parallel_rank() == 0
     stop_parallel()
     if not logits or not first:
         return None
-    reference_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    reference_model = load_stock_model(folder, dtype=torch.float32)
     with torch.no_grad():
         reference = reference_model(tokens).logits.float()
     gap = (logits[0] - reference).abs()
