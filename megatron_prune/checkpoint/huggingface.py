@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Block
@@ -43,7 +43,7 @@ class HuggingFaceModel:
 
     Attributes:
         tensors: where the role tensors lie; a stored copy of a tied output layer is a replica of the embedding.
-        buffers: rotary tables some old checkpoints store, by name.
+        buffers: tables that some old checkpoints store and transformers computes anew, by name.
     """
 
     path: Path
@@ -182,19 +182,23 @@ def lay_out(
 
 
 def save_buffers(model: HuggingFaceModel, folder: Path) -> None:
-    """Keep a model's stored rotary tables in ``folder``, if it has any."""
+    """Keep a model's stored tables in ``folder``, if it has any."""
     if model.buffers:
-        data = {}
-        for name, (region, shape) in model.buffers.items():
-            data[name] = torch.empty(shape, dtype=region.dtype)
-            region.read_into(data[name])
-        save_file(data, folder / BUFFERS_FILE)
+        save_file(_read_buffers(model.buffers), folder / BUFFERS_FILE)
 
 
 def load_buffers(folder: Path | None) -> dict[str, torch.Tensor]:
     """What :func:`save_buffers` kept; empty if nothing."""
     file = folder / BUFFERS_FILE if folder else None
-    return load_file(file) if file and file.is_file() else {}
+    return _read_buffers(safetensors_file.read_header(file)) if file and file.exists() else {}
+
+
+def _read_buffers(stored: weight_files.Stored) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, (region, shape) in stored.items():
+        found[name] = torch.empty(shape, dtype=region.dtype)
+        region.read_into(found[name])
+    return found
 
 
 def side_files(source: Path) -> dict[str, Path]:
