@@ -40,7 +40,6 @@ def test_a_tied_head_stored_in_another_dtype_with_equal_values_is_read_and_comes
     folder = model(change=change, tie_word_embeddings=True)
     assert torch.equal(exact.to(dtype).float(), exact.float())
     there_and_back(folder, tmp_path)
-    assert run("verify", "--load-dir", tmp_path / "m", "--hf-dir", folder) == 0
 
 
 def test_a_tied_head_of_other_values_is_refused_by_every_verb_since_versions_of_transformers_disagree(model, tmp_path, capsys):
@@ -83,8 +82,6 @@ def test_weights_of_a_type_that_is_no_plain_number_are_refused_by_name(model, dt
 
     folder = model(change=change)
     if kind == "bin":
-        if dtype == torch.float8_e4m3fn:
-            pytest.skip("torch.save keeps these as bytes of another storage")
         as_bin(folder)
     word = str(dtype).removeprefix("torch.")
     with pytest.raises(CheckpointError, match=f"model.layers.1.mlp.up_proj.weight: dtype {word}"):
