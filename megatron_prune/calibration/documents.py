@@ -15,7 +15,7 @@ from typing import Any, Iterable, Iterator, Sequence
 
 from megatron_prune.calibration import hub
 from megatron_prune.calibration.encoder import Encoder
-from megatron_prune.calibration.reader import Reader, TextReader, open_reader
+from megatron_prune.calibration.reader import TRAIN, Reader, TextReader, open_reader
 from megatron_prune.calibration.streams import is_compressed
 from megatron_prune.calibration.talks import Span
 from megatron_prune.errors import InputError
@@ -76,6 +76,10 @@ class DocumentReader(ABC):
         """The files here that are read."""
         return []
 
+    def has_splits(self) -> bool:
+        """Whether it is cut into splits, of which one is read."""
+        return True
+
     def contents(self) -> dict[str, Any]:
         """JSON-able: of a folder, what is read of it and what is not (see ``contents.py``); else empty."""
         return {}
@@ -86,6 +90,9 @@ class FileReader(TextReader, DocumentReader):
 
     def files(self) -> list[Path]:
         return [Path(self.name)]
+
+    def has_splits(self) -> bool:
+        return False
 
     def size(self) -> int | None:
         return None if is_compressed(self.name) else os.path.getsize(self.name)
@@ -106,6 +113,16 @@ def open_documents(name: str, keys: Sequence[str], *, split: str, encode: Encode
     if isinstance(reader, TextReader):
         return _WholeText(reader)
     raise InputError(f"{name} is not text", got="tokens", needed="text, JSONL, a folder or a data set")
+
+
+def check_split(split: str, sources: Sequence[DocumentReader]) -> None:
+    """Refuse a split where no source has any.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    if split != TRAIN and not any(source.has_splits() for source in sources):
+        raise InputError(f"--split {split} has no effect: nothing that is read has splits", do="leave it out")
 
 
 class _WholeText(DocumentReader):

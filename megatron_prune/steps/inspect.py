@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
 from megatron_prune.arch.sharding import legal_tensor_sizes
@@ -20,7 +21,8 @@ from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.description import Told
 from megatron_prune.checkpoint.manifest import read_recipe
 from megatron_prune.checkpoint.tensor_map import TensorMap
-from megatron_prune.config import add_options, text
+from megatron_prune.config import add_options, nonempty
+from megatron_prune.errors import plain
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.foreign import ForeignOptions, told
 from megatron_prune.steps.output import Source, run
@@ -38,7 +40,7 @@ class InspectOptions(ForeignOptions):
 def parse(argv: list[str], prog: str) -> InspectOptions:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog=prog, description=InspectOptions.__doc__, allow_abbrev=False)
-    parser.add_argument("path", type=text, metavar="CKPT|HF", help="Megatron checkpoint, Hugging Face directory, or hub id")
+    parser.add_argument("path", type=nonempty, metavar="CKPT|HF", help="Megatron checkpoint, Hugging Face directory, or hub id")
     parser.add_argument("--weights", action="store_true", help="read all weights and name those that hold NaN or infinity")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_options(parser, ForeignOptions)
@@ -60,7 +62,7 @@ def inspect(options: InspectOptions, world: World) -> None:
     if options.json:
         print(json.dumps(facts, indent=2))
         return
-    table = Table(show_header=False, title=options.path)
+    table = Table(show_header=False, title=Text(options.path))  # no markup: names may hold brackets
     for key, value in facts.items():
         if key == "recipe":
             value = "\n".join(_recipe_line(entry) for entry in value) or "-"
@@ -72,7 +74,7 @@ def inspect(options: InspectOptions, world: World) -> None:
             value = f"{value:,}"
         elif value is None:
             value = "none"
-        table.add_row(key.replace("_", " "), str(value))
+        table.add_row(key.replace("_", " "), Text(plain(value)))
     Console().print(table)
 
 

@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 
+from megatron_prune.calibration import parts
 from megatron_prune.errors import PruneError
 from megatron_prune.files import hidden, moves, staging
 
@@ -199,6 +200,46 @@ def test_work_that_becomes_the_output(tmp_path):
         assert there in [{name: text for name, text in content.items() if name.startswith("out/")} for content in (OLD, NEW)]
 
     assert at_every_operation(command, write_old, check, tmp_path) > 30
+
+
+@pytest.mark.parametrize("overwrites", [True, False])
+def test_pairs_of_files(tmp_path, overwrites):
+    names = [f"x_{key}_document.{ending}" for key in ("text", "title") for ending in ("bin", "idx", "json")]
+
+    def command(place):
+        with staging.work(place / "x", "key", main=True, agree=lambda error: None) as folder:
+            for column, key in enumerate(("text", "title")):
+                for ending in ("json", "bin", "idx"):
+                    (folder / f"whole-{column}.{ending}").write_text("new")
+            prefixes = [place / f"x_{key}_document" for key in ("text", "title")]
+            parts.place_pairs(folder, {prefix: folder / f"whole-{column}" for column, prefix in enumerate(prefixes)})
+
+    def prepare(place):
+        for name in names if overwrites else ():
+            (place / name).write_text("old")
+
+    def check(place):
+        for key in ("text", "title"):
+            pair = [place / f"x_{key}_document.{ending}" for ending in ("idx", "bin", "json")]
+            if pair[0].exists():  # no index: no reader takes it for a pair
+                assert len({file.read_text() for file in pair}) == 1
+            staging.settle(pair[0])  # what open_pair does
+        found.add(tuple((place / name).exists() and (place / name).read_text() for name in names))
+
+    found: set = set()
+    for number in range(1, 500):
+        place = tmp_path / str(number)
+        place.mkdir()
+        prepare(place)
+        with dying(number) as seen:
+            command(place)
+        check(place)
+        command(place)
+        assert {name: (place / name).read_text() for name in names} == dict.fromkeys(names, "new")
+        assert not (place / ".x.work").exists()
+        if seen[0] < number:
+            break
+    assert found == {("new",) * 6, ("old",) * 6 if overwrites else (False,) * 6}, "both at once"
 
 
 # ------------------------------------------------------------------------------------------------- what is not ours
