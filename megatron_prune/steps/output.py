@@ -121,7 +121,7 @@ def write_megatron(
         target = megatron.open_target(folder, config, layout, ckpt_format)
         report = run(world, source, target, label="writing", strict=strict)
         world.on_main(lambda: megatron.finish(folder, manifest(report)))
-    if world.is_main:
+    if world.is_main and not (sizes and ckpt_format == "torch"):  # Megatron-LM reads no rank files of unequal size
         dtype = dtypes[TensorId("embedding")]
         say_flags(save, config, layout, dtype, ckpt_format=ckpt_format, transformer_impl=transformer_impl)
 
