@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from megatron_prune.errors import CheckpointError
+from megatron_prune.files.documents import STRICT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +17,8 @@ class RopeScaling:
         kind: ``"llama3"`` (Llama 3.1, arXiv 2407.21783, as in transformers' ``_compute_llama3_parameters``) or
             ``"linear"`` (Chen et al. 2023, arXiv 2306.15595: all frequencies divided by ``factor``).
     """
+
+    __pydantic_config__ = STRICT
 
     kind: str
     factor: float
@@ -32,6 +35,8 @@ class ModelConfig:
     ``num_query_groups``; ``kv_channels`` (the head dimension) is explicit, since ``hidden_size`` need not be
     ``num_attention_heads * kv_channels`` after pruning.
     """
+
+    __pydantic_config__ = STRICT
 
     num_layers: int
     hidden_size: int

@@ -24,11 +24,14 @@ from typing import Iterator, Literal, NamedTuple
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import layer_roles, tensor_shape
 from megatron_prune.errors import InputError, raise_all
+from megatron_prune.files.documents import STRICT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelLayout:
     """How a checkpoint is divided: tensor- and pipeline-parallel sizes, and the vocabulary's padding rule."""
+
+    __pydantic_config__ = STRICT
 
     tensor: int = 1
     pipeline: int = 1

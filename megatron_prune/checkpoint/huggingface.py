@@ -17,6 +17,7 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Block
 from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
 from megatron_prune.checkpoint import safetensors_file, torch_archive
+from megatron_prune.checkpoint.manifest import RECIPE_FILE, Recipe
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError, InputError, raise_all
 from megatron_prune.families.family import BUFFERS, Family, family_of
@@ -102,7 +103,8 @@ def open_model(path: Path) -> HuggingFaceModel:
         else:
             problems.append(f"{name}: not a tensor of a {family.name} model with this config.json")
     raise_all(CheckpointError, f"{path} does not hold the model that its config.json describes", problems)
-    return HuggingFaceModel(path, hf_config, family, config, tensors.validate(path), buffers)
+    tensors.validate(path).expect(Recipe.load(path).digests, path / RECIPE_FILE)
+    return HuggingFaceModel(path, hf_config, family, config, tensors, buffers)
 
 
 def _add(tensors: TensorMap, tensor: TensorId, name: str, region: Region, shape: tuple[int, ...], *, replica: bool) -> list[str]:

@@ -1,39 +1,63 @@
-"""``megatron_prune.json``: what a Megatron checkpoint of this project holds and how it came to be."""
+"""``megatron_prune.json``: what a Megatron checkpoint of this project holds and how it came to be.
+
+A pruned Hugging Face directory says how it came to be in ``megatron_prune_recipe.json``.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.errors import CheckpointError
+from megatron_prune.files.documents import STRICT, parse_json, read_json, shorten
 
 FILE = "megatron_prune.json"
-VERSION = 1
+VERSION = 2
+"""1 had no digests of tensors and files, and called the layout "parallel"."""
 _FORMAT = "megatron-prune checkpoint"
 
 
 RECIPE_FILE = "megatron_prune_recipe.json"
-"""In a pruned Hugging Face directory: how it came to be."""
+"""In a pruned Hugging Face directory: how it came to be, and the digests of its weights."""
 
 
-def dump_recipe(recipe: list[dict[str, Any]]) -> str:
-    """Text of :data:`RECIPE_FILE`."""
-    return json.dumps({"format": "megatron-prune recipe", "version": VERSION, "recipe": recipe}, indent=2) + "\n"
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Content of :data:`RECIPE_FILE`.
 
+    Attributes:
+        recipe: steps that made the directory, oldest first.
+        digests: str(tensor) → digests of its stored bytes (``checkpoint/digests.py``).
+    """
 
-def read_recipe(folder: Path) -> list[dict[str, Any]]:
-    """Steps that made a Hugging Face directory, oldest first; empty if it does not say."""
-    try:
-        recipe = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))["recipe"]
-        return [entry for entry in recipe if isinstance(entry, dict) and "step" in entry]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / RECIPE_FILE} is damaged", got=repr(error), do="mend or remove it") from None
+    format: str = "megatron-prune recipe"
+    version: int = VERSION
+    recipe: list[dict[str, Any]] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def dumps(self) -> str:
+        """The file's text."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def load(cls, folder: Path) -> Recipe:
+        """That of a Hugging Face directory; an empty one if it does not say.
+
+        Raises:
+            CheckpointError: if the file is damaged.
+        """
+        path = folder / RECIPE_FILE
+        if not path.exists():
+            return cls()
+        found = read_json(path, cls, do="mend or remove it")
+        unnamed = [entry for entry in found.recipe if not isinstance(entry.get("step"), str)]
+        if unnamed:
+            raise CheckpointError(f"{path}: recipe", got=shorten(unnamed[0]), needed="entries with a step", do="mend or remove it")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +74,11 @@ class Manifest:
         recipe: one entry per step that made the checkpoint, oldest first.
         adapter: in a checkpoint of adapters alone: their ``config``, and the ``base`` they belong on with its
             ``base_content_id``.
+        digests: str(tensor) → digests of its bytes as they lie in this checkpoint's files (``checkpoint/digests.py``).
+        files: digests of all other files, by their path in the checkpoint.
     """
+
+    __pydantic_config__ = STRICT
 
     family: str
     model: ModelConfig
@@ -61,27 +89,12 @@ class Manifest:
     kept_layers: list[int] | None = None
     recipe: list[dict[str, Any]] = field(default_factory=list)
     adapter: dict[str, Any] | None = None
+    digests: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     def dumps(self) -> str:
         """The file's text."""
-        data = {
-            "format": _FORMAT,
-            "version": VERSION,
-            "family": self.family,
-            "model": self.model.to_json(),
-            "parallel": {
-                "tensor": self.layout.tensor,
-                "pipeline": self.layout.pipeline,
-                "vocab_divisible_by": self.layout.vocab_divisible_by,
-            },
-            "content_id": self.content_id,
-            "hf_dtypes": self.hf_dtypes,
-            "tied_head_stored": self.tied_head_stored,
-            "kept_layers": self.kept_layers,
-            "recipe": self.recipe,
-            "adapter": self.adapter,
-        }
-        return json.dumps(data, indent=2) + "\n"
+        return json.dumps({"format": _FORMAT, "version": VERSION, **asdict(self)}, indent=2) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
@@ -90,16 +103,13 @@ class Manifest:
         Raises:
             CheckpointError: if it is not such a file, or of a later version.
         """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data.pop("format") != _FORMAT:
-                raise ValueError("another format")
-            version = data.pop("version")
-            if version != VERSION:
-                raise CheckpointError(
-                    f"{path}", got=f"version {version}", needed=f"version {VERSION}", do="update megatron-prune"
-                )
-            model = ModelConfig.from_json(data.pop("model"))
-            return cls(model=model, layout=ParallelLayout(**data.pop("parallel")), **data)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is not a manifest of this project", got=str(error)) from None
+        head = read_json(path)
+        if head.pop("format", None) != _FORMAT:
+            raise CheckpointError(f"{path} is not a manifest of this project", needed=f"format {_FORMAT!r}")
+        version = head.pop("version", None)
+        if version not in range(1, VERSION + 1):
+            got = f"version {shorten(version)}"
+            raise CheckpointError(f"{path}", got=got, needed=f"version {VERSION}", do="update megatron-prune")
+        if version == 1:
+            head["layout"] = head.pop("parallel", None)
+        return parse_json(json.dumps(head), cls, path)

@@ -20,6 +20,7 @@ from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId, tensor_ids
 from megatron_prune.checkpoint import legacy, manifest, torch_dist
+from megatron_prune.checkpoint.digests import digest_file
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron_args import megatron_args, padded_as_stored, read_args
 from megatron_prune.checkpoint.tensor_map import TensorMap
@@ -56,6 +57,11 @@ class MegatronCheckpoint:
         """Configuration and tokenizer kept for the way back, if any."""
         folder = self.path / HF_FOLDER
         return folder if folder.is_dir() else None
+
+    def edited_files(self) -> list[str]:
+        """Configuration, tokenizer and other files beside the weights that are not as they were written, or gone."""
+        beside = {name: digest for name, digest in self.manifest.files.items() if not _is_structure(name)}
+        return differing_files(self.path, beside)
 
 
 def is_megatron(path: Path) -> bool:
@@ -122,8 +128,25 @@ def open_checkpoint(path: Path, *, vocab_size: int | None = None) -> MegatronChe
             config = replace(config, vocab_size=vocab_size)
             layout = padded_as_stored(layout, vocab_size, args.padded_vocab_size)
         described = Manifest(family=family_for(config).name, model=config, layout=layout)
-    tensors = room.open_map(folder, config, layout)
+    tensors = room.open_map(folder, config, layout).expect(described.digests, folder / manifest.FILE)
+    changed = differing_files(folder, {name: digest for name, digest in described.files.items() if _is_structure(name)})
+    if changed:
+        raise CheckpointError(
+            f"{folder}: {', '.join(changed)}",
+            got="other bytes than were written: damaged, or of another checkpoint",
+            do="restore the file, or make the checkpoint again",
+        )
+    if not described.digests and _holds_what_was_converted(described, tensors):
+        tensors.content_id = described.content_id
     return MegatronCheckpoint(folder, name, config, layout, tensors, described, own)
+
+
+def _holds_what_was_converted(described: Manifest, tensors: TensorMap) -> bool:
+    """Whether the content id of a manifest without digests must be that of the stored tensors: no step or dtype came between."""
+    names = {tensor: str(dtype).removeprefix("torch.") for tensor, dtype in stored_dtypes(tensors).items()}
+    recorded = described.hf_dtypes
+    converted = bool(recorded and described.content_id and described.recipe and described.recipe[-1].get("step") == "convert")
+    return converted and all(recorded.get(str(tensor), recorded.get("default")) == name for tensor, name in names.items())
 
 
 def _written_by_us(folder: Path) -> bool:
@@ -166,8 +189,29 @@ def open_target(folder: Path, config: ModelConfig, layout: ParallelLayout, ckpt_
 
 def finish(folder: Path, described: Manifest) -> None:
     """Write the manifest and the tracker of a checkpoint whose tensors are all in place."""
-    (folder / manifest.FILE).write_text(described.dumps(), encoding="utf-8")
+    write_manifest(folder, described)
     (folder.parent / TRACKER).write_text(folder.name)
+
+
+def write_manifest(folder: Path, described: Manifest) -> None:
+    """Write the manifest, with digests of all files that hold no weights."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _holds_weights(path.relative_to(folder))]
+    found = {path.relative_to(folder).as_posix(): digest_file(path) for path in files}
+    (folder / manifest.FILE).write_text(replace(described, files=found).dumps(), encoding="utf-8")
+
+
+def differing_files(folder: Path, recorded: dict[str, str]) -> list[str]:
+    """Names out of ``recorded`` of files that are gone, or whose digest is another."""
+    return [name for name, digest in recorded.items() if not (folder / name).is_file() or digest_file(folder / name) != digest]
+
+
+def _holds_weights(name: Path) -> bool:
+    return name.suffix == ".distcp" or name.parts[0].startswith("mp_rank_")
+
+
+def _is_structure(name: str) -> bool:
+    """Whether a file says where the tensors lie and what they are; the others are for the way back."""
+    return name in (torch_dist.METADATA, torch_dist.COMMON, torch_dist.VERSION_FILE)
 
 
 def stored_dtypes(tensors: TensorMap) -> dict[TensorId, torch.dtype]:

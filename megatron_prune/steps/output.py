@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 from rich.console import Console
@@ -27,8 +27,8 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
-from megatron_prune.checkpoint.manifest import Manifest
-from megatron_prune.checkpoint.stream import StreamReport, Transform, share, stream
+from megatron_prune.checkpoint.manifest import RECIPE_FILE, Manifest, Recipe
+from megatron_prune.checkpoint.stream import StreamReport, Transform, content_id, share, stream
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.families.family import Family
@@ -72,6 +72,7 @@ def write_megatron(
     plan_text: str | None = None,
     overwrite: bool = False,
     strict: bool = False,
+    check: bool = True,
 ) -> None:
     """Write a Megatron checkpoint at ``save``; every process takes part.
 
@@ -82,6 +83,7 @@ def write_megatron(
         buffers_of: the model whose stored rotary tables are kept, coming from Hugging Face.
         sizes: (axis, layer) → units of every rank, where shards are of unequal size.
         plan_text: the plan that made it.
+        check: reopen it and compare before it is put in place.
     """
     with staged(world, save, needed=_bytes(config, dtypes), overwrite=overwrite) as partial:
         if world.is_main:
@@ -100,7 +102,10 @@ def write_megatron(
         target = megatron.open_target(folder, config, layout, ckpt_format)
         report = run(world, source, target, label="writing", strict=strict)
         if world.is_main:
-            megatron.finish(folder, manifest(report))
+            megatron.finish(folder, replace(manifest(report), digests=report.in_order(config)))
+        world.barrier()
+        if check:
+            check_megatron(world, partial, config)
 
 
 def write_huggingface(
@@ -119,14 +124,18 @@ def write_huggingface(
     tied_head_stored: bool = False,
     buffers: dict[str, torch.Tensor] | None = None,
     files: dict[str, str] | None = None,
+    recipe: list[dict[str, Any]] | None = None,
     overwrite: bool = False,
     strict: bool = False,
-) -> StreamReport:
+    check: bool = True,
+) -> None:
     """Write a Hugging Face directory at ``save``; every process takes part.
 
     Args:
         trimmed: the tokenizer that takes the place of that in ``side_files``.
         files: further text files by name (model card, plan).
+        recipe: how the model came to be, kept beside it.
+        check: reopen it and compare before it is put in place.
     """
     with staged(world, save, needed=_bytes(config, dtypes), overwrite=overwrite) as partial:
         if world.is_main:
@@ -149,7 +158,13 @@ def write_huggingface(
             for name, text in (files or {}).items():
                 (partial / name).write_text(text, encoding="utf-8")
         world.barrier()
-        return run(world, source, huggingface.open_model(partial).tensors, label="writing", strict=strict)
+        report = run(world, source, huggingface.open_model(partial).tensors, label="writing", strict=strict)
+        if world.is_main and recipe is not None:
+            text = Recipe(recipe=recipe, digests=report.in_order(config)).dumps()
+            (partial / RECIPE_FILE).write_text(text, encoding="utf-8")
+        world.barrier()
+        if check:
+            check_huggingface(world, partial, config, report)
 
 
 @contextlib.contextmanager
@@ -180,8 +195,36 @@ def run(world: World, source: Source, target: TensorMap | None, *, label: str, s
     """Stream all tensors over all processes; warn of values that are not sound, or refuse them.
 
     Raises:
-        CheckpointError: if ``strict`` and there are any.
+        CheckpointError: if the source is not what was written there; if ``strict`` and there are values that are not sound.
     """
+    report = observe(world, source, target, label=label)
+    report.require_whole()
+    known = source.tensors.content_id if source.transform is None else None
+    if known is not None and content_id(report.digests) != known:
+        raise unlike_content_id(known, content_id(report.digests))
+    if report.troubled:
+        listed = [f"{tensor} holds {trouble}" for tensor, trouble in sorted(report.troubled.items())]
+        if strict:
+            raise CheckpointError("the weights are not sound: " + "; ".join(listed[:20]), do="mend them, or leave out --strict")
+        if world.is_main:
+            for line in listed:
+                log.warning("%s", line)
+    return report
+
+
+def unlike_content_id(known: str, found: str) -> CheckpointError:
+    """What is said of damage in a checkpoint whose manifest has no digests of its tensors."""
+    return CheckpointError(
+        "the weights are not those that were written: their content id is another (the checkpoint was made by an earlier "
+        "version, which kept no digests of single tensors: none can be named)",
+        got=found,
+        needed=known,
+        do="make the checkpoint again",
+    )
+
+
+def observe(world: World, source: Source, target: TensorMap | None, *, label: str) -> StreamReport:
+    """Stream all tensors over all processes: what all of them saw."""
     wanted = tensor_ids((target or source.tensors).config)
     weights = {tensor: source.tensors.nbytes(source.origin(tensor)) for tensor in wanted}
     mine = sum(weights[tensor] for tensor in share(weights, world.rank, world.size))
@@ -198,13 +241,6 @@ def run(world: World, source: Source, target: TensorMap | None, *, label: str, s
     whole = StreamReport()
     for part in world.all_gather(report):
         whole.merge(part)
-    if whole.troubled:
-        listed = [f"{tensor} holds {trouble}" for tensor, trouble in sorted(whole.troubled.items())]
-        if strict:
-            raise CheckpointError("the weights are not sound: " + "; ".join(listed[:20]), do="mend them, or leave out --strict")
-        if world.is_main:
-            for line in listed:
-                log.warning("%s", line)
     return whole
 
 
