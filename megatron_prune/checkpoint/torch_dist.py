@@ -35,6 +35,8 @@ from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import torch_archive
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError, raise_all
+from megatron_prune.files.documents import read_bytes, read_json, shorten
+from megatron_prune.files.pickled import read_pickle
 from megatron_prune.files.region import Region
 
 COMMON, METADATA, VERSION_FILE = "common.pt", ".metadata", "metadata.json"
@@ -57,55 +59,64 @@ def is_torch_dist(path: Path) -> bool:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles the classes of a checkpoint's ``.metadata`` and nothing else."""
-
-    _CLASSES = {
-        **{
-            (module.__name__, name): getattr(module, name)
-            for module, names in (
-                (
-                    dcp,
-                    "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties "
-                    "MetadataIndex StorageMeta _MEM_FORMAT_ENCODING",
-                ),
-                (filesystem, "_StorageInfo"),
-                (planner, "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData"),
-            )
-            for name in names.split()
-            if hasattr(module, name)
-        },
-        ("torch", "Size"): torch.Size,
-        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-        ("collections", "OrderedDict"): dict,
-        **{(module, "PosixPath"): lambda *parts: "/".join(parts) for module in ("pathlib", "pathlib._local")},
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._CLASSES:
-            return self._CLASSES[module, name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module.startswith("megatron.core.dist_checkpointing.") and name.startswith("MCore"):
-            return type(name, (), {})  # bookkeeping of megatron-core's own; an empty class holds it
-        raise CheckpointError(
-            f"{METADATA} names {module}.{name}, which no distributed checkpoint needs",
-            do="do not use this checkpoint unless you trust where it comes from",
+_KNOWN = {
+    **torch_archive.DTYPES,
+    **{
+        f"{module.__name__}.{name}": getattr(module, name)
+        for module, names in (
+            (
+                dcp,
+                "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties "
+                "MetadataIndex StorageMeta _MEM_FORMAT_ENCODING",
+            ),
+            (filesystem, "_StorageInfo"),
+            (planner, "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData"),
         )
+        for name in names.split()
+        if hasattr(module, name)
+    },
+    "torch.Size": torch.Size,
+    "torch.serialization._get_layout": torch.serialization._get_layout,
+    "collections.OrderedDict": dict,
+    **{f"{module}.PosixPath": lambda *parts: "/".join(parts) for module in ("pathlib", "pathlib._local")},
+}
+"""What a checkpoint's ``.metadata`` is built of."""
 
 
 def _read_metadata(path: Path) -> dcp.Metadata:
+    if not (path / METADATA).exists():
+        raise CheckpointError(f"{path} lacks {METADATA}: the checkpoint was never finished")
+    metadata = read_pickle(read_bytes(path / METADATA), path / METADATA, known=_KNOWN)
     try:
-        with open(path / METADATA, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        metadata.state_dict_metadata, metadata.storage_data
-        return metadata
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} lacks {METADATA}: the checkpoint was never finished") from None
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise CheckpointError(f"{path / METADATA} is damaged", got=f"{type(error).__name__}: {error}") from None
+        _check_metadata(metadata)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / METADATA} is not the metadata of a checkpoint", got=str(error)[:200]) from None
+    return metadata
+
+
+def _check_metadata(metadata: Any) -> None:
+    """Raise an error of Python's own unless every part is of its type: what a pickle holds may be anything."""
+    for index, info in metadata.storage_data.items():
+        if not isinstance(index, dcp.MetadataIndex) or not isinstance(info.relative_path, str):
+            raise TypeError(f"an entry of storage {shorten(index)}")
+        _check_numbers((info.offset, info.length))
+    for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(key, str):
+            raise TypeError(f"a key {shorten(key)}")
+        if isinstance(entry, dcp.TensorStorageMetadata):
+            if not isinstance(entry.properties.dtype, torch.dtype):
+                raise TypeError(f"{shorten(key)} of dtype {shorten(entry.properties.dtype)}")
+            _check_numbers(entry.size)
+            for chunk in entry.chunks:
+                _check_numbers((*chunk.offsets, *chunk.sizes))
+                if not len(chunk.offsets) == len(chunk.sizes) == len(entry.size):
+                    raise ValueError(f"a chunk of {shorten(key)} of another number of dimensions")
+
+
+def _check_numbers(numbers: Any) -> None:
+    for number in numbers:
+        if type(number) is not int or not 0 <= number < 1 << 62:
+            raise ValueError(f"a size or place of {shorten(number)}")
 
 
 def read_args(path: Path) -> Namespace:
@@ -117,10 +128,7 @@ def read_args(path: Path) -> Namespace:
     for name in (VERSION_FILE, COMMON):
         if not (path / name).is_file():
             raise CheckpointError(f"{path} lacks {name}: the checkpoint was never finished")
-    try:
-        backend = json.loads((path / VERSION_FILE).read_text(encoding="utf-8"))["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / VERSION_FILE} is damaged", got=repr(error)) from None
+    backend = read_json(path / VERSION_FILE).get("sharded_backend")
     if backend != "torch_dist":
         raise CheckpointError(f"{path}: sharded_backend", got=repr(backend), needed="'torch_dist'")
     common = torch_archive.read_objects(path / COMMON)
@@ -213,7 +221,7 @@ def _chunks(
         stored = torch_archive.read_objects(path / info.relative_path, offset=info.offset, length=info.length)
         if tuple(stored.shape) != tuple(chunk.sizes) or stored.dtype != entry.properties.dtype:
             raise CheckpointError(f"{path / info.relative_path}: {key}", got=(stored.shape, stored.dtype), needed=chunk)
-        whole = torch_archive.region_of(stored, path / info.relative_path, info.offset)
+        whole = torch_archive.region_of(stored, path / info.relative_path)
         offsets, sizes, layers = list(chunk.offsets), list(chunk.sizes), [None]
         if stacked:
             first, count = offsets.pop(0), sizes.pop(0)

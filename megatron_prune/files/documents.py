@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import reprlib
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -101,11 +102,15 @@ def parse_json(
 def shorten(value: object, limit: int = 80) -> str:
     """``repr`` of a value from outside, for a message: on one line, without control characters, not longer than ``limit``."""
     try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # ValueError: an integer of thousands of digits
+        text = _BRIEF.repr(value)  # bounded also where parts are shared again and again
+    except Exception:  # such as an integer of thousands of digits
         text = f"a {type(value).__name__}"
     text = "".join(character if character.isprintable() else "?" for character in text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong = 3, 120, 120, 120
 
 
 @functools.cache

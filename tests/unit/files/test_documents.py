@@ -93,7 +93,9 @@ def test_a_document_has_a_limit(tmp_path):
         read_bytes(file, limit=4)
 
 
-@pytest.mark.parametrize("value", ["\x1b[31mred\nline", 10**5000, [[]] * 9999, "ü" * 999], ids=["codes", "digits", "list", "letters"])
+@pytest.mark.parametrize(
+    "value", ["\x1b[31mred\nline", 10**5000, [[]] * 9999, "ü" * 999], ids=["codes", "digits", "list", "letters"]
+)
 def test_what_a_message_shows_is_short_and_plain(value: Any):
     text = shorten(value)
     assert len(text) <= 80 and text.isprintable()
