@@ -29,6 +29,8 @@ BUFFERS_FILE = "rotary_buffers.safetensors"
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _SIDE_FOLDERS = ("additional_chat_templates",)
+VOCABULARY_FILES = re.compile(r"tokenizer\.json|vocab\.(json|txt)|merges\.txt|added_tokens\.json|.*\.model")
+"""Files that say which token has which id."""
 
 
 @dataclass

@@ -58,10 +58,24 @@ class MegatronCheckpoint:
         folder = self.path / HF_FOLDER
         return folder if folder.is_dir() else None
 
-    def edited_files(self) -> list[str]:
+    def check_structure(folder: Path, described: Manifest) -> None:
+    """Refuse a checkpoint whose files that say where the tensors lie are not as they were written.
+
+    Raises:
+        CheckpointError: naming them.
+    """
+    changed = differing_files(folder, {name: digest for name, digest in described.files.items() if _is_structure(name)})
+    if changed:
+        raise CheckpointError(
+            f"{folder}: {', '.join(changed)}",
+            got="other bytes than were written: damaged, or of another checkpoint",
+            do="restore the file, or make the checkpoint again",
+        )
+
+
+def edited_files(self) -> list[str]:
         """Configuration, tokenizer and other files beside the weights that are not as they were written, or gone."""
-        beside = {name: digest for name, digest in self.manifest.files.items() if not _is_structure(name)}
-        return differing_files(self.path, beside)
+        return edited_files(self.path, self.manifest)
 
 
 def is_megatron(path: Path) -> bool:
@@ -129,13 +143,7 @@ def open_checkpoint(path: Path, *, vocab_size: int | None = None) -> MegatronChe
             layout = padded_as_stored(layout, vocab_size, args.padded_vocab_size)
         described = Manifest(family=family_for(config).name, model=config, layout=layout)
     tensors = room.open_map(folder, config, layout).expect(described.digests, folder / manifest.FILE)
-    changed = differing_files(folder, {name: digest for name, digest in described.files.items() if _is_structure(name)})
-    if changed:
-        raise CheckpointError(
-            f"{folder}: {', '.join(changed)}",
-            got="other bytes than were written: damaged, or of another checkpoint",
-            do="restore the file, or make the checkpoint again",
-        )
+    check_structure(folder, described)
     if not described.digests and _holds_what_was_converted(described, tensors):
         tensors.content_id = described.content_id
     return MegatronCheckpoint(folder, name, config, layout, tensors, described, own)
@@ -198,6 +206,11 @@ def write_manifest(folder: Path, described: Manifest) -> None:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _holds_weights(path.relative_to(folder))]
     found = {path.relative_to(folder).as_posix(): digest_file(path) for path in files}
     (folder / manifest.FILE).write_text(replace(described, files=found).dumps(), encoding="utf-8")
+
+
+def edited_files(folder: Path, described: Manifest) -> list[str]:
+    """Files beside the weights of a checkpoint that are not as they were written, or gone."""
+    return differing_files(folder, {name: digest for name, digest in described.files.items() if not _is_structure(name)})
 
 
 def differing_files(folder: Path, recorded: dict[str, str]) -> list[str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -24,8 +24,10 @@ from megatron.core.safe_globals import register_safe_globals
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prune.checkpoint import megatron
+from megatron_prune.checkpoint.adapter import adapter_digests
 from megatron_prune.checkpoint.manifest import FILE, Manifest
 from megatron_prune.checkpoint.megatron_args import megatron_args
+from megatron_prune.checkpoint.stream import StreamReport, stream
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.files import staging
 from megatron_prune.recovery.optimizer import allocate_state, load_state
@@ -53,6 +55,7 @@ class Checkpoints:
         keep: how many of the newest stay, beside the best.
         side_files: fills a checkpoint's directory with what goes along (tokenizer, plan).
         needed: bytes of one checkpoint.
+        check: read every checkpoint again before it is put in place, and keep digests of its weights.
     """
 
     root: Path
@@ -61,6 +64,7 @@ class Checkpoints:
     keep: int
     side_files: Callable[[Path], None]
     needed: int
+    check: bool = True
     _queue: AsyncCallsQueue = field(init=False, default_factory=AsyncCallsQueue)
     _writing: Path = field(init=False, default=Path())
 
@@ -133,12 +137,12 @@ class Checkpoints:
         return TrainingError(f"a checkpoint could not be written: {_last_line(error)}\n  {self._whole()}")
 
     def _commit(self, folder: Path, described: Manifest, best: bool) -> None:
-        error = None
+        error, partial = None, staging.partial_path(folder)
+        digests = self._read_again(partial, described) if self.check else {}
         if self.world.is_main:
             try:
-                partial = staging.partial_path(folder)
                 self.side_files(partial)
-                (partial / FILE).write_text(described.dumps(), encoding="utf-8")
+                megatron.write_manifest(partial, replace(described, digests=digests))
                 staging.commit(folder)
                 staging.write_text(self.root / megatron.TRACKER, str(int(folder.name.removeprefix("iter_"))))
                 if best:
@@ -147,6 +151,26 @@ class Checkpoints:
             except OSError as found:
                 error = TrainingError(f"{folder} could not be written: {found}\n  {self._whole()}")
         self.world.agree(error)
+
+    def _read_again(self, partial: Path, described: Manifest) -> dict[str, str]:
+        """Digests of the weights as they lie in the files, which every rank reads a share of.
+
+        Raises:
+            TrainingError: if they are not a model (or an adapter) of the shape that was to be written.
+        """
+        found, error = StreamReport(), None
+        try:
+            if described.adapter:
+                found.stored = adapter_digests(partial) if self.world.is_main else {}
+            else:
+                tensors = megatron.open_target(partial, described.model, described.layout, "torch_dist")
+                found = stream(tensors, None, rank=self.world.rank, ranks=self.world.size)
+        except (InputError, OSError) as failed:
+            error = TrainingError(f"the checkpoint that was just written cannot be read: {failed}\n  {self._whole()}")
+        self.world.agree(error)
+        for part in self.world.all_gather(found):
+            found.merge(part)
+        return dict(sorted(found.stored.items()))
 
     def _whole(self) -> str:
         """What is left, in words."""

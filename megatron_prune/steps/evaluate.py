@@ -17,7 +17,7 @@ from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.output import PARAM_DTYPES, log
+from megatron_prune.steps.output import PARAM_DTYPES, check_side_files, log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,7 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
         raise InputError(
             "--seq-length", got=options.seq_length, needed=f"at most the model's {checkpoint.config.max_position_embeddings}"
         )
+    check_side_files(world, checkpoint.path, checkpoint.manifest)
     folder = huggingface.resolve(options.tokenizer, weights=False) if options.tokenizer else checkpoint.hf_folder
     if folder is None:
         raise InputError(f"{checkpoint.path} keeps no tokenizer", do="name one with --tokenizer")

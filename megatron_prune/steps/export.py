@@ -12,7 +12,6 @@ import torch
 from megatron_prune.arch.tensors import TensorId, tensor_ids
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.adapter import StoredAdapter, open_adapted
-from megatron_prune.checkpoint.manifest import RECIPE_FILE, dump_recipe
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
@@ -20,11 +19,11 @@ from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.families.family import FAMILIES, Family
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.output import Source, log, staged, write_huggingface
+from megatron_prune.steps.output import CheckOptions, Source, check_side_files, log, staged, write_huggingface
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(CheckOptions):
     """Turn a Megatron checkpoint into a Hugging Face model that stock transformers loads."""
 
     load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
@@ -54,6 +53,7 @@ def export(options: ExportOptions, world: World) -> None:
     vocab_size = huggingface.read_config(side).get("vocab_size") if side else None
     base = Path(options.base) if options.base else None
     checkpoint, adapter = open_adapted(Path(options.load_dir), base, vocab_size=vocab_size)
+    check_side_files(world, checkpoint.path, checkpoint.manifest)
     if options.adapter_only:
         _write_adapter(options, adapter, choose_family(checkpoint.manifest.family, options.target_family), world)
         return
@@ -71,7 +71,6 @@ def export(options: ExportOptions, world: World) -> None:
     plan = checkpoint.path / megatron.PLAN_FILE
     files = {megatron.PLAN_FILE: plan.read_text(encoding="utf-8")} if plan.is_file() else {}
     if pruned:
-        files[RECIPE_FILE] = dump_recipe(checkpoint.manifest.recipe)
         files["README.md"] = model_card(config, checkpoint.manifest.recipe, name=save.name, family=family.name)
     write_huggingface(
         world,
@@ -87,8 +86,10 @@ def export(options: ExportOptions, world: World) -> None:
         tied_head_stored=checkpoint.manifest.tied_head_stored,
         buffers={} if pruned else huggingface.load_buffers(checkpoint.hf_folder),
         files=files,
+        recipe=checkpoint.manifest.recipe if pruned else None,
         overwrite=options.overwrite,
         strict=options.strict,
+        check=not options.no_check,
     )
 
 
@@ -98,6 +99,9 @@ def _write_adapter(options: ExportOptions, adapter: StoredAdapter | None, family
     with staged(world, Path(options.save_dir), needed=0, overwrite=options.overwrite) as partial:
         if world.is_main:
             adapter.write_peft(partial, family, options.base or "")
+            if not options.no_check:
+                adapter.check_peft(partial, family)
+                log.info("checked: %d matrices read again are as they were written", 2 * len(adapter.matrices))
 
 
 def choose_family(recorded: str, asked: str | None) -> Family:

@@ -30,7 +30,9 @@ from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.manifest import RECIPE_FILE, Manifest, Recipe
 from megatron_prune.checkpoint.stream import StreamReport, Transform, content_id, share, stream
 from megatron_prune.checkpoint.tensor_map import TensorMap
-from megatron_prune.errors import CheckpointError, InputError
+from megatron_prune.config import option
+from megatron_prune.errors import CheckpointError, InputError, PruneError
+from megatron_prune.evaluation.one_layer import check_in_transformers
 from megatron_prune.families.family import Family
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
@@ -39,6 +41,13 @@ from megatron_prune.vocabulary.trimmed import Trimmed
 log = logging.getLogger("megatron_prune")
 
 PARAM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """What every step that writes a model has."""
+
+    no_check: bool = option("leave out the check of what was written (it is reopened and compared before it is put in place)", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +174,62 @@ def write_huggingface(
         world.barrier()
         if check:
             check_huggingface(world, partial, config, report)
+
+
+def check_side_files(world: World, folder: Path, described: Manifest) -> None:
+    """Warn of configuration and tokenizer files of a checkpoint that were edited: they are used as they are now.
+
+    Raises:
+        CheckpointError: on tensors beside the weights (rotary tables) that are not as they were written.
+    """
+    edited = megatron.edited_files(folder, described)
+    if tables := [name for name in edited if Path(name).name == huggingface.BUFFERS_FILE]:
+        raise CheckpointError(f"{folder / tables[0]}", got="other bytes than were written", do="restore it, or convert again")
+    if edited and world.is_main:
+        log.warning("%s: edited or removed since it was written, and used so: %s", folder, ", ".join(edited))
+
+
+def check_megatron(world: World, partial: Path, config: ModelConfig) -> None:
+    """Reopen a Megatron checkpoint that was just written, compare it with its manifest and say so; every process takes part.
+
+    Raises:
+        PruneError: if it is not what was to be written.
+    """
+    written = megatron.open_checkpoint(partial)
+    report = observe(world, Source(tensors=written.tensors), None, label="checking")
+    problems = [*report.damaged.values(), *(f"{name}: other bytes" for name in written.edited_files())]
+    if written.config != config:
+        problems.append(f"its config is {written.config}, not {config}")
+    _say_checked(world, problems, report, "as they were written, its files and args fit")
+
+
+def check_huggingface(world: World, partial: Path, config: ModelConfig, written: StreamReport) -> None:
+    """Reopen a Hugging Face directory that was just written, compare it with what was written, run a layer of it in stock
+    transformers and say so; every process takes part.
+
+    Raises:
+        PruneError: if it is not what was to be written, or transformers reads it otherwise.
+    """
+    model = huggingface.open_model(partial)
+    model.tensors.expect(written.stored, partial)
+    report = observe(world, Source(tensors=model.tensors), None, label="checking")
+    problems = list(report.damaged.values())
+    if model.config != config:
+        problems.append(f"its config.json means {model.config}, not {config}")
+    name = ""
+    if world.is_main and not problems:
+        name, found = check_in_transformers(model)
+        problems += found if not report.troubled else []
+    _say_checked(world, problems, report, f"as they were written, {name} takes them and a layer of it computes")
+
+
+def _say_checked(world: World, problems: list[str], report: StreamReport, text: str) -> None:
+    error = None
+    if problems:
+        error = PruneError("\n  ".join(["the check of what was written failed; nothing is put in place", *problems[:20]]))
+    world.agree(error)
+    if world.is_main:
+        log.info("checked: %d tensors read again are %s", len(report.stored), text)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from megatron_prune.runtime.world import World
 from megatron_prune.steps.choose import Request, TargetOptions, read_request
 from megatron_prune.steps.export import choose_family, commonest
 from megatron_prune.steps.fit import FitOptions, held_metrics, pruned_source, wants_text
-from megatron_prune.steps.output import Source, log, run, write_megatron
+from megatron_prune.steps.output import CheckOptions, Source, log, run, write_megatron
 from megatron_prune.steps.score import megatron_subject
 from megatron_prune.steps.vocab_choice import trimmed_by
 from megatron_prune.steps.vocab_options import tokenizer_folder
@@ -39,7 +39,7 @@ from megatron_prune.vocabulary.vocabulary import holds_tokenizer, open_vocabular
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneOptions(TargetOptions, FitOptions):
+class PruneOptions(TargetOptions, FitOptions, CheckOptions):
     """Prune a Megatron checkpoint to a smaller shape, by scores or by a plan, and re-fit what stays."""
 
     load: str = option("Megatron checkpoint: its root, or an iteration directory")
@@ -111,6 +111,7 @@ def prune(options: PruneOptions, world: World) -> None:
             ckpt_format=options.ckpt_format,
             overwrite=options.overwrite,
             strict=options.strict,
+            check=not options.no_check,
         )
     if world.is_main:
         if options.save_plan:
@@ -150,6 +151,7 @@ def write_cut(
     ckpt_format: str | None,
     overwrite: bool,
     strict: bool,
+    check: bool,
 ) -> None:
     """Write what a plan leaves of a Megatron checkpoint; every process takes part.
 
@@ -192,6 +194,7 @@ def write_cut(
         plan_text=plan.dumps(),
         overwrite=overwrite,
         strict=strict,
+        check=check,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
-from megatron_prune.checkpoint.manifest import RECIPE_FILE, dump_recipe, read_recipe
+from megatron_prune.checkpoint.manifest import Recipe
 from megatron_prune.checkpoint.stream import content_id
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
@@ -31,14 +31,14 @@ from megatron_prune.steps.convert import check_tied_copy
 from megatron_prune.steps.export import choose_family, commonest, name_dtype, parse_size
 from megatron_prune.steps.fit import FitOptions, held_metrics, pruned_source, wants_text
 from megatron_prune.steps.huggingface_runner import HuggingFaceRunner, check_metrics
-from megatron_prune.steps.output import Source, log, run, write_huggingface
+from megatron_prune.steps.output import CheckOptions, Source, log, run, write_huggingface
 from megatron_prune.steps.prune import kept_vocabulary
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.vocabulary.trimmed import Trimmed
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneHfOptions(TargetOptions, FitOptions):
+class PruneHfOptions(TargetOptions, FitOptions, CheckOptions):
     """Prune a Hugging Face model to a smaller shape, by scores or by a plan, and re-fit what stays; single process."""
 
     model_name_or_path: str = option("Hugging Face model: a directory, or a hub id")
@@ -114,6 +114,7 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
             max_shard_bytes=parse_size(options.max_shard_size),
             overwrite=options.overwrite,
             strict=options.strict,
+            check=not options.no_check,
         )
     if world.is_main:
         if options.save_plan:
@@ -133,6 +134,7 @@ def write_cut(
     max_shard_bytes: int,
     overwrite: bool,
     strict: bool,
+    check: bool,
 ) -> None:
     """Write what a plan leaves of a Hugging Face model; every process takes part.
 
@@ -147,7 +149,7 @@ def write_cut(
     hf_config = family.hf_config(cut.config, template, kept if len(kept) < model.config.num_layers else None)
     stored = str(commonest(dtypes)).removeprefix("torch.")
     name_dtype(hf_config, commonest(dtypes), stored)
-    recipe = [*read_recipe(model.path), plan.recipe_entry()]
+    recipe = [*Recipe.load(model.path).recipe, plan.recipe_entry()]
     card = model_card(cut.config, recipe, name=save.name, family=family.name)
     write_huggingface(
         world,
@@ -162,9 +164,11 @@ def write_cut(
         side_files=trimmed.vocabulary.folder if trimmed else model.path,
         trimmed=trimmed,
         tied_head_stored=model.tied_head_stored,
-        files={megatron.PLAN_FILE: plan.dumps(), RECIPE_FILE: dump_recipe(recipe), "README.md": card},
+        files={megatron.PLAN_FILE: plan.dumps(), "README.md": card},
+        recipe=recipe,
         overwrite=overwrite,
         strict=strict,
+        check=check,
     )
 
 

@@ -14,12 +14,13 @@ from megatron_prune.config import add_options, option, require_positive
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.megatron_flags import add_megatron_flags, megatron_flags, refuse_training_flags
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.output import CheckOptions, check_side_files
 
 DECAY_STYLES = ["cosine", "linear", "constant", "inverse-square-root"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecoverOptions:
+class RecoverOptions(CheckOptions):
     """Win back what pruning cost: train a Megatron checkpoint, plain or distilled from the unpruned model."""
 
     load: str = option("Megatron checkpoint to start from: its root, or an iteration directory")
@@ -91,7 +92,7 @@ class RecoverOptions:
 FREE = {
     *("load", "save", "data_cache_path", "micro_batch_size", "save_interval", "keep", "eval_interval", "eval_iters"),
     *("early_stop", "log_interval", "wandb_project", "sequence_parallel", "tensor_model_parallel_size"),
-    *("pipeline_model_parallel_size", "overwrite", "megatron"),
+    *("pipeline_model_parallel_size", "overwrite", "no_check", "megatron"),
     *(item.name for item in dataclasses.fields(RecoverOptions) if item.name.startswith("recompute_")),
 }
 """What may change when a run goes on; the rest is what the run is."""
@@ -119,6 +120,7 @@ def recover(options: RecoverOptions, world: World) -> int:
         TrainingError: on a loss that is not finite, or a checkpoint that cannot be written; those before stay.
     """
     checkpoint = megatron.open_checkpoint(Path(options.load))
+    check_side_files(world, checkpoint.path, checkpoint.manifest)
     options = _filled(options, checkpoint)
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
 

@@ -15,6 +15,7 @@ import xxhash
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import megatron
+from megatron_prune.checkpoint.adapter import read_matrices
 from megatron_prune.checkpoint.manifest import FILE, Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.errors import InputError
@@ -60,6 +61,8 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
     latest = newest(save)
     position = position_of(Manifest.load(latest / FILE)) if latest else Position()
     tensors = megatron.open_checkpoint(latest).tensors if latest and not options.lora_r else checkpoint.tensors
+    if latest and options.lora_r:
+        read_matrices(latest, Manifest.load(latest / FILE).digests)
     dtype = compute_dtype(options)
     if latest and world.is_main:
         ended = position.iteration >= options.train_iters
@@ -98,6 +101,7 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
         keep=options.keep,
         side_files=lambda folder: _copy_side_files(checkpoint, folder),
         needed=checkpoint_bytes(options, checkpoint),
+        check=not options.no_check,
     )
     if latest:
         checkpoints.load(latest)

@@ -26,7 +26,7 @@ from megatron_prune.steps.calibrate import (
 )
 from megatron_prune.steps.choose import BEST
 from megatron_prune.steps.megatron_runner import MegatronRunner
-from megatron_prune.steps.output import log
+from megatron_prune.steps.output import check_side_files, log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,7 @@ def megatron_subject(checkpoint, layout, tokenizer: str | None, world: World) ->
     """A checkpoint as what is measured; reads it where no manifest says its digest."""
     from megatron_prune.steps.prune import model_id
 
+    check_side_files(world, checkpoint.path, checkpoint.manifest)
     folder = huggingface.resolve(tokenizer, weights=False) if tokenizer else checkpoint.hf_folder
     return Subject(
         tensors=checkpoint.tensors,

@@ -11,11 +11,11 @@ from megatron_prune.checkpoint.adapter import open_adapted
 from megatron_prune.config import option, require_positive
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.output import Source, write_megatron
+from megatron_prune.steps.output import CheckOptions, Source, check_side_files, write_megatron
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferOptions:
+class TransferOptions(CheckOptions):
     """Rewrite a Megatron checkpoint for another parallel layout, format or element type; merge an adapter."""
 
     load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
@@ -42,6 +42,7 @@ def transfer(options: TransferOptions, world: World) -> None:
     save = Path(options.save_dir)
     staging.check_output(save, overwrite=options.overwrite, source=Path(options.load_dir))
     checkpoint, adapter = open_adapted(Path(options.load_dir), Path(options.base) if options.base else None)
+    check_side_files(world, checkpoint.path, checkpoint.manifest)
     layout = ParallelLayout(
         tensor=options.target_tensor_parallel_size,
         pipeline=options.target_pipeline_parallel_size,
@@ -63,4 +64,5 @@ def transfer(options: TransferOptions, world: World) -> None:
         plan_text=plan.read_text(encoding="utf-8") if plan.is_file() else None,
         overwrite=options.overwrite,
         strict=options.strict,
+        check=not options.no_check,
     )

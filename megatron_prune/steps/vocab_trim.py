@@ -28,7 +28,7 @@ from megatron_prune.steps.calibrate import CalibrationOptions, Subject, bos_toke
 from megatron_prune.steps.convert import check_tied_copy
 from megatron_prune.steps.export import parse_size
 from megatron_prune.steps.huggingface_runner import HuggingFaceRunner
-from megatron_prune.steps.output import PARAM_DTYPES, Source, log, progress_bar, run, staged
+from megatron_prune.steps.output import PARAM_DTYPES, CheckOptions, Source, check_side_files, log, progress_bar, run, staged
 from megatron_prune.steps.score import megatron_subject
 from megatron_prune.steps.vocab_choice import Chosen, choose, plan_of, show
 from megatron_prune.steps.vocab_options import Model, SelectOptions, check_select, open_subject
@@ -39,7 +39,7 @@ from megatron_prune.vocabulary.trimmed import Trimmed
 
 
 @dataclass(frozen=True, kw_only=True)
-class VocabTrimOptions(CalibrationOptions, SelectOptions):
+class VocabTrimOptions(CalibrationOptions, SelectOptions, CheckOptions):
     """Cut the vocabulary of a Hugging Face model, a Megatron checkpoint at its own TP × PP, or a tokenizer alone."""
 
     save_dir: str = option("directory to write: of the same kind")
@@ -160,12 +160,13 @@ def _write_model(
         return cut.transform(tensor, rows.put_into(data) if rows and tensor == head else data, scratch)
 
     source = Source(tensors=checkpoint.tensors, origin=cut.origin, transform=transform)
-    common = {"trimmed": chosen.trimmed, "overwrite": options.overwrite, "strict": options.strict}
+    common = {"trimmed": chosen.trimmed, "overwrite": options.overwrite, "strict": options.strict, "check": not options.no_check}
     if isinstance(checkpoint, HuggingFaceModel):
         check_tied_copy(checkpoint)
         shard_bytes = parse_size(options.max_shard_size)
         prune_hf.write_cut(save, checkpoint, checkpoint.family, plan, source, world, max_shard_bytes=shard_bytes, **common)
     else:
+        check_side_files(world, checkpoint.path, checkpoint.manifest)
         family = FAMILIES.get(checkpoint.manifest.family)
         kind = options.ckpt_format
         prune.write_cut(save, checkpoint, checkpoint.layout, family, plan, source, world, ckpt_format=kind, **common)

@@ -1,0 +1,60 @@
+"""What stock transformers makes of a Hugging Face directory: its class's parameters, and a forward pass of one layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_prune.arch.tensors import tensor_ids
+from megatron_prune.checkpoint.huggingface import HuggingFaceModel
+
+TOKENS = 8
+"""Rows of the vocabulary that the small model has, and tokens it is run on."""
+
+
+def check_in_transformers(model: HuggingFaceModel) -> tuple[str, list[str]]:
+    """Build the class that ``config.json`` names without memory, compare its parameters with the files, and run a model of its
+    first layer, float32, on a few tokens.
+
+    Returns:
+        The class's name, and what is wrong: parameters of another name or shape, values that are not finite.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    wanted = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+    stored = {model.family.tensor_name(tensor): model.tensors.shape(tensor) for tensor in tensor_ids(model.config)}
+    differing = sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name))
+    kind = type(whole).__name__
+    if differing:
+        return kind, [f"{name}: {kind} wants {wanted.get(name)}, the file holds {stored.get(name)}" for name in differing]
+    logits = _run(type(whole), type(config).from_dict(_one_layer(config.to_dict())), model)
+    return kind, [] if logits.isfinite().all() else [f"layer 0 computes NaN or infinity in {kind}"]
+
+
+def _one_layer(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a model of the first layer and the first tokens."""
+    small = {"num_hidden_layers": 1, "vocab_size": min(TOKENS, config["vocab_size"]), "pad_token_id": None}
+    if config.get("layer_types"):
+        small["layer_types"] = config["layer_types"][:1]
+    return {**config, **small}
+
+
+def _run(kind: type, config: Any, model: HuggingFaceModel) -> torch.Tensor:
+    """Logits, float32 [1, tokens, tokens]."""
+    with torch.device("meta"):
+        small = kind(config).float().eval()
+    weights = {}
+    for tensor in tensor_ids(model.config):
+        if tensor.layer in (None, 0):
+            rows = model.tensors.shape(tensor)[0]
+            rows = min(rows, config.vocab_size) if tensor.role in ("embedding", "output") else rows
+            weights[model.family.tensor_name(tensor)] = model.tensors.read_block(tensor, range(rows)).float()
+    small.load_state_dict(weights, strict=False, assign=True)
+    small.tie_weights()
+    small.model.rotary_emb = type(small.model.rotary_emb)(config=config)  # its tables are no parameters
+    with torch.no_grad():
+        return small(torch.arange(config.vocab_size)[None], use_cache=False).logits
