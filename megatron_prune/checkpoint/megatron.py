@@ -58,22 +58,7 @@ class MegatronCheckpoint:
         folder = self.path / HF_FOLDER
         return folder if folder.is_dir() else None
 
-    def check_structure(folder: Path, described: Manifest) -> None:
-    """Refuse a checkpoint whose files that say where the tensors lie are not as they were written.
-
-    Raises:
-        CheckpointError: naming them.
-    """
-    changed = differing_files(folder, {name: digest for name, digest in described.files.items() if _is_structure(name)})
-    if changed:
-        raise CheckpointError(
-            f"{folder}: {', '.join(changed)}",
-            got="other bytes than were written: damaged, or of another checkpoint",
-            do="restore the file, or make the checkpoint again",
-        )
-
-
-def edited_files(self) -> list[str]:
+    def edited_files(self) -> list[str]:
         """Configuration, tokenizer and other files beside the weights that are not as they were written, or gone."""
         return edited_files(self.path, self.manifest)
 
@@ -206,6 +191,21 @@ def write_manifest(folder: Path, described: Manifest) -> None:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _holds_weights(path.relative_to(folder))]
     found = {path.relative_to(folder).as_posix(): digest_file(path) for path in files}
     (folder / manifest.FILE).write_text(replace(described, files=found).dumps(), encoding="utf-8")
+
+
+def check_structure(folder: Path, described: Manifest) -> None:
+    """Refuse a checkpoint whose files that say where the tensors lie are not as they were written.
+
+    Raises:
+        CheckpointError: naming them.
+    """
+    changed = differing_files(folder, {name: digest for name, digest in described.files.items() if _is_structure(name)})
+    if changed:
+        raise CheckpointError(
+            f"{folder}: {', '.join(changed)}",
+            got="other bytes than were written: damaged, or of another checkpoint",
+            do="restore the file, or make the checkpoint again",
+        )
 
 
 def edited_files(folder: Path, described: Manifest) -> list[str]:
