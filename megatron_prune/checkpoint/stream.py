@@ -113,7 +113,7 @@ def stream(
             thread.scratch = Scratch()
         name, source_name, seen = str(tensor), str(origin(tensor)), StreamReport()
         try:
-            data = source.read(origin(tensor), thread.scratch)
+            data, stored = source.read_digested(origin(tensor), thread.scratch)
             if target is None:
                 source.check_copies(tensor, thread.scratch)
         except DamagedTensor as damaged:
@@ -125,7 +125,7 @@ def stream(
         if transform is not None:
             data = transform(tensor, data, thread.scratch)
         seen.digests[name] = _digest(data)
-        seen.stored[name] = target.write(tensor, data, thread.scratch) if target else source.digest_of(tensor, data)
+        seen.stored[name] = target.write(tensor, data, thread.scratch) if target else stored
         return seen
 
     with closed_files(), ThreadPoolExecutor(WORKERS) as pool:

@@ -130,7 +130,11 @@ class TensorMap:
         Raises:
             DamagedTensor: if it is not what was written.
         """
-        shape = self.shape(tensor)
+        return self.read_digested(tensor, scratch)[0]
+
+    def read_digested(self, tensor: TensorId, scratch: Scratch) -> tuple[torch.Tensor, str]:
+        """The full tensor as :meth:`read` gives it, and the digests of its bytes."""
+        shape, found = self.shape(tensor), []
         out = scratch.take("read", prod(shape), self.dtype(tensor))
         matrix = out.view(shape[0], -1)
         for tile, first in self._by_place(tensor):
@@ -142,8 +146,8 @@ class TensorMap:
                 part = scratch.take("tile", region.rows * region.cols, region.dtype).view(region.rows, region.cols)
                 region.read_into(part)
                 matrix[row : row + region.rows, col : col + region.cols] = part
-            self._compare(tensor, region, part, first)
-        return out.view(shape)
+            found.append(self._compared(tensor, region, part, first))
+        return out.view(shape), "".join(found)
 
     def read_block(self, tensor: TensorId, rows: range, cols: range | None = None) -> torch.Tensor:
         """A rectangle of a tensor in memory of its own, reading no more than the rows it needs (whole stretches the first
@@ -177,7 +181,7 @@ class TensorMap:
             if (first := firsts.get((row, col, region.rows))) is not None:
                 part = scratch.take("tile", region.rows * region.cols, region.dtype)
                 region.read_into(part)
-                self._compare(tensor, region, part, first)
+                self._compared(tensor, region, part, first)
 
     def write(self, tensor: TensorId, data: torch.Tensor, scratch: Scratch) -> str:
         """Write a full tensor to all its tiles and copies, in the dtype laid out for it.
@@ -197,15 +201,6 @@ class TensorMap:
             region.write_from(part)
         return "".join(found)
 
-    def digest_of(self, tensor: TensorId, data: torch.Tensor) -> str:
-        """The digests of a full tensor as :meth:`read` gives it, cut as it lies in the files."""
-        matrix = data.reshape(data.shape[0], -1)
-        parts = [
-            digests.digest_rows(matrix[row : row + region.rows, col : col + region.cols].contiguous(), region)
-            for (region, row, col), _ in self._by_place(tensor)
-        ]
-        return "".join(sum(parts, []))
-
     def _by_place(self, tensor: TensorId) -> Iterator[tuple[Tile, int]]:
         """The tiles in the order of their digests, each with the number of its first."""
         first = 0
@@ -224,18 +219,17 @@ class TensorMap:
         part = torch.empty(high - low, region.cols, dtype=region.dtype)
         region.part(low, high - low).read_into(part)
         if fresh:
-            self._compare(tensor, region, part, first + touched.start)
+            self._compared(tensor, region, part, first + touched.start)
             self._checked.update(place)
         return part[start - low : stop - low]
 
-    def _compare(self, tensor: TensorId, region: Region, rows: torch.Tensor, first: int) -> None:
-        """Refuse rows whose digests, from number ``first`` on, are not the expected ones."""
-        if tensor not in self.expected:
-            return
+    def _compared(self, tensor: TensorId, region: Region, rows: torch.Tensor, first: int) -> str:
+        """Digests of rows, which must be the expected ones from number ``first`` on, where any are known."""
         found = "".join(digests.digest_rows(rows, region))
         start = first * digests.WIDTH
-        if found != self.expected[tensor][start : start + len(found)]:
+        if tensor in self.expected and found != self.expected[tensor][start : start + len(found)]:
             raise DamagedTensor(f"{region.path}: {tensor} is not what was written there")
+        return found
 
 
 def _name(dtype: torch.dtype) -> str:
