@@ -170,18 +170,39 @@ class TensorMap:
                 ]
         return out if len(shape) > 1 else out.view(-1)
 
-    def check_copies(self, tensor: TensorId, scratch: Scratch) -> None:
+    def check_copies(self, tensor: TensorId) -> None:
         """Compare every further copy of a tensor with the digests of the tile that it is a copy of.
 
         Raises:
             DamagedTensor: if one is not what was written.
         """
+        for region, first in self._copies(tensor):
+            for number in range(digests.count(region)):
+                self._check_stretch(tensor, region, first, number)
+
+    def check_ends(self, tensor: TensorId) -> None:
+        """Compare the first and the last stretch of every tile and copy of a tensor: whether it lies where it is to.
+
+        Raises:
+            DamagedTensor: if one is not what was written.
+        """
+        for region, first in [*((tile.region, first) for tile, first in self._by_place(tensor)), *self._copies(tensor)]:
+            for number in {0, digests.count(region) - 1}:
+                self._check_stretch(tensor, region, first, number)
+
+    def _copies(self, tensor: TensorId) -> Iterator[tuple[Region, int]]:
+        """Further copies of tiles, each with the number of its first digest."""
         firsts = {(tile.row, tile.col, tile.region.rows): first for tile, first in self._by_place(tensor)}
         for region, row, col in self.replicas.get(tensor, ()):
             if (first := firsts.get((row, col, region.rows))) is not None:
-                part = scratch.take("tile", region.rows * region.cols, region.dtype)
-                region.read_into(part)
-                self._compared(tensor, region, part, first)
+                yield region, first
+
+    def _check_stretch(self, tensor: TensorId, region: Region, first: int, number: int) -> None:
+        step = digests.stretch_rows(region)
+        part = region.part(number * step, min(step, region.rows - number * step))
+        rows = torch.empty(part.rows, part.cols, dtype=part.dtype)
+        part.read_into(rows)
+        self._compared(tensor, region, rows, first + number)
 
     def write(self, tensor: TensorId, data: torch.Tensor, scratch: Scratch) -> str:
         """Write a full tensor to all its tiles and copies, in the dtype laid out for it.

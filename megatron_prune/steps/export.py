@@ -101,7 +101,7 @@ def _write_adapter(options: ExportOptions, adapter: StoredAdapter | None, family
             adapter.write_peft(partial, family, options.base or "")
             if not options.no_check:
                 adapter.check_peft(partial, family)
-                log.info("checked: %d matrices read again are as they were written", 2 * len(adapter.matrices))
+                log.info("checked: %d matrices lie as they were written", 2 * len(adapter.matrices))
 
 
 def choose_family(recorded: str, asked: str | None) -> Family:
