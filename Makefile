@@ -1,5 +1,6 @@
 # make demo      a real model, pruned end to end on this machine        (see README.md)
 # make test      the whole test suite, from nothing
+# make test-wheel   the wheel, where nothing else is installed than it asks for
 # make install   only the virtual environment
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test install clean
+.PHONY: demo test test-wheel install clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +25,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-wheel:
+	@PYTHON=$(PYTHON) TORCH='$(TORCH)' bash tests/wheel.sh
 
 clean:
 	rm -rf $(VENV) demo

@@ -244,7 +244,7 @@ def train_theirs(options: argparse.Namespace, model: Path, tokens: torch.Tensor)
             disable_tqdm=True,
             remove_unused_columns=False,
         )
-        student = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        student = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
         labels = [{"input_ids": sample[:-1], "labels": sample[1:], "shift_labels": sample[1:]} for sample in tokens]
         trainer = InOrder(model=student, args=arguments, train_dataset=labels, callbacks=[Clock()])
         done = trainer.train()
@@ -364,7 +364,8 @@ def draw_random(like: Path, save: Path, seed: int) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(like), dtype=torch.float32)
+    config = AutoConfig.from_pretrained(like, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     with tempfile.TemporaryDirectory(dir=save.parent) as folder:
         model.save_pretrained(Path(folder) / "model")
         (Path(folder) / "model").rename(save)

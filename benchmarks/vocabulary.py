@@ -105,7 +105,7 @@ def bits(options: argparse.Namespace) -> None:
 
     vocabulary = open_vocabulary(options.model)
     counts = _counts(options, vocabulary)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, trust_remote_code=False).eval()
     table = model.get_input_embeddings().weight.data
     head = model.get_output_embeddings().weight.data
     files = [file for file in (options.held_out, options.second) if file]

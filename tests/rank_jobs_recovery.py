@@ -6,10 +6,10 @@ import contextlib
 import gc
 import json
 import multiprocessing
+import os
 import resource
 import signal
 from contextlib import contextmanager
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, Iterator
 from unittest import mock
@@ -68,35 +68,16 @@ class Killed(BaseException):
 
 @contextmanager
 def light(*, plots: bool = False) -> Iterator[None]:
-    """What a run of ``recover`` costs beside its work is left out: plots, a process that imports everything again, and looks
-    through all objects for garbage.
-
-    The process through which writers report is forked instead of spawned; runs that are started from the command line have
-    the real one.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    from megatron_prune.recovery import history, report_queue
-
-    managers: list[SyncManager] = []
-
-    def forked(ctx) -> SyncManager:
-        managers.append(SyncManager(ctx=multiprocessing.get_context("fork")))
-        return managers[-1]
+    """What a run of ``recover`` costs beside its work is left out: plots, and looks through all objects for garbage."""
+    from megatron_prune.recovery import history
 
     daemonic = multiprocessing.current_process().daemon
     with (
-        mock.patch.object(report_queue, "SyncManager", forked),
         contextlib.nullcontext() if plots else mock.patch.object(history.History, "plot", lambda self: None),
         mock.patch.object(gc, "collect", lambda *_: 0),
         _may_have_children() if daemonic else contextlib.nullcontext(),
     ):
-        try:
-            yield
-        finally:
-            filesystem_async._results_queue = None
-            for manager in managers:
-                manager.shutdown()  # it does not listen to signals
+        yield
 
 
 @contextmanager
@@ -107,8 +88,11 @@ def happening(events: dict[int, str]) -> Iterator[None]:
     step begins with that. ``"nan"``: all weights are, before the step;
     ``"nan gradient"``: a gradient alone. ``"full"`` or ``"no room"``: from this checkpoint on no file may be longer than
     40 kB or 100 bytes, as on a full disk; ``"little room"``: the disk says so. ``"killed in …"`` (writing, commit, tracker,
-    best, rotation): the run is gone at that moment of its checkpoint.
+    best, rotation): the run is gone at that moment of its checkpoint. ``"writer …"`` (killed, leaves, fails): the process
+    that writes it is, ends or finds an error in the middle; with ``after a stop`` the run was asked to stop before.
     """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
     from megatron_prune.checkpoint import megatron
     from megatron_prune.files import staging
     from megatron_prune.recovery import checkpoints
@@ -116,6 +100,7 @@ def happening(events: dict[int, str]) -> Iterator[None]:
 
     train, save, limits = Trainer.step, checkpoints.Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
     commit, write_text, link, rmtree = staging.commit, staging.write_text, checkpoints._link, checkpoints.shutil.rmtree
+    write_file = FileSystemWriterAsync.write_preloaded_data
     now: list[str] = []
 
     def watched_step(self, dataset, consumed, **rest):
@@ -139,12 +124,23 @@ def happening(events: dict[int, str]) -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_FSIZE, ({"full": 40_000, "no room": 100}[now[0]], limits[1]))
         if now[0] == "little room":
             self.needed = 1 << 60
+        if now[0].endswith("after a stop"):
+            signal.raise_signal(signal.SIGTERM)
         save(self, iteration, *rest, **further)
         if now[0].startswith("killed in"):
             self._queue.async_calls[0].async_caller.process.join()  # what a killed run leaves writing ends sooner or later
             if now[0] == "killed in writing":
                 raise Killed
             self.finish()
+
+    def watched_write(*arguments):
+        write_file(*arguments)
+        if now and now[0].startswith("writer killed"):
+            signal.raise_signal(signal.SIGKILL)
+        elif now == ["writer leaves"]:
+            os._exit(3)
+        elif now == ["writer fails"]:
+            raise ImportError("No module named 'psutil'")
 
     def at(moment, function):
         def watched(*arguments, **further):
@@ -159,6 +155,7 @@ def happening(events: dict[int, str]) -> Iterator[None]:
     with (
         mock.patch.object(Trainer, "step", watched_step),
         mock.patch.object(checkpoints.Checkpoints, "save", watched_save),
+        mock.patch.object(FileSystemWriterAsync, "write_preloaded_data", staticmethod(watched_write)),
         mock.patch.object(staging, "commit", at("commit", commit)),
         mock.patch.object(staging, "write_text", at("tracker", write_text)),
         mock.patch.object(checkpoints, "_link", at("best", link)),

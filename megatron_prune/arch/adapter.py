@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+import math
+from dataclasses import dataclass
 
 from megatron_prune.errors import InputError
 
@@ -30,6 +30,9 @@ class AdapterConfig:
     Attributes:
         dropout: share of the inputs to A that training drops.
         seed: that the first A is drawn with.
+
+    Raises:
+        InputError: naming what is out of its range.
     """
 
     r: int
@@ -38,19 +41,21 @@ class AdapterConfig:
     roles: tuple[str, ...]
     seed: int
 
+    def __post_init__(self):
+        known = {role for roles in TARGETS.values() for role in roles}
+        for name, right, needed in (
+            ("r", self.r >= 1, "a positive number"),
+            ("alpha", 0 < self.alpha < math.inf, "a positive number"),
+            ("dropout", 0 <= self.dropout < 1, "from 0 on, below 1"),
+            ("roles", self.roles and set(self.roles) <= known, "some of " + ", ".join(sorted(known))),
+        ):
+            if not right:
+                raise InputError(f"the adapter's {name}", got=getattr(self, name), needed=needed)
+
     @property
     def scale(self) -> float:
         """What B · A counts."""
         return self.alpha / self.r
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> AdapterConfig:
-        """The inverse of :meth:`to_json`."""
-        return cls(**{**data, "roles": tuple(data["roles"])})
 
 
 def target_roles(targets: tuple[str, ...]) -> tuple[str, ...]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from megatron_prune.errors import CheckpointError
-from megatron_prune.files.documents import STRICT
+from megatron_prune.files.documents import shorten
+
+MAX_SIZE = 2**31 - 1
+"""The largest size that an index of 32 bits reaches; what is larger is a damaged file."""
+
+MAX_LAYERS, MAX_HEADS = 2**14, 2**16
+"""What is gone through one by one, long before there are weights that could contradict a size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,13 +25,20 @@ class RopeScaling:
             ``"linear"`` (Chen et al. 2023, arXiv 2306.15595: all frequencies divided by ``factor``).
     """
 
-    __pydantic_config__ = STRICT
-
     kind: str
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+
+    def __post_init__(self):
+        check_fields(self, "rotary scaling")
+        if self.kind not in ("llama3", "linear"):
+            raise CheckpointError("rotary scaling", got=shorten(self.kind), needed="linear or llama3")
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise CheckpointError(
+                "rotary scaling: low_freq_factor", got=self.low_freq_factor, needed=f"less than {self.high_freq_factor}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,8 +49,6 @@ class ModelConfig:
     ``num_query_groups``; ``kv_channels`` (the head dimension) is explicit, since ``hidden_size`` need not be
     ``num_attention_heads * kv_channels`` after pruning.
     """
-
-    __pydantic_config__ = STRICT
 
     num_layers: int
     hidden_size: int
@@ -55,10 +67,10 @@ class ModelConfig:
     sliding_window: int | None = None
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise CheckpointError(f"the model's {field.name}", got=repr(value), needed="a positive integer")
+        check_fields(self, "the model's")
+        for name, most in (("num_layers", MAX_LAYERS), ("num_attention_heads", MAX_HEADS)):
+            if getattr(self, name) > most:
+                raise CheckpointError(f"the model's {name}", got=getattr(self, name), needed=f"at most {most}")
         if self.num_attention_heads % self.num_query_groups:
             raise CheckpointError(
                 "the model's query heads do not divide evenly over its KV groups",
@@ -99,6 +111,35 @@ class ModelConfig:
             return cls(**{**data, "rope_scaling": RopeScaling(**scaling) if scaling else None})
         except (TypeError, AttributeError) as error:
             raise CheckpointError("a stored model description cannot be read", got=str(error)) from None
+
+
+def check_fields(described: ModelConfig | RopeScaling, what: str) -> None:
+    """Refuse a field whose value no model can have.
+
+    Raises:
+        CheckpointError: naming the first.
+    """
+    for field in fields(described):
+        check_value(field.type, getattr(described, field.name), f"{what} {field.name}")
+
+
+def check_value(kind: str, value: Any, what: str) -> None:
+    """Refuse a value that is no size (``int``), no positive number (``float``) or no ``bool``; ``… | None`` may be ``None``.
+
+    Raises:
+        CheckpointError: beginning with ``what``.
+    """
+    if kind.endswith(" | None"):
+        if value is None:
+            return
+        kind = kind.removesuffix(" | None")
+    if kind == "int" and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE):
+        raise CheckpointError(what, got=shorten(value), needed=f"a positive whole number of at most {MAX_SIZE}")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind == "float" and not (number and 0 < value <= sys.float_info.max):
+        raise CheckpointError(what, got=shorten(value), needed="a positive, finite number")
+    if kind == "bool" and not isinstance(value, bool):
+        raise CheckpointError(what, got=shorten(value), needed="true or false")
 
 
 SHAPE_FIELDS = (

@@ -24,14 +24,16 @@ from typing import Iterator, Literal, NamedTuple
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import layer_roles, tensor_shape
 from megatron_prune.errors import InputError, raise_all
-from megatron_prune.files.documents import STRICT
+from megatron_prune.files.documents import shorten
+
+
+_LARGEST = 1 << 20
+"""Ranks, stages, or rows that a vocabulary is padded to a multiple of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelLayout:
     """How a checkpoint is divided: tensor- and pipeline-parallel sizes, and the vocabulary's padding rule."""
-
-    __pydantic_config__ = STRICT
 
     tensor: int = 1
     pipeline: int = 1
@@ -41,7 +43,9 @@ class ParallelLayout:
         for name in ("tensor", "pipeline", "vocab_divisible_by"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"parallel layout: {name}", got=repr(value), needed="a positive integer")
+                raise InputError(f"parallel layout: {name}", got=shorten(value), needed="a positive integer")
+            if value > _LARGEST:
+                raise InputError(f"parallel layout: {name}", got=shorten(value), needed=f"at most {_LARGEST}")
 
     def padded_vocab(self, vocab_size: int) -> int:
         """Rows of the embedding with padding (``megatron/training/tokenizer``: a multiple of divisible_by × T)."""

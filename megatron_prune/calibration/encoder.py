@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_prune.errors import InputError
+from megatron_prune.files.documents import read_json, shorten
 
 
 class Encoder:
@@ -49,14 +50,37 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a Hugging Face directory, as ``transformers`` gives it.
 
     Raises:
-        InputError: if it cannot be loaded.
+        InputError: if it cannot be loaded, or only by running code of its own.
     """
     from transformers import AutoTokenizer
 
+    check_no_code(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        raise InputError(f"the tokenizer in {folder} cannot be read", got=str(error).split("\n")[0]) from None
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except BaseException as error:  # tokenizers raises bare Exception for a damaged file, and its panics are not even that
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        got = shorten(str(error).strip().split("\n")[0], 300)
+        raise InputError(f"the tokenizer in {folder} cannot be read", got=got) from None
+
+
+def check_no_code(folder: Path) -> None:
+    """Refuse a tokenizer that wants code of its own: its text → tokens may be another than that of the class which stands in.
+
+    Raises:
+        InputError: naming the file and the code.
+    """
+    for name in ("tokenizer_config.json", "config.json"):
+        wanted = read_json(folder / name).get("auto_map") if (folder / name).is_file() else None
+        if isinstance(wanted, dict):
+            wanted = wanted.get("AutoTokenizer")
+        if wanted:
+            raise InputError(
+                f"{folder / name}: the tokenizer wants code of its own, which is never run",
+                got=f"auto_map {shorten(wanted)}",
+                do="name a tokenizer that needs none (--tokenizer); or take auto_map out of the file, if a class of transformers "
+                "does the same",
+            )
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

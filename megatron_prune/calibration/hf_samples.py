@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_prune.errors import InputError
 from megatron_prune.runtime.sampling import Draws, choose
+from megatron_prune.runtime.stock_model import load_stock_model
 
 
 def sample_hf(
@@ -40,10 +41,10 @@ def sample_hf(
     Raises:
         InputError: if ``length`` or ``bos`` does not fit the model, or its logits are not finite.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    model = load_stock_model(folder, dtype=dtype).to(device)
     if length > model.config.max_position_embeddings:
         raise InputError("length of samples", got=length, needed=f"at most the model's {model.config.max_position_embeddings}")
     model.generation_config = GenerationConfig()  # its own may penalise repetition, or end at a token

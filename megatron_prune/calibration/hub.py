@@ -60,7 +60,7 @@ def load(path: str, *args: Any, **options: Any) -> Any:
     Raises:
         InputError: for whatever goes wrong in it: no network, no such data set, configuration or split.
     """
-    return _guarded(path, library().load_dataset, path, *args, **options)
+    return _guarded(path, library().load_dataset, path, *args, trust_remote_code=False, **options)
 
 
 def load_saved(folder: str) -> Any:

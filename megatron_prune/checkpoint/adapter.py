@@ -102,20 +102,20 @@ def open_adapted(
     described = Manifest.load(folder / FILE) if (folder / FILE).is_file() else None
     if described is None or described.adapter is None:
         return megatron.open_checkpoint(path, vocab_size=vocab_size), None
-    where = Path(base or described.adapter["base"])
+    where = Path(base or described.adapter.base)
     try:
         checkpoint = megatron.open_checkpoint(where)
     except CheckpointError as error:
         raise CheckpointError(f"the model that the adapter in {folder} belongs on: {error}", do="name it with --base") from None
-    if checkpoint.manifest.content_id != described.adapter["base_content_id"]:
+    if checkpoint.manifest.content_id != described.adapter.base_content_id:
         raise CheckpointError(
             f"{where} is not the model that the adapter in {folder} was trained on",
             got=checkpoint.manifest.content_id,
-            needed=described.adapter["base_content_id"],
+            needed=described.adapter.base_content_id,
             do="name that model with --base",
         )
     megatron.check_structure(folder, described)
-    config = AdapterConfig.from_json(described.adapter["config"])
+    config = described.adapter.config
     adapter = StoredAdapter(config=config, matrices=_read(folder, config, checkpoint.config.num_layers, described.digests))
     base_manifest = checkpoint.manifest  # the digests are of what lies at ``checkpoint.path``
     told = replace(described, adapter=None, digests=base_manifest.digests, files=base_manifest.files)

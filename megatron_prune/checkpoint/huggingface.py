@@ -16,18 +16,23 @@ from safetensors.torch import load_file, save_file
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Block
 from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
-from megatron_prune.checkpoint import safetensors_file, torch_archive
+from megatron_prune.checkpoint import safetensors_file, weight_files
 from megatron_prune.checkpoint.manifest import RECIPE_FILE, Recipe
-from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.checkpoint.tensor_map import FLOATS, TensorMap
+from megatron_prune.checkpoint.weight_files import INDEX, SINGLE, WEIGHTS
 from megatron_prune.errors import CheckpointError, InputError, raise_all
-from megatron_prune.families.family import BUFFERS, Family, family_of
+from megatron_prune.families.family import Family, family_of
+from megatron_prune.files.documents import read_json
 from megatron_prune.files.region import Region
 
-CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
 BUFFERS_FILE = "rotary_buffers.safetensors"
 """Where a Megatron checkpoint keeps :attr:`HuggingFaceModel.buffers` for the way back."""
-_BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_BUFFERS = re.compile(
+    r"(.+\.)?(rotary_\w*emb|rope)\.(original_)?(inv_freq|freqs|cos|sin|cos_cached|sin_cached)|"
+    r"(.+\.)?(inv_freq|freqs_cis|masked_bias|causal_mask|position_ids)"
+)
+"""Tables that old checkpoints store and transformers computes anew, whatever they hold: of positions, and of who sees whom."""
 _SIDE_FOLDERS = ("additional_chat_templates",)
 VOCABULARY_FILES = re.compile(r"tokenizer\.json|vocab\.(json|txt)|merges\.txt|added_tokens\.json|.*\.model")
 """Files that say which token has which id."""
@@ -53,6 +58,16 @@ class HuggingFaceModel:
     def tied_head_stored(self) -> bool:
         return bool(self.tensors.replicas)
 
+    @property
+    def tied_head_dtype(self) -> torch.dtype | None:
+        """Element type of a stored copy of a tied output layer."""
+        copies = self.tensors.replicas.get(TensorId("embedding"))
+        return copies[0].region.dtype if copies else None
+
+    @property
+    def in_safetensors(self) -> bool:
+        return weight_files.in_safetensors(self.path)
+
 
 def is_huggingface(path: Path) -> bool:
     """Whether ``path`` looks like a Hugging Face model directory."""
@@ -66,15 +81,10 @@ def read_config(path: Path) -> dict[str, Any]:
         CheckpointError: if it is missing or not a JSON object.
     """
     file = path if path.is_file() else path / CONFIG
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} has no {CONFIG}", needed="a Hugging Face model directory") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not JSON", got=str(error)) from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} is not a JSON object")
-    return data
+    if path.is_dir() and not file.exists():
+        weight_files.check_no_adapter(path)
+        raise CheckpointError(f"{path} has no {CONFIG}", needed="a Hugging Face model directory")
+    return read_json(file, do="fetch it again")
 
 
 def open_model(path: Path) -> HuggingFaceModel:
@@ -86,7 +96,7 @@ def open_model(path: Path) -> HuggingFaceModel:
     hf_config = read_config(path)
     family = family_of(hf_config)
     config = family.model_config(hf_config)
-    stored = _stored_tensors(path)
+    stored = weight_files.stored_tensors(path)
     tensors, problems, buffers = TensorMap(config), [], {}
     for tensor in tensor_ids(config):
         name = family.tensor_name(tensor)
@@ -100,7 +110,7 @@ def open_model(path: Path) -> HuggingFaceModel:
         region, shape = stored.pop(head)
         problems += _add(tensors, TensorId("embedding"), head, region, shape, replica=True)
     for name in sorted(stored):
-        if BUFFERS.fullmatch(name):
+        if _BUFFERS.fullmatch(name):
             buffers[name] = stored[name]
         else:
             problems.append(f"{name}: not a tensor of a {family.name} model with this config.json")
@@ -113,55 +123,11 @@ def _add(tensors: TensorMap, tensor: TensorId, name: str, region: Region, shape:
     needed = tensor_shape(tensor.role, tensors.config)
     if shape != needed:
         return [f"{name}: shape {shape}, needed {needed}"]
+    if region.dtype not in FLOATS:
+        kind = str(region.dtype).removeprefix("torch.")
+        return [f"{name}: dtype {kind}, needed plain weights (float32, bfloat16 or float16)"]
     tensors.add(tensor.layer, region, [Block(tensor.role, 0, 0, 0, region.rows, region.cols)], replica=replica)
     return []
-
-
-def _stored_tensors(path: Path) -> dict[str, tuple[Region, tuple[int, ...]]]:
-    """Name → (region, shape) over all weight files."""
-    for single, index, read in (
-        (SINGLE, INDEX, safetensors_file.read_header),
-        (_BIN, _BIN_INDEX, _read_bin),
-    ):
-        if (path / single).is_file():
-            return read(path / single)
-        if (path / index).is_file():
-            return _read_indexed(path, index, read)
-    raise CheckpointError(f"{path} has no weights", needed=f"{SINGLE}, or {INDEX} and the files it names")
-
-
-def _read_indexed(path: Path, index: str, read) -> dict[str, tuple[Region, tuple[int, ...]]]:
-    try:
-        weight_map = json.loads((path / index).read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path / index} is damaged", got=repr(error)) from None
-    for name in files:
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise CheckpointError(f"{path / index} names a file outside its directory", got=repr(name))
-    raise_all(
-        CheckpointError,
-        f"{path} lacks files that its index names",
-        [f"{name}: missing" for name in files if not (path / name).is_file()],
-        do="fetch the model again",
-    )
-    stored, problems = {}, []
-    for file in files:
-        for name, found in read(path / file).items():
-            if weight_map.get(name) == file:
-                stored[name] = found
-            else:
-                problems.append(f"{name}: in {file}, but the index says {weight_map.get(name, 'nothing of it')}")
-    problems += [f"{name}: not in {file}, where the index says it is" for name, file in weight_map.items() if name not in stored]
-    raise_all(CheckpointError, f"{path / index} and the files do not agree", problems)
-    return stored
-
-
-def _read_bin(path: Path) -> dict[str, tuple[Region, tuple[int, ...]]]:
-    content = torch_archive.read_objects(path)
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise CheckpointError(f"{path} is not a state dict")
-    return {name: (torch_archive.region_of(value, path), tuple(value.shape)) for name, value in content.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -182,7 +148,7 @@ def lay_out(
     """Create ``config.json`` and weight files with every tensor zero; bytes are filled in through :func:`open_model`.
 
     Args:
-        dtypes: element type of every role tensor.
+        dtypes: element type of every role tensor (and of a stored copy of a tied output layer, if it has its own).
         max_shard_bytes: a file that would grow larger is followed by another (a tensor is never split).
         tied_head_stored: store the tied output layer a second time.
         buffers: small tensors to store as they are (see :func:`load_buffers`); they are written at once.
@@ -190,7 +156,8 @@ def lay_out(
     """
     tensors = {family.tensor_name(tensor): (dtypes[tensor], tensor_shape(tensor.role, config)) for tensor in tensor_ids(config)}
     if tied_head_stored and config.tie_embeddings:
-        tensors[family.names["output"]] = tensors[family.names["embedding"]]
+        dtype, shape = tensors[family.names["embedding"]]
+        tensors[family.names["output"]] = dtypes.get(TensorId("output"), dtype), shape
     tensors.update({name: (buffer.dtype, tuple(buffer.shape)) for name, buffer in (buffers or {}).items()})
     shards: list[dict] = [{}]
     used = 0
@@ -235,7 +202,7 @@ def load_buffers(folder: Path | None) -> dict[str, torch.Tensor]:
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy what is not weights: configuration, tokenizer, chat templates, licence (links are followed)."""
     for entry in sorted(source.iterdir()):
-        if entry.name.startswith(".") or (entry.name.endswith(_WEIGHTS) and entry.name != BUFFERS_FILE):
+        if entry.name.startswith(".") or (entry.name.endswith(WEIGHTS) and entry.name != BUFFERS_FILE):
             continue
         if entry.is_file():
             shutil.copyfile(entry, target / entry.name)

@@ -8,21 +8,33 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
+
+from megatron_prune.arch.adapter import AdapterConfig
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.errors import CheckpointError
-from megatron_prune.files.documents import STRICT, parse_json, read_json, shorten
+from megatron_prune.files.documents import STRICT, parse_versioned, read_bytes
 
 FILE = "megatron_prune.json"
 VERSION = 2
-"""1 had no digests of tensors and files, and called the layout "parallel"."""
-_FORMAT = "megatron-prune checkpoint"
-
+"""1 had no digests of tensors and files."""
+_FORMAT, _RECIPE = "megatron-prune checkpoint", "megatron-prune recipe"
 
 RECIPE_FILE = "megatron_prune_recipe.json"
 """In a pruned Hugging Face directory: how it came to be, and the digests of its weights."""
+
+
+class RecipeEntry(TypedDict):
+    """A step that made a model: its name, the sizes that it changed, and whatever else it says."""
+
+    __pydantic_config__ = {"extra": "allow"}
+    step: str
+    old: NotRequired[dict[str, int]]
+    new: NotRequired[dict[str, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +46,14 @@ class Recipe:
         digests: str(tensor) → digests of its stored bytes (``checkpoint/digests.py``).
     """
 
-    format: str = "megatron-prune recipe"
-    version: int = VERSION
-    recipe: list[dict[str, Any]] = field(default_factory=list)
+    __pydantic_config__ = STRICT
+
+    recipe: list[RecipeEntry] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
 
     def dumps(self) -> str:
         """The file's text."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps({"format": _RECIPE, "version": VERSION, **asdict(self)}, indent=2) + "\n"
 
     @classmethod
     def load(cls, folder: Path) -> Recipe:
@@ -50,14 +62,20 @@ class Recipe:
         Raises:
             CheckpointError: if the file is damaged.
         """
-        path = folder / RECIPE_FILE
-        if not path.exists():
+        file = folder / RECIPE_FILE
+        if not file.exists():
             return cls()
-        found = read_json(path, cls, do="mend or remove it")
-        unnamed = [entry for entry in found.recipe if not isinstance(entry.get("step"), str)]
-        if unnamed:
-            raise CheckpointError(f"{path}: recipe", got=shorten(unnamed[0]), needed="entries with a step", do="mend or remove it")
-        return found
+        return parse_versioned(read_bytes(file), cls, file, format=_RECIPE, version=VERSION, do="mend or remove it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOrigin:
+    """What a checkpoint of adapters alone holds: their config, and the model they belong on by its place and digest."""
+
+    __pydantic_config__ = STRICT
+    config: AdapterConfig
+    base: str
+    base_content_id: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,34 +100,33 @@ class Manifest:
 
     family: str
     model: ModelConfig
-    layout: ParallelLayout
+    layout: Annotated[ParallelLayout, Field(alias="parallel")]
     content_id: str | None = None
-    hf_dtypes: dict[str, str] = field(default_factory=dict)
+    hf_dtypes: dict[str, Literal["float64", "float32", "float16", "bfloat16"]] = field(default_factory=dict)
     tied_head_stored: bool = False
-    kept_layers: list[int] | None = None
-    recipe: list[dict[str, Any]] = field(default_factory=list)
-    adapter: dict[str, Any] | None = None
+    kept_layers: list[Annotated[int, Field(ge=0)]] | None = None
+    recipe: list[RecipeEntry] = field(default_factory=list)
+    adapter: AdapterOrigin | None = None
     digests: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
     def dumps(self) -> str:
         """The file's text."""
-        return json.dumps({"format": _FORMAT, "version": VERSION, **asdict(self)}, indent=2) + "\n"
+        data = {"parallel" if name == "layout" else name: value for name, value in asdict(self).items()}
+        return json.dumps({"format": _FORMAT, "version": VERSION, **data}, indent=2) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
         """Read the file.
 
         Raises:
-            CheckpointError: if it is not such a file, or of a later version.
+            CheckpointError: if it is not such a file, of a later version, or says of the model what cannot be.
         """
-        head = read_json(path)
-        if head.pop("format", None) != _FORMAT:
-            raise CheckpointError(f"{path} is not a manifest of this project", needed=f"format {_FORMAT!r}")
-        version = head.pop("version", None)
-        if version not in range(1, VERSION + 1):
-            got = f"version {shorten(version)}"
-            raise CheckpointError(f"{path}", got=got, needed=f"version {VERSION}", do="update megatron-prune")
-        if version == 1:
-            head["layout"] = head.pop("parallel", None)
-        return parse_json(json.dumps(head), cls, path)
+        found = parse_versioned(read_bytes(path), cls, path, format=_FORMAT, version=VERSION)
+        if found.hf_dtypes and "default" not in found.hf_dtypes:
+            raise CheckpointError(f"{path}: hf_dtypes.default", needed="the element type of most tensors")
+        if found.kept_layers is not None and len(found.kept_layers) != found.model.num_layers:
+            raise CheckpointError(
+                f"{path}: kept_layers", got=f"{len(found.kept_layers)} layers", needed=f"the model's {found.model.num_layers}"
+            )
+        return found

@@ -16,33 +16,57 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_prune.errors import CheckpointError
+from megatron_prune.files.documents import open_regular, shorten
 from megatron_prune.files.region import Region
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F32": torch.float32,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""In the order in which ``save_file`` lays tensors of these types out."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_RANK = ("F64", "F32", "BF16", "F16")  # save_file's order of the four
+_RANK = tuple(DTYPES)
 
 
 def read_header(path: Path) -> dict[str, tuple[Region, tuple[int, ...]]]:
     """Tensor name → (region, shape) of a safetensors file.
 
     Raises:
-        CheckpointError: if the file is truncated or malformed (safetensors' own checks), or holds a dtype that is not
-            a floating-point type.
+        CheckpointError: if the file is truncated or malformed (safetensors' own checks), or holds a dtype that is not known.
     """
-    try:
-        with safe_open(path, framework="pt"):
-            pass  # validates the header, the offsets and the file's length
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file", got=str(error), do="fetch it again") from None
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+    with open_regular(path) as file:
+        begin = file.read(8)
+        if begin == b"version ":
+            raise CheckpointError(f"{path} is a pointer of git-lfs", do="fetch the file itself: git lfs pull")
+        try:
+            with safe_open(path, framework="pt"):
+                pass  # validates the header, the offsets and the file's length
+            length = int.from_bytes(begin, "little")
+            header = json.loads(file.read(length))
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            got = shorten(str(error), 300)
+            raise CheckpointError(f"{path} is not a whole safetensors file", got=got, do="fetch it again") from None
     header.pop("__metadata__", None)
     found = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise CheckpointError(f"{path}: tensor {name}", got=f"dtype {entry['dtype']}", needed="one of " + ", ".join(DTYPES))
+            raise CheckpointError(
+                f"{path}: tensor {shorten(name)}", got=f"dtype {entry['dtype']}", needed="one of " + ", ".join(DTYPES)
+            )
         shape = tuple(entry["shape"])
         cols = prod(shape[1:])
         region = Region(path, 8 + length + entry["data_offsets"][0], shape[0] if shape else 1, cols, DTYPES[entry["dtype"]])

@@ -25,7 +25,7 @@ class Tile(NamedTuple):
     col: int
 
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Element types that weights may have."""
 
 
@@ -97,8 +97,8 @@ class TensorMap:
                 problems.append(f"{tensor}: missing")
             elif len(kinds := {tile.region.dtype for tile in tiles}) > 1:
                 problems.append(f"{tensor}: parts of different dtype")
-            elif not kinds <= set(DTYPES):
-                problems.append(f"{tensor}: holds {_name(*kinds)}, needed one of " + ", ".join(map(_name, DTYPES)))
+            elif not kinds <= set(FLOATS):
+                problems.append(f"{tensor}: holds {_name(*kinds)}, needed one of " + ", ".join(map(_name, FLOATS)))
             elif not _covers_once(tiles, self.shape(tensor)):
                 problems.append(f"{tensor}: its parts do not cover {self.shape(tensor)} exactly once")
         problems += [f"{tensor}: not a tensor of this model" for tensor in set(self.tiles) - set(expected)]
@@ -194,7 +194,8 @@ class TensorMap:
         """Further copies of tiles, each with the number of its first digest."""
         firsts = {(tile.row, tile.col, tile.region.rows): first for tile, first in self._by_place(tensor)}
         for region, row, col in self.replicas.get(tensor, ()):
-            if (first := firsts.get((row, col, region.rows))) is not None:
+            first = firsts.get((row, col, region.rows))
+            if first is not None and region.dtype == self.dtype(tensor):  # in another type its bytes are others
                 yield region, first
 
     def _check_stretch(self, tensor: TensorId, region: Region, first: int, number: int) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Callable
 
-from megatron_prune.arch.model import ModelConfig, RopeScaling
+from megatron_prune.arch.model import ModelConfig, check_value
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.errors import CheckpointError, InputError
+from megatron_prune.families.config_keys import check_keys
+from megatron_prune.families.rope import read_rope, rope_entries
+from megatron_prune.families.windows import kept_types, no_window
+from megatron_prune.files.documents import shorten
 from megatron_prune.registry import Registry
 
 FAMILIES: Registry[Family] = Registry("model family", "megatron_prune.families")
@@ -43,10 +46,6 @@ FIELDS = {
 }
 """Our field of :class:`ModelConfig` ↔ the key in ``config.json``, the same in all families so far."""
 
-BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""Rotary tables that old checkpoints store and transformers computes anew."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One Hugging Face model family.
@@ -57,9 +56,8 @@ class Family:
         names: role → tensor name, ``{layer}`` standing for the 0-based layer.
         defaults: values transformers assumes for keys that ``config.json`` leaves out.
         qkv_bias, qk_norm: what its attention always has (a key of the configuration cannot say).
-        required: keys that must have this value, since nothing here expresses another.
         heads_divide_hidden: transformers' class refuses ``hidden_size % num_attention_heads != 0``.
-        window: the sliding window in tokens that a ``config.json`` means, ``None`` for full attention.
+        window: ``config.json`` (with what it leaves out) → the sliding window in tokens, ``None`` for full attention.
     """
 
     name: str
@@ -68,9 +66,8 @@ class Family:
     defaults: dict[str, Any] = field(default_factory=dict)
     qkv_bias: bool = False
     qk_norm: bool = False
-    required: dict[str, tuple] = field(default_factory=dict)
     heads_divide_hidden: bool = False
-    window: Callable[[dict[str, Any]], int | None] = lambda config: None
+    window: Callable[[dict[str, Any]], int | None] = no_window
 
     def tensor_name(self, tensor: TensorId) -> str:
         """Hugging Face's name of a tensor."""
@@ -80,39 +77,28 @@ class Family:
         """Read ``config.json``.
 
         Raises:
-            CheckpointError: on a missing key, or a feature that this project does not carry.
+            CheckpointError: on a missing key, a value that no model has, or a feature that this project does not carry.
         """
-        if hf.get("quantization_config"):
-            raise CheckpointError("config.json has a quantization_config", needed="plain weights (fp32, bf16 or fp16)")
-        merged = {**self.defaults, **{key: value for key, value in hf.items() if value is not None}}
-        for key in ("num_key_value_heads", "head_dim"):
-            if key in hf and hf[key] is None:
-                merged.pop(key, None)  # null: the same as the query heads, or hidden size / heads
-        for key, allowed in {**_REQUIRED, **self.required}.items():
-            if key in merged and merged[key] not in allowed:
-                raise CheckpointError(
-                    f"config.json of a {self.name} model: {key}", got=repr(merged[key]), needed=f"one of {list(allowed)}"
-                )
-        missing = [key for key in _NEEDED if key not in merged]
+        check_keys(hf, self.name, self.architecture)
+        missing = [key for key in _NEEDED if hf.get(key) is None]
         if missing:
             raise CheckpointError("config.json lacks " + ", ".join(missing), do="is this a model's config.json?")
-        for key in (*_NEEDED, "num_key_value_heads", "head_dim"):
-            if key in merged and (isinstance(merged[key], bool) or not isinstance(merged[key], int) or merged[key] < 1):
-                raise CheckpointError(f"config.json: {key}", got=repr(merged[key]), needed="a positive whole number")
-        merged.setdefault("num_key_value_heads", merged["num_attention_heads"])
-        merged.setdefault("head_dim", merged["hidden_size"] // max(1, merged["num_attention_heads"]))
-        try:
-            base, scaling = _read_rope(merged)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError("config.json: the rotary embedding's entries are damaged", got=repr(error)) from None
-        values = {ours: merged[theirs] for ours, theirs in FIELDS.items()}
+        kinds = {item.name: item.type for item in fields(ModelConfig)}
+        for ours, theirs in FIELDS.items():
+            if theirs in hf and not (hf[theirs] is None and theirs in _DERIVED):
+                check_value(kinds[ours], hf[theirs], f"config.json: {theirs}")
+        merged = self._completed(hf)
+        if merged["head_dim"] % 2:
+            raise CheckpointError("config.json: head_dim", got=merged["head_dim"], needed="an even number: positions rotate pairs")
+        _check_padding(merged.get("pad_token_id"), merged["vocab_size"])
+        base, scaling = read_rope(merged)
         return ModelConfig(
-            **values,
+            **{ours: merged[theirs] for ours, theirs in FIELDS.items()},
             qkv_bias=self.qkv_bias,
             qk_norm=self.qk_norm,
             rotary_base=base,
             rope_scaling=scaling,
-            sliding_window=self.window(hf),
+            sliding_window=self.window(merged),
         )
 
     def hf_config(self, config: ModelConfig, template: dict[str, Any] | None, kept_layers: list[int] | None = None) -> dict:
@@ -122,29 +108,58 @@ class Family:
             config: the model to describe.
             template: the ``config.json`` it descends from; keys that need no change keep value and order.
             kept_layers: original layers that remain, to cut per-layer lists such as ``layer_types``.
+
+        Raises:
+            InputError: if this family's class cannot express the model.
+            CheckpointError: if the template is one of no model that is carried.
         """
         self.check_expressible(config)
         hf = dict(template) if template else self._fresh(config)
+        family_of(hf).model_config(hf)
         if template and template.get("model_type") != self.name:
             hf.update(model_type=self.name, architectures=[self.architecture], sliding_window=config.sliding_window)
+        if "layer_types" in hf and hf.get("num_hidden_layers") != config.num_layers:
+            hf.update(num_hidden_layers=config.num_layers)
+            hf.update(layer_types=kept_types(hf["layer_types"], config.num_layers, kept_layers))
         # Only what would be read otherwise is written, so that an unchanged model keeps its file as it was.
         # Keys that are left out follow from others, so the file is read again until nothing differs.
-        while wrong := self._differing(hf, config):
+        for _ in FIELDS:
+            if not (wrong := self._differing(hf, config)):
+                break
             hf.update({FIELDS[ours]: getattr(config, ours) for ours in wrong})
-        read, fresh = self.model_config(hf), self._fresh(config)
+        read = self.model_config(hf)
         if (read.rotary_base, read.rope_scaling) != (config.rotary_base, config.rope_scaling):
-            hf.pop("rope_parameters", None)
-            hf.update({key: fresh.get(key) for key in ("rope_theta", "rope_scaling")})
+            for key in ("rope_parameters", "original_max_position_embeddings"):
+                hf.pop(key, None)
+            hf.update(rope_entries(config.rotary_base, config.rope_scaling))
         if read.sliding_window != config.sliding_window:
             hf["sliding_window"] = config.sliding_window
-        if isinstance(hf.get("layer_types"), list):
-            hf["layer_types"] = _layer_types(hf["layer_types"], config.num_layers, kept_layers)
+        self._check_written(hf, config, "the config.json that the model descends from")
         return hf
 
     def _differing(self, hf: dict[str, Any], config: ModelConfig) -> list[str]:
         """Fields that a ``config.json`` would give other values than ``config`` has."""
+        read = self._completed(hf)
+        return [ours for ours, theirs in FIELDS.items() if read[theirs] != getattr(config, ours)]
+
+    def _completed(self, hf: dict[str, Any]) -> dict[str, Any]:
+        """``config.json`` with the values that transformers assumes for sizes that it leaves out, or that are null."""
+        merged = {**self.defaults, **hf}
+        heads = merged["num_attention_heads"]
+        for key, derived in (("num_key_value_heads", heads), ("head_dim", merged["hidden_size"] // heads)):
+            if merged.get(key) is None:
+                merged[key] = derived
+        return merged
+
+    def _check_written(self, hf: dict[str, Any], config: ModelConfig, what: str) -> None:
         read = self.model_config(hf)
-        return [ours for ours in FIELDS if getattr(read, ours) != getattr(config, ours)]
+        lost = [item.name for item in fields(config) if getattr(read, item.name) != getattr(config, item.name)]
+        if lost:
+            raise CheckpointError(
+                f"{what} cannot be brought to say this model's {', '.join(lost)}",
+                got=", ".join(shorten(getattr(read, name)) for name in lost),
+                needed=", ".join(shorten(getattr(config, name)) for name in lost),
+            )
 
     def check_expressible(self, config: ModelConfig) -> None:
         """Refuse a model that transformers' configuration class of this family refuses or cannot describe.
@@ -185,41 +200,26 @@ class Family:
     def _fresh(self, config: ModelConfig) -> dict[str, Any]:
         hf: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name, "hidden_act": "silu"}
         hf.update({theirs: getattr(config, ours) for ours, theirs in FIELDS.items()})
-        hf["rope_theta"] = config.rotary_base
-        scaling = config.rope_scaling
-        if scaling and scaling.kind == "llama3":
-            hf["rope_scaling"] = {
-                "rope_type": "llama3",
-                "factor": scaling.factor,
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_max_position_embeddings,
-            }
-        elif scaling:
-            hf["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
+        hf.update(rope_entries(config.rotary_base, config.rope_scaling))
         if config.sliding_window is not None or self.name == "mistral":
             hf["sliding_window"] = config.sliding_window
         return hf
 
 
-def _layer_types(types: list, layers: int, kept: list[int] | None) -> list:
-    """The kind of every layer that remains."""
-    if len(types) == layers:
-        return types
-    if kept is not None and max(kept) < len(types):
-        return [types[layer] for layer in kept]
-    if len(set(types)) == 1:
-        return types[:1] * layers
-    raise InputError(f"config.json lists {len(types)} layer_types of several kinds", needed=f"{layers}, one for each layer")
-
-
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_REQUIRED = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "partial_rotary_factor": (1, 1.0),
-}
+_DERIVED = ("num_key_value_heads", "head_dim")
+
+
+def _check_padding(token: Any, vocab_size: int) -> None:
+    """Refuse a padding token that no embedding has a row for: transformers then cannot build the model."""
+    whole = isinstance(token, int) and not isinstance(token, bool)
+    if token is not None and not (whole and -vocab_size <= token < vocab_size):
+        raise CheckpointError(
+            "config.json: pad_token_id",
+            got=shorten(token),
+            needed=f"an id below the vocab_size {vocab_size}, or null",
+            do='write "pad_token_id": null in config.json: no weight depends on it',
+        )
 
 
 def family_of(hf: dict[str, Any]) -> Family:
@@ -231,7 +231,7 @@ def family_of(hf: dict[str, Any]) -> Family:
     model_type = hf.get("model_type")
     if model_type not in FAMILIES.names():
         raise CheckpointError(
-            "config.json is of a family that is not supported", got=repr(model_type), needed=", ".join(FAMILIES.names())
+            "config.json is of a family that is not supported", got=shorten(model_type), needed=", ".join(FAMILIES.names())
         )
     return FAMILIES.get(model_type)
 
@@ -245,26 +245,3 @@ def family_for(config: ModelConfig) -> Family:
             if config.sliding_window is None or name == "mistral":
                 return family
     raise CheckpointError("no supported Hugging Face family has this architecture", got=config)
-
-
-def _read_rope(merged: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Rotary base and scaling from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``."""
-    rope = merged.get("rope_parameters") or merged.get("rope_scaling") or {}
-    base = rope.get("rope_theta", merged.get("rope_theta", 10000.0))
-    base = float(base)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError("config.json: rotary positions on a part of the head", needed="partial_rotary_factor 1.0")
-    if kind == "default":
-        return base, None
-    if kind == "linear":
-        return base, RopeScaling(kind="linear", factor=float(rope["factor"]))
-    if kind == "llama3":
-        return base, RopeScaling(
-            kind="llama3",
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
-        )
-    raise CheckpointError("config.json: rope scaling", got=repr(kind), needed="default, linear or llama3")

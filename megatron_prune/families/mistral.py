@@ -1,6 +1,7 @@
 """Mistral (arXiv 2310.06825): Llama's architecture with an optional sliding window and a free head dimension."""
 
 from megatron_prune.families.family import FAMILIES, Family
+from megatron_prune.families.windows import one_window
 
 FAMILIES.register("mistral")(
     Family(
@@ -12,6 +13,6 @@ FAMILIES.register("mistral")(
             "tie_word_embeddings": False,
             "num_key_value_heads": 8,
         },
-        window=lambda config: config.get("sliding_window", 4096),
+        window=one_window,
     )
 )

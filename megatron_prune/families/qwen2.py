@@ -1,6 +1,7 @@
 """Qwen2 and Qwen2.5 (arXiv 2407.10671, 2412.15115): Llama with biases on the query, key and value projections."""
 
 from megatron_prune.families.family import FAMILIES, NAMES, Family
+from megatron_prune.families.windows import windows_of_some
 
 _ATTENTION = "model.layers.{layer}.self_attn."
 
@@ -21,6 +22,6 @@ FAMILIES.register("qwen2")(
             "num_key_value_heads": 32,
         },
         qkv_bias=True,
-        required={"use_sliding_window": (False,)},
+        window=windows_of_some,
     )
 )

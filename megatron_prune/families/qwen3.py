@@ -1,6 +1,7 @@
 """Qwen3 dense (arXiv 2505.09388): no QKV bias, an RMSNorm on every query and key head, a free head dimension."""
 
 from megatron_prune.families.family import FAMILIES, NAMES, Family
+from megatron_prune.families.windows import windows_of_some
 
 FAMILIES.register("qwen3")(
     Family(
@@ -19,6 +20,6 @@ FAMILIES.register("qwen3")(
             "head_dim": 128,
         },
         qk_norm=True,
-        required={"use_sliding_window": (False,)},
+        window=windows_of_some,
     )
 )

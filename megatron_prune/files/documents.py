@@ -7,13 +7,15 @@ without end, a field missing, unknown or of a wrong type, NaN) into an error tha
 from __future__ import annotations
 
 import functools
+import json
 import os
+import re
 import reprlib
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from megatron_prune.errors import CheckpointError, InputError
+from megatron_prune.errors import CheckpointError, InputError, plain
 
 T = TypeVar("T")
 
@@ -89,14 +91,43 @@ def parse_json(
         return _reader(kind).validate_json(text, strict=True)
     except ValidationError as found:
         problem, *others = found.errors(include_url=False)
+    except InputError as found:  # a dataclass's own check
+        raise (error if type(found) is InputError else type(found))(f"{where}: {found}") from None
     except RecursionError:
         raise error(f"{where} is nested too deeply", do=do) from None
     if problem["type"] == "json_invalid":
         raise error(f"{where} is not JSON", got=problem["msg"], do=do) from None
-    field = ".".join(map(str, problem["loc"]))
+    field = ".".join(_key(part) for part in problem["loc"] if not _KIND.fullmatch(str(part)))
     more = f"; {len(others)} more field{'s' if len(others) > 1 else ''} not as needed" if others else ""
     got = None if problem["type"] in ("missing", "unexpected_keyword_argument") else shorten(problem["input"])
     raise error(f"{where}" + (f": {field}" if field else ""), got=got, needed=problem["msg"] + more, do=do) from None
+
+
+def parse_versioned(
+    text: str | bytes,
+    kind: type[T],
+    where: object,
+    *,
+    format: str,
+    version: int,
+    error: type[InputError] = CheckpointError,
+    do: str | None = None,
+) -> T:
+    """A document of this project as a value of ``kind``: a JSON object that says its ``format`` and ``version`` beside.
+
+    A version only adds fields that may be missing: earlier ones are read too.
+
+    Raises:
+        InputError (of the kind ``error``): also if it is of another format or of a later version.
+    """
+    held = parse_json(text, dict[str, Any], where, error=error, do=do)
+    if held.pop("format", None) != format:
+        raise error(f"{where} is not a document of {format}", needed=f'"format": "{format}"', do=do)
+    found = held.pop("version", None)
+    if type(found) is not int or not 1 <= found <= version:
+        needed = f"version {version}" if version == 1 else f"version 1 to {version}"
+        raise error(f"{where}", got=f"version {shorten(found)}", needed=needed, do="update megatron-prune")
+    return parse_json(json.dumps(held), kind, where, error=error, do=do)
 
 
 def shorten(value: object, limit: int = 80) -> str:
@@ -105,8 +136,15 @@ def shorten(value: object, limit: int = 80) -> str:
         text = _BRIEF.repr(value)  # bounded also where parts are shared again and again
     except Exception:  # such as an integer of thousands of digits
         text = f"a {type(value).__name__}"
-    text = "".join(character if character.isprintable() else "?" for character in text)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return plain(text.replace("\n", "?"), limit)
+
+
+_KIND = re.compile(r"(list|dict|literal|tuple|function-\w+|constrained-\w+)\[.*\]", re.DOTALL)
+"""Which of several kinds a value was tried as: no part of its place."""
+
+
+def _key(part: int | str) -> str:
+    return str(part) if isinstance(part, int) or part.isidentifier() else shorten(part, 40)
 
 
 _BRIEF = reprlib.Repr()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import os
 import weakref
@@ -90,7 +91,7 @@ class Region:
             CheckpointError: if the file ends early.
         """
         handle = _Handle(str(self.path), False)
-        view, done = _bytes(out), 0
+        view, done = _bytes(out, self), 0
         while done < self.nbytes:
             count = os.preadv(handle.number, [view[done : done + (1 << 30)]], self.offset + done)
             if count == 0:
@@ -102,9 +103,12 @@ class Region:
     def write_from(self, data: torch.Tensor) -> None:
         """Write ``data`` (contiguous, this region's dtype and number of elements)."""
         handle = _Handle(str(self.path), True)
-        view, done = _bytes(data), 0
+        view, done = _bytes(data, self), 0
         while done < self.nbytes:
-            done += os.pwrite(handle.number, view[done : done + (1 << 30)], self.offset + done)
+            count = os.pwrite(handle.number, view[done : done + (1 << 30)], self.offset + done)
+            if count == 0:
+                raise OSError(errno.EIO, "nothing could be written", str(self.path))
+            done += count
         if self.nbytes >= _WRITE_BACK_BYTES:
             _start_write_back(handle.number, self.offset, self.nbytes)
 
@@ -127,8 +131,10 @@ def _start_write_back(number: int, offset: int, count: int) -> None:
         function(number, offset, count, _SYNC_FILE_RANGE_WRITE)
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def _bytes(tensor: torch.Tensor, region: Region) -> memoryview:
     """The tensor's own memory, without a copy (numpy has no bfloat16, so by way of bytes)."""
+    if tensor.dtype != region.dtype or tensor.numel() != region.rows * region.cols:
+        raise ValueError(f"{tensor.dtype} {list(tensor.shape)} for {region.dtype} [{region.rows}, {region.cols}] of {region.path}")
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 

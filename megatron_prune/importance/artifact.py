@@ -14,12 +14,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+import torch
+from typing_extensions import TypedDict
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
+from megatron_prune.axes.axis import AXES
 from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.files import staging
+from megatron_prune.files.documents import STRICT, parse_versioned, read_bytes, read_json, shorten
+from megatron_prune.files.tensor_file import TensorFile, open_tensors
+from megatron_prune.importance.metric import METRICS
 from megatron_prune.importance.statistics import replace_file
 from megatron_prune.planning.selection import Scores
 
@@ -27,6 +32,14 @@ FILE = "scores.json"
 FORMAT, VERSION = "megatron-prune scores", 1
 SCORES_FILE = "scores.safetensors"
 CALIBRATION_FILE = "calibration.safetensors"
+_AGAIN = "make them with megatron-prune score --save"
+
+
+class TextRecord(TypedDict):
+    """The text that was measured on: digest of tokens and weights, and where each source came from."""
+
+    digest: str
+    sources: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +51,18 @@ class ScoresManifest:
         model: its sizes.
         metrics: names of the metrics whose scores are there.
         moments: sites whose second moments were collected.
-        calibration: digest of tokens and weights, and where each source came from.
+        calibration: the text.
         dtype: what was computed in.
         parallel: tensor, pipeline and data-parallel sizes of the pass.
     """
+
+    __pydantic_config__ = STRICT
 
     content_id: str
     model: dict[str, int]
     metrics: list[str]
     moments: list[str]
-    calibration: dict[str, Any]
+    calibration: TextRecord
     dtype: str
     parallel: dict[str, int]
 
@@ -62,15 +77,16 @@ class ScoresManifest:
         Raises:
             InputError: if the directory is not one of finished scores.
         """
-        try:
-            data = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            if data.pop("format") != FORMAT or data.pop("version") != VERSION:
-                raise ValueError("another format or version")
-            return cls(**data)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{folder} holds no finished scores", got=str(error), do="make them with megatron-prune score --save"
-            ) from None
+        file = folder / FILE
+        if not file.exists():
+            raise InputError(f"{folder} holds no finished scores", do=_AGAIN)
+        read = read_bytes(file, error=InputError)
+        found = parse_versioned(read, cls, file, format=FORMAT, version=VERSION, error=InputError, do=_AGAIN)
+        if set(found.model) != set(SHAPE_FIELDS) or min(found.model.values()) < 1:
+            raise InputError(f"{file}: model", got=shorten(found.model), needed="sizes of " + ", ".join(SHAPE_FIELDS), do=_AGAIN)
+        for name in found.metrics:
+            METRICS.get(name)
+        return found
 
     def check(self, config: ModelConfig, content_id: str, where: object) -> None:
         """Refuse scores of another model.
@@ -99,21 +115,51 @@ def save_scores(folder: Path, scores: dict[str, Scores]) -> None:
 
 
 def load_scores(folder: Path, metric: str) -> Scores:
-    """One metric's scores.
+    """One metric's scores, of every axis and layer that it scores.
 
     Raises:
-        InputError: if the directory has none of that metric.
+        InputError: if the directory has none of that metric, or they are not one finite number for each unit (nor one below
+            zero, but of a metric that gives such).
     """
-    held = load_file(folder / SCORES_FILE)
-    found: Scores = {}
-    for key, value in held.items():
-        name, axis, place = key.rsplit(".", 2)
-        if name == metric:
-            found[axis, None if place == "all" else int(place)] = value
-    if not found:
-        names = sorted({key.rsplit(".", 2)[0] for key in held})
-        raise InputError(f"{folder} holds no scores of {metric}", got=", ".join(names), do=f"score with --metrics {metric}")
+    sizes, kind = ScoresManifest.load(folder).model, METRICS.get(metric)
+    with open_tensors(folder / SCORES_FILE, error=InputError, do="score again") as file:
+        places = [_place(file, key, sizes) for key in file.names]
+        if metric not in {name for name, _, _ in places}:
+            names = ", ".join(sorted({name for name, _, _ in places}))
+            raise InputError(f"{folder} holds no scores of {metric}", got=names, do=f"score with --metrics {metric}")
+        needed = [(axis, place) for axis in kind.axes for place in _places(axis, sizes)]
+        held = [(axis, place) for name, axis, place in places if name == metric]
+        found: Scores = {}
+        for axis, place in dict.fromkeys([*needed, *held]):
+            name = _key(metric, axis, place)
+            values = file.read(name, torch.float64, (_units(axis, place, sizes),))
+            if not kind.signed and float(values.min()) < -_ROUNDING * float(values.abs().max()):
+                raise file.refuse(name, got=float(values.min()), needed=f"{metric} is never below 0")
+            found[axis, place] = values
     return found
+
+
+_ROUNDING = 1e-6
+"""How far below zero rounding may take a score, as a share of the largest."""
+
+
+def _place(file: TensorFile, key: str, sizes: dict[str, int]) -> tuple[str, str, int | None]:
+    """(metric, axis, layer or number of layers) of a tensor's name."""
+    metric, _, rest = key.partition(".")
+    axis, _, place = rest.rpartition(".")
+    number = None if place == "all" else int(place) if place.isdecimal() and len(place) < 7 else -1
+    legal = range(1, sizes["num_layers"] + 1) if axis == "block" else _places(axis, sizes) if axis in AXES.names() else []
+    if number not in legal:
+        raise file.refuse(key, got="another name", needed="a metric, an axis and a layer of this model, such as fisher.ffn.0")
+    return metric, axis, number
+
+
+def _places(axis: str, sizes: dict[str, int]) -> list[int | None]:
+    return list(range(sizes["num_layers"])) if AXES.get(axis).per_layer else [None]
+
+
+def _units(axis: str, place: int | None, sizes: dict[str, int]) -> int:
+    return sizes["num_layers"] - place + 1 if axis == "block" else sizes[AXES.get(axis).field]
 
 
 def _key(metric: str, axis: str, place: int | None) -> str:
@@ -124,7 +170,7 @@ def scores_digest(folder: Path) -> str:
     """SHA-256 of a directory's manifest and scores."""
     digest = hashlib.sha256()
     for name in (FILE, SCORES_FILE):
-        digest.update((folder / name).read_bytes())
+        digest.update(read_bytes(folder / name, error=InputError))
     return digest.hexdigest()
 
 
@@ -135,10 +181,29 @@ def save_calibration(folder: Path, calibration: Calibration) -> None:
     staging.write_text(folder / "calibration.json", json.dumps(calibration.provenance, indent=2) + "\n")
 
 
-def load_calibration_file(folder: Path) -> Calibration | None:
-    """The tokens kept in a directory, if they are there."""
-    try:
-        provenance = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def load_calibration_file(folder: Path, config: ModelConfig | None = None) -> Calibration | None:
+    """The tokens kept in a directory, if they are there.
+
+    Args:
+        config: of the model that they are for.
+
+    Raises:
+        InputError: if the files are damaged, or hold what the model has not.
+    """
+    about, tensors = folder / "calibration.json", folder / CALIBRATION_FILE
+    if not about.exists():
         return None
-    return Calibration(**load_file(folder / CALIBRATION_FILE), provenance=provenance)
+    provenance = read_json(about, list[dict[str, Any]], error=InputError, do="score again")
+    with open_tensors(tensors, error=InputError, do="score again") as file:
+        tokens = file.read("tokens", torch.int64, (None, None), least=0)
+        lengths, weights = file.read("lengths", torch.int64, (None,)), file.read("weights", torch.float64, (None,))
+        if tokens.numel() == 0:
+            raise file.refuse("tokens", got="none", needed="samples")
+        if config is not None and int(tokens.max()) >= config.vocab_size:
+            raise file.refuse("tokens", got=f"token {int(tokens.max())}", needed=f"0 to {config.vocab_size - 1}")
+        if config is not None and tokens.shape[1] > config.max_position_embeddings:
+            raise file.refuse("tokens", got=f"{tokens.shape[1]} a sample", needed=f"at most {config.max_position_embeddings}")
+    try:
+        return Calibration(tokens=tokens, lengths=lengths, weights=weights, provenance=provenance)
+    except InputError as error:
+        raise InputError(f"{tensors}: {error}", do="score again") from None

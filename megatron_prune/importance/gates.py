@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Callable
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.errors import InputError, raise_all
-from megatron_prune.importance.statistics import Statistics, replace_file
+from megatron_prune.importance.statistics import Statistics, read_all, replace_file
+from megatron_prune.runtime.stock_model import load_stock_model
 
 
 class GateSums:
@@ -64,14 +64,12 @@ def collect_gates(
     Raises:
         InputError: if a gradient is not finite, naming the layer.
     """
-    from transformers import AutoModelForCausalLM
-
     path = statistics.folder / "gradients.safetensors"
-    found = load_file(path) if path.exists() else {}
+    found = read_all(path)
     if any(key.startswith("fisher.") for key in found):
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval().requires_grad_(False)
+    model = load_stock_model(folder, dtype=dtype).to(device).requires_grad_(False)
     raise_all(
         InputError,
         "there are no gradients where weights are not finite (NaN or infinity)",

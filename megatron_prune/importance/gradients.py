@@ -19,7 +19,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megatron_prune.calibration.tokens import Calibration
@@ -29,7 +28,7 @@ from megatron_prune.importance.gates import GateSums
 from megatron_prune.importance.gradient_sums import ParameterSums, TiedGradient
 from megatron_prune.importance.metric import GradientMetric
 from megatron_prune.importance.placed import Placed, placed_parameters
-from megatron_prune.importance.statistics import Statistics, replace_file
+from megatron_prune.importance.statistics import Statistics, read_all, replace_file
 from megatron_prune.importance.unit_sums import Totals, add_gates, add_weights
 from megatron_prune.runtime import cpu
 from megatron_prune.runtime.forward import mask_padding
@@ -59,7 +58,7 @@ def collect_gradients(
         InputError: if the model computes in fp16, or has weights or gradients that are not finite, naming them.
     """
     path = statistics.folder / "gradients.safetensors"
-    kept = load_file(path) if world.is_main and path.exists() else {}
+    kept = read_all(path) if world.is_main else {}
     there = world.all_gather({key.partition(".")[0] for key in kept})[0]
     metrics = [metric for metric in metrics if metric.name not in there]
     if not metrics:

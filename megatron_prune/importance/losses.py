@@ -7,12 +7,11 @@ from typing import Callable, Iterator
 
 import torch
 from megatron.core import parallel_state
-from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.errors import InputError
-from megatron_prune.importance.statistics import Statistics, replace_file
+from megatron_prune.importance.statistics import Statistics, read_all, replace_file
 from megatron_prune.runtime.forward import token_losses
 from megatron_prune.runtime.model import RunningModel
 from megatron_prune.runtime.world import World
@@ -42,7 +41,7 @@ def collect_losses(
     """
     path, layers = statistics.folder / "losses.safetensors", model.config.num_layers
     unknown = torch.full((layers + 1,), torch.nan, dtype=torch.float64)
-    kept = load_file(path)["losses"] if world.is_main and path.exists() else unknown
+    kept = read_all(path).get("losses", unknown) if world.is_main else unknown
     losses = torch.tensor(world.all_gather(kept.tolist())[0], dtype=torch.float64)
     for place in (layers, *range(layers)):
         if not losses[place].isnan():

@@ -28,6 +28,7 @@ class Metric(ABC):
         axes: the axes it can score.
         reads_weights: whether :meth:`per_weight` is called at all.
         block_wise: whether it judges consecutive layers as a whole (:meth:`block_scores`).
+        signed: whether a score can be below zero.
 
     Args:
         seed: for metrics that draw.
@@ -39,6 +40,7 @@ class Metric(ABC):
     axes: ClassVar[frozenset[str]] = frozenset({"hidden", "ffn", "head", "kv_head", "layer"})
     reads_weights: ClassVar[bool] = False
     block_wise: ClassVar[bool] = False
+    signed: ClassVar[bool] = False
 
     def __init__(self, *, seed: int = 0, statistics: Statistics | None = None):
         self.seed, self.statistics = seed, statistics

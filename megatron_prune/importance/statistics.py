@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_prune.arch.model import ModelConfig
+from megatron_prune.files.tensor_file import TensorFile, open_tensors
 
 SITES = {"input_norm": "hidden", "context": "head", "post_norm": "hidden", "channels": "ffn"}
 """Input of a layer's matrices → label of its dimension (``arch/tensors.py``); the final norm's output is ``final_norm``."""
@@ -106,17 +106,46 @@ class LayerStatistics:
 
     @classmethod
     def load(cls, path: Path, *, moments: bool = True) -> LayerStatistics:
-        """Read the file; without ``moments`` these are left on disk."""
-        sites: dict[str, dict] = {}
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():
-                name, _, part = key.partition(".")
-                if part and name != "rows" and (moments or part != "moment"):
-                    sites.setdefault(name, {})[part] = file.get_tensor(key)
-            similarity, last = file.get_tensor("similarity").item(), file.get_tensor("last")
-            stream = file.get_tensor("stream") if moments and "stream" in file.keys() else None
-        read = {name: SiteStatistics(**{**parts, "tokens": parts["tokens"].item()}) for name, parts in sites.items()}
-        return cls(sites=read, similarity=similarity, last=last, stream=stream)
+        """Read the file; without ``moments`` these are left on disk.
+
+        Raises:
+            CheckpointError: if it is damaged.
+        """
+        with open_tensors(path, do=_AGAIN.format(path.parent)) as file:
+            named = (name.split(".") for name in file.names)
+            names = dict.fromkeys(parts[0] for parts in named if len(parts) == 2 and parts[0] != "rows")
+            sites = {name: _read_site(file, name, moments) for name in names}
+            stream = file.read("stream", torch.float64, (None, None)) if moments and "stream" in file.names else None
+            similarity = file.read("similarity", torch.float64, ()).item()
+            return cls(sites=sites, similarity=similarity, last=file.read("last", torch.float32, (None, None)), stream=stream)
+
+
+def _read_site(file: TensorFile, name: str, moments: bool) -> SiteStatistics:
+    read = lambda part, *shape: file.read(f"{name}.{part}", torch.float64, shape)
+    total = read("total", None)
+    dim, moment = len(total), moments and f"{name}.moment" in file.names
+    return SiteStatistics(
+        tokens=read("tokens").item(),
+        total=total,
+        squares=read("squares", dim),
+        sample_means=read("sample_means", dim),
+        moment=read("moment", dim, dim) if moment else None,
+    )
+
+
+_AGAIN = "remove {} and start again: what was measured is measured anew"
+
+
+def read_all(path: Path, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """The vectors of a file that :func:`replace_file` wrote; empty where there is none.
+
+    Raises:
+        CheckpointError: if it is damaged, or holds something else.
+    """
+    if not path.exists():
+        return {}
+    with open_tensors(path, do=_AGAIN.format(path.parent)) as file:
+        return {name: file.read(name, dtype, (None,), finite=False) for name in file.names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,11 +193,15 @@ class Statistics:
             KeyError: if the pass did not sample any.
         """
         if ("rows", layer) not in self._kept:
-            with safe_open(self.path(None if layer == self.config.num_layers else layer), framework="pt") as file:
-                parts = {key[5:]: file.get_tensor(key) for key in file.keys() if key.startswith("rows.")}
-            if not parts:
-                raise KeyError(f"no sampled tokens of layer {layer} in {self.folder}")
-            self._kept["rows", layer] = SampledRows(**parts)
+            path = self.path(None if layer == self.config.num_layers else layer)
+            with open_tensors(path, do=_AGAIN.format(path.parent)) as file:
+                if "rows.weights" not in file.names:
+                    raise KeyError(f"no sampled tokens of layer {layer} in {self.folder}")
+                weights = file.read("rows.weights", torch.float64, (None,))
+                rows, single = len(weights), torch.float32
+                stream = file.read("rows.stream", single, (rows, self.config.hidden_size))
+                kernel = file.read("rows.kernel", single, (rows, rows)) if "rows.kernel" in file.names else None
+            self._kept["rows", layer] = SampledRows(weights=weights, stream=stream, kernel=kernel)
         return self._kept["rows", layer]
 
     def stream_moment(self, final_share: float) -> Tensor:
@@ -190,12 +223,12 @@ class Statistics:
             KeyError: if the pass did not collect them.
         """
         if "gradients" not in self._kept:
-            self._kept["gradients"] = load_file(self.folder / "gradients.safetensors")
+            self._kept["gradients"] = read_all(self.folder / "gradients.safetensors")
         return self._kept["gradients"][f"{metric}.{axis}.{'all' if layer is None else layer}"]
 
     def losses(self) -> Tensor:
         """Mean losses without layer 0, 1, … and, last, of the whole model (``importance/losses.py``), float64 [layers + 1]."""
-        return load_file(self.folder / "losses.safetensors")["losses"]
+        return read_all(self.folder / "losses.safetensors")["losses"]
 
 
 def replace_file(path: Path, tensors: dict[str, Tensor]) -> None:

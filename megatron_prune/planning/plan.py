@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
 from megatron_prune.errors import PlanError, raise_all
+from megatron_prune.files.documents import STRICT, parse_versioned, read_bytes, shorten
 from megatron_prune.planning.selection import Scores, keep_heads, keep_layers, keep_units, shard_counts
 from megatron_prune.planning.target import Target
 
@@ -85,41 +88,41 @@ class Plan:
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @classmethod
-    def loads(cls, text: str, where: object) -> Plan:
+    def loads(cls, text: str | bytes, where: object) -> Plan:
         """Read a plan file.
 
         Raises:
             PlanError: if it is not a plan, of another version, or has unknown or missing keys.
         """
-        try:
-            data = json.loads(text)
-            if data.pop("format") != FORMAT:
-                raise ValueError("another format")
-            version = data.pop("version")
-            if version != VERSION:
-                raise PlanError(f"{where}", got=f"plan version {version!r}", needed=f"version {VERSION}")
-            units = lambda value: None if value == ALL else _unit_list(value)
-            layers = []
-            for entry in data.pop("layers"):
-                kept = {axis: units(entry.pop(axis)) for axis in _LAYER_AXES}
-                shards = {axis: _unit_list(counts) for axis, counts in entry.pop("shards", {}).items()}
-                layers.append(LayerPlan(layer=_unit_list([entry.pop("layer")])[0], **kept, shards=shards))
-                if entry:
-                    raise ValueError(f"unknown keys {sorted(entry)} in a layer")
-            if len({len(counts) for entry in layers for counts in entry.shards.values()}) > 1:
-                raise ValueError("shards of different numbers of ranks")
-            for key in ("old", "new"):
-                _check_shape(key, data[key])
-            if not isinstance(data["made_by"], dict) or not isinstance(data.get("untied", False), bool):
-                raise ValueError("made_by is not an object, or untied not true or false")
-            hidden = data.pop("hidden")
-            rotated = hidden == ROTATED
-            vocab = units(data.pop("vocab", ALL))
-            return cls(hidden=None if rotated else units(hidden), rotated=rotated, layers=layers, vocab=vocab, **data)
-        except PlanError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"{where} is not a plan", got=f"{type(error).__name__}: {error}") from None
+        held = parse_versioned(text, _PlanFile, where, format=FORMAT, version=VERSION, error=PlanError)
+        if len({len(counts) for entry in held.layers for counts in entry.shards.values()}) > 1:
+            raise PlanError(f"{where}: shards are of different numbers of ranks")
+        for key, shape in (("old", held.old), ("new", held.new)):
+            if set(shape) != set(SHAPE_FIELDS):
+                raise PlanError(f"{where}: {key}", got=shorten(list(shape)), needed="exactly " + ", ".join(SHAPE_FIELDS))
+        units = lambda value: None if value == ALL else value
+        rotated = held.hidden == ROTATED
+        layers = [
+            LayerPlan(
+                layer=entry.layer,
+                ffn=units(entry.ffn),
+                kv_head=units(entry.kv_head),
+                head=units(entry.head),
+                shards=entry.shards,
+            )
+            for entry in held.layers
+        ]
+        return cls(
+            old=held.old,
+            new=held.new,
+            hidden=None if rotated else units(held.hidden),
+            layers=layers,
+            rotated=rotated,
+            untied=held.untied,
+            vocab=units(held.vocab),
+            made_by=held.made_by,
+            content_id=held.content_id,
+        )
 
     def shard_sizes(self) -> dict[tuple[str, int], list[int]]:
         """(axis, new layer number) → kept units of every rank, where these differ."""
@@ -150,31 +153,44 @@ class Plan:
         return ModelConfig.from_json({**config.to_json(), **self.new, "tie_embeddings": tied})
 
 
+Units = list[int] | Literal["all"]
+Sizes = dict[str, Annotated[int, Field(ge=1)]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LayerEntry:
+    """One layer as the file says it: see :class:`LayerPlan`."""
+
+    layer: int
+    ffn: Units
+    kv_head: Units
+    head: Units
+    shards: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PlanFile:
+    """The file: see :class:`Plan`."""
+
+    __pydantic_config__ = STRICT
+
+    made_by: dict[str, Any]
+    content_id: str | None = None
+    old: Sizes
+    new: Sizes
+    hidden: list[int] | Literal["all", "rotated"]
+    layers: list[_LayerEntry]
+    untied: bool = False
+    vocab: Units = ALL
+
+
 def load_plan(path: Path) -> Plan:
     """Read a plan file.
 
     Raises:
         PlanError: if it cannot be read or is not a plan.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"plan {path} cannot be read", got=str(error)) from None
-    return Plan.loads(text, path)
-
-
-def _unit_list(value: Any) -> list[int]:
-    if not isinstance(value, list) or any(isinstance(unit, bool) or not isinstance(unit, int) for unit in value):
-        raise ValueError(f'a list of unit ids or "{ALL}" is needed, got {str(value)[:60]}')
-    return value
-
-
-def _check_shape(key: str, shape: Any) -> None:
-    if not isinstance(shape, dict) or set(shape) != set(SHAPE_FIELDS):
-        raise ValueError(f"{key} must name exactly {', '.join(SHAPE_FIELDS)}")
-    for name, size in shape.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{key}: {name} {size!r} is not a positive whole number")
+    return Plan.loads(read_bytes(path, error=PlanError), path)
 
 
 def shape_of(config: ModelConfig) -> dict[str, int]:

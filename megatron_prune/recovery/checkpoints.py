@@ -4,8 +4,8 @@ SAVE/latest_checkpointed_iteration.txt     the newest
 SAVE/best → iter_0000200                   the one with the lowest held-out loss
 SAVE/iter_0000200/                         a checkpoint as any other of this project, with the state of the optimizer
 
-A checkpoint is written under a hidden name by processes that megatron-core starts, while training goes on, and put in place
-by one rename when every rank's part is there. Any TP × PP × DP reads it.
+A checkpoint is written under a hidden name by a process of every rank (``writer.py``), while training goes on, and put in
+place by one rename when every rank's part is there. Any TP × PP × DP reads it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import contextlib
 import os
 import shutil
 from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Callable
 
@@ -30,8 +32,8 @@ from megatron_prune.checkpoint.megatron_args import megatron_args
 from megatron_prune.checkpoint.stream import StreamReport, stream
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.files import staging
+from megatron_prune.recovery import writer
 from megatron_prune.recovery.optimizer import allocate_state, load_state
-from megatron_prune.recovery.report_queue import report_queue
 from megatron_prune.recovery.trainer import Trainer, TrainingError
 from megatron_prune.runtime import cpu
 from megatron_prune.runtime.world import World
@@ -67,10 +69,10 @@ class Checkpoints:
     check: bool = True
     _queue: AsyncCallsQueue = field(init=False, default_factory=AsyncCallsQueue)
     _writing: Path = field(init=False, default=Path())
+    _writer: BaseProcess | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        """Start the process through which writers report: torchrun signals a stop to it too, and it must outlive that."""
-        filesystem_async._results_queue = report_queue()
+        filesystem_async._results_queue = writer.Report()  # its own would be another process, which can die as well
 
     def save(self, iteration: int, described: Manifest, *, best: bool) -> None:
         """Begin to write a checkpoint; :meth:`poll` or :meth:`finish` puts it in place.
@@ -102,8 +104,12 @@ class Checkpoints:
                 request = dist_checkpointing.save(
                     state, str(staging.partial_path(folder)), async_sharded_save=True, content_metadata=_CONTENT
                 )
+                if request.async_fn:
+                    request = request._replace(async_fn=partial(writer.write, request.async_fn.args[0]))
+                request.finalize_fns.insert(0, self._see_writers)
                 request.add_finalize_fn(lambda: self._commit(folder, described, best))
                 self._queue.schedule_async_request(request)
+                self._writer = self._queue.async_calls[-1].async_caller.process
             except _FAILURES as failed:  # what is written at once, or the start of the writers
                 raise self._lost(failed) from failed
 
@@ -127,14 +133,24 @@ class Checkpoints:
             with cpu.stand_in():
                 self._queue.maybe_finalize_async_calls(blocking=blocking)
         except TrainingError:
+            self._abandon()
             raise
         except _FAILURES as error:  # whatever a writer failed with, wrapped by megatron-core
             raise self._lost(error) from error
 
+    def _see_writers(self) -> None:
+        """Raise on every rank how any rank's writer ended, if not well."""
+        how = writer.ending(self._writer)
+        name = f"{self._writing.name} could not be written: rank {self.world.rank}'s "
+        self.world.agree(TrainingError(f"{name}{how}\n  {self._whole()}") if how else None)
+
     def _lost(self, error: BaseException) -> TrainingError:
+        self._abandon()
+        return TrainingError(f"a checkpoint could not be written: {_last_line(error)}\n  {self._whole()}")
+
+    def _abandon(self) -> None:
         if self.world.is_main:
             staging.abandon(self._writing)
-        return TrainingError(f"a checkpoint could not be written: {_last_line(error)}\n  {self._whole()}")
 
     def _commit(self, folder: Path, described: Manifest, best: bool) -> None:
         error, partial = None, staging.partial_path(folder)

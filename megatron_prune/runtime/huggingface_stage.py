@@ -78,7 +78,7 @@ class HuggingFaceLayer:
         self._config, self._family = replace(config, num_layers=1), family
         described = AutoConfig.for_model(**family.hf_config(self._config, None))
         with torch.device("meta"):  # neither an embedding nor first weights are wanted
-            model = AutoModelForCausalLM.from_config(described, attn_implementation="sdpa").model
+            model = AutoModelForCausalLM.from_config(described, attn_implementation="sdpa", trust_remote_code=False).model
         self._layer = model.layers[0].to(dtype).to_empty(device=device).eval().requires_grad_(False)
         rotary = type(model.rotary_emb)(model.config).to(device)
         places = torch.arange(seq_length, device=device)[None]

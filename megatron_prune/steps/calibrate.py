@@ -138,7 +138,7 @@ def obtain_calibration(options: CalibrationOptions, subject: Subject, folder: Pa
         InputError: if the data cannot be read, is too short or does not fit the model.
     """
     require_positive(options, "nsamples", "seq_length")
-    kept = load_calibration_file(folder)
+    kept = load_calibration_file(folder, subject.config)
     if all(world.all_gather(kept is not None)):
         return kept
     calibration = load_calibration(

@@ -10,10 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_prune.calibration.encoder import load_tokenizer
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
+from megatron_prune.files.documents import shorten
+from megatron_prune.runtime.stock_model import load_stock_model
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.inspect import describe
 
@@ -83,14 +86,14 @@ def _facts(name: str, options: CompareOptions, evaluation: dict[str, Any] | None
 
 def _generate(folder: Path, options: CompareOptions) -> str:
     """Greedy continuation of the prompt by stock transformers."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = load_tokenizer(folder)
+    model = load_stock_model(folder)
     inputs = tokenizer(options.prompt, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    settings = {"max_new_tokens": options.max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+    try:
+        output = model.generate(**inputs, **settings)
+    except Exception as error:  # settings and token ids that the files name fail in any part of transformers
+        raise InputError(f"transformers cannot generate with {folder}", got=shorten(str(error), 300)) from None
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 

@@ -63,7 +63,7 @@ def convert(options: ConvertOptions, world: World) -> None:
             model=model.config,
             layout=layout,
             content_id=content_id(report.digests),
-            hf_dtypes=describe_dtypes(megatron.stored_dtypes(model.tensors)),
+            hf_dtypes=describe_dtypes(megatron.stored_dtypes(model.tensors), model.tied_head_dtype),
             tied_head_stored=model.tied_head_stored,
             recipe=[*Recipe.load(model.path).recipe, {"step": "convert", "from": Path(options.load_dir).name}],
         )
@@ -85,11 +85,13 @@ def convert(options: ConvertOptions, world: World) -> None:
     )
 
 
-def describe_dtypes(dtypes: dict[TensorId, torch.dtype]) -> dict[str, str]:
-    """``{"default": the commonest, str(tensor): another, …}`` for a manifest."""
+def describe_dtypes(dtypes: dict[TensorId, torch.dtype], tied_head: torch.dtype | None = None) -> dict[str, str]:
+    """``{"default": the commonest, str(tensor): another, …}`` for a manifest; ``tied_head`` is that of a stored copy."""
     names = {tensor: str(dtype).removeprefix("torch.") for tensor, dtype in dtypes.items()}
     default = Counter(names.values()).most_common(1)[0][0]
-    return {"default": default, **{str(tensor): name for tensor, name in names.items() if name != default}}
+    others = {str(tensor): name for tensor, name in names.items() if name != default}
+    copied = {str(TensorId("output")): str(tied_head).removeprefix("torch.")} if tied_head else {}
+    return {"default": default, **others, **copied}
 
 
 def check_tied_copy(model: HuggingFaceModel) -> None:
@@ -109,8 +111,13 @@ def check_tied_copy(model: HuggingFaceModel) -> None:
             )
             original.part(row, rows).read_into(left)
             copy.part(row, rows).read_into(right)
-            if copy.dtype != original.dtype or not torch.equal(left.view(torch.uint8), right.view(torch.uint8)):
+            same = left.view(torch.uint8), right.view(torch.uint8)
+            if copy.dtype != original.dtype:  # as transformers compares them: by value
+                same = left.double(), right.double()
+            if not torch.equal(*same):
                 raise CheckpointError(
                     f"{model.path} ties its embeddings but stores an output layer that differs from them",
-                    do='set "tie_word_embeddings" to false in config.json if the stored output layer is meant',
+                    got="two models: transformers 5 computes with the stored output layer, transformers 4 with the embedding",
+                    do='set "tie_word_embeddings" to false in config.json if the stored output layer is meant; '
+                    "take it out of the weights if it is not",
                 )

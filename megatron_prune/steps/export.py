@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.families.family import FAMILIES, Family
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.output import CheckOptions, Source, check_side_files, log, staged, write_huggingface
+from megatron_prune.steps.output import CheckOptions, Source, check_side_files, commonest, log, staged, write_huggingface
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +62,9 @@ def export(options: ExportOptions, world: World) -> None:
     config = checkpoint.config
     hf_config = family.hf_config(config, template, checkpoint.manifest.kept_layers)
     dtypes = _dtypes(checkpoint, options.target_params_dtype)
-    name_dtype(hf_config, commonest(dtypes), checkpoint.manifest.hf_dtypes.get("default") if template else None)
-    unchanged = template is not None and hf_config == template
+    stored = getattr(torch, checkpoint.manifest.hf_dtypes.get("default", ""), None)
+    changed = not checkpoint.own or any(entry["step"] not in ("convert", "transfer") for entry in checkpoint.manifest.recipe)
+    unchanged = not changed and hf_config == template and commonest(dtypes) == stored
     if side is None and world.is_main:
         log.warning("no tokenizer is kept in %s; pass --hf-dir to add one", checkpoint.path)
     pruned = any(entry["step"] in ("prune", "recover") for entry in checkpoint.manifest.recipe)
@@ -118,24 +118,6 @@ def choose_family(recorded: str, asked: str | None) -> Family:
     return family
 
 
-def name_dtype(hf_config: dict, dtype: torch.dtype, recorded: str | None) -> None:
-    """Make ``config.json`` name the element type that is written (transformers 5: ``dtype``; before: ``torch_dtype``).
-
-    A configuration that names none is left so while the type is still the ``recorded`` one.
-    """
-    name = str(dtype).removeprefix("torch.")
-    keys = [key for key in ("dtype", "torch_dtype") if hf_config.get(key)]
-    if not keys and name != recorded:
-        keys = ["torch_dtype"]
-    for key in keys:
-        hf_config[key] = name if name != recorded else hf_config[key]
-
-
-def commonest(dtypes: dict[TensorId, torch.dtype]) -> torch.dtype:
-    """The element type of most tensors: what a configuration names."""
-    return Counter(dtypes.values()).most_common(1)[0][0]
-
-
 def parse_size(text: str) -> int:
     """``"5GB"``, ``"500MB"`` → bytes (decimal, as transformers reads them).
 
@@ -152,4 +134,7 @@ def _dtypes(checkpoint: MegatronCheckpoint, asked: str | None) -> dict[TensorId,
     if asked or not checkpoint.manifest.hf_dtypes:
         return Source(tensors=checkpoint.tensors).dtypes(checkpoint.config, asked)
     recorded = checkpoint.manifest.hf_dtypes
-    return {t: getattr(torch, recorded.get(str(t), recorded["default"])) for t in tensor_ids(checkpoint.config)}
+    names = {tensor: recorded.get(str(tensor), recorded["default"]) for tensor in tensor_ids(checkpoint.config)}
+    if checkpoint.manifest.tied_head_stored:
+        names[TensorId("output")] = recorded.get(str(TensorId("output")), names[TensorId("embedding")])
+    return {tensor: getattr(torch, name) for tensor, name in names.items()}

@@ -121,7 +121,7 @@ def pruned_source(
     read = request.plan.dumps() if request.plan else None
     key = request_key(options, subject, **{**asked, "plan": read, "scores": held and scores_digest(held), "made_by": made_by})
     with staging.work(save, key, main=world.is_main, agree=world.agree) as folder:
-        known = load_calibration_file(held) if held and options.data is None else None
+        known = load_calibration_file(held, subject.config) if held and options.data is None else None
         calibration = known or obtain_calibration(options, subject, folder, world)
         made_by |= {"calibration": {"digest": calibration.digest, "sources": calibration.provenance}}
         names, moments = ([], frozenset()) if held else (request.metrics(subject.config), request.moments(subject.config))

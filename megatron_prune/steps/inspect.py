@@ -37,7 +37,11 @@ def parse(argv: list[str], prog: str) -> InspectOptions:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog=prog, description=InspectOptions.__doc__, allow_abbrev=False)
     parser.add_argument("path", metavar="CKPT|HF", help="Megatron checkpoint, Hugging Face directory, or hub id")
-    parser.add_argument("--weights", action="store_true", help="read all weights; name those that hold NaN or infinity, and those that are not as they were written (exit code 1)")
+    parser.add_argument(
+        "--weights",
+        action="store_true",
+        help="read all weights; name those that hold NaN or infinity, and those that are not as they were written (exit code 1)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return InspectOptions(**vars(parser.parse_args(argv)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+from collections import Counter
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -25,7 +26,7 @@ from rich.progress import (
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import both_versions, huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.manifest import RECIPE_FILE, Manifest, Recipe
 from megatron_prune.checkpoint.stream import StreamReport, Transform, check_ends, content_id, share, stream
@@ -47,7 +48,9 @@ PARAM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 class CheckOptions:
     """What every step that writes a model has."""
 
-    no_check: bool = option("leave out the check of what was written (it is reopened and compared before it is put in place)", False)
+    no_check: bool = option(
+        "leave out the check of what was written (it is reopened and compared before it is put in place)", False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +144,8 @@ def write_huggingface(
     """Write a Hugging Face directory at ``save``; every process takes part.
 
     Args:
+        config_text: the exact text of ``config.json``, where the model is one that was read and is written back unchanged;
+            a changed one is described so that transformers 4 and 5 read the same (``checkpoint/both_versions.py``).
         trimmed: the tokenizer that takes the place of that in ``side_files``.
         files: further text files by name (model card, plan).
         recipe: how the model came to be, kept beside it.
@@ -153,6 +158,9 @@ def write_huggingface(
                 (partial / huggingface.BUFFERS_FILE).unlink(missing_ok=True)
                 if trimmed:
                     trimmed.write(partial)
+            if config_text is None:
+                hf_config = both_versions.describe(hf_config, config, commonest(dtypes))
+                both_versions.rewrite_side_files(partial, config.vocab_size)
             huggingface.lay_out(
                 partial,
                 config,
@@ -233,6 +241,11 @@ def _say_checked(world: World, problems: list[str], config: ModelConfig, text: s
     world.agree(error)
     if world.is_main:
         log.info("checked: %d tensors lie as they were written, %s", len(tensor_ids(config)), text)
+
+
+def commonest(dtypes: dict[TensorId, torch.dtype]) -> torch.dtype:
+    """The element type of most tensors: what a configuration names."""
+    return Counter(dtypes.values()).most_common(1)[0][0]
 
 
 @contextlib.contextmanager

@@ -27,9 +27,9 @@ from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.megatron_flags import add_megatron_flags, check_megatron_flags, megatron_flags
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.choose import Request, TargetOptions, read_request
-from megatron_prune.steps.export import choose_family, commonest
+from megatron_prune.steps.export import choose_family
 from megatron_prune.steps.fit import FitOptions, held_metrics, pruned_source, wants_text
-from megatron_prune.steps.output import CheckOptions, Source, log, run, write_megatron
+from megatron_prune.steps.output import CheckOptions, Source, commonest, log, run, write_megatron
 from megatron_prune.steps.score import megatron_subject
 from megatron_prune.steps.vocab_choice import trimmed_by
 from megatron_prune.steps.vocab_options import tokenizer_folder

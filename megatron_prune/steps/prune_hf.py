@@ -28,10 +28,10 @@ from megatron_prune.runtime.world import World
 from megatron_prune.steps.calibrate import Subject, bos_token
 from megatron_prune.steps.choose import TargetOptions, read_request
 from megatron_prune.steps.convert import check_tied_copy
-from megatron_prune.steps.export import choose_family, commonest, name_dtype, parse_size
+from megatron_prune.steps.export import choose_family, parse_size
 from megatron_prune.steps.fit import FitOptions, held_metrics, pruned_source, wants_text
 from megatron_prune.steps.huggingface_runner import HuggingFaceRunner, check_metrics
-from megatron_prune.steps.output import CheckOptions, Source, log, run, write_huggingface
+from megatron_prune.steps.output import CheckOptions, Source, commonest, log, run, write_huggingface
 from megatron_prune.steps.prune import kept_vocabulary
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.vocabulary.trimmed import Trimmed
@@ -147,8 +147,6 @@ def write_cut(
     dtypes = Source(tensors=model.tensors, origin=cut.origin).dtypes(cut.config, None)
     kept = [entry.layer for entry in plan.layers]
     hf_config = family.hf_config(cut.config, template, kept if len(kept) < model.config.num_layers else None)
-    stored = str(commonest(dtypes)).removeprefix("torch.")
-    name_dtype(hf_config, commonest(dtypes), stored)
     recipe = [*Recipe.load(model.path).recipe, plan.recipe_entry()]
     card = model_card(cut.config, recipe, name=save.name, family=family.name)
     write_huggingface(
@@ -158,7 +156,7 @@ def write_cut(
         config=cut.config,
         family=family,
         hf_config=hf_config,
-        config_text=(model.path / "config.json").read_text(encoding="utf-8") if hf_config == model.hf_config else None,
+        config_text=None,
         dtypes=dtypes,
         max_shard_bytes=max_shard_bytes,
         side_files=trimmed.vocabulary.folder if trimmed else model.path,

@@ -16,7 +16,7 @@ import xxhash
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.adapter import read_matrices
-from megatron_prune.checkpoint.manifest import FILE, Manifest
+from megatron_prune.checkpoint.manifest import FILE, AdapterOrigin, Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
@@ -217,7 +217,7 @@ def describe(
     identity = xxhash.xxh3_128_hexdigest(json.dumps([before.content_id, entry], sort_keys=True).encode())
     lora, adapter = adapter_config(options), None
     if lora:
-        adapter = {"config": lora.to_json(), "base": str(checkpoint.path.absolute()), "base_content_id": before.content_id}
+        adapter = AdapterOrigin(config=lora, base=str(checkpoint.path.absolute()), base_content_id=before.content_id)
     return replace(before, layout=layout, content_id=identity, recipe=[*before.recipe, entry], adapter=adapter)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
+from megatron_prune.calibration.encoder import load_tokenizer
 from megatron_prune.calibration.windows import read_windows
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.huggingface import VOCABULARY_FILES
@@ -16,7 +17,9 @@ from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
 from megatron_prune.runtime.layout import run_layout
+from megatron_prune.runtime.stock_model import load_stock_model
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.convert import check_tied_copy
 from megatron_prune.steps.output import log
 
 TEXT = "The quick brown fox jumps over the lazy dog. In 1969, people first walked on the Moon; 384,400 km from home."
@@ -47,6 +50,7 @@ def verify(options: VerifyOptions, world: World) -> int:
     require_positive(options, "seq_length")
     folder = huggingface.resolve(options.hf_dir)
     model = huggingface.open_model(folder)
+    check_tied_copy(model)
     checkpoint = megatron.open_checkpoint(Path(options.load_dir), vocab_size=model.config.vocab_size)
     compared = [item.name for item in fields(ModelConfig)] if checkpoint.own else SHAPE_FIELDS
     differing = [name for name in compared if getattr(model.config, name) != getattr(checkpoint.config, name)]
@@ -81,7 +85,9 @@ def _same_vocabulary(checkpoint: MegatronCheckpoint, folder: Path, world: World)
     kept = {name: name.removeprefix(f"{megatron.HF_FOLDER}/") for name in checkpoint.manifest.files if name.count("/") == 1}
     said = {name: "edited or removed since it was written" for name in checkpoint.edited_files()}
     for name, plain in kept.items():
-        decides = VOCABULARY_FILES.fullmatch(plain) or plain.startswith(("generation_config", "chat_template", "tokenizer_config"))
+        decides = VOCABULARY_FILES.fullmatch(plain) or plain.startswith(
+            ("generation_config", "chat_template", "tokenizer_config")
+        )
         if name not in said and decides and megatron.differing_files(folder, {plain: checkpoint.manifest.files[name]}):
             said[name] = f"not that of {folder}"
     decisive = [name for name in said if VOCABULARY_FILES.fullmatch(Path(name).name)]
@@ -95,32 +101,35 @@ def _tokens(options: VerifyOptions, folder: Path, checkpoint: MegatronCheckpoint
     limit = min(options.seq_length, checkpoint.config.max_position_embeddings)
     if options.text:
         return read_windows(Path(options.text), folder, seq_length=limit, count=1)
-    from transformers import AutoTokenizer
-
     try:
-        ids = AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
-    except (OSError, ValueError):
+        ids = load_tokenizer(folder)(TEXT)["input_ids"]
+    except InputError as error:
+        if any(folder.glob("tokenizer*")):
+            log.warning("%s\ncomparing on a fixed pattern of tokens", error)
         ids = [7919 * position % checkpoint.config.vocab_size for position in range(64)]
+    if max(ids, default=0) >= checkpoint.config.vocab_size:
+        raise InputError(
+            f"the tokenizer in {folder} names tokens that the model has no row for",
+            got=max(ids),
+            needed=f"ids below {checkpoint.config.vocab_size}",
+        )
     return torch.tensor([ids[:limit]])
 
 
 def _difference(checkpoint: MegatronCheckpoint, layout, world: World, tokens: torch.Tensor, folder: Path):
     """Statistics of the difference, on one rank of the last stage; ``None`` on the others."""
     from megatron.core import parallel_state
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
     from megatron_prune.runtime.forward import full_logits
     from megatron_prune.runtime.model import build_model, stop_parallel
 
-    disable_progress_bar()
     running = build_model(checkpoint.tensors, layout, world, dtype=torch.float32, seq_length=tokens.shape[1])
     logits = full_logits(running, [tokens])
     first = parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_data_parallel_rank() == 0
     stop_parallel()
     if not logits or not first:
         return None
-    reference_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    reference_model = load_stock_model(folder, dtype=torch.float32)
     with torch.no_grad():
         reference = reference_model(tokens).logits.float()
     gap = (logits[0] - reference).abs()

@@ -12,7 +12,7 @@ import torch
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId
-from megatron_prune.checkpoint import huggingface
+from megatron_prune.checkpoint import both_versions, huggingface
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.stream import content_id
@@ -92,6 +92,7 @@ def _write_tokenizer(save: Path, trimmed: Trimmed, options: VocabTrimOptions, wo
         if world.is_main:
             huggingface.copy_side_files(trimmed.vocabulary.folder, partial)
             trimmed.write(partial)
+            both_versions.rewrite_side_files(partial, len(trimmed.rows))
 
 
 def _check_fold(options: VocabTrimOptions) -> None:

@@ -108,7 +108,8 @@ READERS = {
     "sample": "sample --load {m} --save {out}.safetensors --nsamples 1 --seq_length 8 " + TP,
     "evaluate": "evaluate --load-dir {m} --data {home}/text.txt --seq_length 16 --windows 1 " + TP,
     "verify": "verify --load-dir {m} --hf-dir {hf} " + TP,
-    "recover": "recover --load {m} --save {out} --data-path {home}/pair --seq-length 16 --train-iters 1 --global-batch-size 2 " + TP,
+    "recover": "recover --load {m} --save {out} --data-path {home}/pair --seq-length 16 --train-iters 1 --global-batch-size 2 "
+    + TP,
 }
 
 
@@ -211,7 +212,7 @@ def test_inspect_names_every_tensor_and_file_that_changed(home, tmp_path, capsys
 def of_version_1(folder: Path) -> None:
     """Make a manifest one of the version that kept no digests."""
     data = json.loads((folder / FILE).read_text())
-    data.update(version=1, parallel=data.pop("layout"))
+    data.update(version=1)
     del data["digests"], data["files"]
     (folder / FILE).write_text(json.dumps(data))
 

@@ -303,6 +303,33 @@ def test_a_disk_that_is_full_for_one_rank_stops_all(ranks, options, tmp_path, ra
     assert len(tensors(save / "iter_0000002")) > 20
 
 
+@pytest.mark.parametrize(
+    "what, said",
+    [
+        ("writer killed", "rank 0's process [0-9]+, which writes it, was ended by SIGKILL; .*memory"),
+        ("writer killed after a stop", "rank 0's process [0-9]+, which writes it, was ended by SIGKILL"),
+        ("writer leaves", "rank 0's process [0-9]+, which writes it, ended with exit code 3"),
+        ("writer fails", "ImportError: No module named 'psutil'"),
+    ],
+)
+def test_a_writer_that_ends_in_the_middle_ends_the_run_with_its_message(run, whole, tmp_path, what, said):
+    save = tmp_path / "run"
+    with pytest.raises(TrainingError, match=f"(?s){said}.*whole: iter_0000002$"):
+        run(save, {4: what})
+    assert names(save) == ["best", "iter_0000002"]
+    assert run(save) == 0
+    same_end(save, whole())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_writer_that_is_killed_on_one_rank_stops_all(ranks, options, tmp_path, rank):
+    save, sizes = tmp_path / "run", {"tensor_model_parallel_size": 2}
+    with pytest.raises(RankFailed, match=f"rank {rank}'s process.*SIGKILL") as failed:
+        ranks(2).run(jobs.recover, options(save, **sizes), {4: "writer killed"}, rank)
+    assert failed.value.kinds == {0: "TrainingError", 1: "TrainingError"}
+    assert names(save) == ["best", "iter_0000002"]
+
+
 def test_a_disk_without_room_is_seen_before_anything_is_written(run, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 10_000})
     monkeypatch.setattr("megatron_prune.recovery.checkpoints.shutil.disk_usage", lambda path: usage)

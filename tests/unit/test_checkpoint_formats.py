@@ -653,9 +653,9 @@ def test_a_manifest_comes_back_from_its_file(tmp_path):
         lambda data: data.update(experts=1),
         lambda data: data.pop("model"),
         lambda data: data["model"].update(num_layers=0),
-        lambda data: data["layout"].update(tensor=0),
-        lambda data: data["layout"].update(context=2),
-        lambda data: data.update(layout=None),
+        lambda data: data["parallel"].update(tensor=0),
+        lambda data: data["parallel"].update(context=2),
+        lambda data: data.update(parallel=None),
         lambda data: data.pop("family"),
     ],
 )

@@ -31,7 +31,7 @@ NAMES = st.one_of(
         ]
     ),
 ).filter(lambda name: name != "__metadata__")
-DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
+DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.bool])
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
 
@@ -109,9 +109,9 @@ def test_a_header_that_does_not_fit_the_data_is_refused(tmp_path, change):
         safetensors_file.read_header(tmp_path / "f")
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn])
-def test_a_tensor_that_is_not_of_a_floating_point_type_is_refused_by_name(tmp_path, dtype):
-    save_file({"model.position": torch.zeros(4).to(dtype)}, tmp_path / "f")
+def test_a_tensor_of_an_unknown_type_is_refused_by_name(tmp_path):
+    header = b'{"model.position":{"dtype":"F8_E8M0","shape":[4],"data_offsets":[0,4]}}'
+    (tmp_path / "f").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(CheckpointError, match="model.position"):
         safetensors_file.read_header(tmp_path / "f")
 

@@ -15,6 +15,7 @@ class BlockInfluence(Metric):
 
     needs = frozenset({"activations"})
     axes = frozenset({"layer"})
+    signed = True
 
     def finish(self, axis: str, layer: int | None, total: Tensor) -> Tensor:
         similar = [self.statistics.layer(number).similarity for number in range(len(total))]

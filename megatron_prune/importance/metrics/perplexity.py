@@ -17,6 +17,7 @@ class Perplexity(Metric):
 
     needs = frozenset({"losses"})
     axes = frozenset({"layer"})
+    signed = True
 
     def finish(self, axis: str, layer: int | None, total: Tensor) -> Tensor:
         losses = self.statistics.losses()

@@ -1,0 +1,79 @@
+"""What a changed model's files say twice, so that transformers 4 and 5 read the same model and the same tokenizer.
+
+transformers 5 renamed keys and reads the old names; transformers 4 passes the new ones over without a word. A file that is
+written back unchanged is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.families.rope import rope_entries, rope_parameters
+from megatron_prune.files.documents import read_json
+
+log = logging.getLogger("megatron_prune")
+
+GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
+
+
+def describe(hf_config: dict[str, Any], config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """``config.json`` of a changed model.
+
+    Args:
+        hf_config: what transformers 5 reads as ``config``.
+        dtype: element type of most weights.
+    """
+    found = dict(hf_config)
+    found.pop("original_max_position_embeddings", None)  # the rotary entries say it
+    found |= rope_entries(config.rotary_base, config.rope_scaling)
+    if "rope_parameters" in found:
+        found["rope_parameters"] = rope_parameters(config.rotary_base, config.rope_scaling)
+    found["dtype"] = found["torch_dtype"] = str(dtype).removeprefix("torch.")
+    return _without_absent(found, config.vocab_size, "config.json")
+
+
+def rewrite_side_files(folder: Path, vocab_size: int | None = None) -> None:
+    """Mend the tokenizer's and the generation's settings in a directory that is being written.
+
+    Args:
+        vocab_size: of the model; token ids beyond are left out.
+    """
+    for name, mend in ((TOKENIZER, _tokenizer), (GENERATION, lambda data: _without_absent(data, vocab_size, GENERATION))):
+        if (folder / name).is_file():
+            data = read_json(folder / name)
+            if (mended := mend(data)) != data:
+                (folder / name).write_text(json.dumps(mended, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _tokenizer(data: dict[str, Any]) -> dict[str, Any]:
+    found = dict(data)
+    if found.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's new name
+        found["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(found.get("extra_special_tokens"), list):  # transformers 4 wants names for them, and has this list
+        found["additional_special_tokens"] = found.pop("extra_special_tokens")
+    return found
+
+
+def _without_absent(data: dict[str, Any], vocab_size: int | None, where: str) -> dict[str, Any]:
+    """Token ids that have no row are left out (null: a key that is missing would mean the class's default)."""
+
+    def present(token: Any) -> bool:
+        return not isinstance(token, int) or 0 <= token < vocab_size
+
+    found = dict(data)
+    for key, value in data.items():
+        if vocab_size is None or not (key.endswith("_token_id") or key.endswith("suppress_tokens")):
+            continue
+        if isinstance(value, list) and not all(map(present, value)):
+            found[key] = [token for token in value if present(token)] or None
+        elif not present(value):
+            found[key] = None
+        if found[key] != value:
+            log.warning("%s: %s %s names no row of the vocabulary and is left out", where, key, value)
+    return found

@@ -1,0 +1,98 @@
+"""The keys of ``config.json``, so that none which changes what a model computes is passed over.
+
+A key of a family's class in transformers is read, or must have the one value that is carried, or changes nothing. What a later
+transformers adds to a class is in none of the three, and is refused where it differs from that class's default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from megatron_prune.errors import CheckpointError
+from megatron_prune.files.documents import shorten
+
+READ = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "pad_token_id"),
+    *("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings", "partial_rotary_factor"),
+    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+    *("model_type", "architectures", "auto_map", "quantization_config", "dtype", "torch_dtype"),
+}
+"""Keys that a description of a model is made from."""
+
+FIXED: dict[str, tuple] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "return_dict": (True, None),
+    "per_layer_config": (None, {}),
+    "pruned_heads": (None, {}),
+    "compression_config": (None, {}),
+    "fusion_config": (None, {}),
+    "transformers_weights": (None,),
+    "attn_implementation": (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
+    "_attn_implementation": (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
+    "experts_implementation": (None, "eager"),
+}
+"""Key → the values that are carried. An attention of another name would be a kernel fetched from elsewhere."""
+
+IDLE = {
+    *("initializer_range", "use_cache", "pretraining_tp", "attention_dropout", "chunk_size_feed_forward"),
+    *("bos_token_id", "eos_token_id", "output_hidden_states", "output_attentions"),
+    *("id2label", "label2id", "num_labels", "problem_type", "transformers_version", "name_or_path", "_name_or_path"),
+}
+"""Keys that change no logits."""
+
+
+def check_keys(hf: dict[str, Any], model_type: str, architecture: str) -> None:
+    """Refuse a ``config.json`` of a model that is not what a family's class in transformers computes.
+
+    Raises:
+        CheckpointError: naming the key.
+    """
+    if hf.get("quantization_config"):
+        raise CheckpointError("config.json has a quantization_config", needed="plain weights (fp32, bf16 or fp16)")
+    if hf.get("auto_map"):
+        raise CheckpointError(
+            "config.json: the model wants code of its own, which is never run",
+            got=f"auto_map {shorten(hf['auto_map'])}",
+            do=f"if transformers' own {architecture} computes this model, take auto_map out of config.json",
+        )
+    stated = hf.get("architectures") or [architecture]
+    known = isinstance(stated, list) and all(isinstance(name, str) for name in stated)
+    if not known or any(name.lower() != architecture.lower() for name in stated):
+        raise CheckpointError(
+            f"config.json of a {model_type} model: architectures",
+            got=shorten(stated),
+            needed=architecture,
+            do="give a model for causal language modelling; if these weights are one, correct the entry",
+        )
+    for key, allowed in FIXED.items():
+        if key in hf and not any(type(hf[key]) is type(value) and hf[key] == value for value in allowed):
+            needed = "nothing" if allowed[0] is None else f"one of {list(allowed)}"
+            raise CheckpointError(f"config.json of a {model_type} model: {key}", got=shorten(hf[key]), needed=needed)
+    for key in sorted(set(hf) - READ - set(FIXED) - IDLE):
+        if key in (fields := class_fields(model_type)) and hf[key] != fields[key]:
+            raise CheckpointError(
+                f"config.json of a {model_type} model: {key}",
+                got=shorten(hf[key]),
+                needed=f"{shorten(fields[key])}: what this installed transformers added is not carried",
+            )
+
+
+@functools.cache
+def class_fields(model_type: str) -> dict[str, Any]:
+    """Key → default of the installed transformers' configuration class."""
+    from transformers import CONFIG_MAPPING
+
+    empty = dataclasses.MISSING
+    found = dataclasses.fields(CONFIG_MAPPING[model_type])
+    return {
+        field.name: field.default_factory() if field.default_factory is not empty else field.default
+        for field in found
+        if field.init
+    }

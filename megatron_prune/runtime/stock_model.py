@@ -1,0 +1,60 @@
+"""A Hugging Face model in transformers' own class: no foreign code, no question, no pickle, no adapter beside the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prune.arch.tensors import TensorId, tensor_ids
+from megatron_prune.checkpoint import huggingface
+from megatron_prune.checkpoint.huggingface import HuggingFaceModel
+from megatron_prune.errors import InputError
+from megatron_prune.files.documents import shorten
+from megatron_prune.files.region import Scratch, closed_files
+
+
+def load_stock_model(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
+    """The model of a directory, in evaluation mode on the CPU.
+
+    Args:
+        dtype: element type of all weights (default: as ``config.json`` says).
+
+    Raises:
+        CheckpointError: if the directory holds no whole model of a family that is carried.
+        InputError: if transformers cannot load it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    model = huggingface.open_model(folder)
+    safe = {"dtype": dtype or "auto", "trust_remote_code": False, "local_files_only": True}
+    try:
+        if model.in_safetensors:
+            return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **safe).eval()
+        # transformers would unpickle a .bin; its bytes are read here instead.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        kind = dtype or config.dtype or model.tensors.dtype(TensorId("embedding"))
+        stock = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=False)
+        stock.load_state_dict(_state_dict(model))
+        return stock.eval()
+    except InputError:
+        raise
+    except Exception as error:  # a configuration or a file that transformers does not do fails in any of its parts
+        text = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"transformers cannot load the model in {folder}", got=f"{type(error).__name__}: {shorten(text, 300)}"
+        ) from None
+
+
+def _state_dict(model: HuggingFaceModel) -> dict[str, torch.Tensor]:
+    """Name → tensor in memory of its own."""
+    found: dict[str, torch.Tensor] = {}
+    with closed_files():
+        for tensor in tensor_ids(model.config):
+            found[model.family.tensor_name(tensor)] = model.tensors.read(tensor, Scratch())
+    if model.config.tie_embeddings:
+        found[model.family.names["output"]] = found[model.family.tensor_name(TensorId("embedding"))]
+    return found
