@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -11,6 +12,13 @@ from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 
 TOKENS = 8
 """Rows of the vocabulary that the small model has, and tokens it is run on."""
+
+
+def import_stock_class(family: str) -> None:
+    """Import what :func:`check_in_transformers` needs: two seconds, which may pass while files are written."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: F401
+
+    importlib.import_module(f"transformers.models.{family}.modeling_{family}")
 
 
 def check_in_transformers(model: HuggingFaceModel) -> tuple[str, list[str]]:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -33,7 +34,7 @@ from megatron_prune.checkpoint.stream import StreamReport, Transform, check_ends
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.config import option
 from megatron_prune.errors import CheckpointError, InputError, PruneError
-from megatron_prune.evaluation.one_layer import check_in_transformers
+from megatron_prune.evaluation.one_layer import check_in_transformers, import_stock_class
 from megatron_prune.families.family import Family
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
@@ -151,8 +152,10 @@ def write_huggingface(
         recipe: how the model came to be, kept beside it.
         check: reopen it and compare before it is put in place.
     """
-    with staged(world, save, needed=_bytes(config, dtypes), overwrite=overwrite) as partial:
+    with staged(world, save, needed=_bytes(config, dtypes), overwrite=overwrite) as partial, ThreadPoolExecutor(1) as beside:
         if world.is_main:
+            if check:
+                beside.submit(import_stock_class, family.name)
             if side_files:
                 huggingface.copy_side_files(side_files, partial)
                 (partial / huggingface.BUFFERS_FILE).unlink(missing_ok=True)
