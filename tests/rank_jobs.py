@@ -304,7 +304,7 @@ def refusal(world: World, checkpoint: str, layout: ParallelLayout) -> str:
     """What a rank says when it builds a model from a checkpoint that it may not read."""
     from megatron_prune.checkpoint import megatron
     from megatron_prune.errors import CheckpointError
-    from megatron_prune.runtime.model import build_model, stop_parallel
+    from megatron_prune.runtime.model import build_model
 
     tensors = megatron.open_checkpoint(Path(checkpoint)).tensors
     try:
@@ -312,6 +312,13 @@ def refusal(world: World, checkpoint: str, layout: ParallelLayout) -> str:
     except CheckpointError as error:
         return str(error)
     finally:
-        stop_parallel()
-        forget_groups()
+        stop(world)
     return "nothing"
+
+
+def stop(world: World) -> None:
+    """Take down what a failed job left."""
+    from megatron_prune.runtime.model import stop_parallel
+
+    stop_parallel()
+    forget_groups()

@@ -9,6 +9,8 @@ import torch
 
 from megatron_prune.arch.tensors import tensor_ids
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
+from megatron_prune.files.documents import shorten
+from megatron_prune.files.region import closed_files
 
 TOKENS = 8
 """Rows of the vocabulary that the small model has, and tokens it is run on."""
@@ -26,11 +28,20 @@ def check_in_transformers(model: HuggingFaceModel) -> tuple[str, list[str]]:
     first layer, float32, on a few tokens.
 
     Returns:
-        The class's name, and what is wrong: parameters of another name or shape, values that are not finite.
+        The class's name, and what is wrong: that transformers refuses it, parameters of another name or shape, values that are
+        not finite.
     """
+    try:
+        return _build_and_run(model)
+    except Exception as error:  # a configuration that transformers does not do fails in any of its parts
+        text = shorten(f"{type(error).__name__}: {str(error).strip()}", 300)
+        return "", [f"transformers cannot run it: {text}"]
+
+
+def _build_and_run(model: HuggingFaceModel) -> tuple[str, list[str]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     wanted = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
@@ -39,7 +50,8 @@ def check_in_transformers(model: HuggingFaceModel) -> tuple[str, list[str]]:
     kind = type(whole).__name__
     if differing:
         return kind, [f"{name}: {kind} wants {wanted.get(name)}, the file holds {stored.get(name)}" for name in differing]
-    logits = _run(type(whole), type(config).from_dict(_one_layer(config.to_dict())), model)
+    with closed_files():
+        logits = _run(type(whole), type(config).from_dict(_one_layer(config.to_dict())), model)
     return kind, [] if logits.isfinite().all() else [f"layer 0 computes NaN or infinity in {kind}"]
 
 

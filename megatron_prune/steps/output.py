@@ -240,7 +240,8 @@ def _read_again(world: World, tensors: TensorMap) -> list[str]:
 def _say_checked(world: World, problems: list[str], config: ModelConfig, text: str) -> None:
     error = None
     if problems:
-        error = PruneError("\n  ".join(["the check of what was written failed; nothing is put in place", *problems[:20]]))
+        lines = ["the check of what was written failed (--no-check leaves it out); nothing is put in place", *problems[:20]]
+        error = PruneError("\n  ".join(lines))
     world.agree(error)
     if world.is_main:
         log.info("checked: %d tensors lie as they were written, %s", len(tensor_ids(config)), text)

@@ -13,6 +13,7 @@ import rank_jobs
 import rank_jobs_recovery as jobs
 import recovery_reference as reference
 import torch
+from ranks import RankFailed
 from safetensors.torch import load_file, save_file
 
 from megatron_prune.arch.sharding import ParallelLayout
@@ -133,6 +134,23 @@ def test_every_rank_says_so_where_one_of_them_reads_the_damaged_part(home, ranks
     finally:
         flip(region.path, region.offset)
     assert found[0] == found[1] and "layer 3 gate" in found[0]
+
+
+@pytest.mark.parametrize("metric", ["activation", "magnitude"])
+def test_every_rank_says_so_where_layers_are_read_one_by_one(home, ranks, tmp_path, metric):
+    checkpoint, pool = home / "torch_dist-1", ranks(2)
+    region = megatron.open_checkpoint(checkpoint).tensors.tiles[TensorId("up", 2)][0].region
+    step = {"load": str(checkpoint), "save": str(tmp_path / "out"), "ffn_hidden_size_remain": 64, "metric": metric}
+    step |= {"tensor_model_parallel_size": 2}
+    step |= {"data": (str(home / "text.txt"),), "nsamples": 2, "seq_length": 16} if metric == "activation" else {}
+    flip(region.path, region.offset + region.nbytes - 1)  # the last row: of rank 1 alone
+    try:
+        with pytest.raises(RankFailed, match="layer 2 up is not what was written") as failed:
+            pool.run(rank_jobs.run_steps, ("prune", step))
+    finally:
+        flip(region.path, region.offset + region.nbytes - 1)
+        pool.run(rank_jobs.stop)
+    assert failed.value.kinds == {0: "DamagedTensor", 1: "DamagedTensor"} and pool.alive
 
 
 # ------------------------------------------------------------------------------------------------------- files as wholes
@@ -327,6 +345,7 @@ WRITERS = {
     "transfer": "transfer --load-dir {home}/torch_dist-1 --save-dir {out}",
     "export": "export --load-dir {home}/torch_dist-3 --save-dir {out}",
     "prune": "prune --load {home}/torch_dist-1 --save {out} --plan {home}/plan.json",
+    "vocab trim": "vocab trim --load-dir {home}/torch_dist-1 --remain-vocab-size 290 --save-dir {out}",
     "prune-hf": "prune-hf --model_name_or_path {hf} --output_path {out} --ffn_hidden_size_remain 60 --metric random",
 }
 
@@ -359,6 +378,8 @@ def test_a_directory_that_transformers_reads_otherwise_is_not_put_in_place(home,
     real = one_layer._one_layer
     monkeypatch.setattr(one_layer, "_one_layer", lambda config: {**real(config), "rms_norm_eps": float("nan")})
     fails(f"export --load-dir {home}/torch-2 --save-dir {tmp_path}/out", "layer 0 computes NaN", code=1)
+    monkeypatch.setattr(one_layer, "_one_layer", lambda config: {**real(config), "hidden_act": "none at all"})
+    fails(f"export --load-dir {home}/torch-2 --save-dir {tmp_path}/out", "transformers cannot run it.*none at all", code=1)
     assert not (tmp_path / "out").exists()
 
 
