@@ -1,5 +1,5 @@
 # make demo      a real model, pruned end to end on this machine        (see README.md)
-# make test      the whole test suite, from nothing
+# make test      the whole test suite, from nothing; in a random order: make test ORDER=7
 # make test-wheel   the wheel, where nothing else is installed than it asks for
 # make install   only the virtual environment
 
@@ -24,7 +24,7 @@ demo: install
 	@PYTHON=$(BIN)/python bash scripts/demo.sh
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(if $(ORDER),--order $(ORDER))
 
 test-wheel:
 	@PYTHON=$(PYTHON) TORCH='$(TORCH)' bash tests/wheel.sh

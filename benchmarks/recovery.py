@@ -473,7 +473,7 @@ def dense_loss(work: Path, flags: list[object]) -> float:
         optimizer_options=recovery_settings.optimizer_options(options),
     )
     samples = (options.train_iters * batches, options.eval_iters * batches, options.eval_iters * batches)
-    held_out = build_datasets(recovery_settings.data_options(options), samples)[1]
+    held_out = build_datasets(recovery_settings.data_options(options), samples, world)[1]
     loss = trainer.evaluate(held_out, options.eval_iters)[1]
     stop_parallel()
     world.disconnect()

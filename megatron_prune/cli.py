@@ -12,10 +12,15 @@ import sys
 import time
 import traceback
 import warnings
+from pathlib import Path
 
 from megatron_prune import __version__
 from megatron_prune.config import parse
-from megatron_prune.errors import InputError, PruneError
+from megatron_prune.errors import InputError, PruneError, plain, reason
+from megatron_prune.files.failures import describe
+
+DEBUG = "MEGATRON_PRUNE_DEBUG"
+"""Environment variable: set to anything, what was not foreseen ends with its traceback."""
 
 VERBS = {
     "convert": "Hugging Face → Megatron",
@@ -63,8 +68,9 @@ def run_verb(verb: str, argv: list[str], *, prog: str) -> None:
     from megatron_prune.runtime.world import World
 
     _quiet()
-    world = World.of_environment()
+    world = World()
     try:
+        world = World.of_environment()
         name = verb.replace("-", "_").replace(" ", "_")
         step = importlib.import_module(f"megatron_prune.steps.{name}")
         parser = getattr(step, "parse", None)
@@ -78,10 +84,29 @@ def run_verb(verb: str, argv: list[str], *, prog: str) -> None:
         _fail(world, f"{prog}: {error}", 1)
     except KeyboardInterrupt:
         _fail(world, f"{prog}: interrupted", 130)
-    except Exception:
-        _fail(world, traceback.format_exc(), 1)
+    except OSError as error:  # before work: what is refused while something is written is a PruneError
+        _fail(world, f"{prog}: {describe(error)}", 2)
+    except SystemExit:
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        _fail(world, f"{prog}: {unexpected(error)}", 1)
     if code:
         raise SystemExit(code)
+
+
+def unexpected(error: BaseException) -> str:
+    """The message for what nobody thought of; the traceback only where :data:`DEBUG` is set."""
+    if os.environ.get(DEBUG):
+        return "".join(traceback.format_exception(error)).rstrip()
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return f"not enough memory\n  got: {reason(error)}\n  what to do: take more ranks, shorter or fewer samples, or a larger machine"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = os.path.join(*Path(last.filename).parts[-2:])
+    return (
+        f"something went wrong that this program did not foresee\n  got: {reason(error)}, at {where}:{last.lineno}\n"
+        f"  what to do: see whether the input is sound; if it is, this is a fault of megatron-prune: please report it with what "
+        f"{DEBUG}=1 prints"
+    )
 
 
 def _quiet() -> None:
@@ -101,9 +126,9 @@ def _fail(world, message: str, code: int) -> None:
     """Print and leave at once. Bad input is seen alike by all ranks: the others give rank 0 time to say it alone."""
     if world.size > 1:
         if not world.is_main:
-            time.sleep(1.0)  # torchrun ends this process as soon as another has failed
+            time.sleep(10.0)  # torchrun ends this process as soon as another has failed
         message = "\n".join(f"[rank {world.rank}] {line}" for line in message.split("\n"))
-    print(message, file=sys.stderr, flush=True)
+    print(plain(message, 1 << 20), file=sys.stderr, flush=True)
     if world.size > 1:
         os._exit(code)  # a process group with dead peers must not be torn down politely: that can hang
     raise SystemExit(code)

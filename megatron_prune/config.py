@@ -7,31 +7,79 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import re
 import types
 import typing
 from dataclasses import MISSING, Field, field, fields
-from typing import Any, TypeVar
+from typing import Any, Callable, TypeVar
 
 from megatron_prune.errors import InputError
 
 Options = TypeVar("Options")
 
 
-def option(help: str, default: Any = MISSING, *, choices: list[str] | None = None) -> Any:
-    """A dataclass field that becomes a flag; required when it has no default."""
-    metadata = {"help": help, "choices": choices}
+def option(help: str, default: Any = MISSING, *, choices: list[str] | None = None, least: float | None = None) -> Any:
+    """A dataclass field that becomes a flag; required when it has no default.
+
+    Args:
+        least: the lowest number that is taken.
+    """
+    metadata = {"help": help, "choices": choices, "least": least}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
 def integers(text: str) -> tuple[int, ...]:
     """``"7,13"`` → ``(7, 13)``; an empty text is an empty tuple."""
     try:
-        return tuple(int(part) for part in text.replace(" ", "").split(",") if part)
-    except ValueError:
+        return tuple(whole(part) for part in text.replace(" ", "").split(",") if part)
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 7,13") from None
 
 
-_TYPES = {"int": int, "float": float, "str": str, "tuple": integers}
+LARGEST = (1 << 63) - 1
+"""Of whole numbers: what torch, numpy and files take."""
+
+
+def whole(text: str) -> int:
+    """A whole number that fits 64 bits."""
+    if not re.fullmatch(r"\s*[+-]?[0-9][0-9_]{0,24}\s*", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number")
+    number = int(text)
+    if abs(number) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{number} is larger than {LARGEST}")
+    return number
+
+
+def finite(text: str) -> float:
+    """A number; neither NaN nor infinity is one."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number") from None
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a finite number")
+    return number
+
+
+def _at_least(read: Callable[[str], Any], least: float | None) -> Callable[[str], Any]:
+    def checked(text: str) -> Any:
+        number = read(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{number} is less than {least}")
+        return number
+
+    return read if least is None else checked
+
+
+def text(given: str) -> str:
+    """A text that says something: a variable that was never set is not taken for a path."""
+    if not given.strip():
+        raise argparse.ArgumentTypeError("nothing is given: it is empty")
+    return given
+
+
+_TYPES = {"int": whole, "float": finite, "str": text, "tuple": integers}
 _METAVARS = {"int": "N", "float": "X", "tuple": "N,N"}
 
 
@@ -50,11 +98,11 @@ def add_options(parser: argparse.ArgumentParser, kind: type, chosen: list[Field]
         elif name == "bool":
             parser.add_argument(*spellings, action="store_true", **common)
         elif annotation == tuple[str, ...]:
-            parser.add_argument(*spellings, nargs="+", default=item.default, metavar=item.name.upper(), **common)
+            parser.add_argument(*spellings, nargs="+", type=text, default=item.default, metavar=item.name.upper(), **common)
         else:
             parser.add_argument(
                 *spellings,
-                type=_TYPES[name],
+                type=_at_least(_TYPES[name], item.metadata["least"]),
                 choices=item.metadata["choices"],
                 required=item.default is MISSING,
                 default=None if item.default is MISSING else item.default,

@@ -51,7 +51,7 @@ def raise_all(kind: type[InputError], what: str, problems: list[str], *, do: str
 
 _TERMINAL_CODE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\-_])")
 _ADVICE = re.compile(
-    r"weights_only|add_safe_globals|safe_globals|allow_pickle|trust_remote_code|dangerous|pickle_module|trust(ed)? the source"
+    r"weights_only|add_safe_globals|safe_globals|allow_pickle|trust_remote_code|dangerous|pickle_module|trust(ed)?( the)? source"
     r"|arbitrary code|RUST_BACKTRACE|TORCH_FORCE|https?://|traceback|documentation of torch|we changed the default|"
     r"please (use|file|report|open|set|pass)|you can (use|set|pass|try)|weights only load",
     re.IGNORECASE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 
@@ -12,6 +13,22 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from ranks import RankPool
 from tiny import FAMILIES, build_tiny
+
+
+def pytest_addoption(parser):
+    parser.addoption("--order", type=int, metavar="SEED", help="run modules, and the tests in each, in a random order")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--order") is None:
+        return
+    draw, modules = random.Random(config.getoption("--order")), {}
+    for item in items:
+        modules.setdefault(item.path, []).append(item)
+    shuffled = list(modules.values())
+    for tests in (shuffled, *shuffled):
+        draw.shuffle(tests)
+    items[:] = [item for tests in shuffled for item in tests]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -126,8 +126,12 @@ def perplexity(world: World, checkpoint: str, windows: list[list[int]], tp: int,
 
 
 @contextmanager
-def stock_model(world: World, args: Namespace, tp: int, pp: int) -> Iterator[torch.nn.Module]:
-    """megatron-core's GPTModel with its stock local layer spec, float32, NaN everywhere, as ``args`` describe it."""
+def stock_model(world: World, args: Namespace, tp: int, pp: int, impl: str = "local") -> Iterator[torch.nn.Module]:
+    """megatron-core's GPTModel, float32, NaN everywhere, as ``args`` describe it.
+
+    Args:
+        impl: ``"local"``: its stock local layer spec; ``"transformer_engine"``: what stands in for the other.
+    """
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -163,9 +167,14 @@ def stock_model(world: World, args: Namespace, tp: int, pp: int) -> Iterator[tor
     )
     try:
         with cpu.stand_in():
+            spec = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization="RMSNorm")
+            if impl != "local":
+                import te_layers
+
+                spec = te_layers.layers(args.num_layers // pp, args.qk_layernorm)
             model = GPTModel(
                 config,
-                get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization="RMSNorm"),
+                spec,
                 vocab_size=padded(args, tp),
                 max_sequence_length=32,
                 pre_process=parallel_state.is_pipeline_first_stage(),
@@ -189,16 +198,30 @@ def padded(args: Namespace, tp: int) -> int:
 
 
 def _parameters(model: torch.nn.Module) -> dict[str, numpy.ndarray]:
-    return {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
+    """All of them, under the names of local layers."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        for theirs, local in _LOCAL_NAMES.items():
+            name = name.replace(theirs, local)
+        found[name] = parameter.detach().numpy().copy()
+    return found
 
 
-def load_stock(world: World, folder: str, args: dict[str, Any], tp: int, pp: int) -> dict[str, numpy.ndarray]:
+_LOCAL_NAMES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+def load_stock(
+    world: World, folder: str, args: dict[str, Any], tp: int, pp: int, impl: str = "local"
+) -> dict[str, numpy.ndarray]:
     """Load a ``torch_dist`` folder with megatron-core's own loader → this rank's parameters."""
     from megatron.core import dist_checkpointing
     from megatron.core.safe_globals import register_safe_globals
 
     register_safe_globals()
-    with stock_model(world, Namespace(**args), tp, pp) as model:
+    with stock_model(world, Namespace(**args), tp, pp, impl) as model:
         wanted = model.sharded_state_dict(prefix="", metadata={"singleton_local_shards": False})
         loaded = dist_checkpointing.load(wanted, folder)
         model.load_state_dict({name: value for name, value in loaded.items() if name in wanted}, strict=True)
@@ -226,26 +249,17 @@ def open_then_load_common(world: World, folder: str) -> str:
     return type(dist_checkpointing.load_common_state_dict(folder)["args"]).__name__
 
 
-def load_legacy(world: World, folder: str, args: dict[str, Any], tp: int, pp: int) -> dict[str, numpy.ndarray]:
-    """Load this rank's own file of the legacy layout into the stock model, names mapped to those of local layers."""
+def load_legacy(world: World, folder: str, args: dict[str, Any], tp: int, pp: int, impl: str) -> dict[str, numpy.ndarray]:
+    """Load this rank's own file of the legacy layout into the stock model, name by name."""
     from megatron.core import parallel_state
     from megatron.core.safe_globals import register_safe_globals
 
     register_safe_globals()
-    with stock_model(world, Namespace(**args), tp, pp) as model:
+    with stock_model(world, Namespace(**args), tp, pp, impl) as model:
         rank, stage = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
         name = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else "")
         content = torch.load(Path(folder) / name / "model_optim_rng.pt", weights_only=True)
-        te_to_local = {
-            "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-            "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-        }
-        state = {}
-        for key, value in content["model"].items():
-            for theirs, local in te_to_local.items():
-                key = key.replace(theirs, local)
-            state[key] = value
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict(content["model"], strict=True)
         return _parameters(model)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
 import multiprocessing
@@ -90,6 +91,7 @@ def happening(events: dict[int, str]) -> Iterator[None]:
     40 kB or 100 bytes, as on a full disk; ``"little room"``: the disk says so. ``"killed in …"`` (writing, commit, tracker,
     best, rotation): the run is gone at that moment of its checkpoint. ``"writer …"`` (killed, leaves, fails): the process
     that writes it is, ends or finds an error in the middle; with ``after a stop`` the run was asked to stop before.
+    ``"indices do not fit"`` (at 0): the disk is full while the first of the data's indices is written.
     """
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
@@ -133,6 +135,11 @@ def happening(events: dict[int, str]) -> Iterator[None]:
                 raise Killed
             self.finish()
 
+    def watched_indices(path, array, **rest):
+        with open(path, "wb") as file:
+            file.write(array.tobytes()[:10])
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
     def watched_write(*arguments):
         write_file(*arguments)
         if now and now[0].startswith("writer killed"):
@@ -156,6 +163,7 @@ def happening(events: dict[int, str]) -> Iterator[None]:
         mock.patch.object(Trainer, "step", watched_step),
         mock.patch.object(checkpoints.Checkpoints, "save", watched_save),
         mock.patch.object(FileSystemWriterAsync, "write_preloaded_data", staticmethod(watched_write)),
+        mock.patch.object(numpy, "save", watched_indices) if events.get(0) else contextlib.nullcontext(),
         mock.patch.object(staging, "commit", at("commit", commit)),
         mock.patch.object(staging, "write_text", at("tracker", write_text)),
         mock.patch.object(checkpoints, "_link", at("best", link)),
@@ -171,7 +179,7 @@ def recover(
     world: World, options: dict[str, Any], events: dict[int, str] | None = None, on_rank: int = 0, *, plots: bool = False
 ) -> int:
     """``steps/recover.py`` → its exit code; ``events`` happen on one rank (see :func:`happening`)."""
-    from megatron_prune.files import staging
+    from megatron_prune.files import hidden
     from megatron_prune.recovery.trainer import Trainer
     from megatron_prune.runtime.model import stop_parallel
     from megatron_prune.steps.recover import RecoverOptions
@@ -196,8 +204,8 @@ def recover(
             stop_parallel()
             if world.size > 1:
                 forget_groups()
-            for folder in list(staging._locks):
-                staging._unlock(staging._locks.pop(folder))  # a run holds its directory for as long as its process lives
+            for folder in list(hidden.locks):
+                hidden.unlock(hidden.locks.pop(folder))  # a run holds its directory for as long as its process lives
 
 
 def teach(world: World, options: dict[str, Any]) -> None:

@@ -163,11 +163,16 @@ def load(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def cross_entropy(model: torch.nn.Module, tokens: Tensor) -> float:
-    """Mean next-token loss on samples [count, seq_length + 1], in nats."""
+def cross_entropy(model: torch.nn.Module, tokens: Tensor, counted: Tensor | None = None) -> float:
+    """Mean next-token loss on samples [count, seq_length + 1], in nats; of tokens that count, where some do not."""
     with torch.no_grad():
         logits = model(tokens[:, :-1]).logits.double()
-    return float(functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+    return float(functional.cross_entropy(logits.flatten(0, 1), labels(tokens, counted).flatten()))
+
+
+def labels(tokens: Tensor, counted: Tensor | None = None) -> Tensor:
+    """The next tokens; -100, which torch ignores, for those that do not count (0 in ``counted``)."""
+    return tokens[:, 1:] if counted is None else tokens[:, 1:].masked_fill(counted[:, 1:] == 0, -100)
 
 
 def train(
@@ -186,6 +191,7 @@ def train(
     layers: tuple[tuple[int, int], ...] = (),
     hidden_weight: float = 0.0,
     model: torch.nn.Module | None = None,
+    counted: list[Tensor] | None = None,
 ) -> Course:
     """Train on batches [samples, seq_length + 1]; no weight decay on biases and norms.
 
@@ -193,6 +199,7 @@ def train(
         listed: tokens of the teacher's distributions that are known.
         layers: whose outputs are compared with the teacher's, (own, teacher's).
         model: to train what is trainable of, instead of the one in ``folder``.
+        counted: for every batch, 1 where a token counts, else 0; all count where there is none.
     """
     model, taught = model or load(folder), load(teacher) if teacher else None
     seen = [(_watch(model, own), _watch(taught, theirs)) for own, theirs in layers]
@@ -205,13 +212,14 @@ def train(
     rows = []
     for number, tokens in enumerate(batches):
         logits = model(tokens[:, :-1]).logits
-        plain = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        wanted = labels(tokens, counted and counted[number])
+        plain = functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
         divergence = unlike = torch.zeros(())
         if taught is not None:
             with torch.no_grad():
                 answer = taught(tokens[:, :-1]).logits
             if listed is None:
-                divergence = kl_divergence(logits, answer, temperature).mean()
+                divergence = kl_divergence(logits, answer, temperature)[wanted >= 0].mean()
             else:
                 divergence = coarse_kl_divergence(logits, *coarse_answer(answer, listed, temperature), temperature).mean()
         if layers:

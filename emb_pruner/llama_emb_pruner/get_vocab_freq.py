@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_prune.cli import run_verb
+from megatron_prune.config import text
 from megatron_prune.files import staging
 
 PROG = "get_vocab_freq.py"
@@ -23,14 +24,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog=PROG, description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--data_type", choices=["txt", "jsonl", "mmap"], default="mmap", help="mmap: prefix of a Megatron .bin/.idx pair")
-    add("--data_path", nargs="+", required=True, help="corpora of that type")
-    add("--vocab_freq", required=True, help="start of the name of the counts: .txt and .safetensors are added")
+    add("--data_path", type=text, nargs="+", required=True, help="corpora of that type")
+    add("--vocab_freq", type=text, required=True, help="start of the name of the counts: .txt and .safetensors are added")
     add("--model_name", choices=["llama"], default="llama", help="accepted; the tokenizer says itself what it is")
-    add("--spm", required=True, help="tokenizer.model, or the directory of a model")
+    add("--spm", type=text, required=True, help="tokenizer.model, or the directory of a model")
     add("--remain_vocab_size", type=int, default=20000, help="tokens that stay, in all")
-    add("--remain_vocab_ids_path", required=True, help="file of ids to write (remain_vocab_ids.pt)")
-    add("--new_spm_path", help="also write the trimmed tokenizer into this directory")
-    add("--data_field", default="text", help="name of the text in jsonl")
+    add("--remain_vocab_ids_path", type=text, required=True, help="file of ids to write (remain_vocab_ids.pt)")
+    add("--new_spm_path", type=text, help="also write the trimmed tokenizer into this directory")
+    add("--data_field", type=text, default="text", help="name of the text in jsonl")
     add("--overwrite", action="store_true", help="replace existing counts and tokenizer")
     options = parser.parse_args()
     named = Path(options.spm)
@@ -50,7 +51,7 @@ def main() -> None:
         ids = torch.load(f"{work}/ids.pt", weights_only=True).tolist()
     held = io.BytesIO()
     torch.save(ids, held)
-    staging.write_bytes(Path(options.remain_vocab_ids_path), held.getvalue())
+    staging.write_files({Path(options.remain_vocab_ids_path): held.getvalue()})
     if options.new_spm_path:
         trim = ["--load-dir", folder, "--keep-ids", options.remain_vocab_ids_path, "--save-dir", options.new_spm_path]
         run_verb("vocab trim", [*trim, "--tokenizer-only", *again], prog=PROG)

@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from megatron_prune.errors import CheckpointError
+from megatron_prune.errors import CheckpointError, reason
 from megatron_prune.files.documents import shorten
 
 MAX_SIZE = 2**31 - 1
@@ -110,7 +110,7 @@ class ModelConfig:
             scaling = data.get("rope_scaling")
             return cls(**{**data, "rope_scaling": RopeScaling(**scaling) if scaling else None})
         except (TypeError, AttributeError) as error:
-            raise CheckpointError("a stored model description cannot be read", got=str(error)) from None
+            raise CheckpointError("a stored model description cannot be read", got=reason(error)) from None
 
 
 def check_fields(described: ModelConfig | RopeScaling, what: str) -> None:

@@ -26,7 +26,6 @@ from megatron_prune.arch.tensors import layer_roles, tensor_shape
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.files.documents import shorten
 
-
 _LARGEST = 1 << 20
 """Ranks, stages, or rows that a vocabulary is padded to a multiple of."""
 

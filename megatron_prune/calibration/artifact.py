@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
+from megatron_prune.files.documents import parse_json, shorten
+from megatron_prune.files.tensor_file import open_tensors
 
 FORMAT = "megatron-prune samples"
 
@@ -33,7 +34,7 @@ def save_samples(path: Path, tokens: torch.Tensor, provenance: dict[str, Any]) -
             "samples to keep", got=f"provenance {sorted(provenance)}", needed="content_id of the model they are from"
         )
     metadata = {"format": FORMAT, "provenance": json.dumps(provenance, sort_keys=True)}
-    staging.write_bytes(path, save({"tokens": tokens.cpu().contiguous()}, metadata=metadata))
+    staging.write_files({path: save({"tokens": tokens.cpu().contiguous()}, metadata=metadata)})
 
 
 def load_samples(path: Path) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -42,16 +43,11 @@ def load_samples(path: Path) -> tuple[torch.Tensor, dict[str, Any]]:
     Raises:
         InputError: if it is missing, damaged, or something else.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata, names = file.metadata() or {}, list(file.keys())
-            if metadata.get("format") != FORMAT or names != ["tokens"]:
-                raise InputError(f"{path} is not a file of samples", got="tensors " + ", ".join(names[:8]), needed=FORMAT)
-            tokens, provenance = file.get_tensor("tokens"), json.loads(metadata["provenance"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is not a whole file of samples", got=str(error), do="make it again") from None
-    if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.numel() == 0 or not isinstance(provenance, dict):
-        raise InputError(
-            f"{path} is not a file of samples", got=f"{tokens.dtype} {list(tokens.shape)}", needed="int64 [samples, T]"
-        )
-    return tokens, provenance
+    with open_tensors(path, error=InputError, do="make it again") as file:
+        if file.metadata.get("format") != FORMAT or file.names != ["tokens"]:
+            raise InputError(f"{path} is not a file of samples", got="tensors " + shorten(file.names), needed=FORMAT)
+        tokens = file.read("tokens", torch.int64, (None, None), least=0)
+        if tokens.numel() == 0:
+            raise file.refuse("tokens", got=list(tokens.shape), needed="samples")
+        said, where = file.metadata.get("provenance", ""), f"{path}: provenance"
+        return tokens, parse_json(said, dict[str, Any], where, error=InputError, do="make it again")

@@ -7,13 +7,17 @@ there is one, else behind a line. Nothing is left out: the pieces are the text.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Iterable, Iterator, Sequence
 
 from megatron_prune.calibration import hub
 from megatron_prune.calibration.encoder import Encoder
 from megatron_prune.calibration.reader import Reader, TextReader, open_reader
+from megatron_prune.calibration.streams import is_compressed
+from megatron_prune.calibration.talks import Span
 from megatron_prune.errors import InputError
 
 LONGEST = 1 << 14
@@ -21,6 +25,9 @@ LONGEST = 1 << 14
 
 _ROWS = 1000
 """Rows of a data set that are read together."""
+
+MOST = 1 << 29
+"""Characters that are tokenised whole, at most; documents have no such limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +37,21 @@ class Document:
     Attributes:
         texts: its text for each key.
         size: bytes of the source that it takes up.
+        answers: for each text which characters the assistant says; ``None`` where the text is no talk.
     """
 
     texts: tuple[str, ...]
     size: int
+    answers: tuple[list[Span] | None, ...] = ()
+
+    def of(self, column: int) -> tuple[str, list[Span] | None]:
+        """The text for a key, by its place, and the answers in it."""
+        return self.texts[column], self.answers[column] if self.answers else None
+
+    @property
+    def is_talk(self) -> bool:
+        """Whether the first text is one."""
+        return bool(self.answers) and self.answers[0] is not None
 
 
 class DocumentReader(ABC):
@@ -54,14 +72,35 @@ class DocumentReader(ABC):
         """Bytes that the documents take up together, if that is known beforehand."""
         return None
 
+    def files(self) -> list[Path]:
+        """The files here that are read."""
+        return []
 
-def open_documents(name: str, keys: Sequence[str], *, split: str) -> DocumentReader:
+    def contents(self) -> dict[str, Any]:
+        """JSON-able: of a folder, what is read of it and what is not (see ``contents.py``); else empty."""
+        return {}
+
+
+class FileReader(TextReader, DocumentReader):
+    """A file that is text, or whose records are."""
+
+    def files(self) -> list[Path]:
+        return [Path(self.name)]
+
+    def size(self) -> int | None:
+        return None if is_compressed(self.name) else os.path.getsize(self.name)
+
+
+def open_documents(name: str, keys: Sequence[str], *, split: str, encode: Encoder | None = None) -> DocumentReader:
     """The source called ``name``.
+
+    Args:
+        encode: says what talks look like as text; where there is none, a talk is refused.
 
     Raises:
         InputError: if there is none, or it is not text.
     """
-    reader = open_reader(name, encode=Encoder(None), field=keys[0], split=split)
+    reader = open_reader(name, encode=encode or Encoder(None), field=keys[0], split=split)
     if isinstance(reader, DocumentReader):
         return reader
     if isinstance(reader, TextReader):
@@ -74,6 +113,10 @@ class _WholeText(DocumentReader):
 
     def __init__(self, reader: TextReader):
         self._reader = reader
+        self.name = reader.name
+
+    def files(self) -> list[Path]:
+        return self._reader.files()
 
     def documents(self, keys: Sequence[str]) -> Iterator[Document]:
         text, _ = self._reader.text()
@@ -127,3 +170,22 @@ def row_documents(name: str, rows: Any, keys: Sequence[str]) -> Iterator[Documen
         some = rows.select(range(start, min(start + _ROWS, len(rows))))
         for texts in zip(*(hub.texts(name, some, key) for key in keys)):
             yield Document(texts, sum(map(len, texts)))
+
+
+def within_memory(name: str, parts: Iterable[str]) -> Iterator[str]:
+    """The parts of a text that is to be tokenised whole, as long as there are not too many.
+
+    Raises:
+        InputError: if the text is longer than what can be.
+    """
+    held = 0
+    for part in parts:
+        held += len(part)
+        if held > MOST:
+            raise InputError(
+                f"{name} is too long to be tokenised whole",
+                got=f"more than {MOST} characters",
+                needed="less",
+                do="make a pair of it, of which only what is drawn is read (megatron-prune preprocess), or name a part of it",
+            )
+        yield part

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import sys
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 
-from megatron_prune.errors import InputError
+from megatron_prune.calibration.talks import Messages, Span
+from megatron_prune.calibration.template import ChatTemplate
+from megatron_prune.errors import InputError, reason
 from megatron_prune.files.documents import read_json, shorten
 
 
@@ -18,11 +24,12 @@ class Encoder:
 
     Args:
         folder: directory of the tokenizer; ``None`` where there is none, which is an error only when text has to be read.
+        answers: whether to tell which characters of a talk the assistant says.
     """
 
-    def __init__(self, folder: Path | None):
-        self._folder = folder
-        self._tokenizer = None
+    def __init__(self, folder: Path | None, *, answers: bool = False):
+        self._folder, self.answers = folder, answers
+        self._tokenizer = self._template = None
 
     def __call__(self, text: str) -> torch.Tensor:
         """int64 [tokens].
@@ -31,7 +38,27 @@ class Encoder:
             InputError: if there is no tokenizer or it cannot be loaded.
         """
         self.load()
-        return torch.tensor(self._tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+        bos = self._tokenizer.bos_token
+        begun = bool(bos) and text.startswith(bos)  # a talk says itself which special tokens it has
+        with tokenizer_errors(f"the tokenizer in {self._folder} cannot encode a text"):
+            ids = self._tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def render(self, messages: Messages, tools: list | None, where: str) -> tuple[str, list[Span]]:
+        """A talk as text by the tokenizer's chat template, and which characters are the assistant's, if that is asked for.
+
+        Args:
+            where: the record, for messages.
+
+        Raises:
+            InputError: naming the record, if there is no tokenizer or template, or it does not do.
+        """
+        if self._folder is None:
+            raise InputError(f"{where} is a talk, and there is no chat template", do="name a tokenizer that has one")
+        if self._template is None:
+            self.load()
+            self._template = ChatTemplate(self._tokenizer, self._folder.name, answers=self.answers)
+        return self._template.render(messages, tools, where)
 
     def load(self) -> None:
         """Load the tokenizer now.
@@ -55,13 +82,8 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     check_no_code(folder)
-    try:
+    with tokenizer_errors(f"the tokenizer in {folder} cannot be read"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except BaseException as error:  # tokenizers raises bare Exception for a damaged file, and its panics are not even that
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        got = shorten(str(error).strip().split("\n")[0], 300)
-        raise InputError(f"the tokenizer in {folder} cannot be read", got=got) from None
 
 
 def check_no_code(folder: Path) -> None:
@@ -81,6 +103,53 @@ def check_no_code(folder: Path) -> None:
                 do="name a tokenizer that needs none (--tokenizer); or take auto_map out of the file, if a class of transformers "
                 "does the same",
             )
+
+
+@contextlib.contextmanager
+def tokenizer_errors(what: str, error: type[InputError] = InputError) -> Iterator[None]:
+    """Say ``what`` is wrong where a library of tokenizers fails.
+
+    They raise bare ``Exception`` for a damaged file, and for what their authors did not think of a panic of Rust, which is no
+    ``Exception`` and has written to standard error before it is seen.
+
+    Raises:
+        InputError (of the kind ``error``): with what the library says.
+    """
+    try:
+        with _no_panic_notes():
+            yield
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as found:
+        raise error(what, got=reason(found)) from None
+
+
+@contextlib.contextmanager
+def _no_panic_notes() -> Iterator[None]:
+    """Keep notes of a panic of Rust off standard error; what else is written to it meanwhile comes after."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            held.seek(0)
+            lines = held.read().decode("utf-8", "replace").splitlines(keepends=True)
+            sys.stderr.write("".join(_without_panics(lines)))
+
+
+def _without_panics(lines: list[str]) -> list[str]:
+    """Lines but for ``thread … panicked at …`` and the two or three after it."""
+    found, skipping = [], False
+    for line in lines:
+        skipping = "panicked at" in line or (skipping and "RUST_BACKTRACE" not in line)
+        if not skipping and "RUST_BACKTRACE" not in line:
+            found.append(line)
+    return found
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_prune.calibration.reader import TEST, TRAIN
-from megatron_prune.errors import InputError
+from megatron_prune.errors import InputError, reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +76,9 @@ def _guarded(what: str, function: Any, *args: Any, **options: Any) -> Any:
     try:
         return function(*args, **options)
     except Exception as error:  # the library raises dozens of kinds, of its own and of its dependencies
-        lines = str(error).strip().split("\n")
         raise InputError(
             f"`datasets` cannot load {what}",
-            got=f"{type(error).__name__}: {lines[0]}",
+            got=reason(error),
             needed="a data set on the Hugging Face hub or in its local cache, or a folder of data files",
             do="check the name and the network, or name local files",
         ) from None

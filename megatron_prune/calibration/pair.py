@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Iterator, Literal
 
 import numpy
 import torch
+from typing_extensions import TypedDict
 
-from megatron_prune.errors import InputError
+from megatron_prune.errors import InputError, reason
+from megatron_prune.files import staging
+from megatron_prune.files.documents import open_regular, parse_json, read_bytes
 
 _HEADER = b"MMIDIDX\x00\x00"
 _START = struct.Struct("<9sQBQQ")
@@ -21,8 +23,19 @@ _BLOCK = 1 << 22
 """Tokens that are looked at together."""
 
 
+def is_index(file: Path) -> bool:
+    """Whether a file begins as the index of a Megatron data set."""
+    try:
+        with open_regular(file) as data:
+            return data.read(len(_HEADER)) == _HEADER
+    except (InputError, OSError):
+        return False
+
+
 def open_pair(prefix: str | Path) -> Pair:
     """The pair ``prefix.bin`` and ``prefix.idx``; only the index is read.
+
+    A run that was stopped while it put the pair in place is completed first.
 
     Args:
         prefix: of both files; the name of either of them will do.
@@ -32,7 +45,10 @@ def open_pair(prefix: str | Path) -> Pair:
             ids, or holds none.
     """
     path = Path(prefix)
-    return Pair(str(path.with_suffix("") if path.suffix in (".bin", ".idx") else path))
+    whole = str(path.with_suffix("") if path.suffix in (".bin", ".idx") else path)
+    if not os.path.lexists(f"{whole}.idx"):
+        staging.settle(Path(f"{whole}.idx"))
+    return Pair(whole)
 
 
 class Pair:
@@ -58,15 +74,21 @@ class Pair:
             ends = numpy.array(self._data.document_indices)
             self._pointers = numpy.array(self._data.index.sequence_pointers)
             self.dtype = numpy.dtype(self._data.index.dtype)
-        except (AssertionError, ValueError, OSError, IndexError) as error:
-            raise InputError(f"{prefix}.idx is damaged", got=str(error), do="make the pair again") from None
+        except (AssertionError, ValueError, OSError, IndexError, KeyError, TypeError, OverflowError) as error:
+            raise InputError(f"{prefix}.idx is damaged", got=reason(error), do="make the pair again") from None
         self.prefix, self.sequences, self.documents = prefix, len(lengths), len(ends) - 1
         if not numpy.issubdtype(self.dtype, numpy.integer):
             raise InputError(f"{prefix}.idx", got=f"values of {self.dtype}", needed="token ids (integers)")
-        if (lengths < 0).any() or (self._pointers < 0).any() or ends[0] != 0 or (numpy.diff(ends) < 0).any():
-            raise InputError(f"{prefix}.idx is damaged", got="lengths or places below 0", do="make the pair again")
+        if (lengths < 0).any() or (self._pointers < 0).any() or not _ascends(ends, len(lengths)):
+            raise InputError(
+                f"{prefix}.idx is damaged",
+                got="lengths, places or documents that cannot be",
+                needed="lengths and places from 0 on, and documents that end after those before them",
+                do="make the pair again",
+            )
         held = Path(f"{prefix}.bin").stat().st_size
-        needed = int((self._pointers + lengths * self.dtype.itemsize).max()) if len(lengths) else 0
+        last = int(self._pointers.max()) if len(lengths) else 0  # first alone: the sum of a huge place and a length wraps
+        needed = last if last > held else int((self._pointers + lengths * self.dtype.itemsize).max()) if len(lengths) else 0
         if held < needed:
             raise InputError(f"{prefix}.bin is not whole", got=f"{held} bytes", needed=f"{needed} bytes, as {prefix}.idx says")
         self.ends = numpy.cumsum(lengths)
@@ -109,13 +131,46 @@ class Pair:
                     yield numpy.frombuffer(file.read(min(_BLOCK * size, stop - place)), dtype=self.dtype)
 
 
-def recorded_tokenizer(prefix: str) -> dict[str, Any] | None:
-    """What the record beside a pair that ``megatron-prune preprocess`` made says of its tokenizer; ``None`` without one."""
-    try:
-        made = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))["tokenizer"]
-        return made if {"name", "vocab_size", "digest"} <= set(made) else None
-    except (OSError, ValueError, KeyError, TypeError):
+def _ascends(ends: numpy.ndarray, sequences: int) -> bool:
+    return len(ends) > 0 and ends[0] == 0 and bool((numpy.diff(ends) >= 0).all()) and ends[-1] <= sequences
+
+
+class RecordedTokenizer(TypedDict):
+    """What a record beside a pair says of the tokenizer that made it."""
+
+    name: str
+    vocab_size: int
+    eod: int | None
+    digest: str
+
+
+class PairRecord(TypedDict):
+    """The record that ``megatron-prune preprocess`` writes beside a pair, ``PREFIX.json``."""
+
+    __pydantic_config__ = {"extra": "allow"}
+    format: Literal["megatron-prune documents"]
+    tokenizer: RecordedTokenizer
+
+
+def read_record(prefix: str) -> PairRecord | None:
+    """The record beside a pair; ``None`` where there is none, or a file of that name that is something else.
+
+    Raises:
+        InputError: if it is damaged.
+    """
+    file = Path(f"{prefix}.json")
+    if not file.is_file():
         return None
+    text = read_bytes(file, error=InputError)
+    if b'"megatron-prune documents"' not in text[: 1 << 12]:
+        return None
+    return parse_json(text, PairRecord, file, error=InputError, do="make the pair again, or remove the record")
+
+
+def recorded_tokenizer(prefix: str) -> RecordedTokenizer | None:
+    """The tokenizer that the record beside a pair names; ``None`` without one."""
+    record = read_record(prefix)
+    return record["tokenizer"] if record else None
 
 
 def _check(prefix: str) -> None:
@@ -127,12 +182,9 @@ def _check(prefix: str) -> None:
     for file in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx")):
         if not file.is_file():
             raise InputError(f"there is no file {file}", needed=f"both {prefix}.bin and {prefix}.idx")
-    try:
-        with open(f"{prefix}.idx", "rb") as file:
-            start = file.read(_START.size)
-            size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise InputError(f"{prefix}.idx cannot be read", got=str(error)) from None
+    with open_regular(Path(f"{prefix}.idx"), error=InputError) as file:
+        start = file.read(_START.size)
+        size = os.fstat(file.fileno()).st_size
     if not start.startswith(_HEADER):
         raise InputError(f"{prefix}.idx is not the index of a Megatron data set", got=start[:9], needed=_HEADER)
     if len(start) < _START.size:

@@ -6,16 +6,18 @@ there as soon as the second is. Which process writes it, and when, changes nothi
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Sequence, TypeVar
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence, TypeVar
 
 import numpy
 import xxhash
 
+from megatron_prune.calibration.talks import Span
 from megatron_prune.calibration.workers import in_processes
 from megatron_prune.files import staging
 
@@ -34,12 +36,14 @@ class Coding:
         special_tokens: whether it puts its own special tokens around a text.
         eod: token that ends every document, if one does.
         dtype: numpy's name of a token's type in the file.
+        answers: whether a mask goes with the tokens: 1 for those that the assistant says in a talk.
     """
 
     tokenizer: Any
     special_tokens: bool
     eod: int | None
     dtype: str
+    answers: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +53,13 @@ class Part:
     Attributes:
         prefix: of its files.
         texts: one for each document.
+        answers: for each text, which characters the assistant says; ``None`` where it is no talk.
         size: bytes of the source that they take up.
     """
 
     prefix: str
     texts: list[str]
+    answers: list[list[Span] | None]
     size: int
 
     @property
@@ -105,32 +111,67 @@ def _write_part(part: Part) -> int:
 def write_part(part: Part, coding: Coding) -> int:
     """Tokenise the texts of a part and write it; its ``size``."""
     lengths = []
-    with open(f"{part.prefix}.bin", "wb") as file:
-        for tokens in _tokenised(part.texts, coding):
-            file.write(numpy.array(tokens, dtype=coding.dtype).tobytes())
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(open(f"{part.prefix}.{name}", "wb")) for name in _streams(coding)}
+        for tokens, mask in _tokenised(part, coding):
+            files["bin"].write(numpy.array(tokens, dtype=coding.dtype).tobytes())
+            if coding.answers:
+                files["mask"].write(mask.tobytes())
             lengths.append(len(tokens))
-    staging.sync(Path(f"{part.prefix}.bin"))
+    for name in files:
+        staging.sync(Path(f"{part.prefix}.{name}"))
     held = io.BytesIO()
     numpy.save(held, numpy.array(lengths, dtype=numpy.int32))
     staging.write_bytes(Path(f"{part.prefix}.npy"), held.getvalue())
     return part.size
 
 
-def _tokenised(texts: Sequence[str], coding: Coding) -> Iterator[list[int]]:
-    """The tokens of every text that has any."""
-    end = [] if coding.eod is None else [coding.eod]
-    for batch in grouped(texts, len, _BATCH):
-        found = coding.tokenizer(batch, add_special_tokens=coding.special_tokens, return_attention_mask=False, verbose=False)
-        yield from (tokens + end for tokens in found["input_ids"] if tokens)
+def _streams(coding: Coding) -> tuple[str, ...]:
+    return ("bin", "mask") if coding.answers else ("bin",)
 
 
-def text_digest(texts: Iterable[str]) -> str:
-    """Which texts these are, and where each ends."""
+def _tokenised(part: Part, coding: Coding) -> Iterator[tuple[list[int], numpy.ndarray | None]]:
+    """The tokens of every text that has any; with a mask uint8 [tokens] if there is to be one."""
+    for batch in grouped(list(zip(part.texts, part.answers)), lambda item: len(item[0]), _BATCH):
+        found = coding.tokenizer(
+            [text for text, _ in batch],
+            add_special_tokens=coding.special_tokens,
+            return_attention_mask=False,
+            return_offsets_mapping=coding.answers,
+            verbose=False,
+        )
+        for number, (tokens, (_, answers)) in enumerate(zip(found["input_ids"], batch)):
+            if tokens:
+                ended = coding.eod is None or (answers is not None and tokens[-1] == coding.eod)
+                mask = answer_mask(found["offset_mapping"][number], answers, ended) if coding.answers else None
+                yield (tokens if ended else [*tokens, coding.eod]), mask
+
+
+def answer_mask(offsets: Sequence[tuple[int, int]], answers: Sequence[Span], ended: bool) -> numpy.ndarray:
+    """uint8 [tokens]: 1 for tokens that begin within an answer.
+
+    Args:
+        offsets: characters that each token stands for. Of a token that is nothing but space some tokenizers say where it ends.
+        ended: whether nothing follows; else a 0 for the token that does.
+    """
+    starts, ends = numpy.array(offsets, dtype=numpy.int64).reshape(-1, 2).T
+    mask = numpy.zeros(len(starts) + (not ended), dtype=numpy.uint8)
+    for start, end in answers:
+        within = numpy.where(ends > starts, (starts >= start) & (starts < end), (ends > start) & (ends <= end))
+        mask[: len(starts)] |= within.astype(numpy.uint8)
+    return mask
+
+
+def text_digest(texts: Iterable[str], answers: Iterable[list[Span] | None] = ()) -> str:
+    """Which texts these are, where each ends, and what of them are answers."""
     found = xxhash.xxh3_128()
     for text in texts:
         data = text.encode("utf-8")
         found.update(b"%d:" % len(data))
         found.update(data)
+    spans = list(answers)
+    if any(each is not None for each in spans):
+        found.update(repr(spans).encode())
     return found.hexdigest()
 
 
@@ -147,8 +188,11 @@ def grouped(items: Iterable[T], size: Callable[[T], int], enough: int) -> Iterat
         yield group
 
 
-def join_parts(parts: Iterable[str], prefix: str, dtype: str) -> tuple[int, int]:
+def join_parts(parts: Iterable[str], prefix: str, dtype: str, stream: str = "bin") -> tuple[int, int]:
     """One pair out of the parts with these prefixes, in this order; how many documents and tokens it holds.
+
+    Args:
+        stream: ending of the files whose values it holds, of ``dtype``: ``bin`` (tokens) or ``mask``.
 
     Raises:
         OSError: if it cannot be written.
@@ -157,8 +201,8 @@ def join_parts(parts: Iterable[str], prefix: str, dtype: str) -> tuple[int, int]
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=getattr(numpy, dtype))
     for part in parts:
-        with open(f"{part}.bin", "rb") as tokens:
-            shutil.copyfileobj(tokens, builder.data_file)
+        with open(f"{part}.{stream}", "rb") as values:
+            shutil.copyfileobj(values, builder.data_file)
         builder.sequence_lengths.extend(numpy.load(f"{part}.npy").tolist())
     documents = len(builder.sequence_lengths)
     builder.document_indices.extend(range(1, documents + 1))
@@ -175,18 +219,17 @@ def pair_files(prefix: Path) -> dict[str, Path]:
     return {ending: prefix.with_name(f"{prefix.name}.{ending}") for ending in _ENDINGS}
 
 
-def place_pair(made: Path, prefix: Path) -> None:
-    """Put a finished pair in place; an old index goes first, so that no index ever belongs to other tokens.
+def place_pairs(work: Path, pairs: Mapping[Path, Path]) -> None:
+    """Put finished pairs in place, all together; old indices go first, so that no index ever belongs to other tokens.
+
+    A run that is stopped in between has the next one, and whoever opens a pair, complete it.
 
     Args:
-        made, prefix: of its files where they were made and where they go. Without a record an old one goes.
+        work: of :func:`staging.work`.
+        pairs: prefix of the files' places → prefix of the files in ``work``. Without a record an old one goes.
     """
-    sources, files = pair_files(made), pair_files(prefix)
-    present = [ending for ending in _ENDINGS if sources[ending].exists()]
-    for ending in present:
-        staging.sync(sources[ending])
-    files["idx"].unlink(missing_ok=True)
-    files["json"].unlink(missing_ok=True)
-    for ending in present:
-        os.rename(sources[ending], files[ending])
-    staging.sync(prefix.absolute().parent)
+    moves: list[tuple[Path, Path | None]] = [(pair_files(prefix)["idx"], None) for prefix in pairs]
+    for prefix, made in pairs.items():
+        for ending, file in pair_files(made).items():
+            moves.append((pair_files(prefix)[ending], file if file.exists() else None))
+    staging.place_from_work(work, moves)

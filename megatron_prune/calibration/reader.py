@@ -7,6 +7,7 @@ it reads (``.jsonl``), under ``/`` (a folder) or under ``owner/name`` (a data se
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_prune.calibration.contents import facts_of, walk
 from megatron_prune.calibration.draw import check_enough, random_starts, whole_windows, windows_at
 from megatron_prune.calibration.encoder import Encoder
 from megatron_prune.errors import InputError
@@ -24,6 +26,8 @@ READERS: Registry[type[Reader]] = Registry("source of text", "megatron_prune.cal
 
 TRAIN, TEST = "train", "test"
 """The two purposes a split is named for; a data set has its own names for them (``Reader.split_name``)."""
+
+_PAIR = (".bin", ".idx")
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w.-]+)?")
 
@@ -65,6 +69,10 @@ class Reader(ABC):
     def label(self) -> str:
         """What a provenance calls it: no folders of this machine."""
         return Path(self.name).name
+
+    def files(self) -> list[Path]:
+        """The files here that are read."""
+        return []
 
     @abstractmethod
     def draw(self, *, seq_length: int, count: int, seed: int) -> Drawn:
@@ -124,16 +132,21 @@ def reader_kind(name: str) -> str:
     Raises:
         InputError: if it is none of them, naming words that are near.
     """
+    if not name:
+        raise InputError("a source without a name", got="an empty text", needed="a file, a folder or a data set")
     known, path = READERS.names(), Path(name)
+    suffix = path.suffix.lower()
     if name in known and _is_word(name):
         return name
-    if path.is_dir():
+    if os.path.isdir(name):
         return "/"
-    if path.is_file():
-        return path.suffix if path.suffix in known else ".txt"
-    if path.suffix not in known and any(Path(f"{name}{suffix}").is_file() for suffix in (".bin", ".idx")):
+    if os.path.isfile(name):
+        return suffix if suffix in known else ".txt"
+    if os.path.exists(name):
+        raise InputError(f"{name} is a pipe or a device", needed="a regular file or a folder")
+    if suffix not in known and any(os.path.isfile(f"{name}{ending}") for ending in _PAIR):
         return ".bin"
-    if path.suffix in known or name.startswith((".", "/", "~")) or ("/" in name and path.parent.is_dir()):
+    if suffix in known or name.startswith((".", "/", "~")) or ("/" in name and os.path.isdir(path.parent)):
         raise InputError(f"there is no file or folder {name}", do="check --data")
     if _HUB_ID.fullmatch(name):
         return "owner/name"
@@ -142,7 +155,7 @@ def reader_kind(name: str) -> str:
     raise InputError(
         f"unknown data {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
         got="neither a file or folder here nor a known name",
-        needed="a text file, a .jsonl file, a folder, the prefix of a Megatron .bin/.idx pair, owner/name of a data set on "
+        needed="a text, JSON lines or Parquet file, a folder, the prefix of a Megatron .bin/.idx pair, owner/name of a data set on "
         "the Hugging Face hub, or one of " + ", ".join(words),
     )
 
@@ -155,11 +168,8 @@ def stamps(name: str) -> list[tuple[str, int, int]]:
     """(file, bytes, time of the last change) of the files here that ``name`` stands for; none for what comes from a hub."""
     path = Path(name)
     beside = {path, *(Path(f"{path.with_suffix('') if path.suffix in _PAIR else path}{suffix}") for suffix in _PAIR)}
-    files = sorted(path.rglob("*") if path.is_dir() else beside)
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-
-
-_PAIR = (".bin", ".idx")
+    files = [file for file, _ in walk(path)] if os.path.isdir(path) else sorted(file for file in beside if os.path.isfile(file))
+    return [(str(file), facts.st_size, facts.st_mtime_ns) for file in files if (facts := facts_of(file))]
 
 
 def open_reader(name: str, *, encode: Encoder, field: str, split: str) -> Reader:

@@ -10,11 +10,15 @@ from typing import Any, Callable, Sequence
 
 import torch
 
+from megatron_prune.calibration.contents import check_read_once
 from megatron_prune.calibration.encoder import Encoder
 from megatron_prune.calibration.reader import TRAIN, Drawn, Reader, open_reader
 from megatron_prune.calibration.readers.samples import Self
 from megatron_prune.calibration.tokens import Calibration, check_samples, tensor_digest
 from megatron_prune.errors import InputError
+
+MOST_TOKENS = 1 << 32
+"""Of all samples of a source."""
 
 SELF = "self"
 """The model's own samples."""
@@ -136,6 +140,7 @@ def load_calibration(
         raise InputError("calibration without a source", needed="at least one, such as self")
     encode = Encoder(tokenizer_dir)
     readers = [open_reader(spec.name, encode=encode, field=field, split=split) for spec in specs]
+    check_read_once("--data", ((reader.name, reader.files()) for reader in readers))
     for reader in readers:
         _prepare(reader, self_samples)
     drawn: dict[int, Drawn] = {}
@@ -152,9 +157,19 @@ def _check_sizes(seq_length: int, nsamples: int, seed: int, max_position_embeddi
         raise InputError("--seq-length", got=seq_length, needed="at least 2: the first token is never predicted")
     if seq_length > max_position_embeddings:
         raise InputError("--seq-length", got=seq_length, needed=f"at most the model's {max_position_embeddings}")
-    if nsamples < 1:
-        raise InputError("--nsamples", got=nsamples, needed="a positive number")
+    check_amount(nsamples, seq_length)
     check_seed(seed)
+
+
+def check_amount(nsamples: int, seq_length: int) -> None:
+    """Refuse numbers of samples that are none, or that no memory holds.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    most = MOST_TOKENS // max(seq_length, 1)
+    if not 1 <= nsamples <= most:
+        raise InputError("--nsamples", got=nsamples, needed=f"a positive number, at most {most}")
 
 
 def check_seed(seed: int) -> None:

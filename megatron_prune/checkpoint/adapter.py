@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from megatron_prune.arch.adapter import AdapterConfig
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import megatron, torch_dist
+from megatron_prune.checkpoint.description import Told
 from megatron_prune.checkpoint.digests import digest
 from megatron_prune.checkpoint.manifest import FILE, Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
@@ -84,13 +85,12 @@ class StoredAdapter:
         (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def open_adapted(
-    path: Path, base: Path | None = None, *, vocab_size: int | None = None
-) -> tuple[MegatronCheckpoint, StoredAdapter | None]:
+def open_adapted(path: Path, base: Path | None = None, told: Told = Told()) -> tuple[MegatronCheckpoint, StoredAdapter | None]:
     """Open a checkpoint as :func:`megatron.open_checkpoint` does; one of adapters as the model it was trained on.
 
     Args:
         base: where that model is now, if not where it was.
+        told: what the user says beside the checkpoint, or that model.
 
     Returns:
         The checkpoint, whose manifest also tells how the adapter came to be, and the adapter, if it is one.
@@ -101,10 +101,10 @@ def open_adapted(
     folder = megatron.iteration_directory(path)
     described = Manifest.load(folder / FILE) if (folder / FILE).is_file() else None
     if described is None or described.adapter is None:
-        return megatron.open_checkpoint(path, vocab_size=vocab_size), None
+        return megatron.open_checkpoint(path, told), None
     where = Path(base or described.adapter.base)
     try:
-        checkpoint = megatron.open_checkpoint(where)
+        checkpoint = megatron.open_checkpoint(where, told)
     except CheckpointError as error:
         raise CheckpointError(f"the model that the adapter in {folder} belongs on: {error}", do="name it with --base") from None
     if checkpoint.manifest.content_id != described.adapter.base_content_id:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Block
@@ -20,10 +21,11 @@ from megatron_prune.checkpoint import safetensors_file, weight_files
 from megatron_prune.checkpoint.manifest import RECIPE_FILE, Recipe
 from megatron_prune.checkpoint.tensor_map import FLOATS, TensorMap
 from megatron_prune.checkpoint.weight_files import INDEX, SINGLE, WEIGHTS
-from megatron_prune.errors import CheckpointError, InputError, raise_all
+from megatron_prune.errors import CheckpointError, InputError, raise_all, reason
 from megatron_prune.families.family import Family, family_of
-from megatron_prune.files.documents import read_json
+from megatron_prune.files.documents import LIMIT, read_json, shorten
 from megatron_prune.files.region import Region
+from megatron_prune.files.tensor_file import open_tensors
 
 CONFIG = "config.json"
 BUFFERS_FILE = "rotary_buffers.safetensors"
@@ -196,18 +198,66 @@ def save_buffers(model: HuggingFaceModel, folder: Path) -> None:
 def load_buffers(folder: Path | None) -> dict[str, torch.Tensor]:
     """What :func:`save_buffers` kept; empty if nothing."""
     file = folder / BUFFERS_FILE if folder else None
-    return load_file(file) if file and file.is_file() else {}
+    if file is None or not file.exists():
+        return {}
+    with open_tensors(file, do="convert the model again") as held:
+        strange = [name for name in held.names if not _BUFFERS.fullmatch(name)]
+        raise_all(CheckpointError, f"{file} holds what is no rotary table", [shorten(name) for name in strange])
+        return {name: held.take(name) for name in held.names}
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy what is not weights: configuration, tokenizer, chat templates, licence (links are followed)."""
+def side_files(source: Path) -> dict[str, Path]:
+    """What is not weights, by its place in the directory: configuration, tokenizer, chat templates, licence.
+
+    Links are followed within the directory, and within the repository's folder of the hub's cache.
+
+    Raises:
+        InputError: if one is a link to elsewhere, no regular file, or too large for what it should be.
+    """
+    found = {}
     for entry in sorted(source.iterdir()):
         if entry.name.startswith(".") or (entry.name.endswith(WEIGHTS) and entry.name != BUFFERS_FILE):
             continue
-        if entry.is_file():
-            shutil.copyfile(entry, target / entry.name)
-        elif entry.is_dir() and entry.name in _SIDE_FOLDERS:
-            shutil.copytree(entry, target / entry.name, dirs_exist_ok=True)
+        if entry.is_dir() and entry.name not in _SIDE_FOLDERS:
+            continue
+        for file in sorted(entry.iterdir()) if entry.is_dir() and _is_within(entry, source) else [entry]:
+            found[str(file.relative_to(source))] = file
+    for file in found.values():
+        if not _is_within(file, source):
+            raise InputError(
+                f"{file} is a link to {os.path.realpath(file)}, outside of the model's directory",
+                do="put a copy in its place, or remove it",
+            )
+        if not file.is_file():
+            got = "a link to nothing" if not file.exists() else "a directory, a pipe or a device"
+            raise InputError(f"{file}", got=got, needed="a regular file", do="remove it")
+        if (size := file.stat().st_size) > LIMIT:
+            raise InputError(f"{file} beside the weights", got=f"{size} bytes", needed=f"at most {LIMIT}", do="move it elsewhere")
+    return found
+
+
+def _is_within(path: Path, source: Path) -> bool:
+    """Whether a link leads to where what it brings in belongs: into the directory, or into the repository's blobs in a hub cache."""
+    home, target = Path(os.path.realpath(source)), Path(os.path.realpath(path))
+    blobs = [Path(os.path.realpath(home.parent.parent / "blobs"))] if home.parent.name == "snapshots" else []
+    return any(root in target.parents for root in (home, *blobs))
+
+
+def linked_weights(source: Path) -> list[str]:
+    """Weight files that are links to elsewhere, each with its target."""
+    files = [path for path in sorted(source.iterdir()) if path.name.endswith((".safetensors", ".bin"))]
+    return [f"{path.name} → {os.path.realpath(path)}" for path in files if not _is_within(path, source)]
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy :func:`side_files`.
+
+    Raises:
+        InputError: if one may not be copied.
+    """
+    for name, file in side_files(source).items():
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target / name)
 
 
 def resolve(name_or_path: str, *, weights: bool = True) -> Path:
@@ -264,5 +314,5 @@ def _from_hub(name: str, fetch: Callable[[], str]) -> str:
             return snapshot_download(name, local_files_only=True)
         except Exception:
             raise InputError(
-                f"{name} is neither a directory nor a model that can be fetched from the hub", got=str(error).split("\n")[0]
+                f"{name} is neither a directory nor a model that can be fetched from the hub", got=reason(error)
             ) from None

@@ -20,14 +20,17 @@ from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId, tensor_ids
 from megatron_prune.checkpoint import legacy, manifest, torch_dist
+from megatron_prune.checkpoint.description import Description, Told, check_flags, check_goes_back_to, describe, settle
 from megatron_prune.checkpoint.digests import digest_file
 from megatron_prune.checkpoint.manifest import Manifest
-from megatron_prune.checkpoint.megatron_args import megatron_args, padded_as_stored, read_args
+from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS, megatron_args, padded_as_stored
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError
-from megatron_prune.families.family import family_for
+from megatron_prune.families.family import FAMILIES, family_for
+from megatron_prune.files.documents import read_text, shorten
 
 TRACKER, RELEASE, HF_FOLDER, PLAN_FILE = "latest_checkpointed_iteration.txt", "release", "hf", "plan.json"
+TOKENIZER = "tokenizer"
 FORMATS = ["torch_dist", "torch"]
 _FORMATS = {"torch_dist": torch_dist, "torch": legacy}
 
@@ -40,8 +43,11 @@ class MegatronCheckpoint:
         path: its iteration directory.
         format: ``"torch_dist"`` or ``"torch"``.
         layout: the parallel layout it was written in.
-        manifest: this project's; made up from ``args`` for a checkpoint of Megatron-LM.
+        manifest: this project's; made up from what is said of it (``description.py``) for one of Megatron-LM or Bridge.
         own: whether this project wrote it.
+        hf_folder: configuration and tokenizer for the way back: those named by the user, or kept in it; ``None``: there are none.
+        unsaid: fields of its model that nobody says (only where it was opened as ``incomplete``).
+        notes: what the user should know about how its model was settled.
     """
 
     path: Path
@@ -51,12 +57,20 @@ class MegatronCheckpoint:
     tensors: TensorMap
     manifest: Manifest
     own: bool
+    hf_folder: Path | None
+    unsaid: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
-    @property
-    def hf_folder(self) -> Path | None:
-        """Configuration and tokenizer kept for the way back, if any."""
-        folder = self.path / HF_FOLDER
-        return folder if folder.is_dir() else None
+    def plan_text(self) -> str | None:
+        """The plan that it was pruned by, as it stands, if it was.
+
+        Raises:
+            CheckpointError: if it is a link, or no text.
+        """
+        file = self.path / PLAN_FILE
+        if file.is_symlink():
+            raise CheckpointError(f"{file}", got="a link", needed="the plan itself", do="put a copy in its place, or remove it")
+        return read_text(file) if file.exists() else None
 
     def edited_files(self) -> list[str]:
         """Configuration, tokenizer and other files beside the weights that are not as they were written, or gone."""
@@ -83,9 +97,9 @@ def iteration_directory(path: Path) -> Path:
             got=f"no {TRACKER}" if path.is_dir() else "no such directory",
             needed="a checkpoint root, or one of its iteration directories",
         )
-    text = tracker.read_text(encoding="utf-8").strip()
-    if text != RELEASE and not re.fullmatch(r"\d+", text):
-        raise CheckpointError(f"{tracker}", got=repr(text[:40]), needed="an iteration number, or 'release'")
+    text = read_text(tracker, limit=1 << 10).strip()
+    if text != RELEASE and not re.fullmatch(r"[0-9]{1,18}", text):
+        raise CheckpointError(f"{tracker}", got=shorten(text), needed="an iteration number, or 'release'")
     folder = path / (text if text == RELEASE else f"iter_{int(text):07d}")
     if not (torch_dist.is_torch_dist(folder) or legacy.is_legacy(folder)):
         raise CheckpointError(
@@ -94,44 +108,84 @@ def iteration_directory(path: Path) -> Path:
     return folder
 
 
-def open_checkpoint(path: Path, *, vocab_size: int | None = None) -> MegatronCheckpoint:
+def open_checkpoint(path: Path, told: Told = Told(), *, incomplete: bool = False) -> MegatronCheckpoint:
     """Open a checkpoint of either format and check it against its own description.
 
     Args:
-        vocab_size: the vocabulary without padding, for checkpoints of Megatron-LM, whose args may not tell it.
+        told: what the user says beside it, for checkpoints of Megatron-LM and Bridge, whose arguments may not say all.
+        incomplete: open such a one also where nobody says all of it, to be looked at and not to be computed with.
 
     Raises:
-        CheckpointError: if it is incomplete, damaged, or holds other tensors than it describes.
+        CheckpointError: if it is incomplete, damaged, holds other tensors than it describes, or is not what ``told`` says.
     """
     folder = iteration_directory(path)
     name = "torch_dist" if torch_dist.is_torch_dist(folder) else "torch"
-    room = _FORMATS[name]
-    args = room.read_args(folder)
-    config, layout = read_args(args, folder)
-    own = (folder / manifest.FILE).is_file()
-    if own:
-        described = Manifest.load(folder / manifest.FILE)
-        if described.adapter:
-            raise CheckpointError(
-                f"{folder} holds an adapter, not a model",
-                do="merge it into its model with megatron-prune transfer (or export), and name that",
-            )
-        differing = [f for f in SHAPE_FIELDS if f != "vocab_size" and getattr(described.model, f) != getattr(config, f)]
-        if differing:
-            raise CheckpointError(f"{folder}: {manifest.FILE} and the stored args disagree on " + ", ".join(differing))
-        config, layout = described.model, described.layout
-    elif _written_by_us(folder):
+    if (folder / manifest.FILE).is_file():
+        return _open_own(folder, name, told)
+    if _written_by_us(folder):
         raise CheckpointError(f"{folder} has no {manifest.FILE}: its writing was never finished", do="make it again")
-    else:
-        if vocab_size is not None and vocab_size <= args.padded_vocab_size:
-            config = replace(config, vocab_size=vocab_size)
-            layout = padded_as_stored(layout, vocab_size, args.padded_vocab_size)
-        described = Manifest(family=family_for(config).name, model=config, layout=layout)
-    tensors = room.open_map(folder, config, layout).expect(described.digests, folder / manifest.FILE)
+    room = _FORMATS[name]
+    stored = room.read_stored(folder)
+    said = describe(stored, folder, told.ignored) if stored is not None else Description()
+    padded = said.padded_vocab or room.embedding_rows(folder)
+    settled = settle(said, told, padded, folder, incomplete=incomplete)
+    tensor, pipeline = room.found_layout(folder)
+    layout = ParallelLayout(
+        tensor=said.tensor or tensor, pipeline=said.pipeline or pipeline, vocab_divisible_by=said.vocab_divisible_by
+    )
+    layout = padded_as_stored(layout, settled.config.vocab_size, padded)
+    return MegatronCheckpoint(
+        path=folder,
+        format=name,
+        config=settled.config,
+        layout=layout,
+        tensors=room.open_map(folder, settled.config, layout),
+        manifest=Manifest(family=(settled.family or family_for(settled.config)).name, model=settled.config, layout=layout),
+        own=False,
+        hf_folder=told.hf_dir or _tokenizer_beside(folder),
+        unsaid=settled.unsaid,
+        notes=settled.notes,
+    )
+
+
+def _open_own(folder: Path, name: str, told: Told) -> MegatronCheckpoint:
+    described = Manifest.load(folder / manifest.FILE)
+    if described.adapter:
+        raise CheckpointError(
+            f"{folder} holds an adapter, not a model",
+            do="merge it into its model with megatron-prune transfer (or export), and name that",
+        )
+    config, layout, stored = described.model, described.layout, _FORMATS[name].read_stored(folder)
+    if stored is None:
+        raise CheckpointError(f"{folder} holds no args")
+    said = describe(stored, folder).model
+    differing = [f for f in SHAPE_FIELDS if f != "vocab_size" and said.get(f, getattr(config, f)) != getattr(config, f)]
+    if differing:
+        raise CheckpointError(f"{folder}: {manifest.FILE} and the stored args disagree on " + ", ".join(differing))
+    check_flags(told, {name: getattr(config, name) for name in told.values})
+    if told.hf_dir:
+        pruned = any(entry["step"] != "convert" for entry in described.recipe)
+        check_goes_back_to(config, FAMILIES.get(described.family), told.hf_dir, pruned=pruned)
+    kept = folder / HF_FOLDER
+    tensors = _FORMATS[name].open_map(folder, config, layout).expect(described.digests, folder / manifest.FILE)
     check_structure(folder, described)
     if not described.digests and _holds_what_was_converted(described, tensors):
         tensors.content_id = described.content_id
-    return MegatronCheckpoint(folder, name, config, layout, tensors, described, own)
+    return MegatronCheckpoint(
+        path=folder,
+        format=name,
+        config=config,
+        layout=layout,
+        tensors=tensors,
+        manifest=described,
+        own=True,
+        hf_folder=told.hf_dir or (kept if kept.is_dir() else None),
+    )
+
+
+def _tokenizer_beside(folder: Path) -> Path | None:
+    """Where Bridge keeps the tokenizer of a checkpoint."""
+    return next((place for place in (folder / TOKENIZER, folder.parent / TOKENIZER) if place.is_dir()), None)
 
 
 def _holds_what_was_converted(described: Manifest, tensors: TensorMap) -> bool:
@@ -154,6 +208,8 @@ def lay_out(
     dtypes: dict[TensorId, torch.dtype],
     *,
     ckpt_format: str,
+    transformer_impl: str = TRANSFORMER_IMPLS[0],
+    tokenizer: bool = True,
     sizes: dict[tuple[str, int], list[int]] | None = None,
 ) -> Path:
     """Create an unfinished checkpoint with every tensor zero.
@@ -162,6 +218,7 @@ def lay_out(
         root: an existing empty directory (the partial output).
         final_root: where it will stand, for paths inside ``args``.
         dtypes: element type of every role tensor.
+        tokenizer: whether one will lie in its ``hf`` folder.
         sizes: (axis, layer) → units of every rank, where shards are of unequal size.
 
     Returns:
@@ -169,8 +226,8 @@ def lay_out(
     """
     folder = root / RELEASE
     folder.mkdir()
-    tokenizer = str(final_root.absolute() / RELEASE / HF_FOLDER)
-    args: Namespace = megatron_args(config, layout, dtypes[TensorId("embedding")], tokenizer)
+    place = str(final_root.absolute() / RELEASE / HF_FOLDER) if tokenizer else None
+    args: Namespace = megatron_args(config, layout, dtypes[TensorId("embedding")], place, transformer_impl)
     _FORMATS[ckpt_format].lay_out(folder, config, layout, dtypes, args, sizes or {})
     return folder
 

@@ -1,4 +1,4 @@
-"""The ``args`` namespace that Megatron-LM stores in its checkpoints ↔ our configuration.
+"""The ``args`` namespace that Megatron-LM stores in its checkpoints, of our configuration (read by ``description.py``).
 
 Megatron-LM compares or adopts these at load (``check_checkpoint_args``, ``load_args_from_checkpoint``), so a checkpoint
 of another shape needs new ones; ``kv_channels`` must be explicit, since hidden size / heads no longer gives it.
@@ -11,13 +11,25 @@ from dataclasses import replace
 
 import torch
 
-from megatron_prune.arch.model import ModelConfig, RopeScaling
+from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.errors import CheckpointError
+
+TRANSFORMER_IMPLS = ["transformer_engine", "local"]
+"""Megatron-LM's words for whose modules its layers are made of; the first is its default."""
 
 
-def megatron_args(config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype, tokenizer: str | None) -> Namespace:
-    """``args`` for a weights-only checkpoint of ``config``, under Megatron-LM's names."""
+def megatron_args(
+    config: ModelConfig,
+    layout: ParallelLayout,
+    dtype: torch.dtype,
+    tokenizer: str | None,
+    transformer_impl: str = TRANSFORMER_IMPLS[0],
+) -> Namespace:
+    """``args`` for a weights-only checkpoint of ``config``, under Megatron-LM's names.
+
+    Args:
+        tokenizer: directory of the tokenizer, where there is one.
+    """
     scaling = config.rope_scaling
     return Namespace(
         num_layers=config.num_layers,
@@ -62,6 +74,7 @@ def megatron_args(config: ModelConfig, layout: ParallelLayout, dtype: torch.dtyp
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         use_mcore_models=True,
+        transformer_impl=transformer_impl,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         no_save_optim=True,
@@ -70,63 +83,6 @@ def megatron_args(config: ModelConfig, layout: ParallelLayout, dtype: torch.dtyp
         consumed_train_samples=0,
         consumed_valid_samples=0,
     )
-
-
-def read_args(args: Namespace, where: object) -> tuple[ModelConfig, ParallelLayout]:
-    """Configuration and layout from stored ``args``.
-
-    Raises:
-        CheckpointError: if they lack a size, or describe a feature that this project does not carry.
-    """
-    value = lambda name, default=None: getattr(args, name, default)
-    problems = [
-        f"{name} = {value(name)!r}, needed {needed!r}"
-        for name, needed in {
-            "normalization": "RMSNorm",
-            "swiglu": True,
-            "add_bias_linear": False,
-            "position_embedding_type": "rope",
-            "rotary_percent": 1.0,
-            "rotary_interleaved": False,
-            "apply_layernorm_1p": False,
-            "num_experts": None,
-            "multi_latent_attention": False,
-        }.items()
-        if hasattr(args, name) and value(name) != needed
-    ]
-    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "padded_vocab_size")
-    problems += [f"{name} is missing" for name in sizes if value(name) is None]
-    if problems:
-        raise CheckpointError(f"the args stored in {where} do not describe a supported model: " + "; ".join(problems))
-    heads = args.num_attention_heads
-    scaling = None
-    if value("use_rope_scaling"):
-        scaling = RopeScaling(kind="llama3", factor=float(value("rope_scaling_factor", 8.0)))
-    elif value("rotary_seq_len_interpolation_factor"):
-        scaling = RopeScaling(kind="linear", factor=float(args.rotary_seq_len_interpolation_factor))
-    grouped = value("group_query_attention", False) and value("num_query_groups")
-    window = value("window_size")
-    config = ModelConfig(
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        ffn_hidden_size=args.ffn_hidden_size,
-        num_attention_heads=heads,
-        num_query_groups=args.num_query_groups if grouped else heads,
-        kv_channels=value("kv_channels") or args.hidden_size // heads,
-        vocab_size=value("vocab_size") or args.padded_vocab_size,
-        tie_embeddings=not value("untie_embeddings_and_output_weights", False),
-        qkv_bias=bool(value("add_qkv_bias", False)),
-        qk_norm=bool(value("qk_layernorm", False)),
-        norm_epsilon=float(value("norm_epsilon", value("layernorm_epsilon", 1e-5))),
-        rotary_base=float(value("rotary_base", 10000)),
-        rope_scaling=scaling,
-        max_position_embeddings=value("max_position_embeddings") or 2048,
-        sliding_window=window[0] + 1 if window else None,
-    )
-    tensor = value("tensor_model_parallel_size", 1)
-    divisible = value("make_vocab_size_divisible_by", 128)
-    layout = ParallelLayout(tensor=tensor, pipeline=value("pipeline_model_parallel_size", 1), vocab_divisible_by=divisible)
-    return config, padded_as_stored(layout, config.vocab_size, args.padded_vocab_size)
 
 
 def padded_as_stored(layout: ParallelLayout, vocab_size: int, padded: int) -> ParallelLayout:

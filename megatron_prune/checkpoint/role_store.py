@@ -10,13 +10,17 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Block
-from megatron_prune.arch.tensors import layer_roles, tensor_ids
+from megatron_prune.arch.tensors import layer_roles, tensor_ids, tensor_shape
 from megatron_prune.checkpoint.safetensors_file import read_header
 from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.errors import CheckpointError
+from megatron_prune.files.tensor_file import open_tensors
+
+_AGAIN = "remove the directory that it is in, and start again"
 
 
 class RoleStore:
@@ -39,8 +43,18 @@ class RoleStore:
         os.replace(partial, self.path(layer))
 
     def load(self, layer: int | None) -> dict[str, torch.Tensor]:
-        """Role tensors of a finished part."""
-        return load_file(self.path(layer))
+        """Role tensors of a finished part.
+
+        Raises:
+            CheckpointError: if one is missing, damaged or of another shape.
+        """
+        with open_tensors(self.path(layer), do=_AGAIN) as file:
+            return {role: file.read(role, torch.float32, tensor_shape(role, self.config)) for role in self._roles(layer)}
+
+    def _roles(self, layer: int | None) -> list[str]:
+        if layer is not None:
+            return list(layer_roles(self.config))
+        return [tensor.role for tensor in tensor_ids(self.config) if tensor.layer is None]
 
     def tensors(self) -> TensorMap:
         """All parts as one model.
@@ -49,10 +63,11 @@ class RoleStore:
             CheckpointError: if a tensor is missing or of another shape.
         """
         found = TensorMap(self.config)
-        outer = [tensor.role for tensor in tensor_ids(self.config) if tensor.layer is None]
         for layer in (*range(self.config.num_layers), None):
             header = read_header(self.path(layer))
-            for role in outer if layer is None else layer_roles(self.config):
+            for role in self._roles(layer):
+                if role not in header:
+                    raise CheckpointError(f"{self.path(layer)} lacks the tensor {role!r}", do=_AGAIN)
                 region, _ = header[role]
                 found.add(layer, region, [Block(role, 0, 0, 0, region.rows, region.cols)])
         return found.validate(self.folder)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_prune.errors import CheckpointError
+from megatron_prune.errors import CheckpointError, reason
 from megatron_prune.files.documents import open_regular, shorten
 from megatron_prune.files.region import Region
 
@@ -58,7 +58,7 @@ def read_header(path: Path) -> dict[str, tuple[Region, tuple[int, ...]]]:
             length = int.from_bytes(begin, "little")
             header = json.loads(file.read(length))
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
-            got = shorten(str(error), 300)
+            got = reason(error)
             raise CheckpointError(f"{path} is not a whole safetensors file", got=got, do="fetch it again") from None
     header.pop("__metadata__", None)
     found = {}

@@ -97,6 +97,10 @@ class Archive:
         if len(self._members) < len(members) or len(pickles) != 1 or min(member.header_offset for member in members):
             raise CheckpointError(f"{path} is not as torch.save writes an archive", do="load it with torch and save it again")
         self.name = pickles[0].removesuffix("data.pkl")
+        if self.name + "byteorder" in self._members and self.read("byteorder", 16) != b"little":
+            raise CheckpointError(
+                f"{path} was written on a machine of the other byte order", do="load it with torch and save it again"
+            )
 
     def size(self, member: str) -> int:
         """Bytes of a member (named without the archive's folder)."""

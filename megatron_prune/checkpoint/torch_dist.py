@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import metadata as dcp
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import (
+    EMBEDDING,
     MegatronTensor,
     ParallelLayout,
     Shard,
@@ -32,23 +33,18 @@ from megatron_prune.arch.sharding import (
     shard_sizes,
 )
 from megatron_prune.arch.tensors import TensorId
-from megatron_prune.checkpoint import torch_archive
+from megatron_prune.checkpoint import extra_states, torch_archive
+from megatron_prune.checkpoint.stored_args import args_of, run_config, unwrapped
 from megatron_prune.checkpoint.tensor_map import TensorMap
-from megatron_prune.errors import CheckpointError, raise_all
+from megatron_prune.errors import CheckpointError, raise_all, reason
 from megatron_prune.files.documents import read_bytes, read_json, shorten
 from megatron_prune.files.pickled import read_pickle
 from megatron_prune.files.region import Region
 
 COMMON, METADATA, VERSION_FILE = "common.pt", ".metadata", "metadata.json"
+COMMON_OBJECT = "common_state/shard_0_1"
+"""What megatron-core writes since 0.19 in place of ``common.pt``."""
 _LAYER_KEY = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
-_EXTRA_STATES = (
-    "self_attention.linear_qkv._extra_state",
-    "self_attention.linear_proj._extra_state",
-    "self_attention.core_attention._extra_state",
-    "mlp.linear_fc1._extra_state",
-    "mlp.linear_fc2._extra_state",
-)
-"""Objects that megatron-core's layers look for at load; empty without FP8."""
 
 
 def is_torch_dist(path: Path) -> bool:
@@ -83,7 +79,12 @@ _KNOWN = {
 """What a checkpoint's ``.metadata`` is built of."""
 
 
-def _read_metadata(path: Path) -> dcp.Metadata:
+def read_metadata(path: Path) -> dcp.Metadata:
+    """What ``.metadata`` says, every part of its type and every file that it names whole and beside it.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or names something that is not there.
+    """
     if not (path / METADATA).exists():
         raise CheckpointError(f"{path} lacks {METADATA}: the checkpoint was never finished")
     metadata = read_pickle(read_bytes(path / METADATA), path / METADATA, known=_KNOWN)
@@ -91,6 +92,7 @@ def _read_metadata(path: Path) -> dcp.Metadata:
         _check_metadata(metadata)
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / METADATA} is not the metadata of a checkpoint", got=str(error)[:200]) from None
+    _check_files(path, metadata)
     return metadata
 
 
@@ -119,22 +121,57 @@ def _check_numbers(numbers: Any) -> None:
             raise ValueError(f"a size or place of {shorten(number)}")
 
 
-def read_args(path: Path) -> Namespace:
-    """The ``args`` in ``common.pt``.
+def read_stored(path: Path) -> dict[str, Any] | None:
+    """The ``args`` in ``common.pt`` (megatron-core 0.19: in an object beside the tensors), or Bridge's in ``run_config.yaml``.
 
     Raises:
-        CheckpointError: if the checkpoint is not whole or holds none.
+        CheckpointError: if the checkpoint is not whole.
     """
-    for name in (VERSION_FILE, COMMON):
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path} lacks {name}: the checkpoint was never finished")
+    if not (path / VERSION_FILE).is_file():
+        raise CheckpointError(f"{path} lacks {VERSION_FILE}: the checkpoint was never finished")
     backend = read_json(path / VERSION_FILE).get("sharded_backend")
     if backend != "torch_dist":
-        raise CheckpointError(f"{path}: sharded_backend", got=repr(backend), needed="'torch_dist'")
-    common = torch_archive.read_objects(path / COMMON)
-    if not isinstance(common, dict) or not isinstance(common.get("args"), Namespace):
-        raise CheckpointError(f"{path / COMMON} holds no args")
-    return common["args"]
+        raise CheckpointError(f"{path}: sharded_backend", got=shorten(backend), needed="'torch_dist'")
+    common = _common(path)
+    if not isinstance(common, dict):
+        raise CheckpointError(f"{path}: its common state", got=shorten(common), needed="a dictionary")
+    args = args_of(common, path)
+    return run_config(path) if args is None else args
+
+
+def _common(path: Path) -> Any:
+    """What is no tensor: training state, and ``args``."""
+    if (path / COMMON).exists():
+        return torch_archive.read_objects(path / COMMON)
+    storage = read_metadata(path).storage_data
+    info = next((info for index, info in storage.items() if index.fqn == COMMON_OBJECT), None)
+    if info is None:
+        raise CheckpointError(f"{path} lacks {COMMON}: the checkpoint was never finished")
+    held = torch_archive.read_objects(_inside(path, info), offset=info.offset, length=info.length)
+    return held[0] if isinstance(held, list) and len(held) == 1 else held
+
+
+def _inside(path: Path, info: filesystem._StorageInfo) -> Path:
+    if Path(info.relative_path).name != info.relative_path:
+        raise CheckpointError(f"{path / METADATA} names a file outside the checkpoint", got=shorten(info.relative_path))
+    return path / info.relative_path
+
+
+def found_layout(path: Path) -> tuple[int, int]:
+    """Any layout reads it: one rank, one stage."""
+    return 1, 1
+
+
+def embedding_rows(path: Path) -> int:
+    """Rows of the embedding, padding included.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    for key, entry in read_metadata(path).state_dict_metadata.items():
+        if isinstance(entry, dcp.TensorStorageMetadata) and unwrapped(key) == EMBEDDING.name and len(entry.size) == 2:
+            return entry.size[0]
+    raise CheckpointError(f"{path} holds no {EMBEDDING.name}")
 
 
 def open_map(path: Path, config: ModelConfig, layout: ParallelLayout) -> TensorMap:
@@ -143,11 +180,11 @@ def open_map(path: Path, config: ModelConfig, layout: ParallelLayout) -> TensorM
     Raises:
         CheckpointError: if a file is missing or truncated, or a tensor is missing, extra or of another shape.
     """
-    metadata = _read_metadata(path)
+    metadata = read_metadata(path)
     try:
         return _map(path, metadata, config, layout).validate(path)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{path / METADATA} does not fit the files", got=f"{type(error).__name__}: {error}") from None
+        raise CheckpointError(f"{path / METADATA} does not fit the files", got=reason(error)) from None
 
 
 def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
@@ -156,8 +193,7 @@ def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: if a file is missing, truncated or damaged.
     """
-    metadata, found = _read_metadata(path), {}
-    _check_files(path, metadata)
+    metadata, found = read_metadata(path), {}
     for key, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, dcp.TensorStorageMetadata) and key.startswith(prefix):
             found[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -169,15 +205,14 @@ def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def _map(path: Path, metadata: dcp.Metadata, config: ModelConfig, layout: ParallelLayout) -> TensorMap:
-    _check_files(path, metadata)
     known_inner = {tensor.name: tensor for tensor in layer_tensors(config)}
     known_outer = {tensor.name: tensor for tensor in outer_tensors(config)}
     found, problems = TensorMap(config), []
     for key, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, dcp.TensorStorageMetadata) or key.startswith(("optimizer.", "rng_state", "chained_")):
             continue
-        match = _LAYER_KEY.fullmatch(key)
-        name, half = (match[2], None) if match else (key, None)
+        match = _LAYER_KEY.fullmatch(unwrapped(key))
+        name, half = (match[2], None) if match else (unwrapped(key), None)
         if name.endswith(("linear_fc1.weight_w", "linear_fc1.weight_v")):
             name, half = name[:-2], name[-1]
         tensor = (known_inner if match else known_outer).get(name)
@@ -201,8 +236,7 @@ def _map(path: Path, metadata: dcp.Metadata, config: ModelConfig, layout: Parall
 def _check_files(path: Path, metadata: dcp.Metadata) -> None:
     ends: dict[str, int] = {}
     for info in metadata.storage_data.values():
-        if Path(info.relative_path).name != info.relative_path:
-            raise CheckpointError(f"{path / METADATA} names a file outside the checkpoint", got=info.relative_path)
+        _inside(path, info)
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
     problems = []
     for name, end in sorted(ends.items()):
@@ -269,12 +303,9 @@ def lay_out(
                 index = dcp.MetadataIndex(key, chunk.offsets)
                 content = torch_archive.empty_tensor(tuple(chunk.sizes), dtype)
                 metadata.storage_data[index] = _append(files[rank, stage], content)
-        for layer in range(config.num_layers):
-            for name in _EXTRA_STATES:
-                key = f"decoder.layers.{name}/shard_{layer}_{config.num_layers}"
-                metadata.state_dict_metadata[key] = dcp.BytesStorageMetadata()
-                file = files[0, layout.stage_of(layer, config.num_layers)]
-                metadata.storage_data[dcp.MetadataIndex(key)] = _append(file, [None])
+        for key, stage in _empty_objects(config, layout):
+            metadata.state_dict_metadata[key] = dcp.BytesStorageMetadata()
+            metadata.storage_data[dcp.MetadataIndex(key)] = _append(files[0, stage], [None])
     finally:
         for file in files.values():
             file.close()
@@ -302,6 +333,14 @@ def _parts(
         split = shard_sizes(tensor, layer, config, sizes)
         for rank in range(layout.tensor if tensor.split != "none" else 1):
             yield key, layer, rank, (tensor, shard(tensor, full, layout.tensor, rank, split)), shape
+
+
+def _empty_objects(config: ModelConfig, layout: ParallelLayout) -> Iterator[tuple[str, int]]:
+    """(key, pipeline stage) of the extra states."""
+    for layer in range(config.num_layers):
+        for name in extra_states.transformer_engine(config):
+            yield f"decoder.layers.{name}/shard_{layer}_{config.num_layers}", layout.stage_of(layer, config.num_layers)
+    yield f"{extra_states.FINAL_NORM}/shard_0_1", layout.pipeline - 1
 
 
 def _outer_stage(tensor: MegatronTensor, layout: ParallelLayout) -> int:

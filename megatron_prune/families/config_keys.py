@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from types import NoneType
 from typing import Any
 
 from megatron_prune.errors import CheckpointError
@@ -40,12 +41,27 @@ FIXED: dict[str, tuple] = {
 }
 """Key → the values that are carried. An attention of another name would be a kernel fetched from elsewhere."""
 
-IDLE = {
-    *("initializer_range", "use_cache", "pretraining_tp", "attention_dropout", "chunk_size_feed_forward"),
-    *("bos_token_id", "eos_token_id", "output_hidden_states", "output_attentions"),
-    *("id2label", "label2id", "num_labels", "problem_type", "transformers_version", "name_or_path", "_name_or_path"),
+IDLE: dict[str, tuple[type, ...]] = {
+    "initializer_range": (float, int),
+    "attention_dropout": (float, int, NoneType),
+    "use_cache": (bool,),
+    "pretraining_tp": (int, NoneType),
+    "chunk_size_feed_forward": (int,),
+    "bos_token_id": (int, NoneType),
+    "eos_token_id": (int, list, NoneType),
+    "output_hidden_states": (bool, NoneType),
+    "output_attentions": (bool, NoneType),
+    "id2label": (dict, NoneType),
+    "label2id": (dict, NoneType),
+    "num_labels": (int, NoneType),
+    "problem_type": (str, NoneType),
+    "transformers_version": (str, NoneType),
+    "name_or_path": (str, NoneType),
+    "_name_or_path": (str, NoneType),
 }
-"""Keys that change no logits."""
+"""Keys that change no logits → the types that transformers takes for them."""
+
+_DTYPES = (None, "float32", "bfloat16", "float16", "float64")
 
 
 def check_keys(hf: dict[str, Any], model_type: str, architecture: str) -> None:
@@ -75,13 +91,25 @@ def check_keys(hf: dict[str, Any], model_type: str, architecture: str) -> None:
         if key in hf and not any(type(hf[key]) is type(value) and hf[key] == value for value in allowed):
             needed = "nothing" if allowed[0] is None else f"one of {list(allowed)}"
             raise CheckpointError(f"config.json of a {model_type} model: {key}", got=shorten(hf[key]), needed=needed)
-    for key in sorted(set(hf) - READ - set(FIXED) - IDLE):
+    for key, kinds in IDLE.items():
+        if key in hf and (type(hf[key]) not in kinds or hf[key] != hf[key] or not _whole_list(hf[key])):
+            needed = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise CheckpointError(f"config.json of a {model_type} model: {key}", got=shorten(hf[key]), needed=needed)
+    for key in ("dtype", "torch_dtype"):
+        if isinstance(hf.get(key), (list, dict)) or hf.get(key) not in _DTYPES:
+            raise CheckpointError(f"config.json: {key}", got=shorten(hf[key]), needed=f"one of {list(_DTYPES[1:])}, or null")
+    for key in sorted(set(hf) - READ - set(FIXED) - set(IDLE)):
         if key in (fields := class_fields(model_type)) and hf[key] != fields[key]:
             raise CheckpointError(
                 f"config.json of a {model_type} model: {key}",
                 got=shorten(hf[key]),
                 needed=f"{shorten(fields[key])}: what this installed transformers added is not carried",
             )
+
+
+def _whole_list(value: Any) -> bool:
+    """Whether a list, if it is one, holds whole numbers alone."""
+    return not isinstance(value, list) or all(type(item) is int for item in value)
 
 
 @functools.cache

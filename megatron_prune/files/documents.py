@@ -26,7 +26,7 @@ STRICT = {"extra": "forbid", "allow_inf_nan": False}
 """``__pydantic_config__`` of dataclasses that are read from files: no unknown field, no number that is none."""
 
 
-def open_regular(path: Path, *, error: type[InputError] = CheckpointError) -> BinaryIO:
+def open_regular(path: Path, *, error: type[InputError] = CheckpointError, do: str | None = None) -> BinaryIO:
     """Open a file to read; a pipe or a device is refused rather than waited for.
 
     Raises:
@@ -35,18 +35,18 @@ def open_regular(path: Path, *, error: type[InputError] = CheckpointError) -> Bi
     try:
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise error(f"{path} is missing") from None
+        raise error(f"{path} is missing", do=do) from None
     except (OSError, ValueError) as found:  # ValueError: a NUL in the name
-        raise error(f"{path} cannot be read", got=getattr(found, "strerror", None) or str(found)) from None
+        raise error(f"{path} cannot be read", got=getattr(found, "strerror", None) or str(found), do=do) from None
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise error(f"{path}", got="a directory" if path.is_dir() else "a pipe or a device", needed="a regular file")
+        raise error(f"{path}", got="a directory" if path.is_dir() else "a pipe or a device", needed="a regular file", do=do)
     return os.fdopen(number, "rb")
 
 
-def read_bytes(path: Path, *, limit: int = LIMIT, error: type[InputError] = CheckpointError) -> bytes:
+def read_bytes(path: Path, *, limit: int = LIMIT, error: type[InputError] = CheckpointError, do: str | None = None) -> bytes:
     """All bytes of a regular file of at most ``limit`` bytes."""
-    with open_regular(path, error=error) as file:
+    with open_regular(path, error=error, do=do) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise error(f"{path}", got=f"{size} bytes", needed=f"at most {limit}")
@@ -68,7 +68,7 @@ def read_json(
     path: Path, kind: type[T] = dict[str, Any], *, error: type[InputError] = CheckpointError, do: str | None = None
 ) -> T:
     """A JSON file as a value of ``kind``: see :func:`parse_json`."""
-    return parse_json(read_bytes(path, error=error), kind, path, error=error, do=do)
+    return parse_json(read_bytes(path, error=error, do=do), kind, path, error=error, do=do)
 
 
 def parse_json(
@@ -99,8 +99,17 @@ def parse_json(
         raise error(f"{where} is not JSON", got=problem["msg"], do=do) from None
     field = ".".join(_key(part) for part in problem["loc"] if not _KIND.fullmatch(str(part)))
     more = f"; {len(others)} more field{'s' if len(others) > 1 else ''} not as needed" if others else ""
-    got = None if problem["type"] in ("missing", "unexpected_keyword_argument") else shorten(problem["input"])
-    raise error(f"{where}" + (f": {field}" if field else ""), got=got, needed=problem["msg"] + more, do=do) from None
+    got = None if problem["type"] == "missing" else shorten(problem["input"])
+    needed = _NEEDED.get(problem["type"], problem["msg"].removeprefix("Input should be "))
+    raise error(f"{where}" + (f": {field}" if field else ""), got=got, needed=needed + more, do=do) from None
+
+
+_NEEDED = {
+    "missing": "a value: the field is missing",
+    "unexpected_keyword_argument": "no field of that name",
+    "extra_forbidden": "no field of that name",
+}
+"""Where pydantic's words would not be understood without Python."""
 
 
 def parse_versioned(
@@ -122,7 +131,7 @@ def parse_versioned(
     """
     held = parse_json(text, dict[str, Any], where, error=error, do=do)
     if held.pop("format", None) != format:
-        raise error(f"{where} is not a document of {format}", needed=f'"format": "{format}"', do=do)
+        raise error(f"{where} is something else", needed=f'"format": "{format}"', do=do)
     found = held.pop("version", None)
     if type(found) is not int or not 1 <= found <= version:
         needed = f"version {version}" if version == 1 else f"version 1 to {version}"

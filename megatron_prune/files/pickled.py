@@ -268,6 +268,8 @@ class _Machine:
         state, built = self.pop(), self._stack[-1]
         if isinstance(built, Inert):
             built.state = state
+        elif type(built) is dict:  # of an OrderedDict: attributes beside its entries, such as torch's _metadata
+            pass
         elif type(built) not in self._known.values():
             raise ValueError(f"a {type(built).__name__} with a state")
         elif hasattr(type(built), "__setstate__"):

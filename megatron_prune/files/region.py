@@ -28,6 +28,7 @@ class _Handle:
     """An open file, closed when it falls out of the cache."""
 
     def __init__(self, path: str, writable: bool):
+        self.path = path
         self.number = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
         if writable:
             _written.add(self)
@@ -40,7 +41,17 @@ class _Handle:
 def sync_files() -> None:
     """Wait until what this process wrote is on the disk (another machine cannot do that for it)."""
     for handle in list(_written):
-        os.fsync(handle.number)
+        with _named(handle):
+            os.fsync(handle.number)
+
+
+@contextlib.contextmanager
+def _named(handle: _Handle) -> Iterator[None]:
+    """Let errors of a descriptor name its file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, handle.path) from None
 
 
 def close_files() -> None:
@@ -93,7 +104,8 @@ class Region:
         handle = _Handle(str(self.path), False)
         view, done = _bytes(out, self), 0
         while done < self.nbytes:
-            count = os.preadv(handle.number, [view[done : done + (1 << 30)]], self.offset + done)
+            with _named(handle):
+                count = os.preadv(handle.number, [view[done : done + (1 << 30)]], self.offset + done)
             if count == 0:
                 raise CheckpointError(
                     f"{self.path} ends early", got=f"{self.offset + done} bytes", needed=f"{self.offset + self.nbytes}"
@@ -105,9 +117,10 @@ class Region:
         handle = _Handle(str(self.path), True)
         view, done = _bytes(data, self), 0
         while done < self.nbytes:
-            count = os.pwrite(handle.number, view[done : done + (1 << 30)], self.offset + done)
-            if count == 0:
-                raise OSError(errno.EIO, "nothing could be written", str(self.path))
+            with _named(handle):
+                count = os.pwrite(handle.number, view[done : done + (1 << 30)], self.offset + done)
+                if count == 0:
+                    raise OSError(errno.EIO, "nothing could be written")
             done += count
         if self.nbytes >= _WRITE_BACK_BYTES:
             _start_write_back(handle.number, self.offset, self.nbytes)

@@ -1,171 +1,140 @@
-"""Output directories that appear whole or not at all.
+"""Outputs that appear whole or not at all.
 
-Everything is written to a hidden sibling, synced, and put in place by one rename. An existing directory is exchanged
-for the new one in one step (``renameat2`` with ``RENAME_EXCHANGE``) and then removed, so a run killed at any moment
-leaves either the old state or the new one.
+Everything is written in a hidden directory beside its place (hidden.py), synced, and put in place by renames (moves.py). A
+directory that is there is exchanged for the new one in one step (``renameat2`` with ``RENAME_EXCHANGE``) where the file system
+can do that. Several outputs are put in place together: what a run stopped in between has left to do, the next run does first. A
+run killed at any moment so leaves the old state, or the new one, or what the same command makes into the new one.
+
+A directory that cannot be renamed (a mount point) is filled where it is: old entries out, new ones in, those that make it a
+checkpoint out first and in last.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import fcntl
 import os
-import shutil
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Mapping, Sequence
 
-from megatron_prune.errors import InputError
+from megatron_prune.errors import InputError, PruneError
+from megatron_prune.files import hidden, moves
+from megatron_prune.files.atomic import sync, write_bytes, write_text
+from megatron_prune.files.failures import explained
+from megatron_prune.files.hidden import CONTENT, OLD, PARTIAL, REQUEST, WORK, hidden_path, located
+from megatron_prune.files.placement import check_file, check_output, unfinished
 from megatron_prune.files.region import close_files
 
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
-_KEY_FILE = "request.json"
+__all__ = ["check_file", "check_output", "sync", "unfinished", "write_bytes", "write_text"]
 
-
-def check_output(path: Path, *, overwrite: bool, source: Path | None = None) -> None:
-    """Refuse an output path that is taken, cannot be made, or would take the source away.
-
-    Raises:
-        InputError: if ``path`` exists and ``overwrite`` is not set, is a file, or its parent is not writable; if it is
-            ``source``, holds it or lies in it.
-    """
-    if source is not None:
-        out, held = path.resolve(), source.resolve()
-        if out == held or out in held.parents or held in out.parents:
-            raise InputError(f"output {path} is, holds or lies in the input {source}", do="name another directory")
-    path = path.absolute()
-    _recover(path)
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise InputError(f"output {path}", got="a file or a link", needed="a directory, or a name that is free")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise InputError(f"output {path} exists", do="name another directory, or pass --overwrite to replace it")
-    parent = path.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"output {path}: {parent} cannot be written to", do="name a directory that you may write to")
-
-
-def check_file(path: Path, *, beside: Path | None = None) -> None:
-    """Refuse a file path that cannot be written.
-
-    Raises:
-        InputError: if it is a directory or its parent cannot be written to, or it is in the output ``beside`` it.
-    """
-    if beside is not None and beside.resolve() in (path.resolve(), *path.resolve().parents):
-        raise InputError(f"{path} is the output {beside} or lies in it", do="name a file elsewhere")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"{path} cannot be written", do="name a file in a directory that you may write to")
+_SIGNS = ("latest_checkpointed_iteration.txt", "config.json", "scores.json", "teacher.json", "adapter_config.json")
+"""What makes a directory a checkpoint, a model, or something else that is whole."""
 
 
 def partial_path(path: Path) -> Path:
-    """The hidden sibling that ``path`` is written as until it is whole."""
-    path = path.absolute()
-    return path.with_name(f".{path.name}.partial")
-
-
-def _replaced_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.replaced")
-
-
-def _recover(path: Path) -> None:
-    """Mend what a run left that was killed between the two renames of :func:`commit`: the old directory goes back."""
-    old = _replaced_path(path)
-    if old.is_dir() and not path.exists():
-        with contextlib.suppress(FileNotFoundError):  # another rank was faster
-            os.rename(old, path)
-    elif old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
+    """The directory that is written until it is whole, to become ``path``."""
+    return hidden_path(path, PARTIAL) / CONTENT
 
 
 def begin(path: Path) -> Path:
-    """Make an empty :func:`partial_path`, removing what an interrupted run left there.
+    """Make an empty :func:`partial_path`; what an interrupted run left is completed or removed.
 
-    The directory stays locked until :func:`commit` or :func:`abandon`, or until this process ends in any way.
+    It stays locked until :func:`commit` or :func:`abandon`, or until this process ends in any way.
 
     Raises:
         InputError: if another run is writing the same output.
     """
     close_files()
-    partial = partial_path(path)
-    if partial.is_dir():
-        _unlock(_lock(partial))
-    shutil.rmtree(partial, ignore_errors=True)
-    _recover(path.absolute())
-    try:
-        partial.mkdir(parents=True)
-    except FileExistsError:
-        raise _busy(partial) from None
-    _locks[partial] = _lock(partial)
-    return partial
+    box = hidden_path(path, PARTIAL)
+    _take(box)
+    hidden.clear(box)
+    (box / CONTENT).mkdir()
+    return box / CONTENT
 
 
-_locks: dict[Path, int] = {}
-
-
-def _lock(partial: Path) -> int:
-    number = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(number)
-        raise _busy(partial) from None
-    except OSError:
-        pass  # a file system that cannot lock directories
-    return number
-
-
-def _unlock(number: int | None) -> None:
-    if number is not None:
-        os.close(number)
-
-
-def _busy(partial: Path) -> InputError:
-    return InputError(f"another run is writing {partial}", do="wait for it, or name another output")
+def _take(box: Path) -> None:
+    hidden.take(box)
+    moves.complete(box)
 
 
 def abandon(path: Path) -> None:
-    """Remove the partial output of ``path``."""
-    shutil.rmtree(partial_path(path), ignore_errors=True)
-    _unlock(_locks.pop(partial_path(path), None))
+    """Remove the partial output of ``path``, unless it is about to be in place."""
+    box = hidden_path(path, PARTIAL)
+    end = _let_go if (box / hidden.MOVES).is_file() else hidden.leave
+    end(box)
 
 
-def commit(path: Path) -> None:
-    """Sync the partial output and put it in place of ``path``."""
-    _place(partial_path(path), path.absolute())
-    _unlock(_locks.pop(partial_path(path), None))
+def _let_go(box: Path) -> None:
+    hidden.unlock(hidden.locks.pop(box, None))
 
 
-def _place(partial: Path, path: Path) -> None:
-    """Sync a finished directory and put it in place of ``path``."""
+def commit(path: Path, files: Mapping[Path, bytes] | None = None) -> None:
+    """Put the partial output in place of ``path``.
+
+    Args:
+        files: what is to be at these places together with it.
+    """
+    box = hidden_path(path, PARTIAL)
+    _place(box, path, files or {})
+    hidden.leave(box)
+
+
+def _place(box: Path, path: Path, files: Mapping[Path, bytes]) -> None:
     close_files()
-    for folder, _, files in os.walk(partial):
-        for name in files:
+    for folder, _, names in os.walk(box / CONTENT):
+        for name in names:
             sync(os.path.join(folder, name))
         sync(folder)
-    if path.exists():
-        if not _exchange(partial, path):
-            old = _replaced_path(path)
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(path, old)
-            os.rename(partial, path)
-            shutil.rmtree(old, ignore_errors=True)  # it is out of the way; the output is in place
-        shutil.rmtree(partial, ignore_errors=True)
-    else:
-        os.rename(partial, path)
-    sync(path.parent)
+    with _staged_files(files, box) as staged:
+        moves.carry_out(box, [*_moves_of(box, located(path)), *staged])
+
+
+def _moves_of(box: Path, place: Path) -> Sequence[tuple[Path, Path]]:
+    """The new directory as a whole, or, where that has to be, entry by entry."""
+    if box.parent != place:
+        return [(box / CONTENT, place)]
+    inwards = sorted(os.listdir(box / CONTENT), key=lambda name: name in _SIGNS)
+    outwards = sorted(hidden.entries(place), key=lambda name: name not in _SIGNS)
+    gone = [(place / name, box / OLD / name) for name in outwards]
+    return [*gone, *((box / CONTENT / name, place / name) for name in inwards)]
+
+
+@contextlib.contextmanager
+def _staged_files(files: Mapping[Path, bytes], box: Path) -> Iterator[list[tuple[Path, Path]]]:
+    """Files on the disk beside their places, and the moves that bring them there, which ``box`` is going to note."""
+    beside = {path: hidden_path(path, PARTIAL) for path in files}
+    try:
+        for path, data in files.items():
+            _take(beside[path])
+            hidden.clear(beside[path])
+            write_bytes(beside[path] / CONTENT, data)
+        yield [(beside[path] / CONTENT, located(path)) for path in files]
+    except BaseException:
+        end = _let_go if (box / hidden.MOVES).is_file() else hidden.leave  # what is noted will be completed
+        for each in beside.values():
+            end(each)
+        raise
+    for each in beside.values():
+        hidden.leave(each)
+
+
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """Write files at places that a user named, all of them or none.
+
+    Raises:
+        PruneError: if one cannot be written, or would replace something else than a file.
+    """
+    with explained(", ".join(map(str, files))):
+        first = hidden_path(next(iter(files)), PARTIAL)
+        with _staged_files(files, first) as staged:
+            moves.carry_out(first, staged)
 
 
 @contextlib.contextmanager
 def work(path: Path, key: str, *, main: bool, agree: Callable[[Exception | None], None]) -> Iterator[Path]:
-    """The hidden sibling of output ``path`` where a long run keeps its finished parts.
+    """The directory where a long run keeps its finished parts, hidden beside its output ``path``.
 
     It stays when the run is stopped, and the next run with the same ``key`` goes on from it; what another request left
-    there is removed. It goes when the run ends well, unless :func:`finish_work` made it the output.
+    there is removed. It goes when the run ends well.
 
     Args:
         main: whether this process makes and removes it.
@@ -173,27 +142,92 @@ def work(path: Path, key: str, *, main: bool, agree: Callable[[Exception | None]
 
     Raises:
         InputError: if another run is at work on the same output.
+        PruneError: if the disk refuses something while the run is at work.
     """
-    folder = path.absolute().with_name(f".{path.name}.work")
     error = None
     if main:
         try:
-            _take_up(folder, key)
+            _take_up(work_path(path).parent, key)
         except (InputError, OSError) as found:
             error = found
     agree(error)
+    folder = work_path(path)
+    box = folder.parent
     try:
-        yield folder
+        with explained(path, kept="finished parts are kept: the same command goes on from them"):
+            yield folder
         agree(None)
         if main:
-            shutil.rmtree(folder, ignore_errors=True)
+            hidden.leave(box)
     except BaseException:
-        if main and folder.is_dir() and os.listdir(folder) == [_KEY_FILE]:
-            shutil.rmtree(folder, ignore_errors=True)  # nothing was done yet: a refused run leaves nothing
+        if main and folder.is_dir() and not os.listdir(folder):
+            hidden.leave(box)  # nothing was done yet: a refused run leaves nothing
         raise
     finally:
         if main:
-            _unlock(_locks.pop(folder, None))
+            _let_go(box)
+
+
+def work_path(path: Path) -> Path:
+    """The directory of :func:`work` for an output."""
+    return hidden_path(path, WORK) / CONTENT
+
+
+def _take_up(box: Path, key: str) -> None:
+    """Lock a work directory, emptied of what another request left, and of what an output was exchanged for."""
+    _take(box)
+    note, placed = box / REQUEST, any(source == box / CONTENT for source, _, _ in moves.noted(box))
+    same = not placed and note.is_file() and note.read_text(encoding="utf-8") == key
+    hidden.clear(box, keep=(REQUEST, CONTENT) if same else ())
+    (box / CONTENT).mkdir(exist_ok=True)
+    if not same:
+        write_text(note, key)
+
+
+def finish_work(folder: Path, path: Path) -> None:
+    """Put a finished :func:`work` directory in place of the output ``path``."""
+    _place(folder.parent, path, {})
+
+
+def place_from_work(folder: Path, files: Sequence[tuple[Path, Path | None]]) -> None:
+    """Put files of a :func:`work` directory in place, all together.
+
+    Args:
+        files: (place, file in ``folder``), in order; ``None`` where what is there goes away.
+    """
+    box = folder.parent
+    for _, made in files:
+        if made:
+            sync(made)
+    wanted = [(made, located(place)) if made else (located(place), box / OLD / place.name) for place, made in files]
+    moves.carry_out(box, [(source, target) for source, target in wanted if os.path.lexists(source)])
+
+
+def settle(place: Path) -> None:
+    """Complete what a stopped run has left to do to put a file in place, where it does that beside the file.
+
+    For readers: the next run of the same command does it too. What cannot be done is left.
+    """
+    with contextlib.suppress(OSError, PruneError):
+        place = located(place)
+        for box in place.parent.glob(f".*.{WORK}*"):
+            listed = moves.noted(box) if hidden.is_ours(box) else []
+            within = all(target.parent == place.parent or box in target.parents for _, target, _ in listed)
+            if within and place in (target for _, target, _ in listed):
+                hidden.take(box)
+                try:
+                    moves.complete(box)
+                finally:
+                    _let_go(box)
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a directory that another run holds.
+
+    Raises:
+        InputError: if one does.
+    """
+    hidden.unlock(hidden.lock(folder))
 
 
 def hold(folder: Path) -> None:
@@ -203,56 +237,4 @@ def hold(folder: Path) -> None:
         InputError: if another run holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _locks[folder] = _lock(folder)
-
-
-def _take_up(folder: Path, key: str) -> None:
-    """Lock a work directory, emptied of what another request left."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _locks[folder] = _lock(folder)
-    note = folder / _KEY_FILE
-    if not note.is_file() or note.read_text(encoding="utf-8") != key:
-        for entry in folder.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        write_text(note, key)
-
-
-def finish_work(folder: Path, path: Path) -> None:
-    """Put a finished work directory in place of the output ``path``."""
-    (folder / _KEY_FILE).unlink()
-    _place(folder, path.absolute())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically: see :func:`write_bytes`."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically: a temporary sibling, synced, then renamed."""
-    path = path.absolute()
-    temporary = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, path)
-    sync(path.parent)
-
-
-def sync(path: str | Path) -> None:
-    """Have a file, or what a directory lists, on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step; False where the file system or the C library cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+    hidden.locks[folder] = hidden.lock(folder)

@@ -67,14 +67,18 @@ class TensorFile:
         kind = self._file.get_slice(name).get_dtype()
         if _DTYPES.get(kind) is not dtype or len(held) != len(shape) or any(n not in (None, s) for s, n in zip(held, shape)):
             asked = ", ".join("any" if size is None else str(size) for size in shape)
-            raise self.refuse(name, got=f"{kind} {list(held)}", needed=f"{dtype} [{asked}]".removeprefix("torch."))
-        with self._readable():
-            found = self._file.get_tensor(name)
+            raise self.refuse(name, got=f"{_DTYPES.get(kind, kind)} {list(held)}", needed=f"{dtype} [{asked}]")
+        found = self.take(name)
         if dtype.is_floating_point and finite and not bool(found.isfinite().all()):
             raise self.refuse(name, got="NaN or infinity", needed="finite numbers")
         if least is not None and found.numel() and float(found.min()) < least:
             raise self.refuse(name, got=float(found.min()), needed=f"at least {least:g}")
         return found
+
+    def take(self, name: str) -> Tensor:
+        """A tensor, whatever it is."""
+        with self._readable():
+            return self._file.get_tensor(name)
 
     def refuse(self, name: str, *, got: object, needed: object) -> InputError:
         """The error that says what a tensor is and should be."""

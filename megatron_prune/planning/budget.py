@@ -101,10 +101,10 @@ def parse_count(text: str, flag: str = "--params") -> int:
     Raises:
         InputError: if it is not such a count, or zero.
     """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMBT]?)", text.strip().upper())
+    match = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([KMBT]?)", text.strip().upper())
     count = floor(Fraction(match[1]) * 1000 ** " KMBT".index(match[2] or " ")) if match else 0
     if count < 1:
-        raise InputError(flag, got=repr(text), needed="a count such as 90M, 1.5B or 123456")
+        raise InputError(flag, got=repr(text[:40]), needed="a count such as 90M, 1.5B or 123456")
     return count
 
 
@@ -114,9 +114,9 @@ def parse_bytes(text: str, flag: str = "--memory") -> int:
     Raises:
         InputError: if it is not such a size, or zero.
     """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(I?))?B?", text.strip().upper())
+    match = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?:([KMGT])(I?))?B?", text.strip().upper())
     unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " ") if match else 0
     count = floor(Fraction(match[1]) * unit) if match else 0
     if count < 1:
-        raise InputError(flag, got=repr(text), needed="a size such as 5GB, 500MB (decimal) or 2GiB (binary)")
+        raise InputError(flag, got=repr(text[:40]), needed="a size such as 5GB, 500MB (decimal) or 2GiB (binary)")
     return count

@@ -20,9 +20,9 @@ def parse_multiples(text: str, flag: str = "--multiple_of") -> dict[str, int]:
     """
     steps: dict[str, int] = {}
     for part in text.replace(" ", "").split(","):
-        match = re.fullmatch(r"(\w+)=([0-9]+)", part)
+        match = re.fullmatch(r"(\w+)=([0-9]{1,12})", part)
         if not match or match[1] in steps:
-            why = f"{match[1]} twice" if match else repr(text)
+            why = f"{match[1]} twice" if match else repr(text[:80])
             raise InputError(flag, got=why, needed="axes and their steps, such as hidden=64,ffn=128")
         steps[match[1]] = int(match[2])
     raise_all(InputError, flag, step_problems(steps))

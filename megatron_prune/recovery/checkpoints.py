@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +23,6 @@ from typing import Any, Callable
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.safe_globals import register_safe_globals
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prune.checkpoint import megatron
@@ -32,7 +32,8 @@ from megatron_prune.checkpoint.megatron_args import megatron_args
 from megatron_prune.checkpoint.stream import StreamReport, stream
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.files import staging
-from megatron_prune.recovery import writer
+from megatron_prune.recovery import reading, writer
+from megatron_prune.recovery.extra_states import missing_extra_states
 from megatron_prune.recovery.optimizer import allocate_state, load_state
 from megatron_prune.recovery.trainer import Trainer, TrainingError
 from megatron_prune.runtime import cpu
@@ -56,6 +57,7 @@ class Checkpoints:
         root: the run's directory.
         keep: how many of the newest stay, beside the best.
         side_files: fills a checkpoint's directory with what goes along (tokenizer, plan).
+        tokenizer: whether one is among these.
         needed: bytes of one checkpoint.
         check: read every checkpoint again before it is put in place, and keep digests of its weights.
     """
@@ -65,6 +67,7 @@ class Checkpoints:
     trainer: Trainer
     keep: int
     side_files: Callable[[Path], None]
+    tokenizer: bool
     needed: int
     check: bool = True
     _queue: AsyncCallsQueue = field(init=False, default_factory=AsyncCallsQueue)
@@ -96,7 +99,8 @@ class Checkpoints:
         self.world.agree(error)
         with cpu.stand_in():
             state = self._state(loading=False)
-            args = megatron_args(described.model, described.layout, self.trainer.dtype, None)
+            state["model"] |= missing_extra_states(state["model"], described.model)
+            args = megatron_args(described.model, described.layout, self.trainer.dtype, self._tokenizer(folder))
             consumed = described.recipe[-1]["consumed_samples"]
             args.iteration, args.consumed_train_samples, args.no_save_optim = iteration, consumed, False
             state |= {"args": args, "checkpoint_version": 3.0, "iteration": iteration}
@@ -112,6 +116,10 @@ class Checkpoints:
                 self._writer = self._queue.async_calls[-1].async_caller.process
             except _FAILURES as failed:  # what is written at once, or the start of the writers
                 raise self._lost(failed) from failed
+
+    def _tokenizer(self, folder: Path) -> str | None:
+        """Where the tokenizer of a checkpoint will lie once it is in place."""
+        return str(folder.absolute() / megatron.HF_FOLDER) if self.tokenizer else None
 
     def mark_best(self, iteration: int) -> None:
         """Let a checkpoint that is in place be the best."""
@@ -205,18 +213,19 @@ class Checkpoints:
         """Take model, optimizer and schedule from a checkpoint, whatever its parallel layout.
 
         Raises:
-            CheckpointError: if megatron-core cannot read it.
+            CheckpointError: if megatron-core cannot read it, or it holds what is not proven harmless.
         """
-        register_safe_globals()  # what common.pt may hold; nothing else in it is unpickled
         with cpu.stand_in():
             wanted = self._state(loading=True)
             try:
-                state = dist_checkpointing.load(wanted, str(folder))
-            except Exception as error:
-                raise CheckpointError(f"{folder} cannot be taken up", got=_last_line(error)) from error
-            self.trainer.load_state(state["model"])
-            load_state(self.trainer.optimizer, state["optimizer"])
-            self.trainer.schedule.load_state_dict(state["opt_param_scheduler"])
+                state = reading.load(wanted, folder)
+                self.trainer.load_state(state["model"])
+                load_state(self.trainer.optimizer, state["optimizer"])
+                self.trainer.schedule.load_state_dict(state["opt_param_scheduler"])
+            except CheckpointError:
+                raise
+            except _FAILURES as error:  # what a damaged state can do to megatron-core
+                raise _cause(error, folder) from None
 
     def _state(self, *, loading: bool) -> dict[str, Any]:
         """megatron-core's description of what this rank writes or wants."""
@@ -234,8 +243,8 @@ def iteration_name(iteration: int) -> str:
 
 def iterations(root: Path) -> list[int]:
     """Iterations whose checkpoints are whole, oldest first."""
-    found = [path.parent.name.removeprefix("iter_") for path in root.glob(f"iter_*/{FILE}")]
-    return sorted(int(name) for name in found if name.isdigit())
+    folders = [path.parent for path in root.glob(f"iter_*/{FILE}") if not path.parent.is_symlink()]
+    return sorted(int(folder.name[5:]) for folder in folders if re.fullmatch(r"iter_[0-9]{7,12}", folder.name))
 
 
 def newest(root: Path) -> Path | None:
@@ -246,8 +255,11 @@ def newest(root: Path) -> Path | None:
 
 def clean(root: Path) -> None:
     """Remove what a killed run left half-written or half-removed."""
-    for path in [*root.glob(".iter_*.partial"), *root.glob(".iter_*.removed")]:
-        shutil.rmtree(path, ignore_errors=True)
+    for path in [*root.glob(".iter_*.partial*"), *root.glob(".iter_*.removed")]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def check_room(root: Path, needed: int) -> None:
@@ -256,6 +268,7 @@ def check_room(root: Path, needed: int) -> None:
     Raises:
         InputError: with both amounts.
     """
+    root = root.absolute()
     while not root.exists():
         root = root.parent
     free = shutil.disk_usage(root).free
@@ -269,6 +282,13 @@ def _link(place: Path, target: str) -> None:
         temporary.unlink()
     temporary.symlink_to(target)
     os.replace(temporary, place)
+
+
+def _cause(error: BaseException, folder: Path) -> CheckpointError:
+    """What any rank found, where torch gathered it from all."""
+    found = [each for each, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    own = [each for each in found if isinstance(each, CheckpointError)]
+    return own[0] if own else CheckpointError(f"{folder} cannot be taken up", got=_last_line((found or [error])[0]))
 
 
 def _last_line(error: BaseException) -> str:

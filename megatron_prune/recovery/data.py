@@ -6,6 +6,7 @@ sequence length, the global batch and the step alone, not on the parallel layout
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator
@@ -15,12 +16,19 @@ from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix, parse_and_normalize_split
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch.utils.data import Dataset
 
+from megatron_prune.calibration.answers import mask_prefix, open_mask
 from megatron_prune.calibration.pair import Pair, open_pair
-from megatron_prune.errors import InputError
+from megatron_prune.errors import InputError, PruneError
+from megatron_prune.recovery import index_cache
+from megatron_prune.runtime.world import World
 
 SPLITS = ("train", "valid", "test")
+
+IGNORED = -100
+"""The label of a token that does not count, as torch's cross-entropy has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +40,7 @@ class DataOptions:
         split: shares of the documents for training, validation and test, such as ``"969,30,1"``.
         train_data_path, valid_data_path, test_data_path: instead of ``data_path``, one blend for each.
         cache: directory for the indices that megatron-core makes.
+        answers_only: whether only tokens count that the mask beside each pair names.
     """
 
     data_path: tuple[str, ...] = ()
@@ -42,6 +51,7 @@ class DataOptions:
     seq_length: int
     seed: int
     cache: Path
+    answers_only: bool = False
 
     @property
     def separate(self) -> tuple[tuple[str, ...], ...]:
@@ -111,6 +121,8 @@ def check_data(options: DataOptions, vocab_size: int) -> dict[str, Pair]:
         pairs = {prefix: open_pair(prefix) for flag, words in blends.items() for prefix in parse_blend(words, flag)[0]}
     for prefix, pair in pairs.items():
         _check_pair(prefix, pair, options.seq_length, vocab_size)
+        if options.answers_only:
+            open_mask(pair)
     return pairs
 
 
@@ -157,15 +169,37 @@ def split_counts(split: str, sequences: int) -> list[int]:
     return [0 if share is None else round(share[1] * sequences) - round(share[0] * sequences) for share in bounds]
 
 
-def build_datasets(options: DataOptions, samples: tuple[int, int, int]) -> list[Dataset | None]:
-    """The training, validation and test sets; every process takes part.
+def build_datasets(options: DataOptions, samples: tuple[int, int, int], world: World) -> list[Dataset | None]:
+    """The training, validation and test sets; every process takes part. The main one makes the indices that are not there.
 
     Args:
         samples: of each, at the least.
 
     Returns:
-        What yields ``tokens`` and ``labels``, int64 [seq_length]; ``None`` for a split that is empty.
+        What yields ``tokens`` and ``labels``, int64 [seq_length] (``IGNORED`` for labels that do not count); ``None`` for a
+        split that is empty.
+
+    Raises:
+        PruneError: if the indices cannot be written.
     """
+    error = None
+    if world.is_main:
+        try:
+            build_alone(options, samples)
+        except OSError as found:
+            error = PruneError(f"the indices of the data cannot be written to {options.cache}: {found}")
+    world.agree(error)
+    with index_cache.without_pickles():
+        return _build(options, samples)
+
+
+def build_alone(options: DataOptions, samples: tuple[int, int, int]) -> list[Dataset | None]:
+    """The same in one process, waiting for no other."""
+    with index_cache.sound(options.cache), index_cache.without_pickles(), index_cache.alone():
+        return _build(options, samples)
+
+
+def _build(options: DataOptions, samples: tuple[int, int, int]) -> list[Dataset | None]:
     blends: dict[str, Any] = {"blend": None, "blend_per_split": None, "split": None}
     if options.data_path:
         blends |= {"blend": parse_blend(options.data_path, "--data-path"), "split": _without_empty_test(options)}
@@ -182,7 +216,25 @@ def build_datasets(options: DataOptions, samples: tuple[int, int, int]) -> list[
         create_attention_mask=False,
         **blends,
     )
-    return BlendedMegatronDatasetBuilder(GPTDataset, list(samples), lambda: True, config).build()
+    kind = AnswersDataset if options.answers_only else GPTDataset
+    return BlendedMegatronDatasetBuilder(kind, list(samples), lambda: True, config).build()
+
+
+class AnswersDataset(GPTDataset):
+    """megatron-core's data set of a pair with a mask beside it: labels that the mask does not name are ``IGNORED``.
+
+    The mask is read as the tokens are, by the same indices of documents, samples and their order.
+    """
+
+    def __init__(self, indexed_dataset: IndexedDataset, dataset_path: str, *args: Any) -> None:
+        super().__init__(indexed_dataset, dataset_path, *args)
+        self._mask = copy.copy(self)
+        self._mask.dataset = IndexedDataset(str(mask_prefix(dataset_path)), mmap=self.config.mmap_bin_files)
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        item = super().__getitem__(idx)
+        counted, _ = self._mask._query_document_sample_shuffle_indices(idx or 0)
+        return {**item, "labels": item["labels"].where(torch.from_numpy(counted[1:] == 1), IGNORED)}
 
 
 def _without_empty_test(options: DataOptions) -> str:
@@ -225,7 +277,7 @@ def step_batches(
     """This data-parallel copy's micro-batches of the step that starts after ``consumed`` samples.
 
     Yields:
-        Tokens and labels, int64 [micro_batch, seq_length], and the numbers of their samples in ``dataset``.
+        Tokens and labels (``IGNORED`` where one does not count), int64 [micro_batch, seq_length], and the numbers of their samples in ``dataset``.
 
     Raises:
         InputError: on a token that the model has not.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import math
@@ -14,11 +15,16 @@ from typing import Any, Iterator
 
 import torch
 
+from megatron_prune.errors import InputError
 from megatron_prune.files import staging
+from megatron_prune.files.documents import parse_json, read_text
 
 log = logging.getLogger("megatron_prune")
 
 HISTORY, PLOT, BOARD = "history.jsonl", "loss.png", "tensorboard"
+
+Record = dict[str, int | float | None]
+"""A line of ``history.jsonl``: the iteration, the tokens so far, and what was measured."""
 
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "B200": 2250, "A100": 312, "A800": 312, "L40S": 362}
 """Dense bf16 and fp16 peak of a device by a part of its name (NVIDIA's data sheets), the first match counts."""
@@ -153,13 +159,23 @@ def _not_worth_a_run() -> Iterator[None]:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Records of a ``history.jsonl``, without a last line that was cut off; empty if there is no file."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    """Records of a ``history.jsonl``, without a last line that was cut off; empty if there is no file.
+
+    Raises:
+        InputError: naming a line that is no record.
+    """
+    records: list[dict[str, Any]] = []
+    lines = read_text(path, error=InputError).splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+            record = parse_json(line, Record, f"{path}, line {number}", error=InputError, do="mend the line, or remove the file")
+            if not all(type(record.get(name)) is int for name in ("iteration", "tokens")):
+                raise InputError(f"{path}, line {number}", got=line[:80], needed="iteration and tokens", do="mend or remove it")
+        except InputError:
+            if number == len(lines) and not line.endswith("}"):  # a run was killed while it wrote this
+                break
+            raise
+        records.append(record)
     return records
 
 
@@ -180,6 +196,6 @@ def draw_losses(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()
-    temporary = path.with_name(f".{path.name}.partial")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    staging.write_bytes(path, drawn.getvalue())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from dataclasses import dataclass, field, replace
 from typing import Any, Callable
@@ -9,6 +10,7 @@ from typing import Any, Callable
 from torch.utils.data import Dataset
 
 from megatron_prune.checkpoint.manifest import Manifest
+from megatron_prune.files.documents import STRICT
 from megatron_prune.recovery.checkpoints import Checkpoints
 from megatron_prune.recovery.history import History
 from megatron_prune.recovery.trainer import Step, Trainer, TrainingError
@@ -43,6 +45,8 @@ class Position:
         best_loss: the lowest held-out loss so far; with ``best_saved`` the lowest of a checkpoint.
         since_best: held-out losses measured since.
     """
+
+    __pydantic_config__ = STRICT
 
     iteration: int = 0
     start_loss: float | None = None
@@ -174,6 +178,8 @@ class Run:
     def _held_out(self) -> float:
         paused = self.history.pause() if self.history else 0.0
         loss = self.trainer.evaluate(self.valid, self.intervals.evaluate_for)[1]
+        if not math.isfinite(loss):
+            raise TrainingError(f"the held-out loss after iteration {self.position.iteration} is {loss}")
         if self.history:
             self.history.held_out(self.position.iteration, loss)
             self.history.resume(paused)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_prune.errors import PruneError
-from megatron_prune.recovery.data import BatchSizes, step_batches
+from megatron_prune.recovery.data import IGNORED, BatchSizes, step_batches
 from megatron_prune.recovery.distillation import Teacher
 from megatron_prune.recovery.hidden_match import HiddenMatch
 from megatron_prune.recovery.lora import Adapter
@@ -62,6 +63,7 @@ class Trainer:
         teacher: whom the model is distilled from, if anyone.
         adapters: what is trained, where it is not the model itself.
         hidden: compares layers with the teacher's; it counts ``hidden_weight``.
+        answers_only: whether the data says which tokens count.
     """
 
     running: RunningModel
@@ -75,6 +77,7 @@ class Trainer:
     adapters: list[Adapter] = field(default_factory=list)
     hidden: HiddenMatch | None = None
     hidden_weight: float = 0.0
+    answers_only: bool = False
     model: DistributedDataParallel = field(init=False)
 
     def __post_init__(self) -> None:
@@ -126,7 +129,8 @@ class Trainer:
             self.optimizer.zero_grad()
             batches = list(step_batches(dataset, consumed, self.sizes, self.running.config.vocab_size))
             sums = self._run(batches, self.teacher, train=True)
-            losses, stop_asked = self._reduce(sums, len(batches), stop)
+            totals, stop_asked = self._reduce(sums, stop)
+            losses = _means(totals)
             if not math.isfinite(losses[0]):
                 raise TrainingError(f"the loss of the step after {consumed} samples is {losses[0]}")
             lr = self._lr()
@@ -140,15 +144,15 @@ class Trainer:
     def evaluate(self, dataset: Dataset, iterations: int) -> Measured:
         """Mean losses over the first ``iterations`` global batches of ``dataset``: the same samples every time."""
         self.model.eval()
-        totals = [0.0] * 4
+        totals = [0.0] * 5
         with cpu.stand_in(), torch.no_grad():
             for number in range(iterations):
                 start = number * self.sizes.global_batch
                 batches = list(step_batches(dataset, start, self.sizes, self.running.config.vocab_size))
-                measured, _ = self._reduce(self._run(batches, None, train=False), len(batches), False)
+                measured, _ = self._reduce(self._run(batches, None, train=False), False)
                 totals = [total + value for total, value in zip(totals, measured)]
         self.model.train()
-        return tuple(total / iterations for total in totals)
+        return _means(totals)
 
     def _lr(self) -> float:
         groups = [group for group in self.optimizer.param_groups if group.get("default_config")]
@@ -161,11 +165,12 @@ class Trainer:
         model_parallel_cuda_manual_seed(mixed % (1 << 31))
 
     def _run(self, batches: list[tuple[Tensor, Tensor, range]], teacher: Teacher | None, *, train: bool) -> list[Tensor]:
-        """Losses of every micro-batch, float64 [4] each, on the ranks of the last stage."""
+        """Sums of every micro-batch (see :meth:`_weighted`), on the ranks of the last stage."""
         taught: Iterable[Any] = teacher.answers(batches) if teacher else [None] * len(batches)
+        weight = self._weight(batches)
         return get_forward_backward_func()(
             forward_step_func=self._forward,
-            data_iterator=zip(batches, taught),
+            data_iterator=zip(batches, taught, itertools.repeat(weight)),
             model=self.model,
             num_microbatches=len(batches),
             seq_length=self.seq_length,
@@ -174,14 +179,24 @@ class Trainer:
         )
 
     def _forward(self, iterator: Iterable, model: torch.nn.Module) -> tuple[Tensor, Callable]:
-        (tokens, labels, _), taught = next(iterator)
+        (tokens, labels, _), taught, weight = next(iterator)
         device = self.running.device
         tokens, labels = tokens.to(device), labels.to(device)
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
         parts: list[Tensor] = []
         self.running.module.compute_language_model_loss = partial(self._losses, taught, parts)
         output = model(input_ids=tokens, position_ids=positions, attention_mask=None, labels=labels)
-        return output, partial(self._mean, parts)
+        return output, partial(self._weighted, labels, weight, parts)
+
+    def _weight(self, batches: list[tuple[Tensor, Tensor, range]]) -> float | None:
+        """What the loss of a token that counts is multiplied by in its micro-batch, so that the step's loss is their mean over
+        the global batch; ``None`` where all count alike."""
+        if not self.answers_only:
+            return None
+        counted = torch.zeros(1, dtype=torch.float64, device=self.running.device)
+        counted += sum(int((labels != IGNORED).sum()) for _, labels, _ in batches)
+        dist.all_reduce(counted, group=parallel_state.get_data_parallel_group())
+        return len(batches) * parallel_state.get_data_parallel_world_size() / max(counted.item(), 1.0)
 
     def _losses(self, taught: Callable | None, parts: list[Tensor], labels: Tensor, logits: Tensor) -> Tensor:
         """Called by megatron-core's model in place of its own loss: labels [batch, tokens], logits [tokens, batch, part]."""
@@ -197,16 +212,31 @@ class Trainer:
         return total
 
     @staticmethod
-    def _mean(parts: list[Tensor], losses: Tensor) -> tuple[Tensor, Tensor]:
-        return losses.mean(), torch.stack([part.detach().double().mean() for part in parts])
+    def _weighted(labels: Tensor, weight: float | None, parts: list[Tensor], losses: Tensor) -> tuple[Tensor, Tensor]:
+        """(what is trained, float64 [5]: sums of the four losses and of what they are sums over).
 
-    def _reduce(self, sums: list[Tensor], count: int, stop: bool) -> tuple[Measured, bool]:
-        """Means over all micro-batches of all copies, on every rank; and whether any rank was asked to stop."""
+        Args:
+            labels: int64 [batch, tokens].
+            parts: the four losses, [tokens, batch] each, or of the whole micro-batch.
+            losses: [tokens, batch].
+        """
+        counts = (labels != IGNORED).transpose(0, 1)
+        total = counts.sum().double()
+        sums = [(part.detach().double() * counts).sum() for part in parts]
+        return losses.mean() if weight is None else (losses * counts).sum() * weight, torch.stack([*sums, total])
+
+    def _reduce(self, sums: list[Tensor], stop: bool) -> tuple[list[float], bool]:
+        """Sums over all micro-batches of all copies, on every rank; and whether any rank was asked to stop."""
         values = torch.zeros(6, dtype=torch.float64, device=self.running.device)
         if sums and parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
-            values[:4] = torch.stack(sums).sum(0)
-            values[4] = count
+            values[:5] = torch.stack(sums).sum(0)
         values[5] = float(stop)
         dist.all_reduce(values)
-        *losses, counted, asked = values.tolist()
-        return tuple(loss / counted for loss in losses), asked > 0
+        *totals, asked = values.tolist()
+        return totals, asked > 0
+
+
+def _means(totals: list[float]) -> Measured:
+    """The four losses, of their sums and the number of tokens that count; 0 where none does."""
+    *sums, counted = totals
+    return tuple(total / counted if counted else 0.0 for total in sums)

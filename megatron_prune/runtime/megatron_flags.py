@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.model import ModelConfig, RopeScaling
 from megatron_prune.errors import InputError, raise_all
 
 _MODEL = {
@@ -24,6 +24,7 @@ _MODEL = {
     "norm_epsilon": float,
     "rotary_base": float,
     "rotary_percent": float,
+    "rope_scaling_factor": float,
 }
 _FIXED = {"rotary_percent": 1.0}
 _MODEL_SWITCHES = {
@@ -44,7 +45,7 @@ data_path split data_cache_path tokenizer_type tokenizer_model vocab_file merge_
 distributed_backend distributed_timeout_minutes tensorboard_dir wandb_project num_workers dataloader_type
 transformer_impl attention_backend context_parallel_size expert_model_parallel_size virtual_pipeline_model_parallel_size
 num_layers_per_virtual_pipeline_stage recompute_granularity recompute_method recompute_num_layers master_addr master_port
-rope_scaling_factor exit_interval exit_duration_in_mins timing_log_level
+exit_interval exit_duration_in_mins timing_log_level
 """.split()
 _TRAINING_SWITCHES = """
 bf16 fp16 sequence_parallel use_distributed_optimizer overlap_grad_reduce overlap_param_gather use_flash_attn
@@ -121,6 +122,14 @@ def megatron_flags(namespace: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(namespace, name) for name in names if getattr(namespace, name, None) not in (None, False)}
 
 
+def model_fields(flags: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a model's configuration that flags say, for a checkpoint that does not say them itself."""
+    said = {name: value for name, value in flags.items() if name in ModelConfig.__dataclass_fields__}
+    if flags.get("use_rope_scaling"):
+        said["rope_scaling"] = RopeScaling(kind="llama3", factor=flags.get("rope_scaling_factor", 8.0))
+    return said
+
+
 def check_megatron_flags(flags: dict[str, Any], config: ModelConfig) -> None:
     """Refuse flags that contradict the checkpoint.
 
@@ -130,7 +139,9 @@ def check_megatron_flags(flags: dict[str, Any], config: ModelConfig) -> None:
     problems = []
     for name, value in flags.items():
         if name in _MODEL:
-            actual: Any = _FIXED[name] if name in _FIXED else getattr(config, name)
+            actual: Any = _FIXED[name] if name in _FIXED else getattr(config, name, None)
+            if name == "rope_scaling_factor":  # a default of GPT_ARGS, of no effect without scaling
+                actual = config.rope_scaling.factor if config.rope_scaling else value
         elif name in _MODEL_SWITCHES:
             actual = _MODEL_SWITCHES[name](config)
         else:

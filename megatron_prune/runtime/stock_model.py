@@ -10,8 +10,7 @@ import torch
 from megatron_prune.arch.tensors import TensorId, tensor_ids
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
-from megatron_prune.errors import InputError
-from megatron_prune.files.documents import shorten
+from megatron_prune.errors import InputError, reason
 from megatron_prune.files.region import Scratch, closed_files
 
 
@@ -43,10 +42,7 @@ def load_stock_model(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
     except InputError:
         raise
     except Exception as error:  # a configuration or a file that transformers does not do fails in any of its parts
-        text = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"transformers cannot load the model in {folder}", got=f"{type(error).__name__}: {shorten(text, 300)}"
-        ) from None
+        raise InputError(f"transformers cannot load the model in {folder}", got=reason(error)) from None
 
 
 def _state_dict(model: HuggingFaceModel) -> dict[str, torch.Tensor]:

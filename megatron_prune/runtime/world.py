@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
+
+from megatron_prune.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +24,23 @@ class World:
 
     @classmethod
     def of_environment(cls) -> World:
-        """Read torchrun's variables; starts nothing."""
-        env = os.environ
-        return cls(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
+        """Read torchrun's variables; starts nothing.
+
+        Raises:
+            InputError: if one is no number, or the rank is none of the world.
+        """
+        found = {
+            name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        }
+        for name, text in found.items():
+            if not re.fullmatch(r"[0-9]{1,9}", text):
+                raise InputError(f"the environment variable {name}", got=repr(text), needed="a number, as torchrun sets it")
+        rank, size, local = (int(text) for text in found.values())
+        if rank >= size:
+            raise InputError(
+                "the environment variables RANK and WORLD_SIZE", got=f"{rank} of {size}", needed="a rank below the size"
+            )
+        return cls(rank, size, local)
 
     @property
     def is_main(self) -> bool:
@@ -64,6 +81,16 @@ class World:
         for found in self.all_gather(error):
             if found is not None:
                 raise found
+
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Do something on the main process; the others wait, and what it raises there is raised on all of them."""
+        error = None
+        if self.is_main:
+            try:
+                action()
+            except Exception as found:
+                error = found
+        self.agree(error)
 
     def spread(self, value: torch.Tensor) -> torch.Tensor:
         """The main process's tensor on the host, written into those of all others, which have its shape and dtype.

@@ -11,12 +11,14 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.calibration.contents import summary
 from megatron_prune.calibration.reader import stamps
 from megatron_prune.calibration.sources import load_calibration, parse_data
 from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
+from megatron_prune.files.documents import read_json
 from megatron_prune.importance.artifact import load_calibration_file, save_calibration
 from megatron_prune.importance.collect import collect
 from megatron_prune.importance.metric import METRICS, Metric
@@ -25,7 +27,7 @@ from megatron_prune.importance.statistics import Statistics
 from megatron_prune.planning.selection import Scores
 from megatron_prune.runtime.stage import Stage
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.output import PARAM_DTYPES, progress_bar
+from megatron_prune.steps.output import PARAM_DTYPES, log, progress_bar
 
 SEQ_LENGTH = 512
 """Tokens in a sample where nothing else is asked for."""
@@ -41,8 +43,10 @@ class CalibrationOptions:
         None,
     )
     data_field: str = option("name of the text in JSONL records and data sets", "text")
-    nsamples: int = option("samples from each source", 128)
-    seq_length: int | None = option("tokens in a sample (default: 512, or the model's context where that is shorter)", None)
+    nsamples: int = option("samples from each source", 128, least=1)
+    seq_length: int | None = option(
+        "tokens in a sample (default: 512, or the model's context where that is shorter)", None, least=2
+    )
     seed: int = option("seed of all that is drawn: windows, own samples, the random metric", 1234)
     dtype: str = option("what to compute in", "fp32", choices=["fp32", "bf16", "fp16"])
 
@@ -101,12 +105,14 @@ class Subject:
 
 
 def bos_token(folder: Path | None) -> int | None:
-    """``bos_token_id`` of a Hugging Face directory; ``None`` where it names none."""
-    try:
-        value = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("bos_token_id") if folder else None
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    """``bos_token_id`` of a Hugging Face directory; ``None`` where it names none.
+
+    Raises:
+        CheckpointError: if its ``config.json`` is damaged.
+    """
+    config = folder / "config.json" if folder else None
+    value = read_json(config).get("bos_token_id") if config and config.exists() else None
+    return value if type(value) is int else None
 
 
 def request_key(options: CalibrationOptions, subject: Subject, **more: object) -> str:
@@ -154,6 +160,8 @@ def obtain_calibration(options: CalibrationOptions, subject: Subject, folder: Pa
     )
     world.barrier()
     if world.is_main:
+        for line in filter(None, (summary(source["name"], source) for source in calibration.provenance)):
+            log.info("%s", line)
         save_calibration(folder, calibration)
     world.barrier()
     return calibration

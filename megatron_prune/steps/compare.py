@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
+from typing_extensions import TypedDict
 
 from megatron_prune.calibration.encoder import load_tokenizer
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.config import option, require_positive
-from megatron_prune.errors import InputError
+from megatron_prune.errors import InputError, reason
 from megatron_prune.files import staging
-from megatron_prune.files.documents import shorten
+from megatron_prune.files.documents import read_json
 from megatron_prune.runtime.stock_model import load_stock_model
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.inspect import describe
@@ -62,17 +64,21 @@ def compare(options: CompareOptions, world: World) -> None:
         print("perplexity on the first {windows} windows of {seq_length} tokens of {text}".format(**protocols[0]))
     if options.output:
         content = {"before": rows[0], "after": rows[1], "protocol": protocols[0] if protocols else None}
-        staging.write_text(Path(options.output), json.dumps(content, indent=2) + "\n")
+        staging.write_files({Path(options.output): json.dumps(content, indent=2).encode() + b"\n"})
 
 
-def _read(path: str | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {key: data[key] for key in ("perplexity", "text", "windows", "seq_length")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"evaluation {path} cannot be read", got=repr(error), needed="a file of evaluate --output") from None
+class _Evaluation(TypedDict):
+    """What is read of a file of ``evaluate --output``."""
+
+    __pydantic_config__ = {"extra": "ignore"}
+    perplexity: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    text: str
+    windows: Annotated[int, Field(gt=0)]
+    seq_length: Annotated[int, Field(gt=0)]
+
+
+def _read(path: str | None) -> _Evaluation | None:
+    return None if path is None else read_json(Path(path), _Evaluation, error=InputError, do="name a file of evaluate --output")
 
 
 def _facts(name: str, options: CompareOptions, evaluation: dict[str, Any] | None) -> dict[str, Any]:
@@ -93,7 +99,7 @@ def _generate(folder: Path, options: CompareOptions) -> str:
     try:
         output = model.generate(**inputs, **settings)
     except Exception as error:  # settings and token ids that the files name fail in any part of transformers
-        raise InputError(f"transformers cannot generate with {folder}", got=shorten(str(error), 300)) from None
+        raise InputError(f"transformers cannot generate with {folder}", got=reason(error)) from None
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 

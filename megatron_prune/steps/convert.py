@@ -13,13 +13,15 @@ from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.manifest import Manifest, Recipe
+from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import CheckpointError
-from megatron_prune.files import staging
 from megatron_prune.files.region import Scratch
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.output import CheckOptions, Source, write_megatron
+from megatron_prune.steps.output import Source, say_links, write_megatron
+from megatron_prune.steps.overwrite import MEGATRON, check_output
+from megatron_prune.steps.written import CheckOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,9 @@ class ConvertOptions(CheckOptions):
     target_pipeline_parallel_size: int = option("pipeline stages it is written for", 1)
     target_params_dtype: str | None = option("element type (default: as stored)", None, choices=["fp32", "bf16", "fp16"])
     ckpt_format: str = option("checkpoint layout", "torch_dist", choices=megatron.FORMATS)
+    transformer_impl: str = option(
+        "whose modules Megatron-LM is to load it into; torch_dist suits both", TRANSFORMER_IMPLS[0], choices=TRANSFORMER_IMPLS
+    )
     make_vocab_size_divisible_by: int = option("the padded vocabulary is a multiple of this × the tensor-parallel size", 128)
     overwrite: bool = option("replace an existing output directory", False)
     strict: bool = option("refuse weights that hold NaN or infinity instead of warning", False)
@@ -51,7 +56,8 @@ def convert(options: ConvertOptions, world: World) -> None:
     )
     save = Path(options.save_dir)
     folder = huggingface.resolve(options.load_dir)
-    staging.check_output(save, overwrite=options.overwrite, source=folder)
+    check_output(save, MEGATRON, overwrite=options.overwrite, source=folder)
+    say_links(folder, world)
     model = huggingface.open_model(folder)
     layout.check(model.config)
     check_tied_copy(model)
@@ -76,6 +82,7 @@ def convert(options: ConvertOptions, world: World) -> None:
         layout=layout,
         dtypes=source.dtypes(model.config, options.target_params_dtype),
         ckpt_format=options.ckpt_format,
+        transformer_impl=options.transformer_impl,
         manifest=manifest,
         side_files=model.path,
         buffers_of=model,

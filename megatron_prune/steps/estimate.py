@@ -16,7 +16,8 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.checkpoint import huggingface, megatron
-from megatron_prune.config import add_options, option, require_positive
+from megatron_prune.checkpoint.description import Told
+from megatron_prune.config import add_options, option, require_positive, text
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import family_of
 from megatron_prune.importance.collect import BATCH_TOKENS
@@ -36,6 +37,7 @@ from megatron_prune.planning.resources import (
 from megatron_prune.planning.target import resolve_target
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.calibrate import SEQ_LENGTH
+from megatron_prune.steps.foreign import ForeignOptions, told
 from megatron_prune.steps.megatron_runner import SAMPLED_TOGETHER
 from megatron_prune.surgery.refit import AFTER
 
@@ -43,7 +45,7 @@ ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class EstimateOptions:
+class EstimateOptions(ForeignOptions):
     """Say what steps would need in memory per rank and on disk, without reading weights."""
 
     path: str = option("Hugging Face directory, config.json, hub id, or Megatron checkpoint")
@@ -61,13 +63,13 @@ class EstimateOptions:
     seq_length: int = option("tokens in a sequence of recovery", 4096)
     nsamples: int = option("samples of calibration text, of all sources together", 256)
     sample_length: int | None = option(
-        "tokens in a sample of calibration text (default: 512, or the model's context where that is shorter)", None
+        "tokens in a sample of calibration text (default: 512, or the model's context where that is shorter)", None, least=2
     )
     recompute: bool = option("recovery recomputes activations layer by layer", False)
     distill: bool = option("recovery is distilled from the unpruned model beside it", False)
-    train_tokens: float = option("tokens of the recovery", 12e9)
-    device_tflops: float = option("what a device can do at best, TFLOP/s (H100 in bf16: 989)", 989.0)
-    mfu: float = option("share of it that training reaches", 0.4)
+    train_tokens: float = option("tokens of the recovery", 12e9, least=1)
+    device_tflops: float = option("what a device can do at best, TFLOP/s (H100 in bf16: 989)", 989.0, least=1e-6)
+    mfu: float = option("share of it that training reaches", 0.4, least=1e-6)
     json: bool = option("print JSON", False)
 
 
@@ -75,7 +77,7 @@ def parse(argv: list[str], prog: str) -> EstimateOptions:
     """Read the command line: the model is positional."""
     parser = argparse.ArgumentParser(prog=prog, description=EstimateOptions.__doc__, allow_abbrev=False)
     flags = [item for item in EstimateOptions.__dataclass_fields__.values() if item.name != "path"]
-    parser.add_argument("path", metavar="CKPT|HF", help=EstimateOptions.__dataclass_fields__["path"].metadata["help"])
+    parser.add_argument("path", type=text, metavar="CKPT|HF", help=EstimateOptions.__dataclass_fields__["path"].metadata["help"])
     add_options(parser, EstimateOptions, flags)
     return EstimateOptions(**vars(parser.parse_args(argv)))
 
@@ -88,7 +90,7 @@ def estimate(options: EstimateOptions, world: World) -> None:
     """
     sizes = ["target_tensor_parallel_size", "target_pipeline_parallel_size", "data_parallel_size"]
     require_positive(options, *sizes, "make_vocab_size_divisible_by", "micro_batch_size", "seq_length", "nsamples")
-    config = read_config(options.path)
+    config = read_config(options.path, told(options))
     layout = ParallelLayout(
         tensor=options.target_tensor_parallel_size,
         pipeline=options.target_pipeline_parallel_size,
@@ -182,11 +184,11 @@ def estimate_steps(config: ModelConfig, target: ModelConfig, layout: ParallelLay
     }
 
 
-def read_config(name_or_path: str) -> ModelConfig:
+def read_config(name_or_path: str, beside: Told = Told()) -> ModelConfig:
     """The model's sizes from a directory of either kind, or from a ``config.json`` alone."""
     path = Path(name_or_path)
     if path.is_dir() and not huggingface.is_huggingface(path):
-        return megatron.open_checkpoint(path).config
+        return megatron.open_checkpoint(path, beside, incomplete=True).config
     hf_config = huggingface.read_config(path if path.exists() else huggingface.fetch_config(name_or_path))
     return family_of(hf_config).model_config(hf_config)
 

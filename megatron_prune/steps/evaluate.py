@@ -10,18 +10,20 @@ from pathlib import Path
 import torch
 
 from megatron_prune.arch.tensors import parameter_count
+from megatron_prune.calibration.contents import summary
 from megatron_prune.calibration.windows import draw_windows
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import huggingface
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.output import PARAM_DTYPES, check_side_files, log
+from megatron_prune.steps.foreign import ForeignOptions, open_megatron
+from megatron_prune.steps.output import PARAM_DTYPES, log
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
+class EvaluateOptions(ForeignOptions):
     """Measure perplexity of a Megatron checkpoint on a text."""
 
     load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
@@ -51,14 +53,13 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
         raise InputError("--seq-length", got=options.seq_length, needed="at least 2: the first token is never predicted")
     if options.output:
         staging.check_file(Path(options.output))
-    checkpoint = megatron.open_checkpoint(Path(options.load_dir))
+    checkpoint = open_megatron(options.load_dir, options, world)
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     layout.check(checkpoint.config)
     if options.seq_length > checkpoint.config.max_position_embeddings:
         raise InputError(
             "--seq-length", got=options.seq_length, needed=f"at most the model's {checkpoint.config.max_position_embeddings}"
         )
-    check_side_files(world, checkpoint.path, checkpoint.manifest)
     folder = huggingface.resolve(options.tokenizer, weights=False) if options.tokenizer else checkpoint.hf_folder
     if folder is None:
         raise InputError(f"{checkpoint.path} keeps no tokenizer", do="name one with --tokenizer")
@@ -86,7 +87,7 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
             "checkpoint": str(options.load_dir),
             "perplexity": value,
             "text": str(options.data),
-            "split": drawn.facts["split"],
+            **{name: value for name, value in drawn.facts.items() if name in ("split", "files", "passed_over")},
             "windows": len(windows),
             "seq_length": options.seq_length,
             "dtype": options.dtype,
@@ -94,6 +95,8 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
             "pipeline_parallel": layout.pipeline,
             "parameters": parameter_count(checkpoint.config),
         }
+        if line := summary(str(options.data), drawn.facts):
+            log.info("%s", line)
         log.info("perplexity %.3f over %d windows of %d tokens of %s", value, len(windows), options.seq_length, options.data)
         if options.output:
-            staging.write_text(Path(options.output), json.dumps(result, indent=2) + "\n")
+            staging.write_files({Path(options.output): json.dumps(result, indent=2).encode() + b"\n"})

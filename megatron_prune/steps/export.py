@@ -16,18 +16,20 @@ from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.families.family import FAMILIES, Family
-from megatron_prune.files import staging
+from megatron_prune.files.documents import read_text
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.output import CheckOptions, Source, check_side_files, commonest, log, staged, write_huggingface
+from megatron_prune.steps.foreign import ForeignOptions, noted, told
+from megatron_prune.steps.output import Output, Source, commonest, log, say_links, staged, write_huggingface
+from megatron_prune.steps.overwrite import HUGGING_FACE, check_output
+from megatron_prune.steps.written import CheckOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(CheckOptions):
+class ExportOptions(ForeignOptions, CheckOptions):
     """Turn a Megatron checkpoint into a Hugging Face model that stock transformers loads."""
 
     load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
     save_dir: str = option("Hugging Face directory to write")
-    hf_dir: str | None = option("take config.json and tokenizer from here (default: those kept in the checkpoint)", None)
     target_params_dtype: str | None = option(
         "element type (default: that of the Hugging Face model it came from)", None, choices=["fp32", "bf16", "fp16"]
     )
@@ -46,30 +48,31 @@ def export(options: ExportOptions, world: World) -> None:
         InputError: on an argument or checkpoint that does not fit; nothing is written.
     """
     save = Path(options.save_dir)
-    staging.check_output(save, overwrite=options.overwrite, source=Path(options.load_dir))
+    check_output(save, HUGGING_FACE, overwrite=options.overwrite, source=Path(options.load_dir))
+    if options.hf_dir and save.exists() and Path(options.hf_dir).exists() and save.samefile(options.hf_dir):
+        raise InputError(f"output {save} is the input {options.hf_dir}", do="name another directory")
     shard_bytes = parse_size(options.max_shard_size)
-    side = huggingface.resolve(options.hf_dir) if options.hf_dir else None
-    vocab_size = huggingface.read_config(side).get("vocab_size") if side else None
-    base = Path(options.base) if options.base else None
-    checkpoint, adapter = open_adapted(Path(options.load_dir), base, vocab_size=vocab_size)
-    check_side_files(world, checkpoint.path, checkpoint.manifest)
+    checkpoint, adapter = open_adapted(Path(options.load_dir), Path(options.base) if options.base else None, told(options))
+    noted(checkpoint, world)
     if options.adapter_only:
         _write_adapter(options, adapter, choose_family(checkpoint.manifest.family, options.target_family), world)
         return
-    side = side or checkpoint.hf_folder
-    template = huggingface.read_config(side) if side else None
+    side = checkpoint.hf_folder
+    template = huggingface.read_config(side) if side and huggingface.is_huggingface(side) else None
     family = choose_family(checkpoint.manifest.family, options.target_family)
     config = checkpoint.config
     hf_config = family.hf_config(config, template, checkpoint.manifest.kept_layers)
     dtypes = _dtypes(checkpoint, options.target_params_dtype)
-    stored = getattr(torch, checkpoint.manifest.hf_dtypes.get("default", ""), None)
-    changed = not checkpoint.own or any(entry["step"] not in ("convert", "transfer") for entry in checkpoint.manifest.recipe)
-    unchanged = not changed and hf_config == template and commonest(dtypes) == stored
+    named = (template or {}).get("dtype") or (template or {}).get("torch_dtype")  # what a foreign checkpoint has besides
+    stored = checkpoint.manifest.hf_dtypes.get("default", named)
+    changed = any(entry["step"] not in ("convert", "transfer") for entry in checkpoint.manifest.recipe)
+    unchanged = not changed and hf_config == template and str(commonest(dtypes)) == f"torch.{stored}"
     if side is None and world.is_main:
         log.warning("no tokenizer is kept in %s; pass --hf-dir to add one", checkpoint.path)
     pruned = any(entry["step"] in ("prune", "recover") for entry in checkpoint.manifest.recipe)
-    plan = checkpoint.path / megatron.PLAN_FILE
-    files = {megatron.PLAN_FILE: plan.read_text(encoding="utf-8")} if plan.is_file() else {}
+    say_links(checkpoint.path, world)
+    plan = checkpoint.plan_text()
+    files = {megatron.PLAN_FILE: plan} if plan is not None else {}
     if pruned:
         files["README.md"] = model_card(config, checkpoint.manifest.recipe, name=save.name, family=family.name)
     write_huggingface(
@@ -79,12 +82,12 @@ def export(options: ExportOptions, world: World) -> None:
         config=config,
         family=family,
         hf_config=hf_config,
-        config_text=(side / "config.json").read_text(encoding="utf-8") if unchanged else None,
+        config_text=read_text(side / "config.json") if unchanged else None,
         dtypes=dtypes,
         max_shard_bytes=shard_bytes,
         side_files=side,
         tied_head_stored=checkpoint.manifest.tied_head_stored,
-        buffers={} if pruned else huggingface.load_buffers(checkpoint.hf_folder),
+        buffers={} if pruned else huggingface.load_buffers(checkpoint.path / megatron.HF_FOLDER),
         files=files,
         recipe=checkpoint.manifest.recipe if pruned else None,
         overwrite=options.overwrite,
@@ -96,11 +99,11 @@ def export(options: ExportOptions, world: World) -> None:
 def _write_adapter(options: ExportOptions, adapter: StoredAdapter | None, family: Family, world: World) -> None:
     if adapter is None:
         raise InputError(f"--adapter-only: {options.load_dir} is no adapter", do="leave it out")
-    with staged(world, Path(options.save_dir), needed=0, overwrite=options.overwrite) as partial:
-        if world.is_main:
-            adapter.write_peft(partial, family, options.base or "")
-            if not options.no_check:
-                adapter.check_peft(partial, family)
+    with staged(world, Output(Path(options.save_dir), HUGGING_FACE, overwrite=options.overwrite)) as partial:
+        world.on_main(lambda: adapter.write_peft(partial, family, options.base or ""))
+        if not options.no_check:
+            world.on_main(lambda: adapter.check_peft(partial, family))
+            if world.is_main:
                 log.info("checked: %d matrices lie as they were written", 2 * len(adapter.matrices))
 
 
@@ -124,9 +127,9 @@ def parse_size(text: str) -> int:
     Raises:
         InputError: if it is not such a size.
     """
-    match = re.fullmatch(r"(\d+)\s*([KMGT]?)B?", text.strip().upper())
+    match = re.fullmatch(r"([0-9]{1,18})\s*([KMGT]?)B?", text.strip().upper())
     if not match or int(match[1]) == 0:
-        raise InputError("--max-shard-size", got=repr(text), needed="a size such as 5GB or 500MB")
+        raise InputError("--max-shard-size", got=repr(text[:40]), needed="a size such as 5GB or 500MB")
     return int(match[1]) * 10 ** (3 * " KMGT".index(match[2] or " "))
 
 

@@ -30,6 +30,7 @@ from megatron_prune.planning.selection import Scores
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.calibrate import CalibrationOptions, Subject, check_dtype, measure, obtain_calibration, request_key
 from megatron_prune.steps.choose import Request, TargetOptions, choose_plans, metrics_of, vocab_alone
+from megatron_prune.steps.effect import check_effect
 from megatron_prune.steps.output import PARAM_DTYPES, Source, log, progress_bar
 from megatron_prune.surgery.basis import (
     FINAL_SHARE,
@@ -101,7 +102,7 @@ def pruned_source(
     options.fit()
     check_seed(options.seed)
     refit = wants_text(options) and options.refit is not False
-    _check_refit_options(options, request, refit)
+    check_effect(options, request, subject.config, text=wants_text(options), refit=refit)
     used = {axis: request.metric_of[axis] for axis in sorted(request.axes(subject.config))}
     made_by = {"metric": options.metric or used, "seed": options.seed, **made_by}
     if options.vocab_plan:
@@ -181,29 +182,6 @@ def _best_fit(
 
 SEVERE = 0.5
 """Nats a token above the dense model's loss from which on mending may be better (``docs/quality.md``)."""
-
-
-def _check_refit_options(options: FitOptions, request: Request, refit: bool) -> None:
-    """Refuse options that a run would not look at.
-
-    Raises:
-        InputError: naming them.
-    """
-    if options.search > 1 and not (refit and request.shapes):
-        raise InputError(
-            "--search compares re-fitted models of several shapes",
-            do="name a budget (--params, --ratio, --memory) and text, without --no-refit",
-        )
-    kinds = FitOptions.__dataclass_fields__
-    idle = [name for name in REFIT_OPTIONS if getattr(options, name) != kinds[name].default]
-    if idle and not refit:
-        raise InputError(
-            ", ".join(f"--{name}" for name in idle) + " where nothing is re-fitted",
-            do="leave it out, or re-fit: name text with --data, without --no-refit",
-        )
-
-
-REFIT_OPTIONS = ("sequential", "ridge", "reader_ridge", "reconstruct")
 
 
 def held_metrics(options: FitOptions) -> list[str] | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,18 @@ from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
 from megatron_prune.arch.sharding import legal_tensor_sizes
 from megatron_prune.arch.tensors import parameter_count, tensor_ids
 from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint.description import Told
 from megatron_prune.checkpoint.manifest import Recipe
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.config import add_options, text
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.foreign import ForeignOptions, told
 from megatron_prune.steps.output import Source, observe
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectOptions:
+class InspectOptions(ForeignOptions):
     """Print what a Megatron checkpoint or a Hugging Face model is, without reading its weights unless asked to."""
 
     path: str
@@ -36,13 +39,14 @@ class InspectOptions:
 def parse(argv: list[str], prog: str) -> InspectOptions:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog=prog, description=InspectOptions.__doc__, allow_abbrev=False)
-    parser.add_argument("path", metavar="CKPT|HF", help="Megatron checkpoint, Hugging Face directory, or hub id")
+    parser.add_argument("path", type=text, metavar="CKPT|HF", help="Megatron checkpoint, Hugging Face directory, or hub id")
     parser.add_argument(
         "--weights",
         action="store_true",
         help="read all weights; name those that hold NaN or infinity, and those that are not as they were written (exit code 1)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    add_options(parser, ForeignOptions)
     return InspectOptions(**vars(parser.parse_args(argv)))
 
 
@@ -55,7 +59,7 @@ def inspect(options: InspectOptions, world: World) -> int:
     Raises:
         CheckpointError: if it is not a whole checkpoint of a kind this project knows.
     """
-    facts, tensors = describe(options.path)
+    facts, tensors = describe(options.path, told(options))
     if options.weights:
         report = observe(world, Source(tensors=tensors), None, label="reading")
         facts["unsound_weights"] = dict(sorted(report.troubled.items()))
@@ -76,6 +80,8 @@ def inspect(options: InspectOptions, world: World) -> int:
             value = ", ".join(f"{name} {amount}" for name, amount in value.items()) or "none"
         elif isinstance(value, int):
             value = f"{value:,}"
+        elif value is None:
+            value = "none"
         table.add_row(key.replace("_", " "), str(value))
     Console().print(table)
     return int(differs)
@@ -100,26 +106,35 @@ def _recipe_line(entry: dict[str, Any]) -> str:
     return f"{entry['step']}: " + ", ".join(plain + changes)
 
 
-def describe(name_or_path: str) -> tuple[dict[str, Any], TensorMap]:
-    """Facts about a model in either kind of checkpoint, and its tensors."""
+def describe(name_or_path: str, beside: Told = Told()) -> tuple[dict[str, Any], TensorMap]:
+    """Facts about a model in either kind of checkpoint, and its tensors.
+
+    Args:
+        beside: what is said of a Megatron checkpoint.
+    """
     path = Path(name_or_path)
     if path.is_dir() and not huggingface.is_huggingface(path):
-        checkpoint = megatron.open_checkpoint(path)
+        checkpoint = megatron.open_checkpoint(path, beside, incomplete=True)
         head = {"kind": f"Megatron checkpoint ({checkpoint.format})", "family": checkpoint.manifest.family}
         layout = {"tensor": checkpoint.layout.tensor, "pipeline": checkpoint.layout.pipeline}
         padded = {"padded_vocabulary": checkpoint.layout.padded_vocab(checkpoint.config.vocab_size)}
         tail = {"parallel": layout, **padded, "recipe": checkpoint.manifest.recipe, "content_id": checkpoint.manifest.content_id}
         tail["changed_files"] = {name: "edited or removed since it was written" for name in checkpoint.edited_files()}
-        return {**head, **_common(checkpoint.config, checkpoint.tensors, checkpoint.path), **tail}, checkpoint.tensors
+        facts = _common(checkpoint.config, checkpoint.tensors, checkpoint.path, checkpoint.unsaid)
+        return {**head, **facts, **tail}, checkpoint.tensors
     model = huggingface.open_model(huggingface.resolve(name_or_path))
     facts = {"kind": "Hugging Face model", "family": model.family.name, **_common(model.config, model.tensors, model.path)}
     return {**facts, "recipe": Recipe.load(model.path).recipe}, model.tensors
 
 
-def _common(config: ModelConfig, tensors: TensorMap, path: Path) -> dict[str, Any]:
+def _common(config: ModelConfig, tensors: TensorMap, path: Path, unsaid: tuple[str, ...] = ()) -> dict[str, Any]:
     dtypes = Counter(str(tensors.dtype(tensor)).removeprefix("torch.") for tensor in tensor_ids(config))
     return {
-        "shape": {field: getattr(config, field) for field in SHAPE_FIELDS},
+        "shape": {field: _said(config, field, unsaid) for field in SHAPE_FIELDS},
+        "rotary_base": _said(config, "rotary_base", unsaid),
+        "rope_scaling": asdict(config.rope_scaling) if config.rope_scaling else None,
+        "sliding_window": config.sliding_window,
+        "norm_epsilon": _said(config, "norm_epsilon", unsaid),
         "tied_embeddings": config.tie_embeddings,
         "parameters": parameter_count(config),
         "weight_bytes": sum(tensors.nbytes(tensor) for tensor in tensor_ids(config)),
@@ -127,3 +142,7 @@ def _common(config: ModelConfig, tensors: TensorMap, path: Path) -> dict[str, An
         "dtype": dict(dtypes),
         "tensor_parallel_sizes": legal_tensor_sizes(config),
     }
+
+
+def _said(config: ModelConfig, name: str, unsaid: tuple[str, ...]) -> Any:
+    return "not said" if name in unsaid else getattr(config, name)

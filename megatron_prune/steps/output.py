@@ -7,10 +7,10 @@ import logging
 import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Mapping
 
 import torch
 from rich.console import Console
@@ -30,28 +30,23 @@ from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
 from megatron_prune.checkpoint import both_versions, huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.manifest import RECIPE_FILE, Manifest, Recipe
-from megatron_prune.checkpoint.stream import StreamReport, Transform, check_ends, content_id, share, stream
+from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
+from megatron_prune.checkpoint.stream import StreamReport, Transform, content_id, share, stream
 from megatron_prune.checkpoint.tensor_map import TensorMap
-from megatron_prune.config import option
-from megatron_prune.errors import CheckpointError, InputError, PruneError
-from megatron_prune.evaluation.one_layer import check_in_transformers, import_stock_class
+from megatron_prune.errors import CheckpointError, InputError
+from megatron_prune.evaluation.one_layer import import_stock_class
 from megatron_prune.families.family import Family
 from megatron_prune.files import staging
+from megatron_prune.files.failures import explained
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.megatron_lm import say_flags
+from megatron_prune.steps.overwrite import HUGGING_FACE, MEGATRON, Kind, check_replaceable
+from megatron_prune.steps.written import check_huggingface, check_megatron
 from megatron_prune.vocabulary.trimmed import Trimmed
 
 log = logging.getLogger("megatron_prune")
 
 PARAM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckOptions:
-    """What every step that writes a model has."""
-
-    no_check: bool = option(
-        "leave out the check of what was written (it is reopened and compared before it is put in place)", False
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +72,14 @@ def write_megatron(
     layout: ParallelLayout,
     dtypes: dict[TensorId, torch.dtype],
     ckpt_format: str,
+    transformer_impl: str = TRANSFORMER_IMPLS[0],
     manifest: Callable[[StreamReport], Manifest],
     side_files: Path | None,
     trimmed: Trimmed | None = None,
     buffers_of: HuggingFaceModel | None = None,
     sizes: dict[tuple[str, int], list[int]] | None = None,
     plan_text: str | None = None,
+    beside: Mapping[Path, bytes] | None = None,
     overwrite: bool = False,
     strict: bool = False,
     check: bool = True,
@@ -96,29 +93,44 @@ def write_megatron(
         buffers_of: the model whose stored rotary tables are kept, coming from Hugging Face.
         sizes: (axis, layer) → units of every rank, where shards are of unequal size.
         plan_text: the plan that made it.
+        beside: files that appear together with it.
         check: reopen it and compare before it is put in place.
     """
-    with staged(world, save, needed=_bytes(config, dtypes), overwrite=overwrite) as partial:
-        if world.is_main:
-            folder = megatron.lay_out(partial, save, config, layout, dtypes, ckpt_format=ckpt_format, sizes=sizes)
-            if side_files:
-                (folder / megatron.HF_FOLDER).mkdir()
-                huggingface.copy_side_files(side_files, folder / megatron.HF_FOLDER)
-                if trimmed:
-                    trimmed.write(folder / megatron.HF_FOLDER)
-            if buffers_of:
-                huggingface.save_buffers(buffers_of, folder / megatron.HF_FOLDER)
-            if plan_text:
-                (folder / megatron.PLAN_FILE).write_text(plan_text, encoding="utf-8")
-        world.barrier()
+
+    def lay_out() -> None:
+        folder = megatron.lay_out(
+            partial,
+            save,
+            config,
+            layout,
+            dtypes,
+            ckpt_format=ckpt_format,
+            transformer_impl=transformer_impl,
+            tokenizer=side_files is not None,
+            sizes=sizes,
+        )
+        if side_files:
+            (folder / megatron.HF_FOLDER).mkdir()
+            huggingface.copy_side_files(side_files, folder / megatron.HF_FOLDER)
+            if trimmed:
+                trimmed.write(folder / megatron.HF_FOLDER)
+        if buffers_of:
+            huggingface.save_buffers(buffers_of, folder / megatron.HF_FOLDER)
+        if plan_text:
+            (folder / megatron.PLAN_FILE).write_text(plan_text, encoding="utf-8")
+
+    output = Output(save, MEGATRON, needed=_bytes(config, dtypes, side_files), overwrite=overwrite, beside=beside or {})
+    with staged(world, output) as partial:
+        world.on_main(lay_out)
         folder = partial / megatron.RELEASE
         target = megatron.open_target(folder, config, layout, ckpt_format)
         report = run(world, source, target, label="writing", strict=strict)
-        if world.is_main:
-            megatron.finish(folder, replace(manifest(report), digests=report.in_order(config)))
-        world.barrier()
+        world.on_main(lambda: megatron.finish(folder, replace(manifest(report), digests=report.in_order(config))))
         if check:
             check_megatron(world, partial, config)
+    if world.is_main:
+        dtype = dtypes[TensorId("embedding")]
+        say_flags(save, config, layout, dtype, ckpt_format=ckpt_format, transformer_impl=transformer_impl)
 
 
 def write_huggingface(
@@ -138,6 +150,7 @@ def write_huggingface(
     buffers: dict[str, torch.Tensor] | None = None,
     files: dict[str, str] | None = None,
     recipe: list[dict[str, Any]] | None = None,
+    beside: Mapping[Path, bytes] | None = None,
     overwrite: bool = False,
     strict: bool = False,
     check: bool = True,
@@ -150,101 +163,45 @@ def write_huggingface(
         trimmed: the tokenizer that takes the place of that in ``side_files``.
         files: further text files by name (model card, plan).
         recipe: how the model came to be, kept beside it.
+        beside: files that appear together with it.
         check: reopen it and compare before it is put in place.
     """
-    with staged(world, save, needed=_bytes(config, dtypes), overwrite=overwrite) as partial, ThreadPoolExecutor(1) as beside:
-        if world.is_main:
-            if check:
-                beside.submit(import_stock_class, family.name)
-            if side_files:
-                huggingface.copy_side_files(side_files, partial)
-                (partial / huggingface.BUFFERS_FILE).unlink(missing_ok=True)
-                if trimmed:
-                    trimmed.write(partial)
-            if config_text is None:
-                hf_config = both_versions.describe(hf_config, config, commonest(dtypes))
-                both_versions.rewrite_side_files(partial, config.vocab_size)
-            huggingface.lay_out(
-                partial,
-                config,
-                family,
-                hf_config,
-                dtypes,
-                max_shard_bytes=max_shard_bytes,
-                tied_head_stored=tied_head_stored,
-                buffers=buffers,
-                config_text=config_text,
-            )
-            for name, text in (files or {}).items():
-                (partial / name).write_text(text, encoding="utf-8")
-        world.barrier()
+
+    def lay_out() -> None:
+        if side_files:
+            huggingface.copy_side_files(side_files, partial)
+            (partial / huggingface.BUFFERS_FILE).unlink(missing_ok=True)
+            if trimmed:
+                trimmed.write(partial)
+        described = hf_config
+        if config_text is None:
+            described = both_versions.describe(hf_config, config, commonest(dtypes))
+            both_versions.rewrite_side_files(partial, config.vocab_size)
+        huggingface.lay_out(
+            partial,
+            config,
+            family,
+            described,
+            dtypes,
+            max_shard_bytes=max_shard_bytes,
+            tied_head_stored=tied_head_stored,
+            buffers=buffers,
+            config_text=config_text,
+        )
+        for name, text in (files or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
+
+    output = Output(save, HUGGING_FACE, needed=_bytes(config, dtypes, side_files), overwrite=overwrite, beside=beside or {})
+    with staged(world, output) as partial, ThreadPoolExecutor(1) as meanwhile:
+        if check and world.is_main:
+            meanwhile.submit(import_stock_class, family.name)
+        world.on_main(lay_out)
         report = run(world, source, huggingface.open_model(partial).tensors, label="writing", strict=strict)
-        if world.is_main and recipe is not None:
+        if recipe is not None:
             text = Recipe(recipe=recipe, digests=report.in_order(config)).dumps()
-            (partial / RECIPE_FILE).write_text(text, encoding="utf-8")
-        world.barrier()
+            world.on_main(lambda: (partial / RECIPE_FILE).write_text(text, encoding="utf-8"))
         if check:
             check_huggingface(world, partial, config, report)
-
-
-def check_side_files(world: World, folder: Path, described: Manifest) -> None:
-    """Warn of configuration and tokenizer files of a checkpoint that were edited: they are used as they are now.
-
-    Raises:
-        CheckpointError: on tensors beside the weights (rotary tables) that are not as they were written.
-    """
-    edited = megatron.edited_files(folder, described)
-    if tables := [name for name in edited if Path(name).name == huggingface.BUFFERS_FILE]:
-        raise CheckpointError(f"{folder / tables[0]}", got="other bytes than were written", do="restore it, or convert again")
-    if edited and world.is_main:
-        log.warning("%s: edited or removed since it was written, and used so: %s", folder, ", ".join(edited))
-
-
-def check_megatron(world: World, partial: Path, config: ModelConfig) -> None:
-    """Reopen a Megatron checkpoint that was just written, compare it with its manifest and say so; every process takes part.
-
-    Raises:
-        PruneError: if it is not what was to be written.
-    """
-    written = megatron.open_checkpoint(partial)
-    problems = [*_read_again(world, written.tensors), *(f"{name}: other bytes" for name in written.edited_files())]
-    if written.config != config:
-        problems.append(f"its config is {written.config}, not {config}")
-    _say_checked(world, problems, config, "its files and args fit")
-
-
-def check_huggingface(world: World, partial: Path, config: ModelConfig, written: StreamReport) -> None:
-    """Reopen a Hugging Face directory that was just written, compare it with what was written, run a layer of it in stock
-    transformers and say so; every process takes part.
-
-    Raises:
-        PruneError: if it is not what was to be written, or transformers reads it otherwise.
-    """
-    model = huggingface.open_model(partial)
-    model.tensors.expect(written.stored, partial)
-    problems = _read_again(world, model.tensors)
-    if model.config != config:
-        problems.append(f"its config.json means {model.config}, not {config}")
-    name = ""
-    if world.is_main and not problems:
-        name, found = check_in_transformers(model)
-        problems += found if not written.troubled else []
-    _say_checked(world, problems, config, f"{name} takes them and a layer of it computes")
-
-
-def _read_again(world: World, tensors: TensorMap) -> list[str]:
-    """What is wrong with tensors whose digests are known, over all processes."""
-    return [problem for part in world.all_gather(check_ends(tensors, world.rank, world.size)) for problem in part]
-
-
-def _say_checked(world: World, problems: list[str], config: ModelConfig, text: str) -> None:
-    error = None
-    if problems:
-        lines = ["the check of what was written failed (--no-check leaves it out); nothing is put in place", *problems[:20]]
-        error = PruneError("\n  ".join(lines))
-    world.agree(error)
-    if world.is_main:
-        log.info("checked: %d tensors lie as they were written, %s", len(tensor_ids(config)), text)
 
 
 def commonest(dtypes: dict[TensorId, torch.dtype]) -> torch.dtype:
@@ -252,28 +209,67 @@ def commonest(dtypes: dict[TensorId, torch.dtype]) -> torch.dtype:
     return Counter(dtypes.values()).most_common(1)[0][0]
 
 
+@dataclass(frozen=True)
+class Output:
+    """What is being written.
+
+    Attributes:
+        save: the directory.
+        kind: what it is going to be.
+        needed: bytes that it takes.
+        overwrite: whether it may replace an output that is there.
+        beside: files that are put in place together with it.
+    """
+
+    save: Path
+    kind: Kind
+    needed: int = 0
+    overwrite: bool = False
+    beside: Mapping[Path, bytes] = field(default_factory=dict)
+
+
 @contextlib.contextmanager
-def staged(world: World, save: Path, *, needed: int, overwrite: bool) -> Iterator[Path]:
-    """A partial output directory that is put in place at the end, or removed on an error."""
-    _check_room(save, needed)
-    partial = staging.partial_path(save)
-    error = None
-    if world.is_main:
+def staged(world: World, output: Output) -> Iterator[Path]:
+    """A partial output directory that is put in place at the end, with the files beside it, or removed on an error.
+
+    Raises:
+        InputError: if there is no room for it.
+        PruneError: if the system refuses something on the way.
+    """
+
+    def begin() -> None:
+        _check_room(output)
+        staging.begin(output.save)
+
+    def commit() -> None:
+        if output.overwrite:
+            known = {path.name for path in staging.partial_path(output.save).rglob("*")}
+            check_replaceable(output.save, output.kind, known=known)  # it may have changed while we worked
+        staging.commit(output.save, output.beside)
+
+    with explained(output.save):
+        world.on_main(begin)
         try:
-            staging.begin(save)
-        except (InputError, OSError) as found:
-            error = found
-    world.agree(error)
-    try:
-        yield partial
-        world.barrier()
-        if world.is_main:
-            staging.commit(save)
-        world.barrier()
-    except BaseException:
-        if world.is_main:
-            staging.abandon(save)
-        raise
+            yield staging.partial_path(output.save)
+            world.on_main(commit)
+        except BaseException:
+            if world.is_main:
+                staging.abandon(output.save)
+            raise
+
+
+def say_links(folder: Path, world: World) -> None:
+    """Say which weights are read from elsewhere, and refuse what else is not the directory's own.
+
+    Raises:
+        InputError: naming a file beside the weights that is a link out of the directory, or no file.
+    """
+    for each in (folder, folder / megatron.HF_FOLDER):
+        if huggingface.is_huggingface(each):
+            huggingface.side_files(each)
+    linked = huggingface.linked_weights(folder)
+    if linked and world.is_main:
+        log.info("weights that are links: %s", "; ".join(linked))
 
 
 def run(world: World, source: Source, target: TensorMap | None, *, label: str, strict: bool) -> StreamReport:
@@ -313,16 +309,21 @@ def observe(world: World, source: Source, target: TensorMap | None, *, label: st
     wanted = tensor_ids((target or source.tensors).config)
     weights = {tensor: source.tensors.nbytes(source.origin(tensor)) for tensor in wanted}
     mine = sum(weights[tensor] for tensor in share(weights, world.rank, world.size))
+    report, error = StreamReport(), None
     with progress_bar(label, mine, shown=world.is_main) as advance:
-        report = stream(
-            source.tensors,
-            target,
-            origin=source.origin,
-            transform=source.transform,
-            rank=world.rank,
-            ranks=world.size,
-            progress=advance,
-        )
+        try:
+            report = stream(
+                source.tensors,
+                target,
+                origin=source.origin,
+                transform=source.transform,
+                rank=world.rank,
+                ranks=world.size,
+                progress=advance,
+            )
+        except Exception as found:
+            error = found
+    world.agree(error)
     whole = StreamReport()
     for part in world.all_gather(report):
         whole.merge(part)
@@ -339,14 +340,19 @@ def progress_bar(label: str, total: int, *, shown: bool, unit: str = "bytes") ->
         yield lambda count: bar.advance(task, count)
 
 
-def _bytes(config: ModelConfig, dtypes: dict[TensorId, torch.dtype]) -> int:
-    return sum(prod(tensor_shape(tensor.role, config)) * dtypes[tensor].itemsize for tensor in tensor_ids(config))
+def _bytes(config: ModelConfig, dtypes: dict[TensorId, torch.dtype], side_files: Path | None) -> int:
+    weights = sum(prod(tensor_shape(tensor.role, config)) * dtypes[tensor].itemsize for tensor in tensor_ids(config))
+    return weights + sum(file.stat().st_size for file in huggingface.side_files(side_files).values()) if side_files else weights
 
 
-def _check_room(save: Path, needed: int) -> None:
-    parent = save.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise InputError(f"not enough room for {save}", got=f"{free / 1e9:.1f} GB free", needed=f"{needed / 1e9:.1f} GB")
+def _check_room(output: Output) -> None:
+    for save, needed in ((output.save, output.needed), *((path, len(data)) for path, data in output.beside.items())):
+        parent = save.absolute()
+        while not parent.exists():
+            parent = parent.parent
+        free = shutil.disk_usage(parent).free
+        if free < needed:
+            got, wanted = (f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size:,} bytes" for size in (free, needed))
+            raise InputError(
+                f"not enough room for {save}", got=f"{got} free", needed=wanted, do="make room, or name a place that has it"
+            )

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator
 
 from megatron_prune import __version__
+from megatron_prune.calibration.answers import mask_prefix
+from megatron_prune.calibration.contents import check_read_once, summary
+from megatron_prune.calibration.cutting import checked, cut, part_size
 from megatron_prune.calibration.documents import DocumentReader, open_documents
-from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
-from megatron_prune.calibration.parts import Coding, Part, grouped, join_parts, pair_files, place_pair, text_digest, write_parts
+from megatron_prune.calibration.encoder import Encoder, load_tokenizer, tokenizer_digest
+from megatron_prune.calibration.parts import Coding, join_parts, pair_files, place_pairs, write_parts
 from megatron_prune.calibration.reader import TRAIN, stamps
 from megatron_prune.calibration.workers import cores
 from megatron_prune.checkpoint import huggingface, megatron
@@ -21,7 +26,9 @@ from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.output import check_side_files, log, progress_bar
+from megatron_prune.steps.output import log, progress_bar
+from megatron_prune.steps.overwrite import check_pair
+from megatron_prune.steps.written import check_side_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +36,13 @@ class PreprocessOptions:
     """Tokenise text for training: PREFIX_KEY_document.bin and .idx, as Megatron-LM reads them, for every key."""
 
     input: tuple[str, ...] = option(
-        "text files, JSONL (also .gz), folders, owner/name on the Hugging Face hub, known data sets (wikitext2, c4 …)"
+        "text, JSON lines, JSON and Parquet files (text also .gz .bz2 .xz .zst), folders, owner/name on the Hugging Face hub, "
+        "known data sets (wikitext2, c4 …); records may hold talks"
     )
     output_prefix: str = option("start of the names of the files to write")
     tokenizer: str = option("Hugging Face directory or hub id, or a Megatron checkpoint that keeps a tokenizer")
-    json_keys: tuple[str, ...] = option("names of the texts in JSONL and data sets; a pair of files for each", ("text",))
+    json_keys: tuple[str, ...] = option("names of the texts (or talks) in records; a pair of files for each", ("text",))
+    answers_only: bool = option("also mark which tokens of talks the assistant says, for recover --answers-only", False)
     append_eod: bool | None = option("end every document with the tokenizer's end-of-text token", True)
     tokenizer_hf_include_special_tokens: bool = option("keep what the tokenizer itself puts around a text (Llama: BOS)", False)
     workers: int | None = option("processes that tokenise (default: the cores that may be used)", None)
@@ -56,22 +65,26 @@ def preprocess(options: PreprocessOptions, world: World) -> None:
         special_tokens=options.tokenizer_hf_include_special_tokens,
         eod=facts["eod"] if options.append_eod else None,
         dtype=numpy_dtype(facts["vocab_size"]).__name__,
+        answers=options.answers_only,
     )
-    sources = [_open(name, options) for name in options.input]
-    try:
-        with staging.work(Path(options.output_prefix), _key(facts, coding, folder), main=True, agree=world.agree) as work:
-            start = time.monotonic()
-            size, parts = _tokenise(sources, options, coding, work)
-            written = [_join(column, parts, options, coding, facts, work) for column in range(len(options.json_keys))]
-            _place(work, options)
-    except OSError as error:
-        raise InputError(
-            f"{options.output_prefix} cannot be written",
-            got=str(error),
-            do="make room or name another place; the finished parts are kept, and the same command goes on from them",
-        ) from None
-    for key, (documents, tokens) in zip(options.json_keys, written):
+    encode = Encoder(folder, answers=options.answers_only)
+    sources = [_open(name, options, encode) for name in options.input]
+    check_read_once("--input", ((source.name, source.files()) for source in sources))
+    for line in filter(None, (summary(source.name, source.contents()) for source in sources)):
+        log.info("%s", line)
+    with staging.work(Path(options.output_prefix), _key(facts, coding, folder), main=True, agree=world.agree) as work:
+        start = time.monotonic()
+        size, parts, left_out = _tokenise(sources, options, coding, work)
+        record = _record(sources, options, coding, facts)
+        written = [
+            _join(column, parts[column :: len(left_out)], {**record, "key": key, "left_out": left_out[column]}, coding, work)
+            for column, key in enumerate(options.json_keys)
+        ]
+        _place(work, options)
+    for key, (documents, tokens), passed in zip(options.json_keys, written, left_out):
         log.info("%s: %d documents, %d tokens (%s)", outputs(options, key)["bin"], documents, tokens, coding.dtype)
+        for why, number in passed.items():
+            log.info("%s: passed over %d documents %s", outputs(options, key)["bin"], number, why)
     seconds, total = time.monotonic() - start, sum(tokens for _, tokens in written)
     log.info("%.1f MB in %.1f s: %.0f tokens a second", size / 1e6, seconds, total / seconds)
 
@@ -80,6 +93,14 @@ def outputs(options: PreprocessOptions, key: str) -> dict[str, Path]:
     """Ending → file that is written for a key."""
     prefix = Path(options.output_prefix)
     return pair_files(prefix.with_name(f"{prefix.name}_{key}_document"))
+
+
+def _pairs(options: PreprocessOptions, key: str) -> Iterator[dict[str, Path]]:
+    """The files of the pair of a key, and of its mask if there is one or a new pair may make it go."""
+    files = outputs(options, key)
+    yield files
+    if options.answers_only or options.overwrite:
+        yield pair_files(mask_prefix(files["bin"].with_suffix("")))
 
 
 def tokenizer_folder(name: str) -> Path:
@@ -109,18 +130,16 @@ def _check(options: PreprocessOptions, world: World) -> None:
         raise InputError("--json-keys", got=" ".join(keys), needed="different names that can be part of a file's name")
     if options.output_prefix.endswith("/"):
         raise InputError("--output-prefix", got=options.output_prefix, needed="a directory and the start of a file's name")
-    for file in (file for key in keys for file in outputs(options, key).values()):
-        staging.check_file(file)
-        for name in options.input:
-            if Path(name).exists() and Path(name).resolve() in (file.resolve(), *file.resolve().parents):
-                raise InputError(f"output {file} is the input {name} or lies in it", do="name another --output-prefix")
-        if file.exists() and not options.overwrite:
-            raise InputError(f"output {file} exists", do="name another --output-prefix, or pass --overwrite to replace it")
+    for key in keys:
+        for files in _pairs(options, key):
+            for file in files.values():
+                staging.check_file(file, inputs=map(Path, options.input))
+            check_pair(files, staging.unfinished(Path(options.output_prefix)), options.overwrite)
 
 
-def _open(name: str, options: PreprocessOptions) -> DocumentReader:
+def _open(name: str, options: PreprocessOptions, encode: Encoder) -> DocumentReader:
     """A source that begins well: what is wrong with its first document is said before hours of work on others."""
-    source = open_documents(name, options.json_keys, split=options.split)
+    source = open_documents(name, options.json_keys, split=options.split, encode=encode)
     if not any(text.strip() for document in source.documents(options.json_keys) for text in document.texts):
         raise InputError(f"{name} is empty", got="no text", needed="at least one document")
     return source
@@ -130,6 +149,11 @@ def _tokenizer_facts(options: PreprocessOptions, tokenizer: Any) -> dict[str, An
     """What the record says of the tokenizer."""
     if options.append_eod and tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer {options.tokenizer} has no end-of-text token", do="pass --no-append-eod")
+    if options.answers_only and not tokenizer.is_fast:
+        raise InputError(
+            f"--answers-only: the tokenizer {options.tokenizer} does not say which characters a token stands for",
+            needed="one with a tokenizer.json",
+        )
     return {
         "name": _label(options.tokenizer),
         "vocab_size": max(len(tokenizer), 1 + max(tokenizer.get_vocab().values())),
@@ -140,7 +164,7 @@ def _tokenizer_facts(options: PreprocessOptions, tokenizer: Any) -> dict[str, An
 
 def _label(name: str) -> str:
     """What a record calls an input: no folders of this machine."""
-    return Path(name).name if Path(name).exists() else name
+    return Path(name).name if os.path.exists(name) else name
 
 
 def numpy_dtype(vocab_size: int) -> Any:
@@ -152,12 +176,21 @@ def numpy_dtype(vocab_size: int) -> Any:
 
 def _key(facts: dict[str, Any], coding: Coding, folder: Path) -> str:
     """What parts must have been made with to be used again; their names say what text they were made of."""
-    files = [stamp for file in sorted(folder.glob("tokenizer*")) for stamp in stamps(str(file))]
-    return json.dumps([facts, coding.eod, coding.special_tokens, coding.dtype, files, __version__])
+    named = sorted(file for pattern in ("tokenizer*", "chat_template*") for file in folder.glob(pattern))
+    files = [stamp for file in named for stamp in stamps(str(file))]
+    return json.dumps([facts, coding.eod, coding.special_tokens, coding.dtype, coding.answers, files, __version__])
 
 
-def _tokenise(sources: list[DocumentReader], options: PreprocessOptions, coding: Coding, work: Path) -> tuple[int, list[str]]:
-    """Write all parts into ``work``; (bytes that were read, prefixes of the parts as :func:`_parts` gives them)."""
+def _tokenise(
+    sources: list[DocumentReader], options: PreprocessOptions, coding: Coding, work: Path
+) -> tuple[int, list[str], list[Counter]]:
+    """Write all parts into ``work``.
+
+    Returns:
+        Bytes that were read; prefixes of the parts as :func:`_parts` gives them; for every key how many documents are left
+        out, by the reason.
+    """
+    left_out: list[Counter] = [Counter() for _ in options.json_keys]
     sizes = [source.size() for source in sources]
     total, done = None if None in sizes else sum(sizes), 0
     kept = len(list(work.glob("part-*.npy")))
@@ -170,48 +203,40 @@ def _tokenise(sources: list[DocumentReader], options: PreprocessOptions, coding:
             done += size
             advance(size)
 
-        parts = _parts(sources, options.json_keys, part_size(total), work)
+        documents = checked(sources, options.json_keys, coding)
+        parts = cut(documents, part_size(total), work, left_out, answers=coding.answers)
         prefixes = write_parts(parts, coding, workers=options.workers or cores(), progress=progress)
-    return done, prefixes
+    return done, prefixes, left_out
 
 
-def part_size(total: int | None) -> int:
-    """Bytes of text in a part: many parts for any number of workers, not too many files, and the same if a line is mended."""
-    return 1 << 22 if total is None else 1 << min(max((total >> 9).bit_length(), 20), 24)
-
-
-def _parts(sources: list[DocumentReader], keys: tuple[str, ...], size: int, work: Path) -> Iterator[Part]:
-    """A part of the texts of every key, then the next of each."""
-    documents = (document for source in sources for document in source.documents(keys))
-    for number, group in enumerate(grouped(documents, lambda document: document.size, size)):
-        for column in range(len(keys)):
-            texts = [document.texts[column] for document in group if document.texts[column].strip()]
-            taken = sum(document.size for document in group) if column == 0 else 0
-            yield Part(prefix=str(work / f"part-{column}-{number:08}-{text_digest(texts)}"), texts=texts, size=taken)
-
-
-def _join(
-    column: int, parts: list[str], options: PreprocessOptions, coding: Coding, facts: dict[str, Any], work: Path
-) -> tuple[int, int]:
-    """Make the pair of a key and its record in ``work``; (documents, tokens)."""
-    key, whole = options.json_keys[column], work / f"whole-{column}"
-    documents, tokens = join_parts(parts[column :: len(options.json_keys)], str(whole), coding.dtype)
-    if not documents:
-        raise InputError(f"there is no text in field {key!r}", do="name the fields that hold text with --json-keys")
-    record = {
+def _record(sources: list[DocumentReader], options: PreprocessOptions, coding: Coding, facts: dict[str, Any]) -> dict[str, Any]:
+    """What the records of all keys say."""
+    return {
         "format": "megatron-prune documents",
         "version": __version__,
         "inputs": [_label(name) for name in options.input],
-        "key": key,
+        "contents": {_label(source.name): found for source in sources if (found := source.contents())},
         "split": options.split,
         "tokenizer": facts,
         "append_eod": coding.eod is not None,
         "include_special_tokens": coding.special_tokens,
-        "documents": documents,
-        "tokens": tokens,
         "dtype": coding.dtype,
-        "digest": _digest(whole.with_suffix(".bin")),
     }
+
+
+def _join(column: int, parts: list[str], record: dict[str, Any], coding: Coding, work: Path) -> tuple[int, int]:
+    """Make the pair of a key and its record in ``work``, and the mask if there is one; (documents, tokens)."""
+    whole = work / f"whole-{column}"
+    documents, tokens = join_parts(parts, str(whole), coding.dtype)
+    if not documents:
+        raise InputError(
+            f"there is no text in field {record['key']!r}" + (" with answers" if coding.answers else ""),
+            do="name the fields that hold text with --json-keys",
+        )
+    record |= {"documents": documents, "tokens": tokens, "digest": _digest(whole.with_suffix(".bin"))}
+    if coding.answers:
+        join_parts(parts, str(mask_prefix(whole)), "uint8", "mask")
+        record["answers"] = {"digest": _digest(mask_prefix(whole).with_suffix(".bin"))}
     whole.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return documents, tokens
 
@@ -225,6 +250,11 @@ def _digest(file: Path) -> str:
 
 
 def _place(work: Path, options: PreprocessOptions) -> None:
+    """Put pairs in place, each with its mask; where an old one has a mask and the new one none, it goes."""
+    pairs = {}
     for column, key in enumerate(options.json_keys):
-        prefix = outputs(options, key)["bin"].with_suffix("")
-        place_pair(work / f"whole-{column}", prefix)
+        prefix, made = outputs(options, key)["bin"].with_suffix(""), work / f"whole-{column}"
+        if options.answers_only or options.overwrite:
+            pairs[mask_prefix(prefix)] = mask_prefix(made)
+        pairs[prefix] = made
+    place_pairs(work, pairs)

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Mapping
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
@@ -17,6 +17,7 @@ from megatron_prune.arch.tensors import tensor_ids
 from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
+from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.config import add_options, option
 from megatron_prune.families.family import Family
@@ -29,17 +30,20 @@ from megatron_prune.runtime.world import World
 from megatron_prune.steps.choose import Request, TargetOptions, read_request
 from megatron_prune.steps.export import choose_family
 from megatron_prune.steps.fit import FitOptions, held_metrics, pruned_source, wants_text
-from megatron_prune.steps.output import CheckOptions, Source, commonest, log, run, write_megatron
+from megatron_prune.steps.foreign import ForeignOptions, open_megatron
+from megatron_prune.steps.output import Source, commonest, log, run, say_links, write_megatron
+from megatron_prune.steps.overwrite import MEGATRON, check_output
 from megatron_prune.steps.score import megatron_subject
 from megatron_prune.steps.vocab_choice import trimmed_by
 from megatron_prune.steps.vocab_options import tokenizer_folder
+from megatron_prune.steps.written import CheckOptions
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.vocabulary.trimmed import Trimmed
 from megatron_prune.vocabulary.vocabulary import holds_tokenizer, open_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneOptions(TargetOptions, FitOptions, CheckOptions):
+class PruneOptions(TargetOptions, FitOptions, ForeignOptions, CheckOptions):
     """Prune a Megatron checkpoint to a smaller shape, by scores or by a plan, and re-fit what stays."""
 
     load: str = option("Megatron checkpoint: its root, or an iteration directory")
@@ -51,6 +55,9 @@ class PruneOptions(TargetOptions, FitOptions, CheckOptions):
     tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
     pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
     ckpt_format: str | None = option("layout of the result (default: that of the source)", None, choices=megatron.FORMATS)
+    transformer_impl: str = option(
+        "whose modules Megatron-LM is to load it into; torch_dist suits both", TRANSFORMER_IMPLS[0], choices=TRANSFORMER_IMPLS
+    )
     target_family: str | None = option("Hugging Face family the result will be exported as", None)
     overwrite: bool = option("replace an existing output directory", False)
     strict: bool = option("refuse weights that hold NaN or infinity instead of warning", False)
@@ -74,11 +81,12 @@ def prune(options: PruneOptions, world: World) -> None:
         InputError: on a request, layout, plan or checkpoint that does not fit; nothing is written.
     """
     save = Path(options.save)
-    staging.check_output(save, overwrite=options.overwrite, source=Path(options.load))
+    check_output(save, MEGATRON, overwrite=options.overwrite, source=Path(options.load))
     if options.save_plan:
         staging.check_file(Path(options.save_plan), beside=save)
-    checkpoint = megatron.open_checkpoint(Path(options.load))
+    checkpoint = open_megatron(options.load, options, world, options.megatron)
     check_megatron_flags(options.megatron, checkpoint.config)
+    say_links(checkpoint.path, world)
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     family = choose_family(checkpoint.manifest.family, options.target_family)
     request = read_request(
@@ -109,13 +117,13 @@ def prune(options: PruneOptions, world: World) -> None:
             world,
             trimmed=trimmed,
             ckpt_format=options.ckpt_format,
+            transformer_impl=options.transformer_impl,
+            beside={Path(options.save_plan): plan.dumps().encode()} if options.save_plan else {},
             overwrite=options.overwrite,
             strict=options.strict,
             check=not options.no_check,
         )
     if world.is_main:
-        if options.save_plan:
-            staging.write_text(Path(options.save_plan), plan.dumps())
         log.info("pruned to %s: %s", save, plan.summary())
 
 
@@ -149,6 +157,8 @@ def write_cut(
     *,
     trimmed: Trimmed | None,
     ckpt_format: str | None,
+    transformer_impl: str = TRANSFORMER_IMPLS[0],
+    beside: Mapping[Path, bytes],
     overwrite: bool,
     strict: bool,
     check: bool,
@@ -159,6 +169,7 @@ def write_cut(
         source: the pruned tensors.
         trimmed: the tokenizer that goes with them, where the vocabulary is cut.
         ckpt_format: ``None``: that of the checkpoint.
+        beside: files that appear together with it.
     """
     cut = Cut(plan, checkpoint.config)
     stored = Source(tensors=checkpoint.tensors, origin=cut.origin)
@@ -187,11 +198,13 @@ def write_cut(
         layout=layout,
         dtypes=stored.dtypes(cut.config, None),
         ckpt_format=ckpt_format or checkpoint.format,
+        transformer_impl=transformer_impl,
         manifest=manifest,
         side_files=trimmed.vocabulary.folder if trimmed else checkpoint.hf_folder,
         trimmed=trimmed,
         sizes=plan.shard_sizes(),
         plan_text=plan.dumps(),
+        beside=beside,
         overwrite=overwrite,
         strict=strict,
         check=check,

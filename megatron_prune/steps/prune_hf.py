@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Mapping
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import huggingface, megatron
@@ -23,6 +22,7 @@ from megatron_prune.errors import InputError
 from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.families.family import Family
 from megatron_prune.files import staging
+from megatron_prune.files.documents import STRICT, read_json
 from megatron_prune.planning.plan import Plan
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.calibrate import Subject, bos_token
@@ -31,8 +31,10 @@ from megatron_prune.steps.convert import check_tied_copy
 from megatron_prune.steps.export import choose_family, parse_size
 from megatron_prune.steps.fit import FitOptions, held_metrics, pruned_source, wants_text
 from megatron_prune.steps.huggingface_runner import HuggingFaceRunner, check_metrics
-from megatron_prune.steps.output import CheckOptions, Source, commonest, log, run, write_huggingface
+from megatron_prune.steps.output import Source, commonest, log, run, say_links, write_huggingface
+from megatron_prune.steps.overwrite import HUGGING_FACE, check_output
 from megatron_prune.steps.prune import kept_vocabulary
+from megatron_prune.steps.written import CheckOptions
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.vocabulary.trimmed import Trimmed
 
@@ -64,7 +66,8 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
     """
     save = Path(options.output_path)
     folder = huggingface.resolve(options.model_name_or_path)
-    staging.check_output(save, overwrite=options.overwrite, source=folder)
+    check_output(save, HUGGING_FACE, overwrite=options.overwrite, source=folder)
+    say_links(folder, world)
     if options.save_plan:
         staging.check_file(Path(options.save_plan), beside=save)
     parse_size(options.max_shard_size)
@@ -112,13 +115,12 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
             world,
             trimmed=trimmed,
             max_shard_bytes=parse_size(options.max_shard_size),
+            beside={Path(options.save_plan): plan.dumps().encode()} if options.save_plan else {},
             overwrite=options.overwrite,
             strict=options.strict,
             check=not options.no_check,
         )
     if world.is_main:
-        if options.save_plan:
-            staging.write_text(Path(options.save_plan), plan.dumps())
         log.info("pruned to %s: %s", save, plan.summary())
 
 
@@ -132,6 +134,7 @@ def write_cut(
     *,
     trimmed: Trimmed | None,
     max_shard_bytes: int,
+    beside: Mapping[Path, bytes],
     overwrite: bool,
     strict: bool,
     check: bool,
@@ -141,6 +144,7 @@ def write_cut(
     Args:
         source: the pruned tensors.
         trimmed: the tokenizer that goes with them, where the vocabulary is cut.
+        beside: files that appear together with it.
     """
     cut = Cut(plan, model.config)
     template = trimmed.config(model.hf_config) if trimmed else model.hf_config
@@ -164,6 +168,7 @@ def write_cut(
         tied_head_stored=model.tied_head_stored,
         files={megatron.PLAN_FILE: plan.dumps(), "README.md": card},
         recipe=recipe,
+        beside=beside,
         overwrite=overwrite,
         strict=strict,
         check=check,
@@ -184,6 +189,20 @@ def with_sizes(options: PruneHfOptions) -> PruneHfOptions:
     return options
 
 
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """The sizes of S4's JSON file: see :class:`TargetOptions`."""
+
+    __pydantic_config__ = STRICT
+
+    hidden_size_remain: int | None = None
+    ffn_hidden_size_remain: int | None = None
+    num_attention_heads_remain: int | None = None
+    num_query_groups_remain: int | None = None
+    num_layers_remain: int | None = None
+    drop_layers: list[int] | None = None
+
+
 BUDGETS = ("params", "ratio", "memory")
 DEFAULT_CONFIG = "prune_config.json"
 
@@ -194,23 +213,6 @@ def read_prune_config(path: Path) -> dict[str, Any]:
     Raises:
         InputError: if it is not such a file, or has a key or a value that is none of these.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--prune_config_path {path}",
-            got=str(error),
-            needed="a JSON file",
-            do="name one, or give sizes, a budget or a plan",
-        ) from None
-    if not isinstance(data, dict) or set(data) - set(TargetOptions.SIZES):
-        unknown = sorted(set(data) - set(TargetOptions.SIZES)) if isinstance(data, dict) else type(data).__name__
-        raise InputError(f"{path}", got=f"unknown keys {unknown}", needed="keys out of " + ", ".join(TargetOptions.SIZES))
-    whole = lambda value: isinstance(value, int) and not isinstance(value, bool)
-    drop = data.pop("drop_layers", None)
-    if drop is not None and not (isinstance(drop, list) and all(whole(layer) for layer in drop)):
-        raise InputError(f"{path}: drop_layers", got=drop, needed="a list of layer numbers, or null")
-    for key, value in data.items():
-        if value is not None and not whole(value):
-            raise InputError(f"{path}: {key}", got=value, needed="a whole number, or null")
-    return {**data, "drop_layers": tuple(drop) if drop is not None else None}
+    do = f"name a JSON file of {', '.join(TargetOptions.SIZES)}; or give sizes, a budget or a plan"
+    held = read_json(path, PruneConfig, error=InputError, do=do)
+    return {**vars(held), "drop_layers": None if held.drop_layers is None else tuple(held.drop_layers)}

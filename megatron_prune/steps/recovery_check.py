@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_prune.arch.adapter import target_roles
 from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.calibration.answers import has_mask
 from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
 from megatron_prune.calibration.pair import recorded_tokenizer
 from megatron_prune.calibration.sources import check_seed
@@ -16,11 +21,16 @@ from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import require_positive
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.files import staging
+from megatron_prune.files.documents import STRICT, read_json, shorten
 from megatron_prune.recovery.checkpoints import check_room
-from megatron_prune.recovery.data import check_data
-from megatron_prune.recovery.stored_logits import check_parts, read_description
+from megatron_prune.recovery.data import build_alone, check_data
+from megatron_prune.recovery.history import HISTORY, read_history
+from megatron_prune.recovery.index_cache import check_place
+from megatron_prune.recovery.stored_logits import check_answers, check_parts, read_description
 from megatron_prune.runtime.megatron_flags import check_megatron_flags
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.output import log
+from megatron_prune.steps.overwrite import RUN, check_output
 from megatron_prune.steps.recover import RecoverOptions
 from megatron_prune.steps.recovery_settings import (
     batch_sizes,
@@ -29,10 +39,21 @@ from megatron_prune.steps.recovery_settings import (
     hidden_pairs,
     optimizer_options,
     run_settings,
+    sample_counts,
 )
 from megatron_prune.steps.teach import SHARED
 
 RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFile:
+    """What ``run.json`` says of a run: its name among all, and what may not change when it goes on."""
+
+    __pydantic_config__ = STRICT
+
+    id: str
+    settings: dict[str, Any]
 
 
 def check(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: ParallelLayout, world: World) -> None:
@@ -45,12 +66,15 @@ def check(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
     error = None
     if world.is_main:
         try:
-            pairs = check_data(data_options(options), checkpoint.config.vocab_size)
-            _check_tokenizer(list(pairs), checkpoint)
-            if options.teacher_logits:
-                samples = options.train_iters * options.global_batch_size
-                check_parts(Path(options.teacher_logits), samples, options.seq_length)
+            data = data_options(options)
+            pairs = check_data(data, checkpoint.config.vocab_size)
+            check_tokenizer(list(pairs), checkpoint)
+            check_place(data.cache)
+            for prefix in filter(has_mask, () if options.answers_only else pairs):
+                log.info("%s says which tokens are answers; all tokens count, for there is no --answers-only", prefix)
             _check_run(options, checkpoint)
+            if options.teacher_logits:
+                _check_answers(options, checkpoint)
         except InputError as found:
             error = found
     world.agree(error)
@@ -67,6 +91,8 @@ def _check_arguments(options: RecoverOptions, checkpoint: MegatronCheckpoint, la
         raise InputError(
             "--sequence-parallel", got=f"{options.seq_length} tokens", needed=f"a multiple of the {layout.tensor} ranks"
         )
+    if options.sequence_parallel and layout.tensor == 1:
+        raise InputError("--sequence-parallel has no effect at one tensor-parallel rank", do="leave it out")
     if options.bf16 and options.fp16:
         raise InputError("--bf16 and --fp16", do="choose one")
     _check_recompute(options, config.num_layers // layout.pipeline)
@@ -92,8 +118,6 @@ def _check_arguments(options: RecoverOptions, checkpoint: MegatronCheckpoint, la
         teacher = check_teacher(options.teacher, checkpoint, layout)
         if options.hidden_weight:
             _check_hidden(options, teacher, checkpoint, layout)
-    if options.teacher_logits:
-        _check_answers(options, checkpoint)
 
 
 def check_teacher(path: str, student: MegatronCheckpoint, layout: ParallelLayout) -> MegatronCheckpoint:
@@ -126,6 +150,8 @@ def _check_hidden(
 
 def _check_recompute(options: RecoverOptions, layers: int) -> None:
     """``layers``: of a stage."""
+    if options.recompute_activations and options.recompute_granularity == "full":
+        raise InputError("--recompute-activations and --recompute-granularity full", do="choose one")
     how = (options.recompute_method, options.recompute_num_layers)
     if options.recompute_granularity != "full" and how != (None, None):
         raise InputError("--recompute-method and --recompute-num-layers", do="pass --recompute-granularity full with them")
@@ -138,22 +164,31 @@ def _check_recompute(options: RecoverOptions, layers: int) -> None:
 
 
 def _check_answers(options: RecoverOptions, student: MegatronCheckpoint) -> None:
-    description = read_description(Path(options.teacher_logits))
-    if description["vocab_size"] != student.config.vocab_size:
+    folder, vocab_size = Path(options.teacher_logits), student.config.vocab_size
+    description = read_description(folder)
+    if description.vocab_size != vocab_size:
         raise InputError(
             f"--teacher-logits {options.teacher_logits} are of another vocabulary than the student's",
-            got=f"{description['vocab_size']} tokens",
-            needed=f"{student.config.vocab_size}",
+            got=f"{description.vocab_size} tokens",
+            needed=f"{vocab_size}",
         )
     own = json.loads(json.dumps({name: getattr(options, name) for name in SHARED}))
     problems = [
-        f"--{name.replace('_', '-')} {value}, taught with {description['settings'].get(name)}"
+        f"--{name.replace('_', '-')} {value}, taught with {_shown(description.settings.get(name))}"
         for name, value in own.items()
-        if description["settings"].get(name) != value
+        if description.settings.get(name) != value
     ]
-    raise_all(
-        InputError, f"{options.teacher_logits} was taught for another recovery", problems, do="use the same, or teach again"
-    )
+    raise_all(InputError, f"{folder} was taught for another recovery", problems, do="use the same, or teach again")
+    counts = sample_counts(options)
+    check_parts(folder, counts[0], options.seq_length)
+    with tempfile.TemporaryDirectory() as scratch:  # --save is not made yet
+        train_set = build_alone(replace(data_options(options), cache=Path(scratch)), counts)[0]
+        check_answers(folder, counts[0], vocab_size, train_set)
+
+
+def _shown(value: Any) -> str:
+    """A setting from a file, for a message."""
+    return shorten(value).strip("'")
 
 
 def _check_adapter(options: RecoverOptions) -> None:
@@ -167,7 +202,7 @@ def _check_adapter(options: RecoverOptions) -> None:
         raise InputError("--lora-dropout", got=options.lora_dropout, needed="from 0 on, below 1")
 
 
-def _check_tokenizer(prefixes: list[str], checkpoint: MegatronCheckpoint) -> None:
+def check_tokenizer(prefixes: list[str], checkpoint: MegatronCheckpoint) -> None:
     """Refuse pairs that say that another tokenizer made them than the one the checkpoint keeps."""
     said = {prefix: recorded_tokenizer(prefix) for prefix in prefixes}
     if checkpoint.hf_folder is None or not any(said.values()):
@@ -189,16 +224,15 @@ def _check_tokenizer(prefixes: list[str], checkpoint: MegatronCheckpoint) -> Non
 def _check_run(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> None:
     """Refuse a directory that holds something else than the beginning of this run, or a disk without room for it."""
     save = Path(options.save)
-    ours = (save / RUN_FILE).is_file()
-    if not ours or options.overwrite:
-        staging.check_output(save, overwrite=options.overwrite, source=Path(options.load))
-    else:
-        try:
-            before = json.loads((save / RUN_FILE).read_text(encoding="utf-8"))["settings"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{save / RUN_FILE} is damaged", got=repr(error), do="pass --overwrite to begin anew") from None
+    begun = (save / RUN_FILE).is_file()
+    if options.overwrite or not begun and not is_blank(save):
+        check_output(save, RUN, overwrite=options.overwrite, source=Path(options.load))
+    elif begun:
+        staging.check_free(save)
+        before = read_json(save / RUN_FILE, RunFile, error=InputError, do="pass --overwrite to begin anew").settings
+        before = {"answers_only": False, **before}
         problems = [
-            f"--{name.replace('_', '-')} {value}, begun with {before.get(name)}"
+            f"--{name.replace('_', '-')} {value}, begun with {_shown(before.get(name))}"
             for name, value in run_settings(options, checkpoint).items()
             if before.get(name) != value
         ]
@@ -208,4 +242,10 @@ def _check_run(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> None:
             problems,
             do="go on with those; or name another --save, and to start from a checkpoint of it --load it",
         )
+        read_history(save / HISTORY)
     check_room(save, checkpoint_bytes(options, checkpoint))
+
+
+def is_blank(save: Path) -> bool:
+    """Whether a directory is that of a run that was killed while it began."""
+    return save.is_dir() and not save.is_symlink() and set(os.listdir(save)) == {f".{RUN_FILE}.partial"}

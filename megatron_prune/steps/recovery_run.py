@@ -14,14 +14,15 @@ import torch
 import xxhash
 
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.checkpoint import megatron
+from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.adapter import read_matrices
 from megatron_prune.checkpoint.manifest import FILE, AdapterOrigin, Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
-from megatron_prune.errors import InputError
+from megatron_prune.errors import CheckpointError, InputError, PruneError
 from megatron_prune.files import staging
+from megatron_prune.files.documents import parse_json, read_json
 from megatron_prune.planning.resources import training_flops
-from megatron_prune.recovery.checkpoints import Checkpoints, clean, newest
+from megatron_prune.recovery.checkpoints import Checkpoints, clean, iteration_name, newest
 from megatron_prune.recovery.data import build_datasets
 from megatron_prune.recovery.distillation import RunningTeacher, Teacher
 from megatron_prune.recovery.hidden_match import HiddenMatch
@@ -33,9 +34,11 @@ from megatron_prune.recovery.stored_logits import StoredTeacher
 from megatron_prune.recovery.trainer import Step, Trainer
 from megatron_prune.runtime.model import build_model, stop_parallel
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.megatron_lm import say_flags
 from megatron_prune.steps.output import log
+from megatron_prune.steps.overwrite import RUN, check_replaceable
 from megatron_prune.steps.recover import RecoverOptions
-from megatron_prune.steps.recovery_check import RUN_FILE, check_teacher
+from megatron_prune.steps.recovery_check import RUN_FILE, RunFile, check_teacher
 from megatron_prune.steps.recovery_settings import (
     adapter_config,
     batch_sizes,
@@ -45,6 +48,7 @@ from megatron_prune.steps.recovery_settings import (
     hidden_pairs,
     optimizer_options,
     run_settings,
+    sample_counts,
 )
 
 SUMMARY = "summary.json"
@@ -57,9 +61,8 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
         0, or 143 if it was asked to stop.
     """
     save = Path(options.save)
-    _begin(options, checkpoint, world)
-    latest = newest(save)
-    position = position_of(Manifest.load(latest / FILE)) if latest else Position()
+    latest = None if options.overwrite else newest(save)
+    position = position_of(latest) if latest else Position()
     tensors = megatron.open_checkpoint(latest).tensors if latest and not options.lora_r else checkpoint.tensors
     if latest and options.lora_r:
         read_matrices(latest, Manifest.load(latest / FILE).digests)
@@ -93,6 +96,7 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
         adapters=add_adapters(running, lora) if lora else [],
         hidden=hidden,
         hidden_weight=options.hidden_weight,
+        answers_only=options.answers_only,
     )
     checkpoints = Checkpoints(
         root=save,
@@ -100,13 +104,15 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
         trainer=trainer,
         keep=options.keep,
         side_files=lambda folder: _copy_side_files(checkpoint, folder),
+        tokenizer=checkpoint.hf_folder is not None,
         needed=checkpoint_bytes(options, checkpoint),
         check=not options.no_check,
     )
     if latest:
         checkpoints.load(latest)
-    train_set, valid_set, test_set = build_datasets(data_options(options), _samples(options))
-    history = _history(options, checkpoint, dtype, world, position) if world.is_main else None
+    _begin(options, checkpoint, world)
+    train_set, valid_set, test_set = build_datasets(data_options(options), sample_counts(options), world)
+    history = _history(options, checkpoint, dtype, world, position)
     run = Run(
         trainer=trainer,
         train=train_set,
@@ -128,6 +134,8 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
     stop_parallel()
     if world.is_main:
         _sum_up(options, checkpoint, position, run, test_loss, history)
+        if not run.stopped and not options.lora_r:
+            say_flags(save, checkpoint.config, layout, dtype, ckpt_format="torch_dist")
     return 128 + signal.SIGTERM if run.stopped else 0
 
 
@@ -135,16 +143,22 @@ def _begin(options: RecoverOptions, checkpoint: MegatronCheckpoint, world: World
     """Take the run's directory: emptied where asked to, free of what a killed run left, and note what the run is."""
     save, error = Path(options.save), None
     if world.is_main:
+        there = save.exists()
         try:
             staging.hold(save.absolute())
             if options.overwrite:
-                for entry in save.iterdir():
+                check_replaceable(save, RUN, known=())
+                for entry in sorted(save.iterdir(), key=lambda entry: entry.name == RUN_FILE):  # last: it says what they are
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             clean(save)
-            begun = json.loads((save / RUN_FILE).read_text(encoding="utf-8")) if (save / RUN_FILE).is_file() else {}
-            noted = {"id": begun.get("id") or uuid.uuid4().hex, "settings": run_settings(options, checkpoint)}
-            staging.write_text(save / RUN_FILE, json.dumps(noted, indent=2) + "\n")
-        except (InputError, OSError) as found:
+            if not (save / RUN_FILE).is_file():
+                noted = {"id": uuid.uuid4().hex, "settings": run_settings(options, checkpoint)}
+                staging.write_text(save / RUN_FILE, json.dumps(noted, indent=2) + "\n")
+        except OSError as found:
+            if not there:
+                shutil.rmtree(save, ignore_errors=True)
+            error = InputError(f"{save} cannot be written", got=found.strerror or str(found))
+        except InputError as found:
             error = found
     world.agree(error)
 
@@ -153,7 +167,7 @@ def _teacher(
     options: RecoverOptions, student: MegatronCheckpoint, layout: ParallelLayout, world: World, dtype: torch.dtype
 ) -> Teacher | None:
     if options.teacher_logits:
-        return StoredTeacher(folder=Path(options.teacher_logits))
+        return StoredTeacher(folder=Path(options.teacher_logits), vocab_size=student.config.vocab_size)
     if not options.teacher:
         return None
     teacher = check_teacher(options.teacher, student, layout)
@@ -171,17 +185,26 @@ def _intervals(options: RecoverOptions) -> Intervals:
     )
 
 
-def _samples(options: RecoverOptions) -> tuple[int, int, int]:
-    held_out = options.eval_iters * options.global_batch_size
-    return options.train_iters * options.global_batch_size, held_out, held_out
-
-
 def _history(
+    options: RecoverOptions, checkpoint: MegatronCheckpoint, dtype: torch.dtype, world: World, position: Position
+) -> History | None:
+    """On the main process; ``None`` elsewhere."""
+    history, error = None, None
+    if world.is_main:
+        try:
+            history = _open_history(options, checkpoint, dtype, world, position)
+        except OSError as found:
+            error = PruneError(f"the history cannot be written: {found}")
+    world.agree(error)
+    return history
+
+
+def _open_history(
     options: RecoverOptions, checkpoint: MegatronCheckpoint, dtype: torch.dtype, world: World, position: Position
 ) -> History:
     history = History(
         folder=Path(options.save),
-        identity=json.loads((Path(options.save) / RUN_FILE).read_text(encoding="utf-8"))["id"],
+        identity=read_json(Path(options.save) / RUN_FILE, RunFile).id,
         train_iters=options.train_iters,
         tokens_per_step=options.global_batch_size * options.seq_length,
         flops_per_token=training_flops(checkpoint.config, options.seq_length),
@@ -195,9 +218,10 @@ def _history(
 
 def _copy_side_files(checkpoint: MegatronCheckpoint, folder: Path) -> None:
     if checkpoint.hf_folder:
-        shutil.copytree(checkpoint.hf_folder, folder / megatron.HF_FOLDER)
-    if (checkpoint.path / megatron.PLAN_FILE).is_file():
-        shutil.copyfile(checkpoint.path / megatron.PLAN_FILE, folder / megatron.PLAN_FILE)
+        (folder / megatron.HF_FOLDER).mkdir()
+        huggingface.copy_side_files(checkpoint.hf_folder, folder / megatron.HF_FOLDER)
+    if (plan := checkpoint.plan_text()) is not None:
+        (folder / megatron.PLAN_FILE).write_text(plan, encoding="utf-8")
 
 
 def describe(
@@ -221,10 +245,19 @@ def describe(
     return replace(before, layout=layout, content_id=identity, recipe=[*before.recipe, entry], adapter=adapter)
 
 
-def position_of(described: Manifest) -> Position:
-    """Where the run was when it wrote a checkpoint."""
-    entry = described.recipe[-1]
-    return Position(**{item.name: entry[item.name] for item in dataclasses.fields(Position)})
+def position_of(folder: Path) -> Position:
+    """Where the run was when it wrote a checkpoint.
+
+    Raises:
+        CheckpointError: if its manifest does not say.
+    """
+    recipe = Manifest.load(folder / FILE).recipe
+    entry = recipe[-1] if recipe and isinstance(recipe[-1], dict) else {}
+    said = {item.name: entry[item.name] for item in dataclasses.fields(Position) if item.name in entry}
+    position = parse_json(json.dumps(said), Position, f"{folder / FILE}, its last step")
+    if entry.get("step") != STEP_NAME or iteration_name(position.iteration) != folder.name:
+        raise CheckpointError(f"{folder / FILE}", got=f"iteration {position.iteration}", needed=f"that of {folder.name}")
+    return position
 
 
 def _sum_up(
@@ -249,7 +282,10 @@ def _sum_up(
         "checkpoint": str(newest(Path(options.save))),
         "settings": run_settings(options, checkpoint),
     }
-    staging.write_text(Path(options.save) / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    try:
+        staging.write_text(Path(options.save) / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    except OSError as error:
+        raise PruneError(f"the summary cannot be written: {error}; the checkpoints are whole") from None
     if run.stopped:
         log.info("stopped as asked after %d iterations; the same command goes on from there", position.iteration)
         return

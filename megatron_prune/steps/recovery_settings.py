@@ -52,6 +52,12 @@ def data_options(options: RecoverOptions) -> DataOptions:
     return DataOptions(**{name: getattr(options, name) for name in names}, cache=cache)
 
 
+def sample_counts(options: RecoverOptions) -> tuple[int, int, int]:
+    """Samples that are trained on, and that either held-out loss is measured on."""
+    held_out = options.eval_iters * options.global_batch_size
+    return options.train_iters * options.global_batch_size, held_out, held_out
+
+
 def adapter_config(options: RecoverOptions) -> AdapterConfig | None:
     """What adapters are trained, if any."""
     if options.lora_r is None:

@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune.calibration.artifact import save_samples
-from megatron_prune.calibration.sources import check_seed
-from megatron_prune.checkpoint import megatron
-from megatron_prune.config import option, require_positive
+from megatron_prune.calibration.sources import check_amount, check_seed
+from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.calibrate import CalibrationOptions, own_samples
+from megatron_prune.steps.foreign import ForeignOptions, open_megatron
 from megatron_prune.steps.output import log
 from megatron_prune.steps.score import megatron_subject
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions:
+class SampleOptions(ForeignOptions):
     """Sample text from a Megatron checkpoint, to be given to --data."""
 
     load: str = option("Megatron checkpoint: its root, or an iteration directory")
@@ -38,12 +38,14 @@ def sample(options: SampleOptions, world: World) -> None:
     Raises:
         InputError: on a checkpoint, sizes or a layout that do not fit.
     """
-    require_positive(options, "nsamples", "seq_length")
+    if options.seq_length < 2:
+        raise InputError("--seq-length", got=options.seq_length, needed="at least 2: the first token is never predicted")
+    check_amount(options.nsamples, options.seq_length)
     check_seed(options.seed)
     if not options.save.endswith(".safetensors"):
         raise InputError("--save", got=options.save, needed="a file name that ends in .safetensors")
     staging.check_file(Path(options.save))
-    checkpoint = megatron.open_checkpoint(Path(options.load))
+    checkpoint = open_megatron(options.load, options, world)
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     layout.check(checkpoint.config)
     if options.seq_length > checkpoint.config.max_position_embeddings:
@@ -54,7 +56,7 @@ def sample(options: SampleOptions, world: World) -> None:
     shared = ("nsamples", "seq_length", "seed", "dtype")
     wanted = CalibrationOptions(**{name: getattr(options, name) for name in shared})
     tokens = own_samples(wanted, subject, options.nsamples, world)
+    facts = {name: getattr(options, name) for name in shared} | {"bos": subject.bos, "content_id": subject.content_id}
+    world.on_main(lambda: save_samples(Path(options.save), tokens, facts))
     if world.is_main:
-        facts = {name: getattr(options, name) for name in shared}
-        save_samples(Path(options.save), tokens, {**facts, "bos": subject.bos, "content_id": subject.content_id})
         log.info("%d samples of %d tokens: %s", *tokens.shape, options.save)

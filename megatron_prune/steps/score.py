@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import huggingface
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
@@ -25,12 +25,14 @@ from megatron_prune.steps.calibrate import (
     scores_of,
 )
 from megatron_prune.steps.choose import BEST
+from megatron_prune.steps.foreign import ForeignOptions, open_megatron
 from megatron_prune.steps.megatron_runner import MegatronRunner
-from megatron_prune.steps.output import check_side_files, log
+from megatron_prune.steps.output import log
+from megatron_prune.steps.overwrite import SCORES, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions(CalibrationOptions):
+class ScoreOptions(CalibrationOptions, ForeignOptions):
     """Score the units of every axis of a Megatron checkpoint on calibration text."""
 
     load: str = option("Megatron checkpoint: its root, or an iteration directory")
@@ -49,8 +51,8 @@ def score(options: ScoreOptions, world: World) -> None:
         InputError: on metrics, data, a checkpoint or a layout that do not fit; nothing is written.
     """
     save, metrics = Path(options.save), metric_names(options.metrics)
-    staging.check_output(save, overwrite=options.overwrite, source=Path(options.load))
-    checkpoint = megatron.open_checkpoint(Path(options.load))
+    check_output(save, SCORES, overwrite=options.overwrite, source=Path(options.load))
+    checkpoint = open_megatron(options.load, options, world)
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     layout.check(checkpoint.config)
     subject = megatron_subject(checkpoint, layout, options.tokenizer, world)
@@ -61,23 +63,23 @@ def score(options: ScoreOptions, world: World) -> None:
         moments = frozenset().union(*(METRICS.get(name).moments.values() for name in metrics))
         statistics = measure(metrics, moments, options, subject, calibration, folder, world)
         scores = scores_of(metrics, statistics, options.seed, subject, world)
-        if world.is_main:
+        copies = world.size // (layout.tensor * layout.pipeline)
+        manifest = ScoresManifest(
+            content_id=subject.content_id,
+            model=shape_of(checkpoint.config),
+            metrics=metrics,
+            moments=sorted(moments),
+            calibration={"digest": calibration.digest, "sources": calibration.provenance},
+            dtype=options.dtype,
+            parallel={"tensor": layout.tensor, "pipeline": layout.pipeline, "data": copies},
+        )
+
+        def finish() -> None:
             save_scores(folder, scores)
-            manifest = ScoresManifest(
-                content_id=subject.content_id,
-                model=shape_of(checkpoint.config),
-                metrics=metrics,
-                moments=sorted(moments),
-                calibration={"digest": calibration.digest, "sources": calibration.provenance},
-                dtype=options.dtype,
-                parallel={
-                    "tensor": layout.tensor,
-                    "pipeline": layout.pipeline,
-                    "data": world.size // (layout.tensor * layout.pipeline),
-                },
-            )
             (folder / FILE).write_text(manifest.dumps(), encoding="utf-8")
             staging.finish_work(folder, save)
+
+        world.on_main(finish)
     if world.is_main:
         log.info("scores of %s on %d samples: %s", ", ".join(metrics), len(calibration.tokens), save)
 
@@ -100,7 +102,6 @@ def megatron_subject(checkpoint, layout, tokenizer: str | None, world: World) ->
     """A checkpoint as what is measured; reads it where no manifest says its digest."""
     from megatron_prune.steps.prune import model_id
 
-    check_side_files(world, checkpoint.path, checkpoint.manifest)
     folder = huggingface.resolve(tokenizer, weights=False) if tokenizer else checkpoint.hf_folder
     return Subject(
         tensors=checkpoint.tensors,

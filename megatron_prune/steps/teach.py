@@ -11,17 +11,20 @@ from typing import Any
 
 import torch
 
-from megatron_prune.checkpoint import megatron
+from megatron_prune.calibration.sources import check_seed
 from megatron_prune.config import option, require_positive
-from megatron_prune.errors import InputError
+from megatron_prune.errors import InputError, PruneError
 from megatron_prune.files import staging
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.foreign import ForeignOptions, open_megatron
+from megatron_prune.steps.idle_flags import SEPARATE_DATA, filled
 from megatron_prune.steps.output import PARAM_DTYPES, log, progress_bar
+from megatron_prune.steps.overwrite import TEACHER, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeachOptions:
+class TeachOptions(ForeignOptions):
     """Write a teacher's most probable tokens for every token that a recovery will train on; its data arguments must be the same."""
 
     load: str = option("Megatron checkpoint of the teacher: its root, or an iteration directory")
@@ -29,7 +32,7 @@ class TeachOptions:
     train_iters: int = option("steps of the recovery")
     global_batch_size: int = option("sequences in a step of the recovery")
     data_path: tuple[str, ...] = option("as for recover", ())
-    split: str = option("as for recover", "969,30,1")
+    split: str | None = option("as for recover (default: 969,30,1)", None)
     train_data_path: tuple[str, ...] = option("as for recover", ())
     valid_data_path: tuple[str, ...] = option("as for recover", ())
     test_data_path: tuple[str, ...] = option("as for recover", ())
@@ -58,8 +61,8 @@ def teach(options: TeachOptions, world: World) -> None:
     """
     require_positive(options, "train_iters", "global_batch_size", "top_k", "micro_batch_size", "seq_length", "eval_iters")
     save = Path(options.save)
-    staging.check_output(save, overwrite=options.overwrite, source=Path(options.load))
-    checkpoint = megatron.open_checkpoint(Path(options.load))
+    check_output(save, TEACHER, overwrite=options.overwrite, source=Path(options.load))
+    checkpoint = open_megatron(options.load, options, world)
     config = checkpoint.config
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     layout.check(config)
@@ -70,18 +73,22 @@ def teach(options: TeachOptions, world: World) -> None:
         raise InputError("--top-k", got=options.top_k, needed=f"at most the vocabulary's {config.vocab_size}")
     if not 0 < options.distill_temperature < float("inf"):
         raise InputError("--distill-temperature", got=options.distill_temperature, needed="a positive number")
-    options = dataclasses.replace(options, seq_length=length)
+    check_seed(options.seed)
+    options = dataclasses.replace(filled(options, SEPARATE_DATA), seq_length=length)
 
+    from megatron_prune.recovery.checkpoints import check_room
     from megatron_prune.recovery.data import DataOptions, build_datasets, check_data
+    from megatron_prune.steps.recovery_check import check_tokenizer
 
     data = DataOptions(
-        **{item.name: getattr(options, item.name) for item in dataclasses.fields(DataOptions) if item.name != "cache"},
-        cache=save.absolute().with_name(f".{save.name}.work") / "data_cache",
+        **{item.name: getattr(options, item.name) for item in dataclasses.fields(DataOptions) if item.name in SHARED},
+        cache=staging.work_path(save) / "data_cache",
     )
     error = None
     if world.is_main:
         try:
-            check_data(data, config.vocab_size)
+            check_tokenizer(list(check_data(data, config.vocab_size)), checkpoint)
+            check_room(save, options.train_iters * options.global_batch_size * length * (6 * options.top_k + 4))
         except InputError as found:
             error = found
     world.agree(error)
@@ -91,18 +98,21 @@ def teach(options: TeachOptions, world: World) -> None:
 
         running = build_model(checkpoint.tensors, layout, world, dtype=PARAM_DTYPES[options.dtype], seq_length=length)
         samples, held_out = options.train_iters * options.global_batch_size, options.eval_iters * options.global_batch_size
-        train_set = build_datasets(data, (samples, held_out, held_out))[0]
+        train_set = build_datasets(data, (samples, held_out, held_out), world)[0]
         _write_parts(options, running, train_set, samples, folder, world)
         stop_parallel()
         world.barrier()
-        if world.is_main:
+
+        def finish() -> None:
             from megatron_prune.recovery.stored_logits import DESCRIPTION
 
             staging.write_text(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
             shutil.rmtree(folder / "data_cache")
             staging.finish_work(folder, save)
-            log.info("%d samples of %d tokens, %d of each distribution: %s", samples, length, options.top_k, save)
-        world.barrier()
+
+        world.on_main(finish)
+    if world.is_main:
+        log.info("%d samples of %d tokens, %d of each distribution: %s", samples, length, options.top_k, save)
 
 
 def describe(options: TeachOptions, content_id: str | None, vocab_size: int) -> dict[str, Any]:
@@ -134,5 +144,8 @@ def _write_parts(options: TeachOptions, running: Any, train_set: Any, samples: i
                 answers = forward(running, batches, collect)
                 if answers and writes:
                     kept = (torch.cat(each)[: len(tokens)] for each in zip(*answers))
-                    write_part(part_path(folder, part), *kept, tokens)
+                    try:
+                        write_part(part_path(folder, part), *kept, tokens)
+                    except OSError as error:
+                        raise PruneError(f"{part_path(folder, part)} could not be written: {error}; those before stay") from None
             advance(PART * options.seq_length)

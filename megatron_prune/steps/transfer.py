@@ -8,14 +8,17 @@ from pathlib import Path
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.adapter import open_adapted
+from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.config import option, require_positive
-from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.output import CheckOptions, Source, check_side_files, write_megatron
+from megatron_prune.steps.foreign import ForeignOptions, noted, told
+from megatron_prune.steps.output import Source, say_links, write_megatron
+from megatron_prune.steps.overwrite import MEGATRON, check_output
+from megatron_prune.steps.written import CheckOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferOptions(CheckOptions):
+class TransferOptions(ForeignOptions, CheckOptions):
     """Rewrite a Megatron checkpoint for another parallel layout, format or element type; merge an adapter."""
 
     load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
@@ -24,6 +27,9 @@ class TransferOptions(CheckOptions):
     target_pipeline_parallel_size: int = option("pipeline stages it is written for", 1)
     target_params_dtype: str | None = option("element type (default: as stored)", None, choices=["fp32", "bf16", "fp16"])
     ckpt_format: str | None = option("checkpoint layout (default: that of the source)", None, choices=megatron.FORMATS)
+    transformer_impl: str = option(
+        "whose modules Megatron-LM is to load it into; torch_dist suits both", TRANSFORMER_IMPLS[0], choices=TRANSFORMER_IMPLS
+    )
     make_vocab_size_divisible_by: int | None = option(
         "the padded vocabulary is a multiple of this × the tensor-parallel size (default: that of the source)", None
     )
@@ -40,17 +46,17 @@ def transfer(options: TransferOptions, world: World) -> None:
     """
     require_positive(options, "target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by")
     save = Path(options.save_dir)
-    staging.check_output(save, overwrite=options.overwrite, source=Path(options.load_dir))
-    checkpoint, adapter = open_adapted(Path(options.load_dir), Path(options.base) if options.base else None)
-    check_side_files(world, checkpoint.path, checkpoint.manifest)
+    check_output(save, MEGATRON, overwrite=options.overwrite, source=Path(options.load_dir))
+    checkpoint, adapter = open_adapted(Path(options.load_dir), Path(options.base) if options.base else None, told(options))
+    noted(checkpoint, world)
     layout = ParallelLayout(
         tensor=options.target_tensor_parallel_size,
         pipeline=options.target_pipeline_parallel_size,
         vocab_divisible_by=options.make_vocab_size_divisible_by or checkpoint.layout.vocab_divisible_by,
     )
     layout.check(checkpoint.config)
+    say_links(checkpoint.path, world)
     source = Source(tensors=checkpoint.tensors, transform=adapter.merge if adapter else None)
-    plan = checkpoint.path / megatron.PLAN_FILE
     write_megatron(
         world,
         save,
@@ -59,9 +65,10 @@ def transfer(options: TransferOptions, world: World) -> None:
         layout=layout,
         dtypes=source.dtypes(checkpoint.config, options.target_params_dtype),
         ckpt_format=options.ckpt_format or checkpoint.format,
+        transformer_impl=options.transformer_impl,
         manifest=lambda report: replace(checkpoint.manifest, layout=layout),
         side_files=checkpoint.hf_folder,
-        plan_text=plan.read_text(encoding="utf-8") if plan.is_file() else None,
+        plan_text=checkpoint.plan_text(),
         overwrite=options.overwrite,
         strict=options.strict,
         check=not options.no_check,

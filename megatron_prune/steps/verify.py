@@ -20,20 +20,21 @@ from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.stock_model import load_stock_model
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import check_tied_copy
+from megatron_prune.steps.foreign import ForeignOptions, open_megatron
 from megatron_prune.steps.output import log
 
 TEXT = "The quick brown fox jumps over the lazy dog. In 1969, people first walked on the Moon; 384,400 km from home."
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyOptions:
+class VerifyOptions(ForeignOptions):
     """Compare logits of a Megatron checkpoint, running under TP × PP, with those of a Hugging Face model."""
 
     load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
     hf_dir: str = option("Hugging Face model: a directory, or a hub id")
     text: str | None = option("text file to compare on (default: a built-in sentence)", None)
     seq_length: int = option("tokens of it to compare on, at most", 128)
-    tolerance: float = option("largest allowed difference of a logit; both sides compute in float32", 1e-3)
+    tolerance: float = option("largest allowed difference of a logit; both sides compute in float32", 1e-3, least=0)
     tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
     pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
 
@@ -51,7 +52,7 @@ def verify(options: VerifyOptions, world: World) -> int:
     folder = huggingface.resolve(options.hf_dir)
     model = huggingface.open_model(folder)
     check_tied_copy(model)
-    checkpoint = megatron.open_checkpoint(Path(options.load_dir), vocab_size=model.config.vocab_size)
+    checkpoint = open_megatron(options.load_dir, options, world)
     compared = [item.name for item in fields(ModelConfig)] if checkpoint.own else SHAPE_FIELDS
     differing = [name for name in compared if getattr(model.config, name) != getattr(checkpoint.config, name)]
     if differing:

@@ -18,7 +18,6 @@ from rich.text import Text
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import TensorId, parameter_count
 from megatron_prune.errors import InputError, PlanError
-from megatron_prune.files import staging
 from megatron_prune.planning.plan import Plan, kept_tokens, load_plan, whole_plan
 from megatron_prune.steps.vocab_options import Model, SelectOptions, held_out_lines, read_counts, wanted_tokens
 from megatron_prune.vocabulary import report as reports
@@ -113,19 +112,25 @@ def _savings(trimmed: Trimmed, model: Model) -> dict[str, Any]:
     return found | ({"padded": model.layout.padded_vocab(new.vocab_size)} if model.layout else {})
 
 
-def show(chosen: Chosen, options: SelectOptions) -> None:
-    """Print the report, and write it and the ids where that was asked for."""
+def show(chosen: Chosen) -> None:
+    """Print the report."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for what, value in reports.lines(chosen.report):
         table.add_row(what, Text(value))  # not markup: tokens may hold brackets
     Console().print(table)
+
+
+def files_of(chosen: Chosen, options: SelectOptions) -> dict[Path, bytes]:
+    """The report and the ids, where these were asked for."""
+    files = {}
     if options.report:
         body = {"format": "megatron-prune vocabulary report", "made_by": chosen.made_by, **chosen.report}
-        staging.write_text(Path(options.report), json.dumps(body, indent=2, ensure_ascii=False) + "\n")
+        files[Path(options.report)] = json.dumps(body, indent=2, ensure_ascii=False).encode() + b"\n"
     if options.save_ids:
         held = io.BytesIO()
         torch.save(torch.from_numpy(chosen.trimmed.rows), held)
-        staging.write_bytes(Path(options.save_ids), held.getvalue())
+        files[Path(options.save_ids)] = held.getvalue()
+    return files
 
 
 def plan_of(chosen: Chosen, config: ModelConfig) -> Plan:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune import __version__
-from megatron_prune.calibration.documents import open_documents
+from megatron_prune.calibration.contents import check_read_once, summary
+from megatron_prune.calibration.documents import DocumentReader, open_documents
+from megatron_prune.calibration.encoder import Encoder
 from megatron_prune.calibration.pair import open_pair
 from megatron_prune.calibration.reader import TRAIN, reader_kind, stamps
 from megatron_prune.calibration.sources import split_weight
@@ -18,20 +20,21 @@ from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import log, progress_bar
+from megatron_prune.steps.overwrite import check_counts, is_list_of_counts
 from megatron_prune.steps.vocab_options import open_subject
 from megatron_prune.vocabulary.counting import Tally, count_documents, count_pair
-from megatron_prune.vocabulary.counts import Corpus, Counts
+from megatron_prune.vocabulary.counts import Corpus, Counts, is_counts
 from megatron_prune.vocabulary.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
 class VocabCountOptions:
-    """Count the tokens of corpora: text, JSONL, folders, data sets, Megatron .bin/.idx pairs."""
+    """Count the tokens of corpora: text, JSON lines, Parquet, talks, folders, data sets, Megatron .bin/.idx pairs."""
 
     tokenizer: str = option("Hugging Face directory or hub id, or a Megatron checkpoint that keeps a tokenizer")
     input: tuple[str, ...] = option("corpora; each with :WEIGHT for its share (then all), else occurrences add up")
     output: str = option("file of counts to write (safetensors)")
-    data_field: str = option("name of the text in JSONL and data sets", "text")
+    data_field: str = option("name of the text (or talk) in records", "text")
     split: str = option("split of data sets", TRAIN)
     workers: int | None = option("processes that tokenise (default: the cores that may be used)", None)
     text: str | None = option("also write a text file of lines 'id count', the most frequent first", None)
@@ -50,18 +53,20 @@ def vocab_count(options: VocabCountOptions, world: World) -> None:
     output = Path(options.output)
     if options.text and Path(options.text).resolve() == output.resolve():
         raise InputError("--output and --text are the same file", got=options.text, do="name another")
-    for file in (output, *([Path(options.text)] if options.text else [])):
-        staging.check_file(file)
-        if file.exists() and not options.overwrite:
-            raise InputError(f"output {file} exists", do="name another, or pass --overwrite to replace it")
+    for file, is_ours in ((output, is_counts), *([(Path(options.text), is_list_of_counts)] if options.text else [])):
+        staging.check_file(file, inputs=[Path(split_weight(spec, "--input")[0]) for spec in options.input])
+        check_counts(file, is_ours, options.overwrite)
     specs = [split_weight(spec, "--input") for spec in options.input]
     if len({name for name, _ in specs}) < len(specs):
         raise InputError("--input lists a corpus twice", got=" ".join(options.input), do="give it a weight instead")
     if len({weight is None for _, weight in specs}) > 1:
         raise InputError("--input", got="corpora with and without a weight", needed="weights for all or for none")
     vocabulary = open_subject(options.tokenizer, None).vocabulary
-    for name, _ in specs:
-        _check(name, options)
+    encode = Encoder(vocabulary.folder)
+    sources = {name: _open(name, options, encode) for name, _ in specs}
+    check_read_once("--input", ((name, _files(name, source)) for name, source in sources.items()))
+    for line in filter(None, (summary(name, source.contents()) for name, source in sources.items() if source)):
+        log.info("%s", line)
     asked = [
         options.input,
         options.data_field,
@@ -73,7 +78,10 @@ def vocab_count(options: VocabCountOptions, world: World) -> None:
     ]
     start = time.monotonic()
     with staging.work(output, json.dumps(asked), main=True, agree=world.agree) as folder:
-        tallies = [_count(name, options, vocabulary, folder / f"corpus-{number}") for number, (name, _) in enumerate(specs)]
+        tallies = [
+            _count(name, source, options, vocabulary, folder / f"corpus-{number}")
+            for number, (name, source) in enumerate(sources.items())
+        ]
         corpora = [
             Corpus(
                 name=Path(name).name if Path(name).exists() else name,
@@ -81,13 +89,13 @@ def vocab_count(options: VocabCountOptions, world: World) -> None:
                 tokens=int(tally.table.sum()),
                 size=tally.size,
                 weight=weight,
+                contents=sources[name].contents() if sources[name] else {},
             )
             for (name, weight), tally in zip(specs, tallies)
         ]
         counts = Counts(digest=vocabulary.digest, corpora=corpora, tables=[tally.table for tally in tallies])
-        if options.text:
-            counts.save_text(Path(options.text))
-        counts.save(output)
+        files = {output: counts.dumps(), **({Path(options.text): counts.dump_text()} if options.text else {})}
+        staging.write_files(files)
     seconds, size = time.monotonic() - start, sum(corpus.size for corpus in corpora)
     used = int((sum(counts.tables) > 0).sum())
     for corpus in corpora:
@@ -99,22 +107,26 @@ def _is_pair(name: str) -> bool:
     return reader_kind(name) in (".bin", ".idx")
 
 
-def _check(name: str, options: VocabCountOptions) -> None:
-    """Refuse a corpus that does not begin well, before hours of work on others."""
+def _open(name: str, options: VocabCountOptions, encode: Encoder) -> DocumentReader | None:
+    """A corpus of text (``None``: a pair), if it begins well: what is wrong is said before hours of work on others."""
     if _is_pair(name):
         open_pair(name)
-        return
-    source = open_documents(name, (options.data_field,), split=options.split)
+        return None
+    source = open_documents(name, (options.data_field,), split=options.split, encode=encode)
     if not any(document.texts[0].strip() for document in source.documents((options.data_field,))):
         raise InputError(f"{name} is empty", got="no text", needed="at least one document")
+    return source
 
 
-def _count(name: str, options: VocabCountOptions, vocabulary: Vocabulary, state: Path) -> Tally:
-    if _is_pair(name):
+def _files(name: str, source: DocumentReader | None) -> list[Path]:
+    return source.files() if source else [Path(f"{open_pair(name).prefix}.bin")]
+
+
+def _count(name: str, source: DocumentReader | None, options: VocabCountOptions, vocabulary: Vocabulary, state: Path) -> Tally:
+    if source is None:
         pair = open_pair(name)
         with progress_bar(f"counting {Path(name).name}", pair.total * pair.dtype.itemsize, shown=True) as advance:
             return count_pair(name, vocabulary.rows, advance)
-    source = open_documents(name, (options.data_field,), split=options.split)
     with progress_bar(f"counting {Path(name).name}", source.size(), shown=True) as advance:
         workers = options.workers or cores()
         return count_documents(source, options.data_field, vocabulary, state, workers=workers, progress=advance)

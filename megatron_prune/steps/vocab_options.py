@@ -13,15 +13,20 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.calibration.contents import summary
 from megatron_prune.calibration.documents import open_documents
 from megatron_prune.calibration.reader import TRAIN
 from megatron_prune.calibration.sources import split_weight
 from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint.description import Told
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import option, require_positive
-from megatron_prune.errors import InputError
+from megatron_prune.errors import InputError, reason
 from megatron_prune.files import staging
+from megatron_prune.files.documents import read_bytes, read_text, shorten
+from megatron_prune.steps.foreign import ForeignOptions
+from megatron_prune.steps.output import log
 from megatron_prune.vocabulary.counts import Counts, load_counts, merged
 from megatron_prune.vocabulary.selection import PRIOR, Wanted, tokens_of_scripts, tokens_of_texts
 from megatron_prune.vocabulary.vocabulary import Vocabulary, holds_tokenizer, open_vocabulary
@@ -31,7 +36,7 @@ LINES = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectOptions:
+class SelectOptions(ForeignOptions):
     """Which tokens stay."""
 
     load_dir: str = option("model: a Hugging Face directory or hub id, or a Megatron checkpoint; or a tokenizer alone")
@@ -81,22 +86,29 @@ class Model:
         return self.checkpoint.layout if isinstance(self.checkpoint, MegatronCheckpoint) else None
 
 
-def open_subject(load_dir: str, tokenizer: str | None) -> Model:
+def open_subject(load_dir: str, tokenizer: str | None, beside: Told = Told()) -> Model:
     """Open a model of either kind, or a tokenizer.
+
+    Args:
+        beside: what is said of a Megatron checkpoint.
 
     Raises:
         InputError: if there is none, or its tokenizer is missing, damaged or another model's.
     """
     path = Path(load_dir).expanduser()
     if megatron.is_megatron(path):
-        checkpoint = megatron.open_checkpoint(path)
+        checkpoint = megatron.open_checkpoint(path, beside)
         folder = tokenizer_folder(checkpoint.hf_folder, tokenizer)
         return Model(path=path, checkpoint=checkpoint, vocabulary=open_vocabulary(folder, checkpoint.config.vocab_size))
+    if beside != Told():
+        raise InputError(f"{load_dir} is no Megatron checkpoint", do="leave out what is said of one: --hf-dir and the like")
     folder = huggingface.resolve(load_dir)
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         if tokenizer:
             raise InputError(f"--tokenizer beside {load_dir}", got="a tokenizer already", do="leave it out")
         rows = huggingface.read_config(folder).get("vocab_size") if huggingface.is_huggingface(folder) else None
+        if rows is not None and (type(rows) is not int or rows < 1):
+            raise InputError(f"{folder}/config.json: vocab_size", got=shorten(rows), needed="a positive whole number")
         return Model(path=folder, checkpoint=None, vocabulary=open_vocabulary(folder, rows))
     model = huggingface.open_model(folder)
     source = tokenizer_folder(folder, tokenizer)
@@ -145,6 +157,8 @@ def check_select(options: SelectOptions) -> None:
         raise InputError("--min-count", got=options.min_count, needed="a positive number")
     if not 0 <= options.prior <= 1:
         raise InputError("--prior", got=options.prior, needed="from 0 to 1")
+    if options.prior != PRIOR and not options.counts:
+        raise InputError("--prior without --counts", got="nothing to weigh it against", do="leave it out, or name counts")
     for name in ("min_count", "coverage"):
         if getattr(options, name) is not None and not options.counts:
             raise InputError(
@@ -192,10 +206,7 @@ def read_lines(name: str) -> list[str]:
     Raises:
         InputError: if it cannot be read, or has none.
     """
-    try:
-        found = [line for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--keep {name} cannot be read", got=str(error), needed="a UTF-8 text file") from None
+    found = [line for line in read_text(Path(name), error=InputError).splitlines() if line.strip()]
     if not found:
         raise InputError(f"--keep {name} is empty", needed="texts, one a line")
     return found
@@ -207,19 +218,18 @@ def read_ids(name: str) -> set[int]:
     Raises:
         InputError: if it holds something else.
     """
+    do = "a list or tensor of ids, or one a line"
+    data = read_bytes(Path(name), error=InputError)
     try:
-        data = Path(name).read_bytes()
         if data[:2] in (b"PK", b"\x80\x02"):
             held = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             ids = held.tolist() if isinstance(held, torch.Tensor) else held
         else:
             ids = [int(line.split()[0]) for line in data.decode("utf-8").splitlines() if line.strip()]
-        if not isinstance(ids, list) or not ids or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-            raise ValueError("not a list of whole numbers")
     except Exception as error:  # torch raises many kinds for what it does not read
-        raise InputError(
-            f"--keep-ids {name} holds no ids", got=str(error).split("\n")[0], needed="a list or tensor of ids, or one a line"
-        ) from None
+        raise InputError(f"--keep-ids {name} holds no ids", got=reason(error), needed=do) from None
+    if not isinstance(ids, list) or not ids or any(type(number) is not int for number in ids):
+        raise InputError(f"--keep-ids {name} holds no ids", got=shorten(ids), needed=do)
     return set(ids)
 
 
@@ -232,7 +242,10 @@ def held_out_lines(options: SelectOptions) -> list[str]:
     found: list[str] = []
     for name in options.held_out:
         before = len(found)
-        for document in open_documents(name, (options.data_field,), split=TRAIN).documents((options.data_field,)):
+        source = open_documents(name, (options.data_field,), split=TRAIN)
+        if line := summary(name, source.contents()):
+            log.info("%s", line)
+        for document in source.documents((options.data_field,)):
             found += [line for line in document.texts[0].splitlines() if line.strip()]
             if len(found) >= LINES:
                 break

@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy
 
+from megatron_prune.calibration.answers import has_mask
 from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
-from megatron_prune.calibration.pair import Pair, open_pair
-from megatron_prune.calibration.parts import pair_files, place_pair
+from megatron_prune.calibration.pair import Pair, open_pair, read_record
+from megatron_prune.calibration.parts import pair_files, place_pairs
 from megatron_prune.checkpoint import megatron
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import log, progress_bar
+from megatron_prune.steps.overwrite import check_pair
 from megatron_prune.steps.preprocess import numpy_dtype
 from megatron_prune.vocabulary.id_map import MAP_FILE, IdMap, load_map
 
@@ -42,10 +44,14 @@ def vocab_remap(options: VocabRemapOptions, world: World) -> None:
         raise InputError("vocab remap is started as one process", got=f"{world.size}")
     prefix = Path(options.output_prefix)
     for file in pair_files(prefix).values():
-        staging.check_file(file)
-        if file.exists() and not options.overwrite:
-            raise InputError(f"output {file} exists", do="name another --output-prefix, or pass --overwrite to replace it")
+        staging.check_file(file, inputs=[Path(options.map)] if Path(options.map).is_file() else [])
+    check_pair(pair_files(prefix), staging.unfinished(prefix), options.overwrite)
     source, folder = open_pair(options.input), _folder(Path(options.map))
+    if has_mask(source.prefix):
+        raise InputError(
+            f"{source.prefix} says which tokens are answers, and these become others",
+            do="tokenise its text again with the trimmed tokenizer: megatron-prune preprocess --answers-only",
+        )
     if Path(f"{source.prefix}.bin").resolve() == pair_files(prefix)["bin"].resolve():
         raise InputError(f"output {prefix} is the input", do="name another --output-prefix")
     ids = load_map(folder if Path(options.map).is_dir() else Path(options.map))
@@ -62,7 +68,7 @@ def vocab_remap(options: VocabRemapOptions, world: World) -> None:
         if record:
             record |= {"tokens": tokens, "dtype": numpy_dtype(len(ids.new_to_old)).__name__}
             (work / "whole.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        place_pair(work / "whole", prefix)
+        place_pairs(work, {prefix: work / "whole"})
     log.info(
         "%s.bin: %d documents, %d tokens of %d (%.2f%% kept as they were)", prefix, source.documents, tokens, source.total, kept
     )
@@ -104,22 +110,21 @@ def _record(prefix: str, folder: Path, ids: IdMap) -> dict[str, Any] | None:
     Raises:
         InputError: if the pair was made with another tokenizer, or renumbered already.
     """
-    try:
-        record = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
-        made = dict(record["tokenizer"])
-    except (OSError, ValueError, KeyError, TypeError):
+    record = read_record(prefix)
+    if record is None:
         return None
+    made = record["tokenizer"]
     try:
         tokenizer = load_tokenizer(folder)
     except InputError:  # the map alone, or a tokenizer that transformers does not load
         return None
     digest = tokenizer_digest(tokenizer)
-    if made.get("digest") == digest:
+    if made["digest"] == digest:
         raise InputError(f"{prefix}.bin speaks the trimmed vocabulary already", do="use it as it is")
-    if ids.tokenizer and made.get("digest") != ids.tokenizer:
+    if ids.tokenizer and made["digest"] != ids.tokenizer:
         raise InputError(
             f"{prefix}.bin was not made with the tokenizer that was trimmed",
-            got=f"{made.get('name')} of {made.get('vocab_size')} tokens",
+            got=f"{made['name']} of {made['vocab_size']} tokens",
             do="renumber what that one made, or tokenise the text again: megatron-prune preprocess",
         )
     size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))

@@ -9,8 +9,9 @@ from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
+from megatron_prune.steps.foreign import noted, told
 from megatron_prune.steps.output import log
-from megatron_prune.steps.vocab_choice import choose, plan_of, show
+from megatron_prune.steps.vocab_choice import choose, files_of, plan_of, show
 from megatron_prune.steps.vocab_options import SelectOptions, check_select, open_subject
 
 
@@ -30,13 +31,17 @@ def vocab_select(options: VocabSelectOptions, world: World) -> None:
     if world.size > 1:
         raise InputError("vocab select is started as one process", got=f"{world.size}")
     check_select(options)
-    if options.save_plan:
-        staging.check_file(Path(options.save_plan))
-    model = open_subject(options.load_dir, options.tokenizer)
+    model = open_subject(options.load_dir, options.tokenizer, told(options))
+    if model.layout:
+        noted(model.checkpoint, world)
     if options.save_plan and model.config is None:
         raise InputError("--save-plan", got=f"a tokenizer alone, {model.path}", needed="a model, whose plan it is")
     chosen = choose(options, model)
-    show(chosen, options)
+    show(chosen)
+    files = files_of(chosen, options)
     if options.save_plan:
-        staging.write_text(Path(options.save_plan), plan_of(chosen, model.config).dumps())
+        files[Path(options.save_plan)] = plan_of(chosen, model.config).dumps().encode()
+    if files:
+        staging.write_files(files)
+    if options.save_plan:
         log.info("plan: %s", options.save_plan)

@@ -12,7 +12,7 @@ import torch
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId
-from megatron_prune.checkpoint import both_versions, huggingface
+from megatron_prune.checkpoint import both_versions, huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.stream import content_id
@@ -27,15 +27,17 @@ from megatron_prune.steps import prune, prune_hf
 from megatron_prune.steps.calibrate import CalibrationOptions, Subject, bos_token, obtain_calibration, request_key
 from megatron_prune.steps.convert import check_tied_copy
 from megatron_prune.steps.export import parse_size
+from megatron_prune.steps.foreign import noted, told
 from megatron_prune.steps.huggingface_runner import HuggingFaceRunner
-from megatron_prune.steps.output import PARAM_DTYPES, CheckOptions, Source, check_side_files, log, progress_bar, run, staged
+from megatron_prune.steps.output import PARAM_DTYPES, Output, Source, log, progress_bar, run, say_links, staged
+from megatron_prune.steps.overwrite import HUGGING_FACE, MEGATRON, check_output
 from megatron_prune.steps.score import megatron_subject
-from megatron_prune.steps.vocab_choice import Chosen, choose, plan_of, show
+from megatron_prune.steps.vocab_choice import Chosen, choose, files_of, plan_of, show
 from megatron_prune.steps.vocab_options import Model, SelectOptions, check_select, open_subject
+from megatron_prune.steps.written import CheckOptions, check_side_files
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.surgery.fold_tokens import FoldedRows, changing_rows, fold_rows, hidden_states, respelled
 from megatron_prune.vocabulary.selection import PRIOR
-from megatron_prune.vocabulary.trimmed import Trimmed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +72,21 @@ def vocab_trim(options: VocabTrimOptions, world: World) -> None:
         raise InputError("--plan and what else says which tokens stay", do="give one of the two")
     _check_fold(options)
     source = Path(options.load_dir) if Path(options.load_dir).exists() else None
-    for folder in (source, Path(options.tokenizer) if options.tokenizer else None):
-        staging.check_output(save, overwrite=options.overwrite, source=folder)
-    model = open_subject(options.load_dir, options.tokenizer)
+    kind = MEGATRON if source and megatron.is_megatron(source) and not options.tokenizer_only else HUGGING_FACE
+    if options.tokenizer:
+        staging.check_output(save, overwrite=options.overwrite, source=Path(options.tokenizer))
+    check_output(save, kind, overwrite=options.overwrite, source=source)
+    model = open_subject(options.load_dir, options.tokenizer, told(options))
+    huggingface.side_files(model.vocabulary.folder)
+    if model.layout:
+        noted(model.checkpoint, world)
+    if model.checkpoint is not None:
+        say_links(model.checkpoint.path, world)
     chosen = choose(options, model, options.plan)
     if world.is_main:
-        show(chosen, options)
+        show(chosen)
     if model.checkpoint is None or options.tokenizer_only:
-        _write_tokenizer(save, chosen.trimmed, options, world)
+        _write_tokenizer(save, chosen, options, world)
     elif options.fold:
         with _folded(save, model, chosen, options, world) as rows:
             _write_model(save, model, chosen, options, world, rows)
@@ -87,12 +96,12 @@ def vocab_trim(options: VocabTrimOptions, world: World) -> None:
         log.info("%d of %d tokens: %s", len(chosen.trimmed.rows), chosen.trimmed.vocabulary.rows, save)
 
 
-def _write_tokenizer(save: Path, trimmed: Trimmed, options: VocabTrimOptions, world: World) -> None:
-    with staged(world, save, needed=0, overwrite=options.overwrite) as partial:
-        if world.is_main:
-            huggingface.copy_side_files(trimmed.vocabulary.folder, partial)
-            trimmed.write(partial)
-            both_versions.rewrite_side_files(partial, len(trimmed.rows))
+def _write_tokenizer(save: Path, chosen: Chosen, options: VocabTrimOptions, world: World) -> None:
+    beside = files_of(chosen, options)
+    with staged(world, Output(save, HUGGING_FACE, overwrite=options.overwrite, beside=beside)) as partial:
+        world.on_main(lambda: huggingface.copy_side_files(chosen.trimmed.vocabulary.folder, partial))
+        world.on_main(lambda: chosen.trimmed.write(partial))
+        world.on_main(lambda: both_versions.rewrite_side_files(partial, len(chosen.trimmed.rows)))
 
 
 def _check_fold(options: VocabTrimOptions) -> None:
@@ -162,6 +171,7 @@ def _write_model(
 
     source = Source(tensors=checkpoint.tensors, origin=cut.origin, transform=transform)
     common = {"trimmed": chosen.trimmed, "overwrite": options.overwrite, "strict": options.strict, "check": not options.no_check}
+    common["beside"] = files_of(chosen, options)
     if isinstance(checkpoint, HuggingFaceModel):
         check_tied_copy(checkpoint)
         shard_bytes = parse_size(options.max_shard_size)

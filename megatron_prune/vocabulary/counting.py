@@ -15,8 +15,10 @@ from megatron_prune.calibration.documents import DocumentReader
 from megatron_prune.calibration.pair import open_pair
 from megatron_prune.calibration.parts import grouped
 from megatron_prune.calibration.workers import in_processes
-from megatron_prune.errors import InputError
+from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.files import staging
+from megatron_prune.files.documents import parse_json, read_bytes
+from megatron_prune.vocabulary.counts import Amount
 from megatron_prune.vocabulary.vocabulary import Vocabulary, open_vocabulary
 
 _PART = 1 << 21
@@ -51,11 +53,15 @@ class Tally:
 
     @classmethod
     def kept(cls, file: Path, rows: int) -> Tally:
-        """What was kept in ``file``; of nothing, where there is none."""
-        if not file.is_file():
+        """What was kept in ``file``; of nothing, where there is none, or it is damaged."""
+        facts, _, table = read_bytes(file).partition(b"\n") if file.is_file() else (b"", b"", b"")
+        try:
+            parts, documents, size = parse_json(facts, tuple[Amount, Amount, Amount], file)
+        except CheckpointError:
             return cls(numpy.zeros(rows, dtype=numpy.int64))
-        facts, table = file.read_bytes().split(b"\n", 1)
-        return cls(numpy.frombuffer(table, dtype=numpy.int64).copy(), *json.loads(facts))
+        if len(table) != 8 * rows:
+            return cls(numpy.zeros(rows, dtype=numpy.int64))
+        return cls(numpy.frombuffer(table, dtype=numpy.int64).copy(), parts, documents, size)
 
 
 def count_documents(

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Sequence
+from typing import Annotated, Any, Sequence
 
 import numpy
-from safetensors import SafetensorError, safe_open
+import torch
+from pydantic import Field
 from safetensors.numpy import save
 
 from megatron_prune.errors import InputError
-from megatron_prune.files import staging
+from megatron_prune.files.documents import STRICT, parse_json
+from megatron_prune.files.tensor_file import open_tensors
 
 _FORMAT = "megatron-prune token counts"
+Amount = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +28,17 @@ class Corpus:
         name: of the corpus, without folders.
         documents, tokens, size: how many; bytes of the source.
         weight: its share of all corpora's counts, up to a common factor; ``None`` where occurrences simply add up.
+        contents: of a folder, which files were read and which were not.
     """
 
+    __pydantic_config__ = STRICT
+
     name: str
-    documents: int
-    tokens: int
-    size: int
-    weight: float | None = None
+    documents: Amount
+    tokens: Amount
+    size: Amount
+    weight: Annotated[float, Field(gt=0)] | None = None
+    contents: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,37 +87,38 @@ class Counts:
         head = {"format": _FORMAT, "digest": self.digest, "corpora": json.dumps([asdict(corpus) for corpus in self.corpora])}
         return save({f"counts.{number}": table for number, table in enumerate(self.tables)}, head)
 
-    def save(self, path: Path) -> None:
-        """Write the file, atomically."""
-        staging.write_bytes(path, self.dumps())
-
-    def save_text(self, path: Path) -> None:
-        """Write S4's file: a line for every id, ``id count``, the most frequent first, equals by id."""
+    def dump_text(self) -> bytes:
+        """S4's file: a line for every id, ``id count``, the most frequent first, equals by id."""
         total = numpy.rint(self.total()).astype(numpy.int64)
         order = numpy.argsort(-total, kind="stable")
-        staging.write_text(path, "".join(f"{number} {total[number]}\n" for number in order.tolist()))
+        return "".join(f"{number} {total[number]}\n" for number in order.tolist()).encode()
+
+
+def is_counts(path: Path) -> bool:
+    """Whether a file holds token counts."""
+    try:
+        load_counts(path)
+    except InputError:
+        return False
+    return True
 
 
 def load_counts(path: Path) -> Counts:
-    """Read what :meth:`Counts.save` wrote.
+    """Read what :meth:`Counts.dumps` gave.
 
     Raises:
         InputError: if it is no such file, or damaged.
     """
-    try:
-        with safe_open(path, "numpy") as file:
-            head = file.metadata() or {}
-            if head.get("format") != _FORMAT:
-                raise ValueError("another kind of file")
-            corpora = [Corpus(**entry) for entry in json.loads(head["corpora"])]
-            tables = [file.get_tensor(f"counts.{number}") for number in range(len(corpora))]
-        if not tables or any(table.dtype != numpy.int64 or table.ndim != 1 or (table < 0).any() for table in tables):
-            raise ValueError("tables that are no counts")
-        return Counts(digest=head["digest"], corpora=corpora, tables=tables)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} holds no token counts", got=str(error), do="make them with megatron-prune vocab count"
-        ) from None
+    again = "make them with megatron-prune vocab count"
+    with open_tensors(path, error=InputError, do=again) as file:
+        if file.metadata.get("format") != _FORMAT:
+            raise InputError(f"{path} holds no token counts", got="another kind of file", do=again)
+        said = file.metadata.get("corpora", "")
+        corpora = parse_json(said, list[Corpus], f"{path}: corpora", error=InputError, do=again)
+        if not corpora or "digest" not in file.metadata:
+            raise InputError(f"{path} holds no token counts", got="no corpora" if not corpora else "no digest", do=again)
+        tables = [file.read(f"counts.{number}", torch.int64, (None,), least=0).numpy() for number in range(len(corpora))]
+        return Counts(digest=file.metadata["digest"], corpora=corpora, tables=tables)
 
 
 def merged(parts: Sequence[Counts]) -> Counts:

@@ -13,7 +13,8 @@ import re
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping
 
-from megatron_prune.errors import CheckpointError, raise_all
+from megatron_prune.errors import CheckpointError, raise_all, reason
+from megatron_prune.files.documents import read_json, shorten
 
 _FILES = ("config.json", "generation_config.json", "adapter_config.json", "preprocessor_config.json", "processor_config.json")
 _TOKENIZER_CONFIG, _ADDED, _SPECIAL_MAP = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
@@ -114,18 +115,18 @@ def _readable(file: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged", got=repr(error)[:200], do="fetch it again") from None
+        raise CheckpointError(f"{file} is damaged", got=reason(error), do="fetch it again") from None
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
+        raise TypeError(f"{shorten(value)} is no text")
     return value
 
 
 def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{value!r} is no id")
+        raise TypeError(f"{shorten(value)} is no id")
     return value
 
 
@@ -181,12 +182,4 @@ def _each_file(folder: Path, renumber: Renumber) -> dict[str, Any]:
 
 
 def _load(file: Path) -> dict[str, Any] | None:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not JSON", got=str(error)) from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} is not a JSON object")
-    return data
+    return read_json(file, do="fetch it again") if file.exists() else None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
-import zlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy
 
 from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
-from megatron_prune.errors import InputError
+from megatron_prune.errors import InputError, reason
+from megatron_prune.files.documents import read_bytes
 from megatron_prune.vocabulary.vocabulary import Vocabulary
 
 MAP_FILE = "vocab_map.npz"
@@ -92,17 +93,42 @@ def load_map(path: Path) -> IdMap:
         InputError: if it is no such file, or damaged.
     """
     file = path / MAP_FILE if path.is_dir() else path
+    do = f"name the {MAP_FILE} beside the trimmed tokenizer"
     try:
-        with numpy.load(file, allow_pickle=False) as held:
-            tables = {name: held[name] for name in ("new_to_old", "starts", "pieces")}
-            found = IdMap(**tables, tokenizer=str(held["tokenizer"]))
-        sizes = numpy.diff(found.starts)
-        whole = found.starts[0] == 0 and (sizes >= 0).all() and found.starts[-1] == len(found.pieces)
-        inside = len(found.pieces) == 0 or 0 <= found.pieces.min() <= found.pieces.max() < len(found.new_to_old)
-        if not (whole and inside and (numpy.diff(found.new_to_old) > 0).all() and found.new_to_old[-1] < len(sizes)):
-            raise ValueError("a map that contradicts itself")
-        return found
-    except (OSError, ValueError, KeyError, IndexError, EOFError, BadZipFile, zlib.error) as error:
-        raise InputError(
-            f"{file} is no map of a trimmed vocabulary", got=str(error), do=f"name the {MAP_FILE} beside the trimmed tokenizer"
-        ) from None
+        found = _read(read_bytes(file, error=InputError))
+    except Exception as error:  # zipfile, zlib and numpy raise dozens of kinds
+        raise InputError(f"{file} is no map of a trimmed vocabulary", got=reason(error), do=do) from None
+    sizes = numpy.diff(found.starts)
+    whole = found.starts[0] == 0 and (sizes >= 0).all() and found.starts[-1] == len(found.pieces)
+    inside = len(found.pieces) == 0 or 0 <= found.pieces.min() <= found.pieces.max() < len(found.new_to_old)
+    ascending = found.new_to_old[0] >= 0 and (numpy.diff(found.new_to_old) > 0).all() and found.new_to_old[-1] < len(sizes)
+    if not (whole and inside and ascending):
+        raise InputError(f"{file} is no map of a trimmed vocabulary", got="a map that contradicts itself", do=do)
+    return found
+
+
+_ROWS = 1 << 26
+"""Numbers that a table may hold: a vocabulary has a hundredth."""
+
+
+def _read(content: bytes) -> IdMap:
+    """The tables of the archive, each of which says its size before it is unpacked."""
+    tables = {}
+    with ZipFile(io.BytesIO(content)) as archive:
+        for name, kind in (("new_to_old", "int64"), ("starts", "int64"), ("pieces", "int64"), ("tokenizer", "str")):
+            with archive.open(f"{name}.npy") as member:
+                version = numpy.lib.format.read_magic(member)
+                if version != (1, 0):
+                    raise ValueError(f"{name}: a table of format {version}")
+                shape, _, dtype = numpy.lib.format.read_array_header_1_0(member)
+                is_text = kind == "str" and dtype.kind == "U" and dtype.itemsize <= 4096 and shape == ()
+                if not is_text and not (dtype == kind and len(shape) == 1 and shape[0] <= _ROWS):
+                    raise ValueError(f"{name}: {dtype} {list(shape)}")
+                size = dtype.itemsize * math.prod(shape)
+                held = member.read(size)
+                if len(held) != size:
+                    raise ValueError(f"{name} ends early")
+                tables[name] = numpy.frombuffer(held, dtype=dtype).reshape(shape)
+    if not len(tables["new_to_old"]) or not len(tables["starts"]):
+        raise ValueError("an empty map")
+    return IdMap(**{**tables, "tokenizer": str(tables["tokenizer"])})

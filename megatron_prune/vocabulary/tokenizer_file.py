@@ -137,13 +137,18 @@ def lowest_scored(scored: Iterable[tuple[int, float]]) -> int:
     return min(scored, key=lambda pair: pair[1])[0]
 
 
-def read_bytes(path: Path) -> bytes:
-    """A file's bytes.
+_LONGEST, _WORK = 1024, 1 << 28
+"""Symbols of a piece, and the sum of their squares over all: what taking pieces apart costs. Vocabularies in use need 2^24."""
+
+
+def check_lengths(path: Path, pieces: Iterable[str | bytes]) -> None:
+    """Refuse pieces that no tokenizer has learnt, and that would take hours to be taken apart.
 
     Raises:
-        CheckpointError: if it cannot be read.
+        CheckpointError: naming the file.
     """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read", got=str(error)) from None
+    lengths = [len(piece) for piece in pieces]
+    longest, work = max(lengths, default=0), sum(length * length for length in lengths)
+    if longest > _LONGEST or work > _WORK:
+        got = f"a token of {longest} symbols" if longest > _LONGEST else f"{len(lengths)} tokens of up to {longest} symbols"
+        raise CheckpointError(f"{path}: the tokens are too long to be taken apart", got=got, needed=f"at most {_LONGEST} each")

@@ -18,6 +18,9 @@ from megatron_prune.vocabulary.tokenizer_file import KINDS, TokenizerFile
 
 NO_TOKEN = "row without a token"
 
+MOST_ROWS = 1 << 24
+"""Of an embedding; the largest in use has a fiftieth."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Vocabulary:
@@ -135,7 +138,13 @@ def open_vocabulary(folder: Path, rows: int | None = None) -> Vocabulary:
     added = {number for file in files for number in file.added} | set(id_fields.added_tokens(folder))
     for other in files[1:]:
         _check_agreement(files[0], other, added)
-    highest = max(max(files[0].pieces), *added, -1)
+    lowest, highest = min(*files[0].pieces, *added, 0), max(*files[0].pieces, *added, -1)
+    if lowest < 0 or max(highest, rows or 0) >= MOST_ROWS:
+        raise CheckpointError(
+            f"{folder} is no tokenizer of any model",
+            got=f"a token of id {lowest if lowest < 0 else highest}" if lowest < 0 or highest >= MOST_ROWS else f"{rows} rows",
+            needed=f"ids from 0 on, below {MOST_ROWS}",
+        )
     if rows is not None and highest >= rows:
         raise InputError(
             f"the tokenizer in {folder} is not the model's",

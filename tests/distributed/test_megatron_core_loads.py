@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy
 import pytest
 import rank_jobs
+import rank_jobs_recovery
+import recovery_reference
 import torch
 from tiny import state_dict
 
@@ -133,6 +135,29 @@ def test_megatron_cores_own_loader_reads_our_torch_dist_at_another_tp_and_pp(
     assert_ranks_hold(ranks(tp * pp).run(rank_jobs.load_stock, str(folder), args, tp, pp), source, tp, pp)
 
 
+@pytest.mark.parametrize("name, written_tp, pp", [("llama", 2, 1), ("qwen2", 3, 2), ("qwen3", 1, 2)])
+def test_layers_of_transformer_engine_find_in_our_torch_dist_all_that_they_look_for(tiny, ranks, tmp_path, name, written_tp, pp):
+    source = tiny(name, **MODELS[name])
+    folder = converted(source, tmp_path / "m", written_tp, 1) / "release"
+    args = megatron_lm_args(source, 1, pp)
+    assert_ranks_hold(ranks(pp).run(rank_jobs.load_stock, str(folder), args, 1, pp, "transformer_engine"), source, 1, pp)
+
+
+def test_layers_of_transformer_engine_find_it_in_the_checkpoint_of_a_recovery_too(tiny, ranks, tmp_path):
+    source = tiny("qwen3", dtype="float32", **MODELS["qwen3"])
+    checkpoint = converted(source, tmp_path / "m", 1, 1)
+    pair = recovery_reference.write_pair(tmp_path / "text", recovery_reference.documents(40))
+    options = {"load": str(checkpoint), "save": str(tmp_path / "run"), "data_path": (pair,), "split": "60,30,10"}
+    options |= {"train_iters": 1, "global_batch_size": 1, "seq_length": 18, "eval_iters": 1, "lr": 1e-30, "min_lr": 0.0}
+    options |= {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2, "lr_warmup_iters": 0}
+    ranks(2).run(rank_jobs_recovery.recover, options)
+    folder = tmp_path / "run/iter_0000001"
+    stored = ranks(1).run(rank_jobs.load_common, str(folder))[0]
+    assert stored["tokenizer_model"] == str(folder / "hf") and (folder / "hf/tokenizer.json").is_file()
+    args = megatron_lm_args(source, 1, 1)
+    assert_ranks_hold(ranks(1).run(rank_jobs.load_stock, str(folder), args, 1, 1, "transformer_engine"), source, 1, 1)
+
+
 @pytest.mark.parametrize("prune_type, written_tp", [("balance", 3), ("global", 2), ("unbalance", 3)])
 def test_megatron_cores_own_loader_reads_a_pruned_checkpoint_with_the_args_stored_in_it(
     tiny, ranks, tmp_path, prune_type, written_tp
@@ -166,12 +191,13 @@ def test_opening_a_checkpoint_leaves_megatron_cores_own_loader_in_the_same_proce
     assert ranks(1).run(rank_jobs.open_then_load_common, str(folder)) == ["Namespace"]
 
 
+@pytest.mark.parametrize("impl", ["transformer_engine", "local"])
 @pytest.mark.parametrize("name, tp, pp", [("llama", 4, 1), ("llama", 2, 2), ("mistral", 1, 2), ("qwen2", 3, 1), ("qwen3", 2, 1)])
-def test_megatron_cores_model_takes_every_rank_file_of_our_legacy_layout(tiny, ranks, tmp_path, name, tp, pp):
+def test_megatron_cores_model_takes_every_rank_file_of_our_legacy_layout(tiny, ranks, tmp_path, name, tp, pp, impl):
     source = tiny(name, **MODELS[name])
-    folder = converted(source, tmp_path / "m", tp, pp, ckpt_format="torch") / "release"
+    folder = converted(source, tmp_path / "m", tp, pp, ckpt_format="torch", transformer_impl=impl) / "release"
     args = megatron_lm_args(source, tp, pp)
-    assert_ranks_hold(ranks(tp * pp).run(rank_jobs.load_legacy, str(folder), args, tp, pp), source, tp, pp)
+    assert_ranks_hold(ranks(tp * pp).run(rank_jobs.load_legacy, str(folder), args, tp, pp, impl), source, tp, pp)
 
 
 # ------------------------------------------------------------------------------------- what megatron-core writes, we read

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import rank_jobs_recovery as jobs
 import recovery_reference as reference
@@ -352,3 +353,47 @@ def test_16_bits_come_near_to_float32(ranks, checkpoints, data, drawn, tmp_path,
         update, error = parameter.detach() - before[name], after[name] - parameter.detach()
         rounding = torch.finfo({"bf16": torch.bfloat16, "fp16": torch.float16}[precision]).eps / 2 * parameter.norm()
         assert error.norm() < 0.2 * update.norm() + rounding, name
+
+
+@pytest.fixture(scope="module")
+def marked(data) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """A mask beside the data, of which some documents have nothing; and what megatron-core itself draws of it (by the same
+    indices, for it is as long): for the batches of the steps and for the held-out samples."""
+    draw = torch.Generator().manual_seed(3)
+    texts = [
+        (torch.rand(len(text), generator=draw) < 0.2 * (number % 4)).long().tolist()
+        for number, text in enumerate(reference.documents(40))
+    ]
+    mask = reference.write_pair(Path(f"{data}_mask"), texts, numpy.uint8)
+    counts = (STEPS * BATCH, HELD_OUT * BATCH, HELD_OUT * BATCH)
+    train, valid, _ = reference.samples(([mask], None), SPLIT, seq_length=LENGTH, seed=SEED, counts=counts)
+    return list(train.split(BATCH)), valid
+
+
+@pytest.mark.parametrize(
+    "layout, taught, options",
+    [
+        ((1, 1, 1), False, {"micro_batch_size": 2}),
+        ((2, 1, 2), False, {"micro_batch_size": 1}),
+        ((1, 2, 1), True, {"micro_batch_size": 1}),
+        ((2, 1, 1), True, {"micro_batch_size": 3, "sequence_parallel": True}),
+    ],
+)
+def test_only_answers_count_in_every_loss(ranks, checkpoints, data, drawn, marked, tmp_path, layout, taught, options):
+    source, load = checkpoints("llama", {})
+    teacher, teacher_load = checkpoints("llama", {"seed": 5, "intermediate_size": 132}) if taught else (None, None)
+    if taught:
+        options = {**options, "teacher": teacher_load, "distill_weight": 0.6, "distill_temperature": 1.5}
+    save = tmp_path / "run"
+    records = run(ranks, layout, load, save, data, answers_only=True, **options)
+    batches, counted = drawn[0], marked[0]
+    assert min(int(row[1:].sum()) for each in counted for row in each) == 0 < min(int(each[:, 1:].sum()) for each in counted)
+    further = {"teacher": teacher, "weight": 0.6, "temperature": 1.5} if taught else {}
+    wanted = dense(source, batches, counted=counted, **further)
+    check_course(records, wanted)
+    check_weights(save, source, wanted, tmp_path / "hf")
+    held_out = [record["held_out_loss"] for record in records if "held_out_loss" in record]
+    ends = [reference.cross_entropy(model, drawn[1], marked[1]) for model in (reference.load(source), wanted.model)]
+    assert [held_out[0], held_out[-1]] == pytest.approx(ends, rel=LOSS)
+    plain = reference.cross_entropy(reference.load(source), drawn[1])
+    assert abs(held_out[0] - plain) > 100 * LOSS * plain  # all tokens would be another loss

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 from pathlib import Path
 
@@ -366,19 +365,15 @@ def test_a_rotated_plan_needs_text(home, ranks, tmp_path, refused):
 def test_an_output_that_another_run_works_on_is_refused_on_every_rank(home, ranks, tmp_path, verb):
     """Nobody is left waiting for the rank that noticed."""
     work = tmp_path / ".out.work"
-    work.mkdir()
+    (work / "content").mkdir(parents=True)
     options = {"load": str(home / "qwen2"), "save": str(tmp_path / "out"), "data": (f"{home / 'text.txt'}:1",)}
     options |= {**TEXT_OPTIONS, "tensor_model_parallel_size": 3}
     if verb == "prune":
         options |= {"ffn_hidden_size_remain": 48}
-    with open(work / "held", "w"):
-        other = os.open(work, os.O_RDONLY)
-        fcntl.flock(other, fcntl.LOCK_EX)
-        try:
-            assert ranks(3).run(jobs.step_measuring, verb, options) == [("InputError", [])] * 3
-        finally:
-            os.close(other)
-    assert [path.name for path in work.iterdir()] == ["held"]
+    with open(work / ".megatron_prune", "w") as mark:
+        fcntl.flock(mark, fcntl.LOCK_EX)
+        assert ranks(3).run(jobs.step_measuring, verb, options) == [("InputError", [])] * 3
+    assert sorted(path.name for path in work.iterdir()) == [".megatron_prune", "content"]
 
 
 # ---------------------------------------------------------------------------------------------------- stopped and gone on

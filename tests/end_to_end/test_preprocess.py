@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 
@@ -23,11 +24,12 @@ import torch
 from tiny import build_tiny
 
 from megatron_prune import __version__
+from megatron_prune.calibration.cutting import cut
 from megatron_prune.calibration.documents import open_documents
 from megatron_prune.calibration.encoder import tokenizer_digest
 from megatron_prune.calibration.pair import open_pair
 from megatron_prune.cli import main, run_verb
-from megatron_prune.errors import InputError
+from megatron_prune.errors import InputError, PruneError
 from megatron_prune.runtime.world import World
 from megatron_prune.steps import preprocess as step
 from megatron_prune.steps.preprocess import PreprocessOptions, part_size, preprocess
@@ -110,7 +112,9 @@ def test_every_byte_is_that_of_the_specification_for_any_number_of_workers(folde
                 "format": "megatron-prune documents",
                 "version": __version__,
                 "inputs": ["one.jsonl", "two.jsonl"],
+                "contents": {},
                 "key": key,
+                "left_out": {"without text": len(rows) - len(documents)},
                 "split": "train",
                 "tokenizer": {"name": "hf", "vocab_size": 307, "eod": 1, "digest": tokenizer_digest(tokenizer)},
                 "append_eod": True,
@@ -217,7 +221,7 @@ def parts_of(work: Path) -> dict[str, int]:
 def test_a_stopped_run_goes_on_where_it_was(folder, tokenizer, tmp_path, monkeypatch):
     rows = records(60, seed=3)
     asked = {"input": (write_jsonl(tmp_path / "x.jsonl", rows),), "output_prefix": tmp_path / "x", "tokenizer": folder}
-    work, join = tmp_path / ".x.work", step.join_parts
+    work, join = tmp_path / ".x.work/content", step.join_parts
     expected, found = dense(encoded(tokenizer, [row["text"] for row in rows], [1])), []
 
     class Stopping:
@@ -245,10 +249,11 @@ def test_a_stopped_run_goes_on_where_it_was(folder, tokenizer, tmp_path, monkeyp
     assert kept and sorted(os.listdir(tmp_path)) == [".x.work", "x.jsonl"]
     monkeypatch.setattr(step, "join_parts", watched)
     source = open_documents(str(asked["input"][0]), ("text",), split="train")
-    missing = [part.prefix for part in step._parts([source], ("text",), 2000, work) if not part.is_written]
+    parts = cut(source.documents(("text",)), 2000, work, [Counter()], answers=False)
+    missing = [part.prefix for part in parts if not part.is_written]
     full = Path(f"{missing[-1]}.bin")
     full.symlink_to("/dev/full")
-    with pytest.raises(InputError, match="(?s)x cannot be written.*No space left.*finished parts are kept"):
+    with pytest.raises(PruneError, match="(?s)x was not written.*No space left.*finished parts are kept"):
         run(**asked, workers=2)
     assert sorted(os.listdir(tmp_path)) == [".x.work", "x.jsonl"] and kept.items() <= parts_of(work).items()
     full.unlink()
@@ -273,10 +278,10 @@ def test_a_mended_line_leaves_the_other_parts_as_they_were(folder, tokenizer, tm
     file.write_text("".join([*good[:-1], "no\n"]))
     with pytest.raises(InputError, match="x.jsonl, line 61 is not JSON"):
         run(input=(file,), output_prefix=tmp_path / "x", tokenizer=folder, workers=1)
-    kept, found, join = parts_of(tmp_path / ".x.work"), {}, step.join_parts
+    kept, found, join = parts_of(tmp_path / ".x.work/content"), {}, step.join_parts
 
     def watched(parts, *more):
-        found.update(parts_of(tmp_path / ".x.work"))
+        found.update(parts_of(tmp_path / ".x.work/content"))
         return join(parts, *more)
 
     monkeypatch.setattr(step, "join_parts", watched)
@@ -321,7 +326,7 @@ def alive(pid: int) -> bool:
 
 def test_a_killed_run_leaves_no_process_and_no_output(folder, tokenizer, tmp_path):
     rows = records(2000, seed=4)
-    file, work = write_jsonl(tmp_path / "x.jsonl", rows), tmp_path / ".x.work"
+    file, work = write_jsonl(tmp_path / "x.jsonl", rows), tmp_path / ".x.work/content"
     words = [sys.executable, "-c", KILLED, str(file), str(tmp_path / "x"), str(folder)]
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (work.is_dir() and parts_of(work)):

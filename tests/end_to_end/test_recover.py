@@ -7,10 +7,13 @@ order. At another layout the order of sums differs, by 1e-7 of a loss in float32
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import math
 import os
+import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +32,7 @@ from ranks import RankFailed
 from tiny import state_dict
 
 from megatron_prune.cli import main
-from megatron_prune.errors import InputError
+from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.recovery.trainer import TrainingError
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
@@ -614,6 +617,30 @@ REFUSED = {
     "a split without validation": ({"split": "100,0,0"}, "--split"),
     "a split that is none": ({"split": "a,b,c"}, "--split"),
     "a place inside the checkpoint": ({"save": "m/run"}, "in the input"),
+    "held-out data beside data that is cut": ({"valid_data_path": ("gone",)}, "--valid-data-path gone has no effect without"),
+    "test data beside data that is cut": ({"test_data_path": ("text",)}, "--test-data-path text has no effect without"),
+    "a cut of data that is not cut": (
+        {"data_path": (), "train_data_path": ("text",), "valid_data_path": ("text",)},
+        f"--split {SPLIT} has no effect without --data-path",
+    ),
+    "a scale of a loss that is not scaled": ({"initial_loss_scale": 2.0}, "--initial-loss-scale 2.0 .* without --fp16"),
+    "an end of a rate that stays": ({"lr_decay_style": "constant"}, "--min-lr 0.001 has no effect without a --lr-decay-style"),
+    "a fall of a rate that stays": (
+        {"lr_decay_style": "constant", "min_lr": None, "lr_decay_iters": 4},
+        "--lr-decay-iters 4 has no effect",
+    ),
+    "a share of a teacher that is not there": ({"distill_weight": 0.7}, "--distill-weight 0.7 has no effect without --teacher"),
+    "a temperature of nobody": ({"distill_temperature": 2.0}, "--distill-temperature 2.0 has no effect without --teacher"),
+    "layers that do not count": ({"teacher": "taught", "hidden_layers": (1,)}, "--hidden-layers 1 has no effect without"),
+    "an alpha of no adapters": ({"lora_alpha": 8.0}, "--lora-alpha 8.0 has no effect without --lora-r"),
+    "a dropout of no adapters": ({"lora_dropout": 0.1}, "--lora-dropout 0.1 has no effect without --lora-r"),
+    "targets of no adapters": ({"lora_targets": ("q_proj", "k_proj")}, "--lora-targets q_proj k_proj has no effect without"),
+    "sequences split over one rank": ({"sequence_parallel": True}, "--sequence-parallel has no effect"),
+    "two kinds of recompute": (
+        {"recompute_activations": True, "recompute_granularity": "full"},
+        "--recompute-activations and --recompute-granularity full",
+    ),
+    "a cache that is a file": ({"data_cache_path": "text.idx"}, "text.idx.*a link or a file.*needed: a directory"),
 }
 
 
@@ -644,6 +671,164 @@ def test_damaged_data_is_refused_before_anything_is_written(run, tmp_path, damag
     assert not (tmp_path / "run").exists()
 
 
+class Bomb:
+    """What a pickle of it would do, and then give."""
+
+    def __init__(self, canary: Path, inner: Any):
+        self.canary, self.inner = str(canary), pickle.dumps(inner)
+
+    def __reduce__(self):
+        return eval, (f"(__import__('os').mkdir({self.canary!r}), __import__('pickle').loads({self.inner!r}))[1]",)
+
+
+def arm(save: Path, place: str, canary: Path) -> None:
+    """Put a :class:`Bomb` where megatron-core or torch would unpickle it when the run goes on; all else stays as it was."""
+    folder = save / "iter_0000003"
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    if place == ".metadata":
+        (folder / ".metadata").write_bytes(pickle.dumps(Bomb(canary, metadata)))
+    elif place == "common.pt":
+        torch.save(Bomb(canary, torch.load(folder / "common.pt", weights_only=False)), folder / "common.pt")
+    elif place == "a part of common.pt":
+        common = torch.load(folder / "common.pt", weights_only=False)
+        torch.save(common | {"opt_param_scheduler": Bomb(canary, common["opt_param_scheduler"])}, folder / "common.pt")
+    elif place == "an index":
+        path = next((save / "data_cache").glob("*train-document_index.npy"))
+        path.write_bytes(pickle.dumps(Bomb(canary, numpy.load(path))))
+    else:
+        wanted = (lambda name: "_extra_state" in name) if place == "an object" else (lambda name: "linear_fc1.weight" in name)
+        for index, info in metadata.storage_data.items():
+            if wanted(index.fqn):
+                data = io.BytesIO()
+                torch.save(Bomb(canary, [None]), data)
+                with open(folder / info.relative_path, "ab") as file:
+                    info.offset, info.length = file.tell(), len(data.getvalue())
+                    file.write(data.getvalue())
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.fixture(scope="module")
+def begun(run, tmp_path_factory) -> Path:
+    """A run that was stopped after three steps."""
+    save = tmp_path_factory.mktemp("begun") / "run"
+    assert run(save, {2: "stop"}) == 143
+    return save
+
+
+@pytest.mark.parametrize("place", [".metadata", "common.pt", "a part of common.pt", "an object", "a tensor", "an index"])
+def test_going_on_runs_nothing_that_a_run_directory_holds(run, begun, whole, tmp_path, place):
+    save, canary = tmp_path / "run", tmp_path / "canary"
+    shutil.copytree(begun, save, symlinks=True)
+    arm(save, place, canary)
+    before = {path: path.stat().st_mtime_ns for path in save.rglob("*")}
+    if place == "an index":  # of a file that this project makes
+        assert run(save) == 0
+        same_end(save, whole())
+    else:
+        with pytest.raises(CheckpointError, match="names '(builtins|__builtin__).eval', which no checkpoint needs"):
+            run(save)
+        assert {path: path.stat().st_mtime_ns for path in save.rglob("*")} == before
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut short", "a position of another", "no step", "no optimizer", "another shape"])
+def test_a_damaged_checkpoint_of_a_run_is_named_and_nothing_is_written(run, begun, tmp_path, damage):
+    save = tmp_path / "run"
+    shutil.copytree(begun, save, symlinks=True)
+    folder = save / "iter_0000003"
+    if damage == "cut short":
+        os.truncate(folder / ".metadata", 500)
+    elif damage in ("a position of another", "no step"):
+        manifest = json.loads((folder / "megatron_prune.json").read_text())
+        manifest["recipe"] = manifest["recipe"][:-1] if damage == "no step" else manifest["recipe"]
+        if damage != "no step":
+            manifest["recipe"][-1]["iteration"] = 2
+        (folder / "megatron_prune.json").write_text(json.dumps(manifest))
+    else:
+        common = torch.load(folder / "common.pt", weights_only=False)
+        common["optimizer"] = {} if damage == "no optimizer" else {"optimizer": {"param_groups": [{"lr": "fast"}]}}
+        torch.save(common, folder / "common.pt")
+    before = {path: path.stat().st_mtime_ns for path in save.rglob("*")}
+    with pytest.raises(CheckpointError, match="iter_0000003"):
+        run(save)
+    assert {path: path.stat().st_mtime_ns for path in save.rglob("*")} == before
+
+
+def test_links_in_a_run_directory_are_not_followed(run, begun, whole, tmp_path):
+    """Names that a run makes, taken by links out of it: what they lead to stays, and the run comes to the same end."""
+    save, outside = tmp_path / "run", tmp_path / "outside"
+    shutil.copytree(begun, save, symlinks=True)
+    outside.mkdir()
+    (outside / "precious").write_text("years of work")
+    index = next((save / "data_cache").glob("*train-shuffle_index.npy"))
+    index.rename(outside / "index")
+    index.symlink_to(outside / "index")
+    kept = (outside / "index").read_bytes()
+    for name in (".iter_0000004.partial", ".iter_0000002.removed", "iter_0000009"):
+        (save / name).symlink_to(outside)
+    shutil.copy(save / "iter_0000003/megatron_prune.json", outside)
+    for name in ("loss.png", "history.jsonl", "summary.json"):
+        text = (save / name).read_bytes() if (save / name).exists() else b""
+        (save / name).unlink(missing_ok=True)
+        (outside / name).write_bytes(text)
+        (save / name).symlink_to(outside / name)
+    before = {path: path.read_bytes() for path in outside.iterdir()}
+    assert run(save, plots=True) == 0
+    assert {path: path.read_bytes() for path in outside.iterdir()} == before and (outside / "index").read_bytes() == kept
+    (save / "iter_0000009").unlink()
+    (save / "loss.png").unlink()
+    same_end(save, whole())
+
+
+@pytest.mark.parametrize("moment", ["shuffle", "sample", "description"])
+def test_a_kill_while_the_indices_are_written_is_mended_by_the_same_command(run, whole, tmp_path, monkeypatch, caplog, moment):
+    save, save_array = tmp_path / "run", numpy.save
+
+    def killed(path, *rest, **further):
+        if moment in str(path) or moment == "description":
+            if moment != "description":
+                save_array(path, *rest, **further)
+                os.truncate(path, os.path.getsize(path) - 8)
+            raise jobs.Killed
+        save_array(path, *rest, **further)
+
+    with monkeypatch.context() as patch, pytest.raises(jobs.Killed):
+        patch.setattr(numpy, "save", killed)
+        run(save)
+    assert run(save) == 0
+    same_end(save, whole())
+
+
+def test_a_disk_that_is_full_while_the_indices_are_written_is_named_on_every_rank(options, ranks, run, whole, tmp_path):
+    save = tmp_path / "run"
+    with pytest.raises(RankFailed, match="the indices of the data cannot be written to .*data_cache") as failed:
+        ranks(2).run(jobs.recover, options(save, tensor_model_parallel_size=2), {0: "indices do not fit"})
+    assert failed.value.kinds == {0: "PruneError", 1: "PruneError"}
+    assert run(save) == 0
+    same_end(save, whole())
+
+
+def test_a_kill_while_a_run_begins_is_mended_by_the_same_command(run, whole, tmp_path):
+    save = tmp_path / "run"
+    save.mkdir()
+    (save / ".run.json.partial").write_text("{")
+    assert run(save) == 0
+    same_end(save, whole())
+
+
+def test_a_line_of_the_history_that_is_no_record_is_named_and_one_that_was_cut_off_is_written_again(run, whole, tmp_path):
+    save = tmp_path / "run"
+    assert run(save, {2: "stop"}) == 143
+    lines = (save / "history.jsonl").read_text().splitlines()
+    for damaged in ('{"iteration": "3", "tokens": 4}', '{"iteration": 3}', "[]", "{"):
+        (save / "history.jsonl").write_text("\n".join([lines[0], damaged, *lines[1:]]) + "\n")
+        with pytest.raises(InputError, match="history.jsonl, line 2"):
+            run(save)
+    (save / "history.jsonl").write_text("\n".join([*lines, lines[-1][:20]]))
+    assert run(save) == 0
+    same_end(save, whole(), kept=(4, 6))
+
+
 def test_a_directory_that_holds_something_else_is_left_alone(run, tmp_path):
     save = tmp_path / "run"
     save.mkdir()
@@ -651,7 +836,7 @@ def test_a_directory_that_holds_something_else_is_left_alone(run, tmp_path):
     with pytest.raises(InputError, match="run exists"):
         run(save)
     (save / "run.json").write_text("{")
-    with pytest.raises(InputError, match="run.json is damaged"):
+    with pytest.raises(InputError, match="run.json is not JSON"):
         run(save)
     assert (save / "thesis.tex").read_text() == "years of work"
 

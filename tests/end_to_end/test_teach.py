@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 import rank_jobs_recovery as jobs
@@ -15,8 +15,9 @@ import torch
 from ranks import RankFailed
 from safetensors.torch import load_file, save_file
 
-from megatron_prune.errors import CheckpointError, InputError
+from megatron_prune.errors import InputError
 from megatron_prune.recovery import stored_logits
+from megatron_prune.recovery.trainer import TrainingError
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 
@@ -146,6 +147,16 @@ LESSONS = {
     "no such checkpoint": ({"load": "nothing"}, "nothing"),
     "more ranks than there are": ({"tensor_model_parallel_size": 2}, "1 process for TP 2"),
     "a place inside the checkpoint": ({"save": "m/taught"}, "in the input"),
+    "a seed below zero": ({"seed": -1}, "--seed"),
+    "a blend that is not used": (
+        {"valid_data_path": ("gone",)},
+        "--valid-data-path gone has no effect without --train-data-path",
+    ),
+    "a split of what is not cut": (
+        {"data_path": (), "train_data_path": ("text",), "valid_data_path": ("text",)},
+        "--split 80,10,10 has no effect without --data-path",
+    ),
+    "more than there is room for": ({"train_iters": 10**9}, "not enough room.*GB free"),
 }
 
 
@@ -220,7 +231,7 @@ def copied(taught, tmp_path) -> Path:
         ("ids without a shape", "part_00001.safetensors is damaged"),
         ("without the rest", "part_00001.safetensors is missing or damaged"),
         ("no description", "holds no teacher's answers"),
-        ("a damaged description", "teacher.json is damaged"),
+        ("a damaged description", "teacher.json: teacher.*teach again"),
     ],
 )
 def test_damaged_answers_are_refused_before_anything_is_written(home, copied, tmp_path, what, said):
@@ -237,12 +248,58 @@ def test_damaged_answers_are_refused_on_every_rank(home, copied, ranks, tmp_path
     assert set(failed.value.kinds.values()) == {"InputError"} and len(failed.value.kinds) == 2
 
 
-def test_answers_for_other_tokens_are_never_taken(home, copied, tmp_path):
-    """As where the data was written anew under the same name."""
-    part = load_file(copied / "part_00001.safetensors")
-    part["digests"][5] += 1
-    save_file(part, copied / "part_00001.safetensors")
+def edit(part: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(part)
+    change(tensors)
+    save_file(tensors, part)
     stored_logits._opened.cache_clear()
-    with pytest.raises((InputError, CheckpointError), match=f"other tokens than sample {stored_logits.PART + 5} "):
+
+
+UNSOUND = {
+    "other tokens": (lambda part: part["digests"][5].add_(1), f"other tokens than sample {stored_logits.PART + 5} "),
+    "a token beyond the vocabulary": (lambda part: part["ids"][3, 2, 1].fill_(307), "token 307 of a vocabulary of 307"),
+    "a token below zero": (lambda part: part["ids"][3, 2, 1].fill_(-1), "token -1 of"),
+    "no number": (lambda part: part["log_probs"][7, 15, 8].fill_(torch.nan), "log-probability that is above 0 or none"),
+    "no probability": (lambda part: part["log_probs"][0, 0, 0].fill_(0.5), "log-probability that is above 0 or none"),
+    "nothing left": (lambda part: part["log_probs"][0, 0, 0].fill_(-torch.inf), "log-probability that is above 0 or none"),
+    "certain of everything": (lambda part: part["log_probs"][1].fill_(0.0), "do not add up to 1"),
+    "a rest that is no number": (lambda part: part["rest"][2, 2].fill_(torch.nan), "do not add up to 1"),
+    "another dtype": (lambda part: part.update(ids=part["ids"].long()), "is damaged.*I64"),
+    "no tokens": (lambda part: part.update({name: part[name][..., :0] for name in ("ids", "log_probs")}), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("what", UNSOUND)
+def test_unsound_answers_are_refused_before_anything_is_written(home, copied, tmp_path, what):
+    """Of which one number is wrong, as where the data was written anew under the same name."""
+    change, said = UNSOUND[what]
+    edit(copied / "part_00001.safetensors", change)
+    with pytest.raises(InputError, match=f"(?s)part_00001.*{said}"):
+        jobs.recover(World(), recovery(home, tmp_path / "run", copied))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("what", ["other tokens", "a token beyond the vocabulary"])
+def test_answers_that_change_while_a_run_is_under_way_end_it_when_they_are_used(home, copied, tmp_path, monkeypatch, what):
+    from megatron_prune.steps import recovery_check
+
+    monkeypatch.setattr(recovery_check, "check_answers", lambda *_: edit(copied / "part_00001.safetensors", UNSOUND[what][0]))
+    with pytest.raises(TrainingError, match="part_00001.safetensors, sample [0-9]+: it "):
         jobs.recover(World(), recovery(home, tmp_path / "run", copied))
     assert (tmp_path / "run" / "iter_0000002").is_dir()  # what was trained before is kept
+
+
+def test_of_long_answers_a_share_is_read_before_a_run(tmp_path, monkeypatch):
+    """Of nine files three fit: the first, the one in the middle and the last, and what is wrong in another waits for its use."""
+    tokens = torch.arange(9 * stored_logits.PART).unsqueeze(-1)
+    dataset = [{"tokens": row} for row in tokens]
+    for part, rows in enumerate(tokens.split(stored_logits.PART)):
+        ids = torch.full((len(rows), 1, 1), 5 if part in (0, 4, 8) else 99, dtype=torch.int32)
+        stored_logits.write_part(
+            stored_logits.part_path(tmp_path, part), ids, torch.zeros_like(ids).half(), torch.zeros(len(rows), 1), rows
+        )
+    check = lambda: stored_logits.check_answers(tmp_path, len(tokens), 50, dataset)
+    with pytest.raises(InputError, match="(?s)part_00001.*token 99"):
+        check()
+    monkeypatch.setattr(stored_logits, "CHECKED", 3 * stored_logits.part_path(tmp_path, 0).stat().st_size)
+    check()

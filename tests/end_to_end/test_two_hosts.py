@@ -77,6 +77,24 @@ def _losses(run: Path) -> dict[int, float]:
     return {record["iteration"]: record["loss"] for record in records if "loss" in record}
 
 
+PAUSE = """
+import os, time
+
+class Run:
+    def log(self, values, step):
+        if step == 9 and not os.path.exists(GONE):
+            open(PAUSED, "w").close()
+            while not os.path.exists(GONE):
+                time.sleep(0.01)
+
+    def finish(self):
+        pass
+
+init = lambda **settings: Run()
+"""
+"""A ``wandb`` that the first process logs to, and waits in, after nine steps, until another process is gone."""
+
+
 @pytest.mark.timeout(600)  # 16 processes are started, on whatever cores there are
 def test_a_lost_process_on_one_of_two_hosts_costs_time_alone(tiny, tmp_path, hosts, ranks):
     start = tmp_path / "start"
@@ -97,7 +115,11 @@ def test_a_lost_process_on_one_of_two_hosts_costs_time_alone(tiny, tmp_path, hos
         "TP": "2",
         "PYTHON": sys.executable,
     }
-    further = ["--split", "80,20,0", "--save-interval", "4", "--eval-interval", "50", "--eval-iters", "1", "--log-interval", "1"]
+    paused, gone, hook = tmp_path / "paused", tmp_path / "gone", tmp_path / "hook"
+    hook.mkdir()
+    (hook / "wandb.py").write_text(f"PAUSED, GONE = {str(paused)!r}, {str(gone)!r}\n{PAUSE}")
+    settings["PYTHONPATH"] = os.pathsep.join([str(hook), *filter(None, [os.environ.get("PYTHONPATH")])])
+    further = "--split 80,20,0 --save-interval 4 --eval-interval 50 --eval-iters 1 --log-interval 1 --wandb-project none".split()
 
     def start_host(number: int, run: Path, **changes: str) -> subprocess.Popen:
         before, own = hosts[number]
@@ -109,9 +131,12 @@ def test_a_lost_process_on_one_of_two_hosts_costs_time_alone(tiny, tmp_path, hos
     lost = tmp_path / "lost"
     agents = [start_host(number, lost, MASTER_PORT=port, MAX_RESTARTS="2") for number in (0, 1)]
     try:
-        _wait_for(lambda: (lost / "history.jsonl").is_file() and len(_losses(lost)) >= 9, agents, tmp_path)
+        while not paused.exists():
+            assert all(agent.poll() is None for agent in agents), _logs(tmp_path)
+            time.sleep(0.02)
         os.kill(_worker_of(agents[1].pid), signal.SIGKILL)
-        assert [agent.wait(timeout=150) for agent in agents] == [0, 0], _logs(tmp_path)
+        gone.touch()
+        assert [agent.wait() for agent in agents] == [0, 0], _logs(tmp_path)
     finally:
         for agent in agents:
             with contextlib.suppress(ProcessLookupError):
@@ -123,13 +148,6 @@ def test_a_lost_process_on_one_of_two_hosts_costs_time_alone(tiny, tmp_path, hos
     assert "going on after iteration" in (tmp_path / "lost-0.log").read_text() + (tmp_path / "lost-1.log").read_text()
     assert _losses(lost) == _losses(tmp_path / "whole")  # bit for bit
     assert len(_losses(lost)) == ITERATIONS
-
-
-def _wait_for(ready, agents: list[subprocess.Popen], logs: Path) -> None:
-    until = time.monotonic() + 120
-    while not ready():
-        assert time.monotonic() < until and all(agent.poll() is None for agent in agents), _logs(logs)
-        time.sleep(0.02)
 
 
 def _worker_of(agent: int) -> int:

@@ -132,7 +132,7 @@ def test_any_number_of_workers_counts_the_same_and_a_killed_run_goes_on(model, t
     script = tmp_path / "slow.py"
     script.write_text(slow)
     process = subprocess.Popen([sys.executable, str(script), *command[3:]], stderr=subprocess.DEVNULL)
-    state = tmp_path / ".two.work" / "corpus-0"
+    state = tmp_path / ".two.work/content/corpus-0"
     limit = time.monotonic() + 120
     while not state.exists() and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.01)
@@ -359,6 +359,25 @@ def test_renumbered_documents_are_the_same_text(model, counts, tmp_path, monkeyp
     assert record["tokens"] == sum(map(len, after)) and record["tokenizer"]["vocab_size"] == SIZE
     with pytest.raises(InputError, match="trimmed vocabulary already"):
         vocab_remap(VocabRemapOptions(input=new, output_prefix=str(tmp_path / "x"), map=str(out)), World())
+    for ending in ("bin", "idx"):  # a mask of answers would no longer be theirs
+        Path(f"{old}_mask.{ending}").write_bytes(Path(f"{old}.{ending}").read_bytes())
+    with pytest.raises(InputError, match="(?s)says which tokens are answers.*preprocess --answers-only"):
+        vocab_remap(VocabRemapOptions(input=old, output_prefix=str(tmp_path / "x"), map=str(out)), World())
+
+
+def test_a_folder_is_counted_once_and_the_file_says_what_was_read(model, tmp_path):
+    folder = tmp_path / "c"
+    folder.mkdir()
+    for name in ("a.txt", ".b.txt", "c.pdf"):
+        (folder / name).write_text("some words")
+    os.link(folder / "a.txt", folder / "z.txt")
+    count(model, folder, tmp_path / "once")
+    count(model, folder / "a.txt", tmp_path / "file")
+    assert table(tmp_path / "once") == table(tmp_path / "file")
+    passed = {"hidden": [".b.txt"], "no ending of text that is read": ["c.pdf"], "other names of files that are read": ["z.txt"]}
+    assert load_counts(tmp_path / "once").corpora[0].contents == {"files": ["a.txt"], "passed_over": passed}
+    with pytest.raises(InputError, match="(?s)--input: .*z.txt would be read twice"):
+        count(model, [str(folder), str(folder / "z.txt")], tmp_path / "twice")
 
 
 # -------------------------------------------------------------------------------------------------------------- the shells
@@ -422,12 +441,12 @@ def test_a_tokenizer_without_a_model(tmp_path):
         ({"coverage": 0.9}, "needs counts"),
         ({"coverage": 1.5}, "--coverage"),
         ({"keep_script": "Lattin"}, "did you mean Latin"),
-        ({"keep": "/nowhere"}, "--keep /nowhere"),
-        ({"keep_ids": "/nowhere"}, "holds no ids"),
+        ({"keep": "/nowhere"}, "/nowhere is missing"),
+        ({"keep_ids": "/nowhere"}, "/nowhere is missing"),
         ({"remain_vocab_size": 500, "prior": 2.0}, "--prior"),
         ({"remain_vocab_size": 500, "held_out": ("/nowhere",)}, "no file or folder /nowhere"),
         ({"remain_vocab_size": 500, "plan": "/nowhere"}, "give one of the two"),
-        ({"plan": "/nowhere"}, "plan /nowhere cannot be read"),
+        ({"plan": "/nowhere"}, "/nowhere is missing"),
     ],
 )
 def test_requests_that_cannot_be_met(model, tmp_path, options, said):
@@ -610,7 +629,7 @@ def test_tokens_with_brackets_are_shown_as_they_are(model, counts, tmp_path, cap
         {"id": 3, "text": "()]", "made": 1.0},
     ]
     chosen.report.update(bytes_without_a_token=[], least_frequent_kept=entry, most_frequent_dropped=[])
-    vocab_choice.show(chosen, VocabSelectOptions(load_dir="x"))
+    vocab_choice.show(chosen)
     shown = capsys.readouterr().out
     assert "'[/' 1" in shown and "[axis' 1" in shown and "'()]' 1" in shown
 

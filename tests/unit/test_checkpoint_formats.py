@@ -30,12 +30,13 @@ from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 from tiny import state_dict
 
-from megatron_prune.arch.model import RopeScaling
+from megatron_prune.arch.model import ModelConfig, RopeScaling
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import huggingface, legacy, megatron, torch_dist
+from megatron_prune.checkpoint.description import Told, describe, settle
 from megatron_prune.checkpoint.manifest import Manifest
-from megatron_prune.checkpoint.megatron_args import megatron_args, read_args
+from megatron_prune.checkpoint.megatron_args import megatron_args, padded_as_stored
 from megatron_prune.checkpoint.stream import stream
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.families.family import FAMILIES
@@ -48,16 +49,25 @@ LOCAL = {
 }
 
 
-def args_for(config, layout) -> Namespace:
-    return megatron_args(config, layout, torch.float32, None)
+def args_for(config, layout, transformer_impl="transformer_engine") -> Namespace:
+    return megatron_args(config, layout, torch.float32, None, transformer_impl)
 
 
-def write(room, path, config, layout, model, **how):
+def write(room, path, config, layout, model, transformer_impl="transformer_engine"):
     """A checkpoint of ours, filled in by a stream."""
     path.mkdir(parents=True)
     dtypes = {tensor: data.dtype for tensor, data in model.items()}
-    room.lay_out(path, config, layout, dtypes, args_for(config, layout), {}, **how)
+    room.lay_out(path, config, layout, dtypes, args_for(config, layout, transformer_impl), {})
     stream(raw_map(path.parent / "raw", config, model), room.open_map(path, config, layout))
+
+
+def settled(stored) -> tuple[ModelConfig, ParallelLayout]:
+    """What stored arguments alone say."""
+    said = describe(stored, "here")
+    found = settle(said, Told(), said.padded_vocab, "here")
+    assert not found.unsaid and not found.notes
+    layout = ParallelLayout(tensor=said.tensor, pipeline=said.pipeline, vocab_divisible_by=said.vocab_divisible_by)
+    return found.config, padded_as_stored(layout, found.config.vocab_size, said.padded_vocab)
 
 
 def rank_files(config, layout, model, local: bool) -> dict[str, dict[str, torch.Tensor]]:
@@ -93,7 +103,7 @@ def test_torch_load_finds_on_every_rank_the_chunks_of_the_dense_model(tmp_path, 
         ParallelLayout(tensor=tensor, pipeline=pipeline, vocab_divisible_by=8),
     )
     model = random_model(config, torch.bfloat16)
-    write(legacy, tmp_path / "c", config, layout, model, local_names=local_names)
+    write(legacy, tmp_path / "c", config, layout, model, "local" if local_names else "transformer_engine")
     expected = rank_files(config, layout, model, local_names)
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == sorted(expected)
     for folder, tensors in expected.items():
@@ -112,8 +122,7 @@ def test_rank_files_that_torch_saved_are_read_as_the_dense_model(tmp_path_factor
     layout, model = ParallelLayout(tensor=tensor, vocab_divisible_by=4), labelled_model(config)
     path = tmp_path_factory.mktemp("legacy")
     save_ranks(path, config, layout, model, local=tensor % 2 == 0)
-    found = legacy.open_map(path, *read_args(legacy.read_args(path), path))
-    assert_same_model(read_all(found), model)
+    assert_same_model(read_all(legacy.open_map(path, *settled(legacy.read_stored(path)))), model)
     close_files()
 
 
@@ -243,7 +252,7 @@ def test_a_checkpoint_that_torch_saved_is_read_as_the_dense_model(tmp_path, dtyp
                     single[key] = data if layer is None else data[layer].clone()
         tensors = single
     save_dcp(tmp_path / "c", SMALL, layout, {**tensors, "optimizer.state.exp_avg": torch.zeros(3)})
-    found = torch_dist.open_map(tmp_path / "c", *read_args(torch_dist.read_args(tmp_path / "c"), "args"))
+    found = torch_dist.open_map(tmp_path / "c", *settled(torch_dist.read_stored(tmp_path / "c")))
     assert_same_model(read_all(found), model)
 
 
@@ -595,7 +604,7 @@ def test_a_configuration_and_a_layout_come_back_from_the_args(drawn):
     ):
         model, layout = dataclasses.replace(config, **changes), ParallelLayout(tensor=tensor, pipeline=2, vocab_divisible_by=8)
         args = args_for(model, layout)
-        assert read_args(args, "here") == (model, layout)
+        assert settled(vars(args)) == (model, layout)
         assert args.padded_vocab_size == layout.padded_vocab(model.vocab_size)
 
 
@@ -616,15 +625,15 @@ def test_args_of_a_feature_that_is_not_carried_are_refused_by_name(name, value):
     args = args_for(LLAMA, ParallelLayout())
     setattr(args, name, value)
     with pytest.raises(CheckpointError, match=name):
-        read_args(args, "here")
+        settled(vars(args))
 
 
-@pytest.mark.parametrize("name", ["num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "padded_vocab_size"])
+@pytest.mark.parametrize("name", ["num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"])
 def test_args_without_a_size_are_refused_by_name(name):
     args = args_for(LLAMA, ParallelLayout())
     delattr(args, name)
     with pytest.raises(CheckpointError, match=f"{name} is missing"):
-        read_args(args, "here")
+        settled(vars(args))
 
 
 MANIFEST = Manifest(

@@ -25,7 +25,9 @@ from packaging.specifiers import SpecifierSet
 ROOT = Path(__file__).resolve().parents[2]
 CONTAINERS = ROOT / "containers"
 SHELL_SCRIPTS = sorted(
-    path for glob in ("scripts/*.sh", "scripts/*.sbatch", "tools/**/*.sh", ".ci/run") for path in ROOT.glob(glob)
+    path
+    for glob in ("scripts/*.sh", "scripts/*.sbatch", "tools/**/*.sh", "emb_pruner/**/*.sh", ".ci/run")
+    for path in ROOT.glob(glob)
 )
 HOME = "/opt/megatron-prune"
 
@@ -151,6 +153,12 @@ def test_definition_sections_are_clean(definition, name):
 def test_scripts_are_clean(script):
     follow = ["--external-sources", "--source-path=SCRIPTDIR"]
     assert lint("shellcheck", "--norc", "--format=gcc", "--shell=bash", *follow, script) == ""
+
+
+@pytest.mark.parametrize("script", SHELL_SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_scripts_that_are_run_can_be(script):
+    """By their names alone; those without a first line that says how are sourced."""
+    assert bool(script.stat().st_mode & 0o111) == script.read_text(encoding="utf-8").startswith("#!")
 
 
 # Agreement
@@ -283,8 +291,8 @@ def test_slurm_starts_the_container_on_each_machine(tmp_path):
     """README.md's command for several machines, with Slurm and Apptainer played by scripts."""
     fakes = {
         "scontrol": "echo first; echo second",
-        "srun": 'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
-        "apptainer": 'echo "$NODE_RANK/$NNODES" "$MASTER_ADDR:$MASTER_PORT" "$@"',
+        "srun": 'echo "$1 $2"; shift 2; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
+        "apptainer": 'echo "$NODE_RANK/$NNODES" "$MASTER_ADDR:$MASTER_PORT" "$OMP_NUM_THREADS" "$@"',
     }
     for name, body in fakes.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
@@ -293,11 +301,19 @@ def test_slurm_starts_the_container_on_each_machine(tmp_path):
     inside = re.search(r"scripts/slurm\.sbatch -c \\\n  '([^']*)'", text).group(1)
     environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     environment |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "first,second", "SLURM_JOB_ID": "7"}
-    environment.pop("MASTER_PORT", None)
+    environment |= {"SLURM_CPUS_ON_NODE": "96", "TP": "8", "PP": "2"}
+    for name in ("MASTER_PORT", "OMP_NUM_THREADS", "NPROC_PER_NODE", "DP", "SLURM_CPUS_PER_TASK"):
+        environment.pop(name, None)
     command = ["bash", ROOT / "scripts/slurm.sbatch", "-c", inside]
     done = run(command, env=environment)
     rest = inside.removeprefix("exec apptainer ")
-    assert done.stdout.splitlines() == [f"{rank}/2 first:20007 {rest}" for rank in (0, 1)], done.stderr
+    step, *machines = done.stdout.splitlines()
+    assert step == "--kill-on-bad-exit=1 --cpus-per-task=96"
+    assert machines == [f"{rank}/2 first:20007 12 {rest}" for rank in (0, 1)], done.stderr
+    fewer = {"SLURM_CPUS_PER_TASK": "4"}  # than there are processes: one thread each
+    done = run(command, env=environment | fewer)
+    assert done.stdout.split()[1] == "--cpus-per-task=4" and "first:20007 1 " in done.stdout, done.stderr
+    assert run(command, env=environment | {"OMP_NUM_THREADS": "3"}).stdout.count("first:20007 3 ") == 2
     (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 1\n")
     done = run(command, env=environment)
     assert done.returncode and not done.stdout  # nothing starts where nobody knows the first machine

@@ -35,6 +35,7 @@ OPTIONAL = {
 def meant(name: str, hf: dict) -> ModelConfig:
     """What transformers' own class reads in a ``config.json``."""
     real = CLASSES[name].from_dict(dict(hf))
+    real.standardize_rope_params()  # as its rotary module does once more
     rope, scaling = real.rope_parameters, None
     if rope["rope_type"] == "linear":
         scaling = RopeScaling(kind="linear", factor=rope["factor"])

@@ -1,50 +1,104 @@
-"""A folder: of text and JSONL files, or whatever ``datasets`` loads from it."""
+"""A folder: of files of text and of records, or whatever ``datasets`` loads from it."""
 
 from __future__ import annotations
 
+import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
 from megatron_prune.calibration import hub
-from megatron_prune.calibration.documents import Document, DocumentReader, row_documents
+from megatron_prune.calibration.contents import Contents, contents_of, summary
+from megatron_prune.calibration.documents import Document, DocumentReader, row_documents, within_memory
 from megatron_prune.calibration.reader import READERS, TEST, TRAIN, TextReader
+from megatron_prune.calibration.readers.compressed import INNER, inner_ending
+from megatron_prune.calibration.streams import is_compressed
 from megatron_prune.errors import InputError
 
-_OURS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+_READ = (*INNER, ".parquet", ".arrow")
+
+_LIBRARYS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+"""Endings of what only ``datasets`` reads."""
+
+_SPLITS = {
+    **{word: TRAIN for word in ("train", "training")},
+    **{word: "validation" for word in ("validation", "valid", "val", "dev")},
+    **{word: TEST for word in ("test", "testing", "eval", "evaluation")},
+}
+_SHARD = re.compile(r"([-._]?\d+(-of-\d+)?)?(\.\w+)*")
 
 
 @READERS.register("/")
 class Folder(TextReader, DocumentReader):
-    """All ``.txt`` and ``.jsonl`` files in it, plain or ``.gz``, at any depth, in the order of their paths, joined with blank
-    lines.
+    """All files of text, JSON, Parquet and Arrow in it, plain or compressed, at any depth, in the order of their paths, joined
+    with blank lines. Where their names say splits, as in data sets of Hugging Face, those of one split.
 
-    A folder without such files goes to ``datasets`` (Parquet, CSV, Arrow, ``save_to_disk``): its split for the purpose, or
-    its only one.
+    A folder without such files, or that ``save_to_disk`` wrote, goes to ``datasets``: its split for the purpose, or its only one.
     """
 
     def text(self) -> tuple[str, dict[str, Any]]:
-        folder, files = Path(self.name), self._files()
-        if files:
-            texts = [file.text()[0] for file in files]
-            return "\n\n".join(texts), {"split": None, "files": [Path(f.name).relative_to(folder).as_posix() for f in files]}
+        if self._is_ours:
+            texts = (("\n\n" if number else "") + file.text()[0] for number, file in enumerate(self._readers()))
+            return "".join(within_memory(self.name, texts)), {"split": self._split_and_contents[0], **self.contents()}
         own, rows = self._rows()
         return "\n\n".join(hub.texts(self.name, rows, self.field)), {"split": own, "field": self.field}
 
     def documents(self, keys: Sequence[str]) -> Iterator[Document]:
-        files = self._files()
-        for file in files:
-            yield from file.documents(keys)
-        if not files:
+        if self._is_ours:
+            for file in self._readers():
+                yield from file.documents(keys)
+        else:
             yield from row_documents(self.name, self._rows()[1], keys)
 
     def size(self) -> int | None:
-        sizes = [file.size() for file in self._files()]
+        sizes = [file.size() for file in self._readers()] if self._is_ours else []
         return None if None in sizes else sum(sizes) or None
 
-    def _files(self) -> list[Any]:
-        """Readers of the files that are read here."""
-        found = sorted(file for file in Path(self.name).rglob("*") if file.name.endswith(_OURS) and file.is_file())
-        return [READERS.get(file.suffix)(str(file), encode=self.encode, field=self.field) for file in found]
+    def files(self) -> list[Path]:
+        return self._split_and_contents[1].read if self._is_ours else []
+
+    def contents(self) -> dict[str, Any]:
+        return self._split_and_contents[1].facts() if self._is_ours else {}
+
+    @cached_property
+    def _is_ours(self) -> bool:
+        """Whether the files are read here.
+
+        Raises:
+            InputError: if neither this nor ``datasets`` reads any of them.
+        """
+        folder = Path(self.name)
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            return False
+        found = self._split_and_contents[1]
+        if found.read:
+            return True
+        if any(file.name.lower().endswith(_LIBRARYS) for files in found.passed.values() for file in files):
+            return False
+        if not found.passed:
+            raise InputError(f"{folder} is empty", needed="files of text or data in it")
+        raise InputError(summary(self.name, found.facts()), needed="a file that is read: " + ", ".join(_READ))
+
+    @cached_property
+    def _split_and_contents(self) -> tuple[str | None, Contents]:
+        """(the split, or ``None`` where names say none, what is read of the folder)."""
+        found = contents_of(Path(self.name), _is_text)
+        splits: dict[str, list[Path]] = {}
+        for file in found.read:
+            splits.setdefault(_split_of(file.relative_to(found.folder)) or TRAIN, []).append(file)
+        if len(splits) < 2 or not any(_split_of(file.relative_to(found.folder)) == TRAIN for file in found.read):
+            return None, found
+        own = _choose(self.name, splits, _SPLITS.get(self.split, self.split))
+        for other, files in splits.items():
+            for file in files if other != own else ():
+                found.read.remove(file)
+                found.pass_over(file, f"of the split {other}")
+        return own, found
+
+    def _readers(self) -> Iterator[Any]:
+        """Of the files that are read here."""
+        for file in self.files():
+            yield READERS.get(file.suffix.lower())(str(file), encode=self.encode, field=self.field)
 
     def _rows(self) -> tuple[str, Any]:
         """(split, its rows) of what ``datasets`` finds."""
@@ -54,11 +108,22 @@ class Folder(TextReader, DocumentReader):
 
     def _load(self, folder: Path) -> dict[str, Any]:
         """Split → rows."""
-        if not any(folder.iterdir()):
-            raise InputError(f"{folder} is empty", needed="text or data files in it")
         saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
         found = hub.load_saved(str(folder)) if saved else hub.load(str(folder))
         return found if isinstance(found, dict) else {TRAIN: found}
+
+
+def _is_text(file: Path) -> bool:
+    return inner_ending(file) in INNER if is_compressed(file) else file.suffix.lower() in _READ
+
+
+def _split_of(file: Path) -> str | None:
+    """The split that a file's name or one of its folders says: ``data/train-00000-of-00002.parquet``, ``test/0.txt``."""
+    for part in reversed(file.parts):
+        word = re.match(r"[A-Za-z]+", part)
+        if word and word[0].lower() in _SPLITS and _SHARD.fullmatch(part, word.end()):
+            return _SPLITS[word[0].lower()]
+    return None
 
 
 def _choose(name: str, splits: dict[str, Any], split: str) -> str:

@@ -7,6 +7,8 @@ that are drawn are read, so the pair may be larger than memory.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from megatron_prune.calibration.draw import check_enough, random_starts, whole_windows
@@ -20,6 +22,9 @@ class IndexedPair(Reader):
     """Named by its prefix, or by either file."""
 
     needs_tokenizer = False
+
+    def files(self) -> list[Path]:
+        return [Path(f"{open_pair(self.name).prefix}.bin")]
 
     def draw(self, *, seq_length: int, count: int, seed: int) -> Drawn:
         pair = open_pair(self.name)

@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
+from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_errors
 from megatron_prune.errors import CheckpointError
+from megatron_prune.files.documents import read_json, read_text
 from megatron_prune.vocabulary.kinds.tokenizer_json import TokenizerJson
-from megatron_prune.vocabulary.tokenizer_file import KINDS, TokenizerFile, read_bytes
+from megatron_prune.vocabulary.tokenizer_file import KINDS, TokenizerFile
 
 VOCAB, MERGES = "vocab.json", "merges.txt"
 
@@ -27,11 +29,8 @@ class MergesTxt(TokenizerFile):
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            self._lines = read_bytes(path.with_name(MERGES)).decode("utf-8").split("\n")
-            vocab = dict(json.loads(read_bytes(path)))
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} or {MERGES} is damaged", got=str(error)) from None
+        self._lines = read_text(path.with_name(MERGES)).split("\n")
+        vocab = read_json(path, dict[str, int], do="fetch it again")
         model = {"type": "BPE", "vocab": vocab, "merges": [line for line in self._lines if _is_rule(line)]}
         if any(piece.endswith("</w>") for piece in vocab):
             raise CheckpointError(f"{path} marks the ends of words with </w>", needed="byte-level BPE: others cannot be trimmed")
@@ -42,15 +41,17 @@ class MergesTxt(TokenizerFile):
 
     @functools.cached_property
     def _runtime(self) -> Any:
-        from megatron_prune.calibration.encoder import load_tokenizer
-
         return load_tokenizer(self.path.parent)
 
     def encode(self, texts: Sequence[str]) -> list[Sequence[int]]:
-        return self._runtime(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        runtime = self._runtime
+        with tokenizer_errors(f"{self.path} cannot encode a text", CheckpointError):
+            return runtime(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._runtime.decode(list(ids), skip_special_tokens=True)
+        runtime = self._runtime
+        with tokenizer_errors(f"{self.path} cannot say the text of tokens", CheckpointError):
+            return runtime.decode(list(ids), skip_special_tokens=True)
 
     def splitter(self, kept: Mapping[int, int]) -> Callable[[int], list[int]]:
         return self._tables.splitter(kept)

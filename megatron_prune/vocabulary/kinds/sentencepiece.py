@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
-from megatron_prune.errors import CheckpointError
+from megatron_prune.calibration.encoder import tokenizer_errors
+from megatron_prune.errors import CheckpointError, reason
+from megatron_prune.files.documents import read_bytes, shorten
 from megatron_prune.vocabulary.joins import Joins
 from megatron_prune.vocabulary.kinds.tiktoken import is_rank_file
 from megatron_prune.vocabulary.tokenizer_file import (
     KINDS,
     TokenizerFile,
     check_byte_pieces,
+    check_lengths,
     lowest_scored,
     pinned_characters,
-    read_bytes,
     unigram_splitter,
 )
 
@@ -56,7 +59,7 @@ class SentencePiece(TokenizerFile):
         try:
             self._proto = sentencepiece_model_pb2.ModelProto.FromString(content)
         except DecodeError as error:
-            raise CheckpointError(f"{path} is neither a SentencePiece model nor a rank file", got=str(error)) from None
+            raise CheckpointError(f"{path} is neither a SentencePiece model nor a rank file", got=reason(error)) from None
         entries, trainer = self._proto.pieces, self._proto.trainer_spec
         if not entries:
             raise CheckpointError(f"{path} holds no pieces")
@@ -68,6 +71,10 @@ class SentencePiece(TokenizerFile):
         ids = {entry.piece: number for number, entry in enumerate(entries)}
         if len(ids) < len(entries):
             raise CheckpointError(f"{path} lists a piece twice")
+        check_lengths(path, ids)
+        unsound = [entry.piece for entry in entries if not math.isfinite(entry.score)]
+        if unsound:
+            raise CheckpointError(f"{path}: scores that are no numbers", got=shorten(unsound), do="fetch it again")
         self.pieces = {number: piece.encode("utf-8") for piece, number in ids.items()}
         self._normal = {entry.piece: n for n, entry in enumerate(entries) if entry.type in (_NORMAL, _UNUSED)}
         self.pinned = pinned_characters(self._normal, trainer.byte_fallback)
@@ -87,22 +94,24 @@ class SentencePiece(TokenizerFile):
     def _runtime(self) -> Any:
         from sentencepiece import SentencePieceProcessor
 
-        try:
+        with tokenizer_errors(f"{self.path} is refused by sentencepiece", CheckpointError):
             return SentencePieceProcessor(model_proto=self._content)
-        except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{self.path} is refused by sentencepiece", got=str(error)) from None
 
     def encode(self, texts: Sequence[str]) -> list[Sequence[int]]:
-        return self._runtime.encode(list(texts), num_threads=1)
+        runtime = self._runtime
+        with tokenizer_errors(f"{self.path} cannot encode a text", CheckpointError):
+            return runtime.encode(list(texts), num_threads=1)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._runtime.decode([number for number in ids if number < len(self.pieces)])
+        runtime = self._runtime
+        with tokenizer_errors(f"{self.path} cannot say the text of tokens", CheckpointError):
+            return runtime.decode([number for number in ids if number < len(self.pieces)])
 
     def splitter(self, kept: Mapping[int, int]) -> Callable[[int], list[int]]:
         entries = self._proto.pieces
         if self.joins:
             return self.join_splitter(kept, lambda token: entries[token].piece)
-        unk = next(number for number, entry in enumerate(entries) if entry.type == _UNKNOWN)
+        unk = next((number for number, entry in enumerate(entries) if entry.type == _UNKNOWN), None)
         scored = [(entry.piece, entry.score) for entry in entries]
         return unigram_splitter(scored, unk, self._proto.trainer_spec.byte_fallback, kept)
 

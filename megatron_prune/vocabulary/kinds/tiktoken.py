@@ -9,11 +9,13 @@ import re
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
-from megatron_prune.errors import CheckpointError, raise_all
+from megatron_prune.calibration.encoder import tokenizer_errors
+from megatron_prune.errors import CheckpointError, raise_all, reason
+from megatron_prune.files.documents import read_bytes, shorten
 from megatron_prune.vocabulary.joins import Joins
-from megatron_prune.vocabulary.tokenizer_file import KINDS, TokenizerFile, read_bytes
+from megatron_prune.vocabulary.tokenizer_file import KINDS, TokenizerFile, check_lengths
 
-_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?")
+_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d{1,9}\r?")
 PATTERN, SPECIAL_START = "PAT_STR", "SPECIAL_START_ID"
 """Constants of the Python file beside a rank file (Qwen 1): how a text is split, and the first id after the ranks."""
 
@@ -45,18 +47,21 @@ class RankFile(TokenizerFile):
             if not line.strip():
                 continue
             if not _LINE.fullmatch(line):
-                raise CheckpointError(f"{path}, line {number} is damaged", got=line[:40], needed="a token in base64 and its rank")
+                raise CheckpointError(
+                    f"{path}, line {number} is damaged", got=shorten(line[:40]), needed="a token in base64 and its rank"
+                )
             token, rank = line.split()
             try:
                 piece = base64.b64decode(token)
             except ValueError as error:
-                raise CheckpointError(f"{path}, line {number} is damaged", got=str(error), needed="base64") from None
+                raise CheckpointError(f"{path}, line {number} is damaged", got=reason(error), needed="base64") from None
             if piece in self._ids:
                 wrong.append(f"line {number}: the token {piece!r} stands twice")
             self._ids[piece] = int(rank)
         if sorted(self._ids.values()) != list(range(len(self._ids))):
             wrong.append(f"the ranks are not 0 to {len(self._ids) - 1}, each once")
         raise_all(CheckpointError, f"{path} contradicts itself", wrong)
+        check_lengths(path, self._ids)
         self.pieces = {rank: piece for piece, rank in self._ids.items()}
         single = {byte: self._ids.get(bytes([byte])) for byte in range(256)}
         self.pinned = {rank: "byte" for rank in single.values() if rank is not None}
@@ -82,10 +87,13 @@ class RankFile(TokenizerFile):
         import tiktoken
 
         name, pattern = self.path.stem, self._constants[PATTERN].value
-        return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=self._ids, special_tokens={})
+        with tokenizer_errors(f"{self.path} is refused by tiktoken", CheckpointError):
+            return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=self._ids, special_tokens={})
 
     def encode(self, texts: Sequence[str]) -> list[Sequence[int]]:
-        return self._runtime.encode_ordinary_batch(list(texts), num_threads=1)
+        runtime = self._runtime
+        with tokenizer_errors(f"{self.path} cannot encode a text", CheckpointError):
+            return runtime.encode_ordinary_batch(list(texts), num_threads=1)
 
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(self.pieces.get(number, b"") for number in ids).decode("utf-8", "replace")
@@ -123,7 +131,7 @@ def _constants(folder: Path) -> dict[str, _Constant]:
     for file in sorted(folder.glob("tokenization*.py")):
         try:
             tree = ast.parse(read_bytes(file))
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue
         for node in ast.walk(tree):
             names = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []

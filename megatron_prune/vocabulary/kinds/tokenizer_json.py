@@ -5,21 +5,67 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Callable, Iterator, Mapping, Sequence
 
-from megatron_prune.errors import CheckpointError, raise_all
+from pydantic import Field
+from typing_extensions import Required, TypedDict
+
+from megatron_prune.calibration.encoder import tokenizer_errors
+from megatron_prune.errors import CheckpointError, raise_all, reason
+from megatron_prune.files.documents import parse_json, read_bytes
 from megatron_prune.vocabulary.joins import Joins
 from megatron_prune.vocabulary.tokenizer_file import (
     KINDS,
     TokenizerFile,
     check_byte_pieces,
+    check_lengths,
     lowest_scored,
     pinned_characters,
-    read_bytes,
     unigram_splitter,
 )
 
 FILE = "tokenizer.json"
+
+Id = Annotated[int, Field(ge=0)]
+Text = str | None
+Node = dict[str, Any] | None
+
+
+class _AddedToken(TypedDict):
+    __pydantic_config__ = {"extra": "ignore"}
+    id: Id
+    content: str
+
+
+class _Padding(TypedDict):
+    __pydantic_config__ = {"extra": "ignore"}
+    pad_id: Id
+
+
+class _Model(TypedDict, total=False):
+    __pydantic_config__ = {"extra": "ignore", "allow_inf_nan": False}
+    type: Text
+    vocab: Required[dict[str, Id] | list[tuple[str, float]]]
+    merges: list[str | tuple[str, str]]
+    byte_fallback: bool | None
+    dropout: float | None
+    continuing_subword_prefix: Text
+    end_of_word_suffix: Text
+    unk_token: Text
+    unk_id: Id | None
+
+
+class _File(TypedDict, total=False):
+    """What is read of the file; the rest is carried as it stands."""
+
+    __pydantic_config__ = {"extra": "ignore"}
+    model: Required[_Model]
+    added_tokens: list[_AddedToken] | None
+    normalizer: Node
+    pre_tokenizer: Node
+    post_processor: Node
+    decoder: Node
+    padding: _Padding | None
 
 
 @KINDS.register("tokenizer_json")
@@ -35,6 +81,7 @@ class TokenizerJson(TokenizerFile):
 
     def __init__(self, path: Path, content: bytes):
         self.path, self._content = path, content
+        parse_json(content, _File, path, do="fetch it again")
         try:
             self._data = json.loads(content)
             self._model = self._data["model"]
@@ -43,6 +90,10 @@ class TokenizerJson(TokenizerFile):
                 raise CheckpointError(f"{path}: model type {kind!r}", needed="BPE or Unigram: others cannot be trimmed")
             self._unigram = kind == "Unigram"
             self._fallback = bool(self._model.get("byte_fallback"))
+            if isinstance(self._model["vocab"], list) != (kind == "Unigram"):
+                raise CheckpointError(
+                    f"{path}: model.vocab", needed="a list of pieces" if kind == "Unigram" else "pieces and ids"
+                )
             if not self._model["vocab"]:
                 raise CheckpointError(f"{path} has an empty vocabulary")
             self.added = {token["id"]: token["content"] for token in self._data.get("added_tokens") or ()}
@@ -50,7 +101,7 @@ class TokenizerJson(TokenizerFile):
             self._check_added()
             self.pinned = self._pin()
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise CheckpointError(f"{path} is damaged", got=repr(error)[:200]) from None
+            raise CheckpointError(f"{path} is damaged", got=reason(error), do="fetch it again") from None
         self._runtime = None
 
     def _read_unigram(self) -> dict[str, int]:
@@ -62,8 +113,7 @@ class TokenizerJson(TokenizerFile):
 
     def _read_bpe(self) -> dict[str, int]:
         ids = dict(self._model["vocab"])
-        wrong = [f"{piece!r}: {number!r}" for piece, number in ids.items() if not isinstance(number, int) or number < 0]
-        raise_all(CheckpointError, f"{self.path}: ids that are no ids", wrong)
+        check_lengths(self.path, ids)
         for key in ("continuing_subword_prefix", "end_of_word_suffix"):
             if self._model.get(key):
                 raise CheckpointError(f"{self.path}: {key} {self._model[key]!r}", needed="none: such BPE cannot be trimmed")
@@ -132,26 +182,24 @@ class TokenizerJson(TokenizerFile):
         if self._runtime is None:
             from tokenizers import Tokenizer
 
-            try:
+            with tokenizer_errors(f"{self.path} is refused by tokenizers", CheckpointError):
                 text = self._content.decode("utf-8")
                 if self._model.get("dropout"):  # the same tokens every time
                     text = json.dumps({**self._data, "model": {**self._model, "dropout": None}})
                 self._runtime = Tokenizer.from_str(text)
-            except Exception as error:  # tokenizers raises bare Exception
-                raise CheckpointError(f"{self.path} is refused by tokenizers", got=str(error)) from None
-            self._runtime.no_truncation()
-            self._runtime.no_padding()
+                self._runtime.no_truncation()
+                self._runtime.no_padding()
         return self._runtime
 
     def encode(self, texts: Sequence[str]) -> list[Sequence[int]]:
         runtime = self.runtime()
-        try:
+        with tokenizer_errors(f"{self.path} cannot encode a text", CheckpointError):  # such as a character without unk_id
             return [found.ids for found in runtime.encode_batch_fast(list(texts), add_special_tokens=False)]
-        except Exception as error:  # such as a character that a unigram model without unk_id does not know
-            raise CheckpointError(f"{self.path} cannot encode a text", got=str(error)) from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.runtime().decode(list(ids), skip_special_tokens=True)
+        runtime = self.runtime()
+        with tokenizer_errors(f"{self.path} cannot say the text of tokens", CheckpointError):
+            return runtime.decode(list(ids), skip_special_tokens=True)
 
     def splitter(self, kept: Mapping[int, int]) -> Callable[[int], list[int]]:
         if self._unigram:

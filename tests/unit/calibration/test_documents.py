@@ -205,9 +205,12 @@ def test_a_tokenizer_is_known_by_its_vocabulary(tokenizer, folder, tmp_path):
 def test_parts_joined_are_the_pair(tmp_path, tokenizer, ids, dtype, eod):
     coding = Coding(tokenizer=tokenizer, special_tokens=False, eod=eod, dtype=dtype)
     groups = [["one text", "and two"], [], ["", "three"]]
-    parts = [Part(prefix=str(tmp_path / f"part-{n}"), texts=group, size=n) for n, group in enumerate(groups)]
+    parts = [
+        Part(prefix=str(tmp_path / f"part-{n}"), texts=group, answers=[None] * len(group), size=n)
+        for n, group in enumerate(groups)
+    ]
     assert [write_part(part, coding) for part in parts] == [0, 1, 2] and all(part.is_written for part in parts)
-    assert not Part(prefix=str(tmp_path / "part-3"), texts=[], size=0).is_written
+    assert not Part(prefix=str(tmp_path / "part-3"), texts=[], answers=[], size=0).is_written
     found = join_parts([part.prefix for part in parts], str(tmp_path / "whole"), dtype)
     documents = [ids(text).tolist() + ([] if eod is None else [eod]) for text in ("one text", "and two", "three")]
     assert found == (3, sum(map(len, documents)))
@@ -225,7 +228,7 @@ class Dying:
 
 def test_a_worker_that_is_ended_is_told(tmp_path):
     coding = Coding(tokenizer=Dying(), special_tokens=False, eod=None, dtype="uint16")
-    parts = [Part(prefix=str(tmp_path / "part"), texts=["x"], size=1)]
+    parts = [Part(prefix=str(tmp_path / "part"), texts=["x"], answers=[None], size=1)]
     with pytest.raises(PruneError, match="a worker was ended from outside.*--workers"):
         write_parts(parts, coding, workers=1, progress=print)
 

@@ -82,7 +82,7 @@ def test_json_lines_are_joined_with_blank_lines(load, ids, tmp_path):
         ("a.jsonl", b'{"body": "x"}', "line 1 has no text in field 'text'.*fields body.*--data-field"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud800 y"}', "a.jsonl, line 2 is no text.*surrogates"),
         ("a.jsonl", b'{"text": null}', "line 1 has no text in field 'text'.*NoneType"),
-        ("a.safetensors", b"no", "not a whole file of samples"),
+        ("a.safetensors", b"no", "not a whole safetensors file"),
         ("a.idx", b"x", "there is no file .*a.bin"),
         ("a.bin", b"x", "there is no file .*a.idx"),
     ],

@@ -189,7 +189,7 @@ def test_a_test_split_without_a_document_is_refused_or_no_test_split(tmp_path, s
     except InputError as error:
         assert split == "969,30,1" and "--split" in str(error) and "test" in str(error)
         return
-    train, valid, test = build_datasets(wanted, (8, 4, 4))
+    train, valid, test = build_datasets(wanted, (8, 4, 4), World())
     assert len(train) >= 8 and len(valid) >= 4 and test is None
 
 
@@ -201,7 +201,7 @@ def test_a_split_counts_sequences_as_megatron_core_does(tmp_path):
     builder.finalize(str(tmp_path / "one.idx"))
     wanted = options(tmp_path, str(tmp_path / "one"))
     check_data(wanted, VOCAB)
-    train, valid, _ = build_datasets(wanted, (4, 4, 4))
+    train, valid, _ = build_datasets(wanted, (4, 4, 4), World())
     assert {token // 20 for number in range(4) for token in whole(train[number])} <= set(range(6))
     assert {token // 20 for number in range(4) for token in whole(valid[number])} <= {6, 7, 8}
 
@@ -211,7 +211,7 @@ def test_a_split_counts_sequences_as_megatron_core_does(tmp_path):
 
 def test_labels_are_the_next_tokens_of_documents_one_after_the_other(tmp_path):
     wanted = options(tmp_path, numbered(tmp_path, "text", 30))
-    train, valid, test = build_datasets(wanted, (40, 10, 10))
+    train, valid, test = build_datasets(wanted, (40, 10, 10), World())
     parts = {"train": (train, range(0, 18)), "valid": (valid, range(18, 27)), "test": (test, range(27, 30))}
     for name, (dataset, allowed) in parts.items():
         seen = Counter()
@@ -230,13 +230,13 @@ def test_labels_are_the_next_tokens_of_documents_one_after_the_other(tmp_path):
 
 def test_the_samples_are_those_of_megatron_cores_data_set(tmp_path):
     pair = write_pair(tmp_path / "text", documents(30))
-    ours = build_datasets(options(tmp_path, pair), (25, 8, 4))
+    ours = build_datasets(options(tmp_path, pair), (25, 8, 4), World())
     theirs = samples(([pair], None), "60,30,10", seq_length=LENGTH, seed=5, counts=(25, 8, 4))
     for mine, wanted in zip(ours, theirs):
         assert [whole(mine[number]) for number in range(len(wanted))] == wanted.tolist()
-    other = build_datasets(options(tmp_path, pair, seed=6), (25, 8, 4))
+    other = build_datasets(options(tmp_path, pair, seed=6), (25, 8, 4), World())
     assert [whole(other[0][number]) for number in range(25)] != theirs[0].tolist()
-    again = build_datasets(options(tmp_path, pair), (25, 8, 4))  # from the indices that are kept
+    again = build_datasets(options(tmp_path, pair), (25, 8, 4), World())  # from the indices that are kept
     assert [whole(again[0][number]) for number in range(25)] == theirs[0].tolist()
 
 
@@ -244,7 +244,7 @@ def test_the_samples_are_those_of_megatron_cores_data_set(tmp_path):
 def test_a_blend_draws_in_proportion_to_its_weights(tmp_path, weights):
     pairs = [numbered(tmp_path, "a", 40), numbered(tmp_path, "b", 40, first=100)]
     words = [str(word) for both in zip(weights, pairs) for word in both]
-    train, valid, _ = build_datasets(options(tmp_path, *words), (80, 40, 40))
+    train, valid, _ = build_datasets(options(tmp_path, *words), (80, 40, 40), World())
     for dataset, count in ((train, 80), (valid, 40)):
         first = sum(whole(dataset[number])[0] < 100_000 for number in range(count))
         assert first == pytest.approx(weights[0] / sum(weights) * count, abs=1.01)
@@ -252,7 +252,7 @@ def test_a_blend_draws_in_proportion_to_its_weights(tmp_path, weights):
 
 def test_a_blend_without_weights_is_every_document_once(tmp_path):
     pairs = [numbered(tmp_path, "a", 40), numbered(tmp_path, "b", 20, first=100)]
-    train, _, _ = build_datasets(options(tmp_path, *pairs), (1000, 4, 4))
+    train, _, _ = build_datasets(options(tmp_path, *pairs), (1000, 4, 4), World())
     seen = Counter(token for number in range(len(train)) for token in train[number]["tokens"].tolist())
     held = [
         sum(map(len, documents(count, seed=first, shortest=3, longest=40)[: 6 * count // 10]))
@@ -266,12 +266,41 @@ def test_a_blend_without_weights_is_every_document_once(tmp_path):
 def test_each_split_may_have_a_blend_of_its_own(tmp_path):
     names = {name: numbered(tmp_path, name, 12, first=100 * place) for place, name in enumerate("abcd")}
     separate = options(tmp_path, train_data_path=("1", names["a"], "1", names["b"]), valid_data_path=(names["c"],))
-    train, valid, test = build_datasets(separate, (20, 10, 10))
+    train, valid, test = build_datasets(separate, (20, 10, 10), World())
     assert test is None
     assert {whole(train[number])[0] // 100_000 for number in range(20)} == {0, 1}
     assert {token // 1000 for number in range(len(valid)) for token in whole(valid[number])} == set(range(200, 212))
     with_test = options(tmp_path, **{**vars(separate), "test_data_path": (names["d"],)})
-    assert {whole(item)[0] // 100_000 for item in map(build_datasets(with_test, (20, 10, 10))[2].__getitem__, range(10))} == {3}
+    assert {whole(item)[0] // 100_000 for item in map(build_datasets(with_test, (20, 10, 10), World())[2].__getitem__, range(10))} == {3}
+
+
+def marked(folder: Path, name: str, count: int, *, first: int = 0) -> str:
+    """A :func:`numbered` pair with a mask: tokens that divide by three count."""
+    prefix = numbered(folder, name, count, first=first)
+    texts = documents(count, seed=first, shortest=3, longest=40)
+    masks = [[int((1000 * (first + number) + place) % 3 == 0) for place in range(len(text))] for number, text in enumerate(texts)]
+    write_pair(f"{prefix}_mask", masks, numpy.uint8)
+    return prefix
+
+
+def test_labels_that_a_mask_does_not_name_are_left_out_wherever_the_sample_comes_from(tmp_path):
+    words = ("1", marked(tmp_path, "a", 20), "2", marked(tmp_path, "b", 20, first=100))
+    plain = build_datasets(options(tmp_path, *words), (90, 30, 10), World())
+    wanted = options(tmp_path, *words, answers_only=True)
+    check_data(wanted, 10**6)
+    for both in zip(plain, build_datasets(wanted, (90, 30, 10), World()), strict=True):
+        for number in range(len(both[0])):  # more than one epoch of the training set
+            whole_item, item = (dataset[number] for dataset in both)
+            labels = whole_item["labels"]
+            assert torch.equal(item["tokens"], whole_item["tokens"])
+            assert torch.equal(item["labels"], torch.where(labels % 3 == 0, labels, -100))
+
+
+def test_answers_only_needs_a_mask_of_every_pair(tmp_path):
+    with_mask, without = marked(tmp_path, "a", 20), numbered(tmp_path, "b", 20)
+    for words in ((without,), ("1", with_mask, "2", without)):
+        with pytest.raises(InputError, match="(?s)b does not say which of its tokens are answers.*preprocess --answers-only"):
+            check_data(options(tmp_path, *words, answers_only=True), 10**6)
 
 
 # --------------------------------------------------------------------------------------------------------------- the steps

@@ -1,0 +1,32 @@
+"""How Megatron-LM is to be started on a checkpoint that a step has written."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from pathlib import Path
+
+import torch
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
+from megatron_prune.checkpoint.megatron_lm_flags import contradictions, megatron_lm_flags
+
+log = logging.getLogger("megatron_prune")
+
+
+def say_flags(
+    load: Path,
+    config: ModelConfig,
+    layout: ParallelLayout,
+    dtype: torch.dtype,
+    *,
+    ckpt_format: str,
+    transformer_impl: str = TRANSFORMER_IMPLS[0],
+) -> None:
+    """Log the arguments, to be pasted behind ``pretrain_gpt.py``, and warn of what they cannot say."""
+    flags = megatron_lm_flags(config, layout, dtype, ckpt_format=ckpt_format, transformer_impl=transformer_impl)
+    log.info("Megatron-LM's arguments for it: %s", shlex.join(["--load", str(load.absolute()), *flags]))
+    for sentence in contradictions(config):
+        log.warning("%s", sentence)
