@@ -289,6 +289,8 @@ def _sum_up(
     if run.stopped:
         log.info("stopped as asked after %d iterations; the same command goes on from there", position.iteration)
         return
+    if not options.no_check:
+        log.info("checked: the weights of every checkpoint were read again before it was put in place")
     best = Path(options.save) / "best"
     log.info(
         "held-out loss %.5f → %.5f in %s tokens; newest checkpoint %s, best %s",

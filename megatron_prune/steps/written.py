@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable, TypeVar
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import tensor_ids
@@ -13,11 +14,14 @@ from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.stream import StreamReport, check_ends
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.config import option
-from megatron_prune.errors import CheckpointError, PruneError
+from megatron_prune.errors import CheckpointError, InputError, PruneError
 from megatron_prune.evaluation.one_layer import check_in_transformers
 from megatron_prune.runtime.world import World
 
 log = logging.getLogger("megatron_prune")
+T = TypeVar("T")
+
+FAILED = "the check of what was written failed (--no-check leaves it out); nothing is put in place"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,7 @@ def check_megatron(world: World, partial: Path, config: ModelConfig) -> None:
     Raises:
         PruneError: if it is not what was to be written.
     """
-    written = megatron.open_checkpoint(partial)
+    written = _reopened(lambda: megatron.open_checkpoint(partial))
     problems = [*_read_again(world, written.tensors), *(f"{name}: other bytes" for name in written.edited_files())]
     if written.config != config:
         problems.append(f"its config is {written.config}, not {config}")
@@ -62,7 +66,7 @@ def check_huggingface(world: World, partial: Path, config: ModelConfig, written:
     Raises:
         PruneError: if it is not what was to be written, or transformers reads it otherwise.
     """
-    model = huggingface.open_model(partial)
+    model = _reopened(lambda: huggingface.open_model(partial))
     model.tensors.expect(written.stored, partial)
     problems = _read_again(world, model.tensors)
     if model.config != config:
@@ -74,6 +78,13 @@ def check_huggingface(world: World, partial: Path, config: ModelConfig, written:
     _say_checked(world, problems, config, f"{name} takes them and a layer of it computes")
 
 
+def _reopened(action: Callable[[], T]) -> T:
+    try:
+        return action()
+    except InputError as error:
+        raise PruneError(f"{FAILED}\n  {error}") from None
+
+
 def _read_again(world: World, tensors: TensorMap) -> list[str]:
     """What is wrong with tensors whose digests are known, over all processes."""
     return [problem for part in world.all_gather(check_ends(tensors, world.rank, world.size)) for problem in part]
@@ -82,8 +93,7 @@ def _read_again(world: World, tensors: TensorMap) -> list[str]:
 def _say_checked(world: World, problems: list[str], config: ModelConfig, text: str) -> None:
     error = None
     if problems:
-        lines = ["the check of what was written failed (--no-check leaves it out); nothing is put in place", *problems[:20]]
-        error = PruneError("\n  ".join(lines))
+        error = PruneError("\n  ".join([FAILED, *problems[:20]]))
     world.agree(error)
     if world.is_main:
         log.info("checked: %d tensors lie as they were written, %s", len(tensor_ids(config)), text)

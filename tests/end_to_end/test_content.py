@@ -121,7 +121,7 @@ def test_a_byte_that_changed_is_an_error_that_names_the_tensor(home, tiny, tmp_p
     words = READERS[verb].format(m=checkpoint, home=home, out=tmp_path / "out", hf=tiny("qwen2"))
     with Flipped(checkpoint, random.Random(f"{verb} {kind}")) as flipped:
         fails(words, rf"{re.escape(str(flipped.path))}: {flipped.tensor} is not what was written")
-    assert not list(tmp_path.glob("out/**/release")) and not list(tmp_path.glob(".out.partial"))
+    assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".out.partial"))
 
 
 def test_every_rank_says_so_where_one_of_them_reads_the_damaged_part(home, ranks):
