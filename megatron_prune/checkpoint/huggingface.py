@@ -18,7 +18,8 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Block
 from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
 from megatron_prune.checkpoint import safetensors_file, weight_files
-from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.checkpoint.manifest import RECIPE_FILE, Recipe
+from megatron_prune.checkpoint.tensor_map import FLOATS, TensorMap
 from megatron_prune.checkpoint.weight_files import INDEX, SINGLE, WEIGHTS
 from megatron_prune.errors import CheckpointError, InputError, raise_all, reason
 from megatron_prune.families.family import Family, family_of
@@ -33,8 +34,9 @@ _BUFFERS = re.compile(
     r"(.+\.)?(inv_freq|freqs_cis|masked_bias|causal_mask|position_ids)"
 )
 """Tables that old checkpoints store and transformers computes anew, whatever they hold: of positions, and of who sees whom."""
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SIDE_FOLDERS = ("additional_chat_templates",)
+VOCABULARY_FILES = re.compile(r"tokenizer\.json|vocab\.(json|txt)|merges\.txt|added_tokens\.json|.*\.model")
+"""Files that say which token has which id."""
 
 
 @dataclass
@@ -114,7 +116,8 @@ def open_model(path: Path) -> HuggingFaceModel:
         else:
             problems.append(f"{name}: not a tensor of a {family.name} model with this config.json")
     raise_all(CheckpointError, f"{path} does not hold the model that its config.json describes", problems)
-    return HuggingFaceModel(path, hf_config, family, config, tensors.validate(path), buffers)
+    tensors.validate(path).expect(Recipe.load(path).digests, path / RECIPE_FILE)
+    return HuggingFaceModel(path, hf_config, family, config, tensors, buffers)
 
 
 def _add(tensors: TensorMap, tensor: TensorId, name: str, region: Region, shape: tuple[int, ...], *, replica: bool) -> list[str]:
