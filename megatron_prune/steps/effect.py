@@ -1,6 +1,7 @@
 """Flags of a pruning that a run would not look at: refused, since whoever passes one expects something of it.
 
-``--metric``, ``--prune_type`` and ``--seed`` are rules for all that may be cut, which scripts give whatever is.
+``--metric``, ``--prune_type`` and ``--seed`` are rules for all that may be cut, ``--nsamples`` and the like for all text that may be
+read beside ``--scores``: scripts give them whatever is.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from megatron_prune.steps.choose import Request
 
 REFIT = ("sequential", "ridge", "reader_ridge", "reconstruct")
 TEXT = ("data", "data_field", "nsamples", "seq_length", "dtype")
-OF_THE_TEXT = ("data_field", "nsamples", "seq_length")
-"""What is read and drawn: settled where the text of ``--scores`` is taken."""
 
 
 def check_effect(options, request: Request, config: ModelConfig, *, text: bool, refit: bool) -> None:
@@ -57,8 +56,6 @@ def _idle(options, request: Request, config: ModelConfig, text: bool, refit: boo
         yield (*TEXT, "scores"), why, "leave it out, or ask for what needs text"
         if request.vocab is None:
             yield ("tokenizer",), why, "leave it out"
-    if options.scores and options.data is None:
-        yield OF_THE_TEXT, "beside --scores, whose text is taken", "leave it out, or name text with --data"
     if request.plan is not None:
         return
     if "layer" not in axes:
