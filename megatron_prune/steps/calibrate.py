@@ -162,8 +162,7 @@ def obtain_calibration(options: CalibrationOptions, subject: Subject, folder: Pa
     if world.is_main:
         for line in filter(None, (summary(source["name"], source) for source in calibration.provenance)):
             log.info("%s", line)
-        save_calibration(folder, calibration)
-    world.barrier()
+    world.on_main(lambda: save_calibration(folder, calibration))
     return calibration
 
 
