@@ -11,7 +11,7 @@ import struct
 
 import pyarrow
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -143,6 +143,7 @@ def test_one_packed_file_is_a_source_of_any_length(tmp_path, ending, monkeypatch
             texts(tmp_path / f"x.parquet{ending}")
 
 
+@settings(max_examples=40)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=12), st.integers(0, 4), st.booleans())
 def test_json_in_any_layout_is_its_records(tmp_path_factory, said, layout, escape):
     file = tmp_path_factory.mktemp("json") / "x.json"
