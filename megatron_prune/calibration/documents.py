@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Sequence
 
-from megatron_prune.calibration import hub
 from megatron_prune.calibration.encoder import Encoder
 from megatron_prune.calibration.reader import TRAIN, Reader, TextReader, open_reader
 from megatron_prune.calibration.streams import is_compressed
@@ -22,9 +21,6 @@ from megatron_prune.errors import InputError
 
 LONGEST = 1 << 14
 """Characters of plain text that are one document, at most: some 4,000 tokens."""
-
-_ROWS = 1000
-"""Rows of a data set that are read together."""
 
 MOST = 1 << 29
 """Characters that are tokenised whole, at most; documents have no such limit."""
@@ -175,18 +171,6 @@ def _stop(text: str, longest: int) -> int:
         if found >= 0:
             return found + len(mark)
     return longest
-
-
-def row_documents(name: str, rows: Any, keys: Sequence[str]) -> Iterator[Document]:
-    """A document a row of a table of ``datasets``.
-
-    Raises:
-        InputError: if a column is missing or holds no text.
-    """
-    for start in range(0, len(rows), _ROWS):
-        some = rows.select(range(start, min(start + _ROWS, len(rows))))
-        for texts in zip(*(hub.texts(name, some, key) for key in keys)):
-            yield Document(texts, sum(map(len, texts)))
 
 
 def within_memory(name: str, parts: Iterable[str]) -> Iterator[str]:

@@ -21,12 +21,14 @@ from megatron_prune.calibration.parts import Coding, join_parts, pair_files, pla
 from megatron_prune.calibration.reader import TRAIN, stamps
 from megatron_prune.calibration.workers import check_workers, cores
 from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint.manifest import FILE, Manifest
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import log, progress_bar
 from megatron_prune.steps.overwrite import check_pair
+from megatron_prune.steps.written import check_side_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +116,8 @@ def tokenizer_folder(name: str) -> Path:
     folder = megatron.iteration_directory(path) / megatron.HF_FOLDER
     if not folder.is_dir():
         raise InputError(f"{path} keeps no tokenizer", do="name its Hugging Face directory with --tokenizer")
+    if (folder.parent / FILE).is_file():
+        check_side_files(World(), folder.parent, Manifest.load(folder.parent / FILE))
     return folder
 
 

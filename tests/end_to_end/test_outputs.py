@@ -161,7 +161,7 @@ def test_a_pair_half_in_place_is_completed_by_whoever_opens_it(models, tmp_path,
             raise Died
         rename(one, other)
 
-    with monkeypatch.context() as patched, pytest.raises(Died):
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
         patched.setattr(os, "rename", die)
         main(words("vocab remap", models, tmp_path))
     assert (tmp_path / "out.json").exists() and not (tmp_path / "out.idx").exists()
@@ -189,3 +189,51 @@ def test_links_out_of_a_model_are_refused_and_linked_weights_said(models, tmp_pa
     for verb in ("export", "transfer"):
         code, said = run([verb, "--load-dir", str(tmp_path / "out"), "--save-dir", str(tmp_path / "more")], capsys)
         assert code == 2 and re.search("(?s)plan.json.*got: a link", said) and not (tmp_path / "more").exists()
+
+
+FILE_FLAGS = {
+    "prune": ["--save-plan"],
+    "prune-hf": ["--save-plan"],
+    "sample": ["--save"],
+    "vocab count": ["--output", "--text"],
+    "vocab select": ["--report", "--save-ids", "--save-plan"],
+    "vocab trim": ["--report", "--save-ids"],
+    "evaluate": ["--output"],
+    "compare": ["--output"],
+}
+
+
+@pytest.mark.parametrize("verb, flag", [(verb, flag) for verb, flags in FILE_FLAGS.items() for flag in flags])
+def test_links_and_pipes_are_refused_by_every_flag_that_names_a_file(models, tmp_path, capsys, verb, flag):
+    shared = {
+        "evaluate": f"--load-dir {models}/m --data {models}/text.txt --seq-length 16",
+        "compare": f"--before {models}/hf --after {models}/hf",
+    }
+    link, pipe = tmp_path / "link.safetensors", tmp_path / "pipe.safetensors"
+    (tmp_path / "target").write_text("kept")
+    link.symlink_to("target")
+    os.mkfifo(pipe)
+    for path, got in ((link, "a link"), (pipe, "a pipe")):
+        argv = [*verb.split(), *shared[verb].split()] if verb in shared else words(verb, models, tmp_path)
+        again = ["--overwrite"] if verb == "vocab count" else []
+        code, said = run([*argv, flag, str(path), *again], capsys)
+        assert code == 2 and re.search(f"(?s){path.name}.*got: {got}.*needed: a regular file", said), said
+    assert sorted(os.listdir(tmp_path)) == ["link.safetensors", "pipe.safetensors", "target"]
+    assert link.is_symlink() and pipe.is_fifo() and (tmp_path / "target").read_text() == "kept"
+
+
+@pytest.mark.parametrize("ending", ["json", "bin", "idx"])
+@pytest.mark.parametrize("verb", ["vocab remap", "preprocess"])
+def test_a_pair_replaces_no_link_and_nothing_of_others(models, tmp_path, capsys, verb, ending):
+    name = "out" if verb == "vocab remap" else "out_text_document"
+    argv = words(verb, models, tmp_path) if verb in VERBS else ["preprocess", "--input", str(models / "text.txt"), "--tokenizer"]
+    argv += [] if verb in VERBS else [str(models / "hf"), "--output-prefix", str(tmp_path / "out"), "--workers", "1"]
+    file = tmp_path / f"{name}.{ending}"
+    file.write_text("thesis")
+    code, said = run([*argv, "--overwrite"], capsys)
+    assert code == 2 and re.search(f"{name}.{ending} is not replaced", said) and file.read_text() == "thesis"
+    file.unlink()
+    file.symlink_to(models / "text.txt")
+    code, said = run([*argv, "--overwrite"], capsys)
+    assert code == 2 and re.search(f"(?s){name}.{ending}.*got: a link", said) and file.is_symlink()
+    assert os.listdir(tmp_path) == [file.name]

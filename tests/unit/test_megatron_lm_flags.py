@@ -108,3 +108,21 @@ def test_convert_says_both_when_it_has_written(tmp_path, capsys):
     flags = "--use-checkpoint-args --norm-epsilon 1e-06 --bf16 --qk-layernorm --use-rope-scaling --rope-scaling-factor 8.0"
     assert f"INFO: Megatron-LM's arguments for it: --load '{save}' {flags}" in lines
     assert any("WARNING: " in line and "8192" in line and "needs 32" in line for line in lines)
+
+
+def test_transfer_and_prune_name_tensors_for_local_layers_where_asked_to(tiny, tmp_path):
+    source = tiny("qwen3", dtype="float32")
+    main(["convert", "--load-dir", str(source), "--save-dir", str(tmp_path / "m"), "--transformer-impl", "local"])
+    ways = {
+        "transferred": ["transfer", "--load-dir", str(tmp_path / "m"), "--save-dir"],
+        "pruned": ["prune", "--load", str(tmp_path / "m"), "--num_layers_remain", "2", "--metric", "magnitude", "--save"],
+    }
+    for name, words in ways.items():
+        for impl, norm in (("local", "input_layernorm.weight"), (None, "self_attention.linear_qkv.layer_norm_weight")):
+            save = tmp_path / f"{name}-{impl}"
+            main([*words, str(save), "--ckpt-format", "torch", *(["--transformer-impl", impl] if impl else [])])
+            held = torch.load(save / "release/mp_rank_00/model_optim_rng.pt", weights_only=False)["model"]
+            assert f"decoder.layers.0.{norm}" in held
+            assert ("decoder.final_layernorm._extra_state" in held) == (impl is None)
+    main(["export", "--load-dir", str(tmp_path / "transferred-local"), "--save-dir", str(tmp_path / "back")])
+    assert (tmp_path / "back/model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()

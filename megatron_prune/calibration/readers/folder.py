@@ -9,9 +9,10 @@ from typing import Any, Iterator, Sequence
 
 from megatron_prune.calibration import hub
 from megatron_prune.calibration.contents import Contents, contents_of, summary
-from megatron_prune.calibration.documents import Document, DocumentReader, row_documents, within_memory
+from megatron_prune.calibration.documents import Document, DocumentReader, within_memory
 from megatron_prune.calibration.reader import READERS, TEST, TRAIN, TextReader
 from megatron_prune.calibration.readers.compressed import INNER, inner_ending
+from megatron_prune.calibration.records import joined, row_documents
 from megatron_prune.calibration.streams import is_compressed
 from megatron_prune.calibration.talks import find_talk
 from megatron_prune.errors import InputError
@@ -41,14 +42,15 @@ class Folder(TextReader, DocumentReader):
             texts = (("\n\n" if number else "") + file.text()[0] for number, file in enumerate(self._readers()))
             return "".join(within_memory(self.name, texts)), {"split": self._split_and_contents[0], **self.contents()}
         own, rows = self._rows()
-        return "\n\n".join(hub.texts(self.name, rows, self.field)), {"split": own, "field": self.field}
+        text, _ = joined(self.name, row_documents(self.name, rows, (self.field,), self.encode))
+        return text, {"split": own, "field": self.field}
 
     def documents(self, keys: Sequence[str]) -> Iterator[Document]:
         if self._is_ours:
             for file in self._readers():
                 yield from file.documents(keys)
         else:
-            yield from row_documents(self.name, self._rows()[1], keys)
+            yield from row_documents(self.name, self._rows()[1], keys, self.encode)
 
     def size(self) -> int | None:
         sizes = [file.size() for file in self._readers()] if self._is_ours else []

@@ -78,9 +78,7 @@ def state(place: Path) -> dict[str, str]:
 
 
 def is_probe(path: Path) -> bool:
-    return any(
-        fnmatch.fnmatch(name, ".megatron_prune.????????") and not name.endswith(("partial", "work")) for name in path.parts
-    )
+    return any(fnmatch.fnmatch(name, ".megatron_prune.*-????????") for name in path.parts)
 
 
 OLD = {"out/config.json": "old", "out/deep/weights": "old", "out/gone": "old", "plan.json": "old"}
@@ -266,6 +264,16 @@ def test_an_empty_directory_of_a_hidden_name_is_taken_over(tmp_path):
     (tmp_path / ".out.partial").mkdir()
     write_new(tmp_path)
     assert state(tmp_path) == NEW and sorted(os.listdir(tmp_path)) == ["out", "plan.json"]
+
+
+def test_what_a_dead_process_tried_is_removed_by_the_next(tmp_path, monkeypatch):
+    strays = [hidden.temporary(tmp_path) for _ in range(2)]
+    (strays[0] / "content").mkdir()
+    staging.check_output(tmp_path / "out", overwrite=False)
+    assert sorted(tmp_path.iterdir()) == sorted(strays)  # it lives: it may be at it
+    monkeypatch.setattr(hidden, "_is_alive", lambda process: False)
+    staging.check_output(tmp_path / "out", overwrite=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_rename_that_is_refused_in_the_middle_is_completed_by_the_next_run(tmp_path):
