@@ -76,18 +76,22 @@ def die_at_rename(world: World, number: int, step: tuple[str, dict[str, Any]]) -
     """
     import os
 
-    from megatron_prune.files import staging
+    from megatron_prune.files import moves
 
-    rename, left = os.rename, [number]
+    left = [number]
 
-    def counted(*paths):
-        left[0] -= 1
-        if left[0] == 0:
-            os._exit(9)
-        rename(*paths)
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(os, name)
 
-    staging._exchange = lambda one, other: False
-    os.rename = counted
+        def rename(self, *paths):
+            left[0] -= 1
+            if left[0] == 0:
+                os._exit(9)
+            os.rename(*paths)
+
+    moves.exchange = lambda one, other: False
+    moves.os = Counting()
     run_steps(world, step)
 
 
@@ -312,3 +316,27 @@ def _may_have_children() -> Iterator[None]:
         for child in multiprocessing.active_children():
             child.terminate()
             child.join()
+
+
+def refusal(world: World, checkpoint: str, layout: ParallelLayout) -> str:
+    """What a rank says when it builds a model from a checkpoint that it may not read."""
+    from megatron_prune.checkpoint import megatron
+    from megatron_prune.errors import CheckpointError
+    from megatron_prune.runtime.model import build_model
+
+    tensors = megatron.open_checkpoint(Path(checkpoint)).tensors
+    try:
+        build_model(tensors, layout, world, dtype=torch.float32, seq_length=8)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        stop(world)
+    return "nothing"
+
+
+def stop(world: World) -> None:
+    """Take down what a failed job left."""
+    from megatron_prune.runtime.model import stop_parallel
+
+    stop_parallel()
+    forget_groups()

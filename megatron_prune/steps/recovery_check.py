@@ -186,7 +186,7 @@ def _check_answers(options: RecoverOptions, student: MegatronCheckpoint) -> None
     counts = sample_counts(options)
     check_parts(folder, counts[0], options.seq_length)
     with tempfile.TemporaryDirectory() as scratch:  # --save is not made yet
-        train_set = build_alone(replace(data_options(options), cache=Path(scratch)), counts)[0]
+        train_set = build_alone(replace(data_options(options), cache=Path(scratch), shared=False), counts)[0]
         check_answers(folder, counts[0], vocab_size, train_set)
 
 
