@@ -72,14 +72,14 @@ def _at_least(read: Callable[[str], Any], least: float | None) -> Callable[[str]
     return read if least is None else checked
 
 
-def text(given: str) -> str:
+def nonempty(given: str) -> str:
     """A text that says something: a variable that was never set is not taken for a path."""
     if not given.strip():
         raise argparse.ArgumentTypeError("nothing is given: it is empty")
     return given
 
 
-_TYPES = {"int": whole, "float": finite, "str": text, "tuple": integers}
+_TYPES = {"int": whole, "float": finite, "str": nonempty, "tuple": integers}
 _METAVARS = {"int": "N", "float": "X", "tuple": "N,N"}
 
 
@@ -98,7 +98,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type, chosen: list[Field]
         elif name == "bool":
             parser.add_argument(*spellings, action="store_true", **common)
         elif annotation == tuple[str, ...]:
-            parser.add_argument(*spellings, nargs="+", type=text, default=item.default, metavar=item.name.upper(), **common)
+            parser.add_argument(*spellings, nargs="+", type=nonempty, default=item.default, metavar=item.name.upper(), **common)
         else:
             parser.add_argument(
                 *spellings,

@@ -76,18 +76,22 @@ def die_at_rename(world: World, number: int, step: tuple[str, dict[str, Any]]) -
     """
     import os
 
-    from megatron_prune.files import staging
+    from megatron_prune.files import moves
 
-    rename, left = os.rename, [number]
+    left = [number]
 
-    def counted(*paths):
-        left[0] -= 1
-        if left[0] == 0:
-            os._exit(9)
-        rename(*paths)
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(os, name)
 
-    staging._exchange = lambda one, other: False
-    os.rename = counted
+        def rename(self, *paths):
+            left[0] -= 1
+            if left[0] == 0:
+                os._exit(9)
+            os.rename(*paths)
+
+    moves.exchange = lambda one, other: False
+    moves.os = Counting()
     run_steps(world, step)
 
 

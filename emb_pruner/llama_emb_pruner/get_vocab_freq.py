@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from megatron_prune.cli import run_verb
-from megatron_prune.config import text
+from megatron_prune.config import nonempty
+from megatron_prune.errors import InputError, PruneError
 from megatron_prune.files import staging
 
 PROG = "get_vocab_freq.py"
@@ -24,16 +25,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog=PROG, description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--data_type", choices=["txt", "jsonl", "mmap"], default="mmap", help="mmap: prefix of a Megatron .bin/.idx pair")
-    add("--data_path", type=text, nargs="+", required=True, help="corpora of that type")
-    add("--vocab_freq", type=text, required=True, help="start of the name of the counts: .txt and .safetensors are added")
+    add("--data_path", type=nonempty, nargs="+", required=True, help="corpora of that type")
+    add("--vocab_freq", type=nonempty, required=True, help="start of the name of the counts: .txt and .safetensors are added")
     add("--model_name", choices=["llama"], default="llama", help="accepted; the tokenizer says itself what it is")
-    add("--spm", type=text, required=True, help="tokenizer.model, or the directory of a model")
+    add("--spm", type=nonempty, required=True, help="tokenizer.model, or the directory of a model")
     add("--remain_vocab_size", type=int, default=20000, help="tokens that stay, in all")
-    add("--remain_vocab_ids_path", type=text, required=True, help="file of ids to write (remain_vocab_ids.pt)")
-    add("--new_spm_path", type=text, help="also write the trimmed tokenizer into this directory")
-    add("--data_field", type=text, default="text", help="name of the text in jsonl")
+    add("--remain_vocab_ids_path", type=nonempty, required=True, help="file of ids to write (remain_vocab_ids.pt)")
+    add("--new_spm_path", type=nonempty, help="also write the trimmed tokenizer into this directory")
+    add("--data_field", type=nonempty, default="text", help="name of the text in jsonl")
     add("--overwrite", action="store_true", help="replace existing counts and tokenizer")
     options = parser.parse_args()
+    try:
+        staging.check_file(Path(options.remain_vocab_ids_path))
+    except InputError as error:
+        parser.error(str(error))
     named = Path(options.spm)
     folder = str(named.parent if named.is_file() else named)
     for path in options.data_path:
@@ -51,7 +56,10 @@ def main() -> None:
         ids = torch.load(f"{work}/ids.pt", weights_only=True).tolist()
     held = io.BytesIO()
     torch.save(ids, held)
-    staging.write_files({Path(options.remain_vocab_ids_path): held.getvalue()})
+    try:
+        staging.write_files({Path(options.remain_vocab_ids_path): held.getvalue()})
+    except PruneError as error:
+        sys.exit(f"{PROG}: {error}")
     if options.new_spm_path:
         trim = ["--load-dir", folder, "--keep-ids", options.remain_vocab_ids_path, "--save-dir", options.new_spm_path]
         run_verb("vocab trim", [*trim, "--tokenizer-only", *again], prog=PROG)

@@ -8,7 +8,7 @@ import argparse
 import sys
 
 from megatron_prune.cli import run_verb
-from megatron_prune.config import text
+from megatron_prune.config import nonempty
 
 PROG = "prune_spm_and_emb.py"
 
@@ -16,10 +16,10 @@ PROG = "prune_spm_and_emb.py"
 def main() -> None:
     parser = argparse.ArgumentParser(prog=PROG, description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--remain_vocab_path", type=text, required=True, help="file of ids (remain_vocab_ids.pt)")
-    add("--hf_dir", type=text, required=True, help="Hugging Face directory (or a Megatron checkpoint)")
-    add("--remain_ids_with_spt", type=text, required=True, help="file to write: old ids that stay, in their new order")
-    add("--save_dir", type=text, help="directory to write (default: HF_DIR_pruned)")
+    add("--remain_vocab_path", type=nonempty, required=True, help="file of ids (remain_vocab_ids.pt)")
+    add("--hf_dir", type=nonempty, required=True, help="Hugging Face directory (or a Megatron checkpoint)")
+    add("--remain_ids_with_spt", type=nonempty, required=True, help="file to write: old ids that stay, in their new order")
+    add("--save_dir", type=nonempty, help="directory to write (default: HF_DIR_pruned)")
     add("--overwrite", action="store_true", help="replace an existing output directory")
     options = parser.parse_args()
     save = options.save_dir or options.hf_dir.rstrip("/") + "_pruned"

@@ -25,7 +25,6 @@ from megatron_prune.errors import CheckpointError, InputError, raise_all, reason
 from megatron_prune.families.family import Family, family_of
 from megatron_prune.files.documents import LIMIT, read_json, shorten
 from megatron_prune.files.region import Region
-from megatron_prune.files.tensor_file import open_tensors
 
 CONFIG = "config.json"
 BUFFERS_FILE = "rotary_buffers.safetensors"
@@ -46,7 +45,7 @@ class HuggingFaceModel:
 
     Attributes:
         tensors: where the role tensors lie; a stored copy of a tied output layer is a replica of the embedding.
-        buffers: rotary tables some old checkpoints store, by name.
+        buffers: tables that some old checkpoints store and transformers computes anew, by name.
     """
 
     path: Path
@@ -186,13 +185,9 @@ def lay_out(
 
 
 def save_buffers(model: HuggingFaceModel, folder: Path) -> None:
-    """Keep a model's stored rotary tables in ``folder``, if it has any."""
+    """Keep a model's stored tables in ``folder``, if it has any."""
     if model.buffers:
-        data = {}
-        for name, (region, shape) in model.buffers.items():
-            data[name] = torch.empty(shape, dtype=region.dtype)
-            region.read_into(data[name])
-        save_file(data, folder / BUFFERS_FILE)
+        save_file(_read_buffers(model.buffers), folder / BUFFERS_FILE)
 
 
 def load_buffers(folder: Path | None) -> dict[str, torch.Tensor]:
@@ -200,10 +195,18 @@ def load_buffers(folder: Path | None) -> dict[str, torch.Tensor]:
     file = folder / BUFFERS_FILE if folder else None
     if file is None or not file.exists():
         return {}
-    with open_tensors(file, do="convert the model again") as held:
-        strange = [name for name in held.names if not _BUFFERS.fullmatch(name)]
-        raise_all(CheckpointError, f"{file} holds what is no rotary table", [shorten(name) for name in strange])
-        return {name: held.take(name) for name in held.names}
+    stored = safetensors_file.read_header(file)
+    strange = [shorten(name) for name in stored if not _BUFFERS.fullmatch(name)]
+    raise_all(CheckpointError, f"{file} holds what is no table of positions or masks", strange, do="convert the model again")
+    return _read_buffers(stored)
+
+
+def _read_buffers(stored: weight_files.Stored) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, (region, shape) in stored.items():
+        found[name] = torch.empty(shape, dtype=region.dtype)
+        region.read_into(found[name])
+    return found
 
 
 def side_files(source: Path) -> dict[str, Path]:

@@ -16,9 +16,9 @@ import contextlib
 import fcntl
 import os
 import shutil
+import socket
 import stat
 import tempfile
-import time
 from itertools import count
 from pathlib import Path
 
@@ -99,13 +99,25 @@ def take(folder: Path) -> None:
 
 
 def temporary(parent: Path) -> Path:
-    """A hidden directory of no output, with a name of its own; :func:`leave` removes it, or the next one here after a day."""
-    for stray in parent.glob(f"{_MARK}.????????"):
-        if (stray / _MARK).is_file() and time.time() - stray.stat().st_mtime > 86400:
+    """A hidden directory of no output, which :func:`leave` removes; those of dead processes of this machine go on the way."""
+    own = f"{_MARK}.{socket.gethostname()}."
+    for stray in parent.glob(f"{own}*"):
+        number = stray.name.removeprefix(own).partition("-")[0]
+        if number.isdecimal() and not _is_alive(int(number)):
             leave(stray)
-    folder = Path(tempfile.mkdtemp(prefix=f"{_MARK}.", dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix=f"{own}{os.getpid()}-", dir=parent))
     (folder / _MARK).touch()
     return folder
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def leave(folder: Path) -> None:

@@ -21,11 +21,11 @@ def check_output(path: Path, *, overwrite: bool, source: Path | None = None) -> 
     """
     with _refused(path):
         place = hidden.located(path)
-        _check_kept(place, path)
         if source is not None:
             held = Path(os.path.realpath(source))
             if place == held or place in held.parents or held in place.parents:
                 raise InputError(f"output {path} is, holds or lies in the input {source}", do="name another directory")
+        _check_kept(place, path)
         moves.check_target(place, directory=True)
         if place.is_dir() and hidden.entries(place) and not overwrite and not unfinished(path):
             raise InputError(f"output {path} exists", do="name another directory, or pass --overwrite to replace it")

@@ -147,7 +147,9 @@ def _start_write_back(number: int, offset: int, count: int) -> None:
 def _bytes(tensor: torch.Tensor, region: Region) -> memoryview:
     """The tensor's own memory, without a copy (numpy has no bfloat16, so by way of bytes)."""
     if tensor.dtype != region.dtype or tensor.numel() != region.rows * region.cols:
-        raise ValueError(f"{tensor.dtype} {list(tensor.shape)} for {region.dtype} [{region.rows}, {region.cols}] of {region.path}")
+        raise ValueError(
+            f"{tensor.dtype} {list(tensor.shape)} for {region.dtype} [{region.rows}, {region.cols}] of {region.path}"
+        )
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 

@@ -230,6 +230,20 @@ def check_free(folder: Path) -> None:
     hidden.unlock(hidden.lock(folder))
 
 
+def empty(folder: Path, *, last: str) -> None:
+    """Remove what an output directory holds; a process stopped in between leaves what the next call completes.
+
+    Args:
+        last: name of what goes after all else, as it says what that is.
+    """
+    box = hidden_path(folder, PARTIAL)
+    _take(box)
+    hidden.clear(box)
+    names = sorted(hidden.entries(folder), key=lambda name: name == last)
+    moves.carry_out(box, [(folder / name, box / OLD / name) for name in names])
+    hidden.leave(box)
+
+
 def hold(folder: Path) -> None:
     """Make a directory, if it is not there, and keep other runs off it until this process ends.
 

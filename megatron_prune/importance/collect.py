@@ -109,13 +109,11 @@ def collect(
         check_finite(samples.stream, f"layer {layer}", world)
         if sums is not None:
             found = sums.finish()
-            if world.is_main:
-                found.save(statistics.path(layer))
+            world.on_main(lambda: found.save(statistics.path(layer)))
     if not done[-1]:
         found = _final(tensors, samples, stage, moments, calibration)
         check_finite(found.sites["final_norm"].squares, "the final norm", world)
-        if world.is_main:
-            found.save(statistics.path(None))
+        world.on_main(lambda: found.save(statistics.path(None)))
     world.barrier()
 
 

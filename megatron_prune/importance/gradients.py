@@ -78,9 +78,7 @@ def collect_gradients(
     for part in world.all_gather(totals):
         for key, value in part.items():
             found[key] = found[key] + value if key in found else value
-    if world.is_main:
-        replace_file(path, found)
-    world.barrier()
+    world.on_main(lambda: replace_file(path, found))
 
 
 def _check_weights(model: RunningModel, placed: list[Placed], world: World) -> None:

@@ -54,8 +54,7 @@ def collect_losses(
                 f"the loss of {what} is not finite (NaN or infinity) on this text",
                 do="look for broken weights with megatron-prune inspect --weights, or compute with --dtype fp32",
             )
-        if world.is_main:
-            replace_file(path, {"losses": losses})
+        world.on_main(lambda: replace_file(path, {"losses": losses}))
         progress(calibration.tokens.numel())
     world.barrier()
 

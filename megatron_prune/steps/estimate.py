@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_prune.arch.model import ModelConfig
@@ -17,7 +18,7 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.description import Told
-from megatron_prune.config import add_options, option, require_positive, text
+from megatron_prune.config import add_options, nonempty, option, require_positive
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import family_of
 from megatron_prune.importance.collect import BATCH_TOKENS
@@ -77,7 +78,7 @@ def parse(argv: list[str], prog: str) -> EstimateOptions:
     """Read the command line: the model is positional."""
     parser = argparse.ArgumentParser(prog=prog, description=EstimateOptions.__doc__, allow_abbrev=False)
     flags = [item for item in EstimateOptions.__dataclass_fields__.values() if item.name != "path"]
-    parser.add_argument("path", type=text, metavar="CKPT|HF", help=EstimateOptions.__dataclass_fields__["path"].metadata["help"])
+    parser.add_argument("path", type=nonempty, metavar="CKPT|HF", help=EstimateOptions.__dataclass_fields__["path"].metadata["help"])
     add_options(parser, EstimateOptions, flags)
     return EstimateOptions(**vars(parser.parse_args(argv)))
 
@@ -112,7 +113,7 @@ def estimate(options: EstimateOptions, world: World) -> None:
     if options.json:
         print(json.dumps(facts, indent=2))
         return
-    table = Table("step", "memory of a process", "disk written", title=f"{options.path}: estimates")
+    table = Table("step", "memory of a process", "disk written", title=f"{escape(options.path)}: estimates")
     for step, need in facts["steps"].items():
         table.add_row(step, _size(need["memory_per_rank"]), _size(need["disk"]))
     Console().print(table)

@@ -287,9 +287,7 @@ def refitted(
         dtype: what to compute in.
         measured: whether the loss on all of the text is wanted.
     """
-    if world.is_main:
-        parts.mkdir(exist_ok=True)
-    world.barrier()
+    world.on_main(lambda: parts.mkdir(exist_ok=True))
     store = RoleStore(parts, plan.new_config(subject.config))
     stage = subject.runner.stage(subject.config, store.config, dtype=dtype, seq_length=calibration.tokens.shape[1])
     engine = Refit(subject.tensors, plan, basis, calibration, stage, store, world, fit, dtype=dtype)

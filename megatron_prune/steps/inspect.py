@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
 from megatron_prune.arch.sharding import legal_tensor_sizes
@@ -21,7 +22,8 @@ from megatron_prune.checkpoint.description import Told
 from megatron_prune.checkpoint.manifest import Recipe
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.checkpoint.tensor_map import TensorMap
-from megatron_prune.config import add_options, text
+from megatron_prune.config import add_options, nonempty
+from megatron_prune.errors import plain
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.foreign import ForeignOptions, told
 from megatron_prune.steps.output import Source, observe
@@ -39,7 +41,7 @@ class InspectOptions(ForeignOptions):
 def parse(argv: list[str], prog: str) -> InspectOptions:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog=prog, description=InspectOptions.__doc__, allow_abbrev=False)
-    parser.add_argument("path", type=text, metavar="CKPT|HF", help="Megatron checkpoint, Hugging Face directory, or hub id")
+    parser.add_argument("path", type=nonempty, metavar="CKPT|HF", help="Megatron checkpoint, Hugging Face directory, or hub id")
     parser.add_argument(
         "--weights",
         action="store_true",
@@ -70,7 +72,7 @@ def inspect(options: InspectOptions, world: World) -> int:
     if options.json:
         print(json.dumps(facts, indent=2))
         return int(differs)
-    table = Table(show_header=False, title=options.path)
+    table = Table(show_header=False, title=Text(options.path))  # no markup: names may hold brackets
     for key, value in facts.items():
         if key == "recipe":
             value = "\n".join(_recipe_line(entry) for entry in value) or "-"
@@ -82,7 +84,7 @@ def inspect(options: InspectOptions, world: World) -> int:
             value = f"{value:,}"
         elif value is None:
             value = "none"
-        table.add_row(key.replace("_", " "), str(value))
+        table.add_row(key.replace("_", " "), Text(plain(value)))
     Console().print(table)
     return int(differs)
 

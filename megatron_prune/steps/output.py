@@ -128,7 +128,7 @@ def write_megatron(
         world.on_main(lambda: megatron.finish(folder, replace(manifest(report), digests=report.in_order(config))))
         if check:
             check_megatron(world, partial, config)
-    if world.is_main:
+    if world.is_main and not (sizes and ckpt_format == "torch"):  # Megatron-LM reads no rank files of unequal size
         dtype = dtypes[TensorId("embedding")]
         say_flags(save, config, layout, dtype, ckpt_format=ckpt_format, transformer_impl=transformer_impl)
 

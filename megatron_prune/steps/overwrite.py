@@ -61,7 +61,7 @@ _RUN: Tree = {
     "best": Leaf.LINK,
     "tensorboard": _files("events.out.tfevents.*"),
     "data_cache": _files("*-index.npy", "*_index.npy", "*-description.txt"),
-    **dict.fromkeys(("wandb", ".iter_*.partial*", ".iter_*.removed"), Leaf.ANYTHING),
+    **dict.fromkeys(("wandb", ".*.partial*", ".iter_*.removed"), Leaf.ANYTHING),
 }
 _SCORES: Tree = _files(
     *("scores.json", "scores.safetensors", "calibration.safetensors", "calibration.json", "final.safetensors"),

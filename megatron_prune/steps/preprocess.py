@@ -15,14 +15,14 @@ from megatron_prune import __version__
 from megatron_prune.calibration.answers import mask_prefix
 from megatron_prune.calibration.contents import check_read_once, summary
 from megatron_prune.calibration.cutting import checked, cut, part_size
-from megatron_prune.calibration.documents import DocumentReader, open_documents
+from megatron_prune.calibration.documents import DocumentReader, check_split, open_documents
 from megatron_prune.calibration.encoder import Encoder, load_tokenizer, tokenizer_digest
 from megatron_prune.calibration.parts import Coding, join_parts, pair_files, place_pairs, write_parts
 from megatron_prune.calibration.reader import TRAIN, stamps
-from megatron_prune.calibration.workers import cores
+from megatron_prune.calibration.workers import check_workers, cores
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.manifest import FILE, Manifest
-from megatron_prune.config import option, require_positive
+from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
@@ -70,6 +70,7 @@ def preprocess(options: PreprocessOptions, world: World) -> None:
     encode = Encoder(folder, answers=options.answers_only)
     sources = [_open(name, options, encode) for name in options.input]
     check_read_once("--input", ((source.name, source.files()) for source in sources))
+    check_split(options.split, sources)
     for line in filter(None, (summary(source.name, source.contents()) for source in sources)):
         log.info("%s", line)
     with staging.work(Path(options.output_prefix), _key(facts, coding, folder), main=True, agree=world.agree) as work:
@@ -124,7 +125,7 @@ def _check(options: PreprocessOptions, world: World) -> None:
     """Refuse what can be refused without reading anything."""
     if world.size > 1:
         raise InputError("preprocess is started as one process", got=f"{world.size}", do="say how many work with --workers")
-    require_positive(options, "workers")
+    check_workers(options.workers)
     keys = options.json_keys
     if len(set(keys)) < len(keys) or any(not key or "/" in key for key in keys):
         raise InputError("--json-keys", got=" ".join(keys), needed="different names that can be part of a file's name")

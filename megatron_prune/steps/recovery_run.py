@@ -149,9 +149,9 @@ def _begin(options: RecoverOptions, checkpoint: MegatronCheckpoint, world: World
         try:
             staging.hold(save.absolute())
             if options.overwrite:
-                check_replaceable(save, RUN, known=())
-                for entry in sorted(save.iterdir(), key=lambda entry: entry.name == RUN_FILE):  # last: it says what they are
-                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+                if not staging.unfinished(save):
+                    check_replaceable(save, RUN, known=())
+                staging.empty(save, last=RUN_FILE)
             clean(save)
             if not (save / RUN_FILE).is_file():
                 noted = {"id": uuid.uuid4().hex, "settings": run_settings(options, checkpoint)}

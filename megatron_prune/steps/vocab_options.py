@@ -25,6 +25,7 @@ from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError, reason
 from megatron_prune.files import staging
 from megatron_prune.files.documents import read_bytes, read_text, shorten
+from megatron_prune.files.hidden import located
 from megatron_prune.steps.foreign import ForeignOptions
 from megatron_prune.steps.output import log
 from megatron_prune.vocabulary.counts import Counts, load_counts, merged
@@ -165,7 +166,7 @@ def check_select(options: SelectOptions) -> None:
                 f"--{name} needs counts", do="make them with megatron-prune vocab count, and name them with --counts"
             )
     files = [getattr(options, name, None) for name in ("report", "save_ids", "save_plan")]
-    named = [Path(path).resolve() for path in files if path]
+    named = [located(Path(path)) for path in files if path]
     if len(set(named)) < len(named):
         raise InputError("two outputs are the same file", got=", ".join(map(str, named)), do="name different ones")
     save = getattr(options, "save_dir", None)

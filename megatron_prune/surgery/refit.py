@@ -130,9 +130,8 @@ class Refit:
             self._fit_window(window)
             self._world.barrier()
         folds = self._final_moments()
-        if self._world.is_main and not self._store.path(None).exists():
-            self._store.save(None, self._outer(folds))
-        self._world.barrier()
+        outer = self._store.path(None)
+        self._world.on_main(lambda: outer.exists() or self._store.save(None, self._outer(folds)))
 
     def loss(self, *, held_out: bool = False) -> float:
         """Mean next-token cross-entropy of the finished model on its samples, weighted, in nats; the same on every process.
@@ -197,9 +196,8 @@ class Refit:
             self._reconstruct_window(found, entered)
         if not fit:
             self._progress(self._joint_work(window))
-        elif self._world.is_main:
-            for number, weights in zip(window, found):
-                self._store.save(number, weights)
+        else:
+            self._world.on_main(lambda: [self._store.save(number, weights) for number, weights in zip(window, found)])
 
     def _folds_layers(self, window: range) -> bool:
         """Whether a block of layers was cut among those of a window, or after them."""

@@ -254,7 +254,11 @@ def test_nothing_is_no_path(verb, empty, capsys, monkeypatch):
         words = [empty] if flag == "--path" else [flag, empty]  # inspect and estimate take theirs without a flag
         with pytest.raises(SystemExit) as left:
             step.parse(words, "x") if hasattr(step, "parse") else parse(kind, words, prog="x", description="")
-        assert left.value.code == 2 and "nothing is given" in (said := capsys.readouterr().err) and (flag in said or words == [empty])
+        assert (
+            left.value.code == 2
+            and "nothing is given" in (said := capsys.readouterr().err)
+            and (flag in said or words == [empty])
+        )
 
 
 def refuse(number: int):

@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 
+from megatron_prune.calibration import parts
 from megatron_prune.errors import PruneError
 from megatron_prune.files import hidden, moves, staging
 
@@ -77,9 +78,7 @@ def state(place: Path) -> dict[str, str]:
 
 
 def is_probe(path: Path) -> bool:
-    return any(
-        fnmatch.fnmatch(name, ".megatron_prune.????????") and not name.endswith(("partial", "work")) for name in path.parts
-    )
+    return any(fnmatch.fnmatch(name, ".megatron_prune.*-????????") for name in path.parts)
 
 
 OLD = {"out/config.json": "old", "out/deep/weights": "old", "out/gone": "old", "plan.json": "old"}
@@ -201,6 +200,46 @@ def test_work_that_becomes_the_output(tmp_path):
     assert at_every_operation(command, write_old, check, tmp_path) > 30
 
 
+@pytest.mark.parametrize("overwrites", [True, False])
+def test_pairs_of_files(tmp_path, overwrites):
+    names = [f"x_{key}_document.{ending}" for key in ("text", "title") for ending in ("bin", "idx", "json")]
+
+    def command(place):
+        with staging.work(place / "x", "key", main=True, agree=lambda error: None) as folder:
+            for column, key in enumerate(("text", "title")):
+                for ending in ("json", "bin", "idx"):
+                    (folder / f"whole-{column}.{ending}").write_text("new")
+            prefixes = [place / f"x_{key}_document" for key in ("text", "title")]
+            parts.place_pairs(folder, {prefix: folder / f"whole-{column}" for column, prefix in enumerate(prefixes)})
+
+    def prepare(place):
+        for name in names if overwrites else ():
+            (place / name).write_text("old")
+
+    def check(place):
+        for key in ("text", "title"):
+            pair = [place / f"x_{key}_document.{ending}" for ending in ("idx", "bin", "json")]
+            if pair[0].exists():  # no index: no reader takes it for a pair
+                assert len({file.read_text() for file in pair}) == 1
+            staging.settle(pair[0])  # what open_pair does
+        found.add(tuple((place / name).exists() and (place / name).read_text() for name in names))
+
+    found: set = set()
+    for number in range(1, 500):
+        place = tmp_path / str(number)
+        place.mkdir()
+        prepare(place)
+        with dying(number) as seen:
+            command(place)
+        check(place)
+        command(place)
+        assert {name: (place / name).read_text() for name in names} == dict.fromkeys(names, "new")
+        assert not (place / ".x.work").exists()
+        if seen[0] < number:
+            break
+    assert found == {("new",) * 6, ("old",) * 6 if overwrites else (False,) * 6}, "both at once"
+
+
 # ------------------------------------------------------------------------------------------------- what is not ours
 
 
@@ -225,6 +264,16 @@ def test_an_empty_directory_of_a_hidden_name_is_taken_over(tmp_path):
     (tmp_path / ".out.partial").mkdir()
     write_new(tmp_path)
     assert state(tmp_path) == NEW and sorted(os.listdir(tmp_path)) == ["out", "plan.json"]
+
+
+def test_what_a_dead_process_tried_is_removed_by_the_next(tmp_path, monkeypatch):
+    strays = [hidden.temporary(tmp_path) for _ in range(2)]
+    (strays[0] / "content").mkdir()
+    staging.check_output(tmp_path / "out", overwrite=False)
+    assert sorted(tmp_path.iterdir()) == sorted(strays)  # it lives: it may be at it
+    monkeypatch.setattr(hidden, "_is_alive", lambda process: False)
+    staging.check_output(tmp_path / "out", overwrite=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_rename_that_is_refused_in_the_middle_is_completed_by_the_next_run(tmp_path):
