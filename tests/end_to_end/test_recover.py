@@ -277,6 +277,9 @@ def test_two_runs_at_once_are_kept_apart_and_overwrite_begins_anew(run, whole, t
         run(save)
     os.close(other)
     (save / "stray").mkdir()
+    with pytest.raises(InputError, match="stray, which is no part of a run of recover"):
+        run(save, overwrite=True)
+    (save / "stray").rmdir()
     assert run(save, overwrite=True) == 0
     same_end(save, whole())
 
