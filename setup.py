@@ -28,6 +28,7 @@ setup(
         "psutil>=5.9",
         "rich>=13",
         "datasets>=4",
+        "pyarrow>=21",
         "tensorboard>=2.14",
         "matplotlib>=3.8",
     ],

@@ -316,3 +316,27 @@ def _may_have_children() -> Iterator[None]:
         for child in multiprocessing.active_children():
             child.terminate()
             child.join()
+
+
+def refusal(world: World, checkpoint: str, layout: ParallelLayout) -> str:
+    """What a rank says when it builds a model from a checkpoint that it may not read."""
+    from megatron_prune.checkpoint import megatron
+    from megatron_prune.errors import CheckpointError
+    from megatron_prune.runtime.model import build_model
+
+    tensors = megatron.open_checkpoint(Path(checkpoint)).tensors
+    try:
+        build_model(tensors, layout, world, dtype=torch.float32, seq_length=8)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        stop(world)
+    return "nothing"
+
+
+def stop(world: World) -> None:
+    """Take down what a failed job left."""
+    from megatron_prune.runtime.model import stop_parallel
+
+    stop_parallel()
+    forget_groups()

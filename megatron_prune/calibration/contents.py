@@ -130,13 +130,12 @@ def check_read_once(flag: str, sources: Iterable[tuple[str, list[Path]]]) -> Non
     Raises:
         InputError: naming the file and both sources.
     """
-    seen: dict[tuple[int, int], str] = {}
-    for name, files in sources:
-        for file in files:
-            facts = facts_of(file)
-            first = seen.setdefault((facts.st_dev, facts.st_ino), name) if facts else name
-            if first != name:
-                raise InputError(f"{flag}: {file} would be read twice", got=f"{first} and {name}", do="leave one of them out")
+    seen: dict[tuple[int, int], tuple[int, str]] = {}
+    for number, (name, files) in enumerate(sources):
+        for facts, file in ((facts_of(file), file) for file in files):
+            first = seen.setdefault((facts.st_dev, facts.st_ino), (number, name)) if facts else (number, name)
+            if first[0] != number:
+                raise InputError(f"{flag}: {file} would be read twice", got=f"{first[1]} and {name}", do="leave one of them out")
 
 
 def summary(name: str, facts: dict[str, Any]) -> str | None:

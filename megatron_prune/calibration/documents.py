@@ -13,18 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Sequence
 
-from megatron_prune.calibration import hub
 from megatron_prune.calibration.encoder import Encoder
-from megatron_prune.calibration.reader import Reader, TextReader, open_reader
+from megatron_prune.calibration.reader import TRAIN, Reader, TextReader, open_reader
 from megatron_prune.calibration.streams import is_compressed
 from megatron_prune.calibration.talks import Span
 from megatron_prune.errors import InputError
 
 LONGEST = 1 << 14
 """Characters of plain text that are one document, at most: some 4,000 tokens."""
-
-_ROWS = 1000
-"""Rows of a data set that are read together."""
 
 MOST = 1 << 29
 """Characters that are tokenised whole, at most; documents have no such limit."""
@@ -76,6 +72,10 @@ class DocumentReader(ABC):
         """The files here that are read."""
         return []
 
+    def has_splits(self) -> bool:
+        """Whether it is cut into splits, of which one is read."""
+        return True
+
     def contents(self) -> dict[str, Any]:
         """JSON-able: of a folder, what is read of it and what is not (see ``contents.py``); else empty."""
         return {}
@@ -86,6 +86,9 @@ class FileReader(TextReader, DocumentReader):
 
     def files(self) -> list[Path]:
         return [Path(self.name)]
+
+    def has_splits(self) -> bool:
+        return False
 
     def size(self) -> int | None:
         return None if is_compressed(self.name) else os.path.getsize(self.name)
@@ -106,6 +109,16 @@ def open_documents(name: str, keys: Sequence[str], *, split: str, encode: Encode
     if isinstance(reader, TextReader):
         return _WholeText(reader)
     raise InputError(f"{name} is not text", got="tokens", needed="text, JSONL, a folder or a data set")
+
+
+def check_split(split: str, sources: Sequence[DocumentReader]) -> None:
+    """Refuse a split where no source has any.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    if split != TRAIN and not any(source.has_splits() for source in sources):
+        raise InputError(f"--split {split} has no effect: nothing that is read has splits", do="leave it out")
 
 
 class _WholeText(DocumentReader):
@@ -158,18 +171,6 @@ def _stop(text: str, longest: int) -> int:
         if found >= 0:
             return found + len(mark)
     return longest
-
-
-def row_documents(name: str, rows: Any, keys: Sequence[str]) -> Iterator[Document]:
-    """A document a row of a table of ``datasets``.
-
-    Raises:
-        InputError: if a column is missing or holds no text.
-    """
-    for start in range(0, len(rows), _ROWS):
-        some = rows.select(range(start, min(start + _ROWS, len(rows))))
-        for texts in zip(*(hub.texts(name, some, key) for key in keys)):
-            yield Document(texts, sum(map(len, texts)))
 
 
 def within_memory(name: str, parts: Iterable[str]) -> Iterator[str]:

@@ -87,8 +87,8 @@ class Pair:
                 do="make the pair again",
             )
         held = Path(f"{prefix}.bin").stat().st_size
-        last = int(self._pointers.max()) if len(lengths) else 0  # first alone: the sum of a huge place and a length wraps
-        needed = last if last > held else int((self._pointers + lengths * self.dtype.itemsize).max()) if len(lengths) else 0
+        reach = self._pointers.astype(numpy.uint64) + (lengths * self.dtype.itemsize).astype(numpy.uint64)  # below 2^64
+        needed = max(int(reach.max()), int(lengths.sum()) * self.dtype.itemsize) if len(lengths) else 0  # none lie on each other
         if held < needed:
             raise InputError(f"{prefix}.bin is not whole", got=f"{held} bytes", needed=f"{needed} bytes, as {prefix}.idx says")
         self.ends = numpy.cumsum(lengths)

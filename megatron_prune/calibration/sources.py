@@ -167,7 +167,7 @@ def check_amount(nsamples: int, seq_length: int) -> None:
     Raises:
         InputError: naming the flag.
     """
-    most = MOST_TOKENS // max(seq_length, 1)
+    most = max(1, MOST_TOKENS // max(seq_length, 1))
     if not 1 <= nsamples <= most:
         raise InputError("--nsamples", got=nsamples, needed=f"a positive number, at most {most}")
 

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Callable, Iterable, Iterator, TypeVar
 
-from megatron_prune.errors import PruneError
+from megatron_prune.errors import InputError, PruneError
 
 T, R = TypeVar("T"), TypeVar("R")
 
@@ -19,6 +19,20 @@ T, R = TypeVar("T"), TypeVar("R")
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+MOST = 1024
+"""Processes."""
+
+
+def check_workers(workers: int | None) -> None:
+    """Refuse a number of processes that is none.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    if workers is not None and not 1 <= workers <= MOST:
+        raise InputError("--workers", got=workers, needed=f"a positive number, at most {MOST}")
 
 
 def in_processes(

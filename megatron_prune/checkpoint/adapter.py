@@ -7,20 +7,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megatron_prune.arch.adapter import AdapterConfig
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import megatron, torch_dist
 from megatron_prune.checkpoint.description import Told
+from megatron_prune.checkpoint.digests import digest
 from megatron_prune.checkpoint.manifest import FILE, Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
-from megatron_prune.errors import CheckpointError
+from megatron_prune.checkpoint.tensor_map import DamagedTensor
+from megatron_prune.errors import CheckpointError, PruneError
 from megatron_prune.families.family import Family
+from megatron_prune.files.documents import read_json
 from megatron_prune.files.region import Scratch
 
+PREFIX = "adapter.layers."
 KEY = "adapter.layers.{layer}.{role}.{part}"
 """Name of A (``a``, [r, in]) or B (``b``, [out, r]) of a role in a checkpoint."""
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,19 +42,34 @@ class StoredAdapter:
         a, b = self.matrices[tensor]
         return torch.addmm(full.float(), b.float(), a.float(), alpha=self.config.scale)
 
+    def _peft_tensors(self, family: Family) -> dict[str, torch.Tensor]:
+        named = {}
+        for tensor, (a, b) in self.matrices.items():
+            name = family.tensor_name(tensor).removesuffix(".weight")
+            named[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+            named[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+        return named
+
+    def check_peft(self, folder: Path, family: Family) -> None:
+        """Read again what :meth:`write_peft` wrote.
+
+        Raises:
+            PruneError: if it is not this adapter.
+        """
+        written, wanted = load_file(folder / PEFT_WEIGHTS), self._peft_tensors(family)
+        names = sorted(written.keys() | wanted.keys())
+        wrong = [n for n in names if n not in written or n not in wanted or not torch.equal(written[n], wanted[n])]
+        if wrong or read_json(folder / PEFT_CONFIG)["r"] != self.config.r:
+            raise PruneError(f"the check of what was written failed; nothing is put in place: {', '.join(wrong) or PEFT_CONFIG}")
+
     def write_peft(self, folder: Path, family: Family, base: str) -> None:
         """Fill a directory as ``peft.PeftModel.from_pretrained`` reads it.
 
         Args:
             base: what to name as the model that it belongs on.
         """
-        tensors, targets = {}, set()
-        for tensor, (a, b) in self.matrices.items():
-            name = family.tensor_name(tensor).removesuffix(".weight")
-            targets.add(name.rpartition(".")[2])
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        targets = {family.tensor_name(tensor).removesuffix(".weight").rpartition(".")[2] for tensor in self.matrices}
+        save_file(self._peft_tensors(family), folder / PEFT_WEIGHTS, metadata={"format": "pt"})
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -62,7 +82,7 @@ class StoredAdapter:
             "fan_in_fan_out": False,
             "inference_mode": True,
         }
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def open_adapted(path: Path, base: Path | None = None, told: Told = Told()) -> tuple[MegatronCheckpoint, StoredAdapter | None]:
@@ -94,14 +114,36 @@ def open_adapted(path: Path, base: Path | None = None, told: Told = Told()) -> t
             needed=described.adapter.base_content_id,
             do="name that model with --base",
         )
+    megatron.check_structure(folder, described)
     config = described.adapter.config
-    adapter = StoredAdapter(config=config, matrices=_read(folder, config, checkpoint.config.num_layers))
-    return replace(checkpoint, manifest=replace(described, adapter=None)), adapter
+    adapter = StoredAdapter(config=config, matrices=_read(folder, config, checkpoint.config.num_layers, described.digests))
+    base_manifest = checkpoint.manifest  # the digests are of what lies at ``checkpoint.path``
+    told = replace(described, adapter=None, digests=base_manifest.digests, files=base_manifest.files)
+    return replace(checkpoint, manifest=told), adapter
 
 
-def _read(folder: Path, config: AdapterConfig, layers: int) -> dict[TensorId, tuple[torch.Tensor, torch.Tensor]]:
-    stored = torch_dist.read_tensors(folder, "adapter.layers.")
-    found = {}
+def adapter_digests(folder: Path) -> dict[str, str]:
+    """Digest of every matrix of an adapter, by its name in the checkpoint."""
+    return {name: digest(matrix) for name, matrix in read_matrices(folder, {}).items()}
+
+
+def read_matrices(folder: Path, digests: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Every matrix of an adapter by its name in the checkpoint, compared with its digest where that is known.
+
+    Raises:
+        DamagedTensor: if one is not what was written.
+    """
+    stored = torch_dist.read_tensors(folder, PREFIX)
+    for name, expected in digests.items():
+        if name not in stored or digest(stored[name]) != expected:
+            raise DamagedTensor(f"{folder}: {name} is not what was written there")
+    return stored
+
+
+def _read(
+    folder: Path, config: AdapterConfig, layers: int, digests: dict[str, str]
+) -> dict[TensorId, tuple[torch.Tensor, torch.Tensor]]:
+    stored, found = read_matrices(folder, digests), {}
     for layer in range(layers):
         for role in config.roles:
             names = [KEY.format(layer=layer, role=role, part=part) for part in "ab"]

@@ -19,6 +19,8 @@ from megatron_prune.files.documents import read_json
 
 log = logging.getLogger("megatron_prune")
 
+_TABLE = "tokenizer.json"
+_OWN_ENDS = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
 
 
@@ -44,7 +46,11 @@ def rewrite_side_files(folder: Path, vocab_size: int | None = None) -> None:
     Args:
         vocab_size: of the model; token ids beyond are left out.
     """
-    for name, mend in ((TOKENIZER, _tokenizer), (GENERATION, lambda data: _without_absent(data, vocab_size, GENERATION))):
+    mends = {
+        TOKENIZER: lambda data: _with_ends(_tokenizer(data), folder),
+        GENERATION: lambda data: _without_absent(data, vocab_size, GENERATION),
+    }
+    for name, mend in mends.items():
         if (folder / name).is_file():
             data = read_json(folder / name)
             if (mended := mend(data)) != data:
@@ -58,6 +64,20 @@ def _tokenizer(data: dict[str, Any]) -> dict[str, Any]:
     if isinstance(found.get("extra_special_tokens"), list):  # transformers 4 wants names for them, and has this list
         found["additional_special_tokens"] = found.pop("extra_special_tokens")
     return found
+
+
+def _with_ends(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Whether a text begins with BOS and ends with EOS: Llama's class in transformers 4 has its own mind where nothing says it."""
+    ends = ("add_bos_token", "add_eos_token")
+    if data.get("tokenizer_class") not in _OWN_ENDS or any(key in data for key in ends) or not (folder / _TABLE).is_file():
+        return data
+    processor = read_json(folder / _TABLE).get("post_processor") or {}
+    try:
+        steps = [step for part in processor.get("processors", [processor]) for step in part.get("single", ())]
+        special = ["SpecialToken" in step for step in (steps[:1] + steps[-1:] if steps else [{}, {}])]
+    except (AttributeError, TypeError):  # a damaged table: whoever reads it says so
+        return data
+    return {**data, **dict(zip(ends, special))}
 
 
 def _without_absent(data: dict[str, Any], vocab_size: int | None, where: str) -> dict[str, Any]:

@@ -77,6 +77,8 @@ _NEEDED = {"vocab_size": "--vocab-size", "rotary_base": "--rotary-base", "norm_e
 _DEFAULTS = {"tie_embeddings": True, "max_position_embeddings": 2048}
 _MANY, _MOST = {"num_layers": 100_000, "num_attention_heads": 1_000_000}, 1 << 31
 """Where sizes end to be believed: what is counted through, and the rest."""
+_WIDEST_PADDING = 128 * 256
+"""Rows that Megatron-LM pads a vocabulary by at most, on 256 tensor-parallel ranks."""
 _EOD_ADDED = ("NullTokenizer", "NullMultimodalTokenizer")
 """Tokenizers that count their end-of-document token beside ``--vocab-size`` in some versions."""
 
@@ -92,6 +94,7 @@ def describe(stored: dict[str, Any], where: object, ignored: frozenset[str] = fr
     model: dict[str, Any] = {}
     for name in (*_ALWAYS_SAID, "kv_channels", "max_position_embeddings", "vocab_size"):
         model[name] = read.integer(name, _MANY.get(name, _MOST))
+    model["max_position_embeddings"] = model["max_position_embeddings"] or read.integer("seq_length", _MOST)
     model["num_query_groups"] = read.integer("num_query_groups", _MANY["num_attention_heads"])
     if "group_query_attention" in stored and not read.switch("group_query_attention"):
         model["num_query_groups"] = model["num_attention_heads"]
@@ -110,9 +113,9 @@ def describe(stored: dict[str, Any], where: object, ignored: frozenset[str] = fr
         vocab_divisible_by=read.integer("make_vocab_size_divisible_by", _MOST) or 128,
         eod_added=stored.get("tokenizer_type") in _EOD_ADDED if isinstance(stored.get("tokenizer_type"), str) else False,
     )
-    do = "if an argument that is not known changes nothing that the model computes, say so: --ignore-args NAME …"
     unknown = any("not an argument that is known" in problem for problem in problems)
-    raise_all(CheckpointError, f"the arguments stored in {where} do not describe a supported model", problems, do=do if unknown else None)
+    do = "pass over one that changes nothing which the model computes with --ignore-args NAME …" if unknown else None
+    raise_all(CheckpointError, f"the arguments stored in {where} do not describe a supported model", problems, do=do)
     return described
 
 
@@ -136,7 +139,7 @@ class _Reader:
         return self._typed((name,), (int,), f"a whole number from 1 to {limit:,}", lambda value: 0 < value <= limit)
 
     def number(self, *names: str) -> float | None:
-        value = self._typed(names, (int, float), "a positive number", lambda value: 0 < value < 1e300)
+        value = self._typed(names, (int, float), "a positive number", lambda value: 0 < value < 1e15)
         return None if value is None else float(value)
 
     def switch(self, *names: str) -> bool | None:
@@ -212,6 +215,8 @@ def settle(description: Description, told: Told, padded: int, where: object, *, 
         raise CheckpointError(
             f"{where} holds fewer rows of the vocabulary than the model has tokens", got=padded, needed=config.vocab_size
         )
+    if theirs and "vocab_size" not in {**said, **told.values}:
+        _check_padding(padded - config.vocab_size, description, told)
     same = family is not None and (family.qkv_bias, family.qk_norm) == (config.qkv_bias, config.qk_norm)
     return Settled(config=config, family=family if same else None, unsaid=missing, notes=tuple(notes))
 
@@ -274,6 +279,17 @@ def _fill(values: dict[str, Any], padded: int, where: object, incomplete: bool) 
         )
     values.update({name: {"vocab_size": padded}.get(name, 1.0) for name in missing})
     return missing
+
+
+def _check_padding(rows: int, description: Description, told: Told) -> None:
+    """Refuse a vocabulary so small that rows which padding does not explain would be lost."""
+    rule = description.vocab_divisible_by * (description.tensor or 1) if description.model else _WIDEST_PADDING
+    if rows >= rule:
+        raise CheckpointError(
+            f"the vocabulary of {told.hf_dir} would leave {rows} rows of the checkpoint's to padding",
+            needed=f"fewer than {rule}",
+            do="name the model it is of with --hf-dir; or, if it is, repeat its size with --vocab-size",
+        )
 
 
 def _padding(missing: tuple[str, ...], padded: int) -> str:

@@ -18,13 +18,13 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Block
 from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
 from megatron_prune.checkpoint import safetensors_file, weight_files
-from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.checkpoint.manifest import RECIPE_FILE, Recipe
+from megatron_prune.checkpoint.tensor_map import FLOATS, TensorMap
 from megatron_prune.checkpoint.weight_files import INDEX, SINGLE, WEIGHTS
 from megatron_prune.errors import CheckpointError, InputError, raise_all, reason
 from megatron_prune.families.family import Family, family_of
 from megatron_prune.files.documents import LIMIT, read_json, shorten
 from megatron_prune.files.region import Region
-from megatron_prune.files.tensor_file import open_tensors
 
 CONFIG = "config.json"
 BUFFERS_FILE = "rotary_buffers.safetensors"
@@ -34,8 +34,9 @@ _BUFFERS = re.compile(
     r"(.+\.)?(inv_freq|freqs_cis|masked_bias|causal_mask|position_ids)"
 )
 """Tables that old checkpoints store and transformers computes anew, whatever they hold: of positions, and of who sees whom."""
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SIDE_FOLDERS = ("additional_chat_templates",)
+VOCABULARY_FILES = re.compile(r"tokenizer\.json|vocab\.(json|txt)|merges\.txt|added_tokens\.json|.*\.model")
+"""Files that say which token has which id."""
 
 
 @dataclass
@@ -44,7 +45,7 @@ class HuggingFaceModel:
 
     Attributes:
         tensors: where the role tensors lie; a stored copy of a tied output layer is a replica of the embedding.
-        buffers: rotary tables some old checkpoints store, by name.
+        buffers: tables that some old checkpoints store and transformers computes anew, by name.
     """
 
     path: Path
@@ -115,7 +116,8 @@ def open_model(path: Path) -> HuggingFaceModel:
         else:
             problems.append(f"{name}: not a tensor of a {family.name} model with this config.json")
     raise_all(CheckpointError, f"{path} does not hold the model that its config.json describes", problems)
-    return HuggingFaceModel(path, hf_config, family, config, tensors.validate(path), buffers)
+    tensors.validate(path).expect(Recipe.load(path).digests, path / RECIPE_FILE)
+    return HuggingFaceModel(path, hf_config, family, config, tensors, buffers)
 
 
 def _add(tensors: TensorMap, tensor: TensorId, name: str, region: Region, shape: tuple[int, ...], *, replica: bool) -> list[str]:
@@ -183,13 +185,9 @@ def lay_out(
 
 
 def save_buffers(model: HuggingFaceModel, folder: Path) -> None:
-    """Keep a model's stored rotary tables in ``folder``, if it has any."""
+    """Keep a model's stored tables in ``folder``, if it has any."""
     if model.buffers:
-        data = {}
-        for name, (region, shape) in model.buffers.items():
-            data[name] = torch.empty(shape, dtype=region.dtype)
-            region.read_into(data[name])
-        save_file(data, folder / BUFFERS_FILE)
+        save_file(_read_buffers(model.buffers), folder / BUFFERS_FILE)
 
 
 def load_buffers(folder: Path | None) -> dict[str, torch.Tensor]:
@@ -197,10 +195,18 @@ def load_buffers(folder: Path | None) -> dict[str, torch.Tensor]:
     file = folder / BUFFERS_FILE if folder else None
     if file is None or not file.exists():
         return {}
-    with open_tensors(file, do="convert the model again") as held:
-        strange = [name for name in held.names if not _BUFFERS.fullmatch(name)]
-        raise_all(CheckpointError, f"{file} holds what is no rotary table", [shorten(name) for name in strange])
-        return {name: held.take(name) for name in held.names}
+    stored = safetensors_file.read_header(file)
+    strange = [shorten(name) for name in stored if not _BUFFERS.fullmatch(name)]
+    raise_all(CheckpointError, f"{file} holds what is no table of positions or masks", strange, do="convert the model again")
+    return _read_buffers(stored)
+
+
+def _read_buffers(stored: weight_files.Stored) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, (region, shape) in stored.items():
+        found[name] = torch.empty(shape, dtype=region.dtype)
+        region.read_into(found[name])
+    return found
 
 
 def side_files(source: Path) -> dict[str, Path]:

@@ -1,11 +1,14 @@
-"""``megatron_prune.json``: what a Megatron checkpoint of this project holds and how it came to be."""
+"""``megatron_prune.json``: what a Megatron checkpoint of this project holds and how it came to be.
+
+A pruned Hugging Face directory says how it came to be in ``megatron_prune_recipe.json``.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
@@ -17,11 +20,12 @@ from megatron_prune.errors import CheckpointError
 from megatron_prune.files.documents import STRICT, parse_versioned, read_bytes
 
 FILE = "megatron_prune.json"
-VERSION = 1
+VERSION = 2
+"""1 had no digests of tensors and files."""
 _FORMAT, _RECIPE = "megatron-prune checkpoint", "megatron-prune recipe"
 
 RECIPE_FILE = "megatron_prune_recipe.json"
-"""In a pruned Hugging Face directory: how it came to be."""
+"""In a pruned Hugging Face directory: how it came to be, and the digests of its weights."""
 
 
 class RecipeEntry(TypedDict):
@@ -33,28 +37,35 @@ class RecipeEntry(TypedDict):
     new: NotRequired[dict[str, int]]
 
 
-def dump_recipe(recipe: list[dict[str, Any]]) -> str:
-    """Text of :data:`RECIPE_FILE`."""
-    return json.dumps({"format": _RECIPE, "version": VERSION, "recipe": recipe}, indent=2) + "\n"
-
-
 @dataclass(frozen=True, kw_only=True)
-class _RecipeFile:
-    __pydantic_config__ = STRICT
-    recipe: list[RecipeEntry]
+class Recipe:
+    """Content of :data:`RECIPE_FILE`.
 
-
-def read_recipe(folder: Path) -> list[dict[str, Any]]:
-    """Steps that made a Hugging Face directory, oldest first; empty if it does not say.
-
-    Raises:
-        CheckpointError: if the file is damaged.
+    Attributes:
+        recipe: steps that made the directory, oldest first.
+        digests: str(tensor) → digests of its stored bytes (``checkpoint/digests.py``).
     """
-    file = folder / RECIPE_FILE
-    if not file.exists():
-        return []
-    held = read_bytes(file)
-    return parse_versioned(held, _RecipeFile, file, format=_RECIPE, version=VERSION, do="mend or remove it").recipe
+
+    __pydantic_config__ = STRICT
+
+    recipe: list[RecipeEntry] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def dumps(self) -> str:
+        """The file's text."""
+        return json.dumps({"format": _RECIPE, "version": VERSION, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def load(cls, folder: Path) -> Recipe:
+        """That of a Hugging Face directory; an empty one if it does not say.
+
+        Raises:
+            CheckpointError: if the file is damaged.
+        """
+        file = folder / RECIPE_FILE
+        if not file.exists():
+            return cls()
+        return parse_versioned(read_bytes(file), cls, file, format=_RECIPE, version=VERSION, do="mend or remove it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +92,8 @@ class Manifest:
         recipe: one entry per step that made the checkpoint, oldest first.
         adapter: in a checkpoint of adapters alone: their ``config``, and the ``base`` they belong on with its
             ``base_content_id``.
+        digests: str(tensor) → digests of its bytes as they lie in this checkpoint's files (``checkpoint/digests.py``).
+        files: digests of all other files, by their path in the checkpoint.
     """
 
     __pydantic_config__ = STRICT
@@ -94,6 +107,8 @@ class Manifest:
     kept_layers: list[Annotated[int, Field(ge=0)]] | None = None
     recipe: list[RecipeEntry] = field(default_factory=list)
     adapter: AdapterOrigin | None = None
+    digests: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     def dumps(self) -> str:
         """The file's text."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId, tensor_ids
 from megatron_prune.checkpoint import legacy, manifest, torch_dist
 from megatron_prune.checkpoint.description import Description, Told, check_flags, check_goes_back_to, describe, settle
+from megatron_prune.checkpoint.digests import digest_file
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS, megatron_args, padded_as_stored
 from megatron_prune.checkpoint.tensor_map import TensorMap
@@ -70,6 +71,10 @@ class MegatronCheckpoint:
         if file.is_symlink():
             raise CheckpointError(f"{file}", got="a link", needed="the plan itself", do="put a copy in its place, or remove it")
         return read_text(file) if file.exists() else None
+
+    def edited_files(self) -> list[str]:
+        """Configuration, tokenizer and other files beside the weights that are not as they were written, or gone."""
+        return edited_files(self.path, self.manifest)
 
 
 def is_megatron(path: Path) -> bool:
@@ -157,17 +162,21 @@ def _open_own(folder: Path, name: str, told: Told) -> MegatronCheckpoint:
     differing = [f for f in SHAPE_FIELDS if f != "vocab_size" and said.get(f, getattr(config, f)) != getattr(config, f)]
     if differing:
         raise CheckpointError(f"{folder}: {manifest.FILE} and the stored args disagree on " + ", ".join(differing))
-    check_flags(told, {name: getattr(config, name) for name in told.values})
+    check_flags(told, {name: getattr(config, name) for name in ("vocab_size", "rotary_base")})  # verbs check all of Megatron's
     if told.hf_dir:
         pruned = any(entry["step"] != "convert" for entry in described.recipe)
         check_goes_back_to(config, FAMILIES.get(described.family), told.hf_dir, pruned=pruned)
     kept = folder / HF_FOLDER
+    tensors = _FORMATS[name].open_map(folder, config, layout).expect(described.digests, folder / manifest.FILE)
+    check_structure(folder, described)
+    if not described.digests and _holds_what_was_converted(described, tensors):
+        tensors.content_id = described.content_id
     return MegatronCheckpoint(
         path=folder,
         format=name,
         config=config,
         layout=layout,
-        tensors=_FORMATS[name].open_map(folder, config, layout),
+        tensors=tensors,
         manifest=described,
         own=True,
         hf_folder=told.hf_dir or (kept if kept.is_dir() else None),
@@ -177,6 +186,14 @@ def _open_own(folder: Path, name: str, told: Told) -> MegatronCheckpoint:
 def _tokenizer_beside(folder: Path) -> Path | None:
     """Where Bridge keeps the tokenizer of a checkpoint."""
     return next((place for place in (folder / TOKENIZER, folder.parent / TOKENIZER) if place.is_dir()), None)
+
+
+def _holds_what_was_converted(described: Manifest, tensors: TensorMap) -> bool:
+    """Whether the content id of a manifest without digests must be that of the stored tensors: no step or dtype came between."""
+    names = {tensor: str(dtype).removeprefix("torch.") for tensor, dtype in stored_dtypes(tensors).items()}
+    recorded = described.hf_dtypes
+    converted = bool(recorded and described.content_id and described.recipe and described.recipe[-1].get("step") == "convert")
+    return converted and all(recorded.get(str(tensor), recorded.get("default")) == name for tensor, name in names.items())
 
 
 def _written_by_us(folder: Path) -> bool:
@@ -222,8 +239,49 @@ def open_target(folder: Path, config: ModelConfig, layout: ParallelLayout, ckpt_
 
 def finish(folder: Path, described: Manifest) -> None:
     """Write the manifest and the tracker of a checkpoint whose tensors are all in place."""
-    (folder / manifest.FILE).write_text(described.dumps(), encoding="utf-8")
+    write_manifest(folder, described)
     (folder.parent / TRACKER).write_text(folder.name)
+
+
+def write_manifest(folder: Path, described: Manifest) -> None:
+    """Write the manifest, with digests of all files that hold no weights."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _holds_weights(path.relative_to(folder))]
+    found = {path.relative_to(folder).as_posix(): digest_file(path) for path in files}
+    (folder / manifest.FILE).write_text(replace(described, files=found).dumps(), encoding="utf-8")
+
+
+def check_structure(folder: Path, described: Manifest) -> None:
+    """Refuse a checkpoint whose files that say where the tensors lie are not as they were written.
+
+    Raises:
+        CheckpointError: naming them.
+    """
+    changed = differing_files(folder, {name: digest for name, digest in described.files.items() if _is_structure(name)})
+    if changed:
+        raise CheckpointError(
+            f"{folder}: {', '.join(changed)}",
+            got="other bytes than were written: damaged, or of another checkpoint",
+            do="restore the file, or make the checkpoint again",
+        )
+
+
+def edited_files(folder: Path, described: Manifest) -> list[str]:
+    """Files beside the weights of a checkpoint that are not as they were written, or gone."""
+    return differing_files(folder, {name: digest for name, digest in described.files.items() if not _is_structure(name)})
+
+
+def differing_files(folder: Path, recorded: dict[str, str]) -> list[str]:
+    """Names out of ``recorded`` of files that are gone, or whose digest is another."""
+    return [name for name, digest in recorded.items() if not (folder / name).is_file() or digest_file(folder / name) != digest]
+
+
+def _holds_weights(name: Path) -> bool:
+    return name.suffix == ".distcp" or name.parts[0].startswith("mp_rank_")
+
+
+def _is_structure(name: str) -> bool:
+    """Whether a file says where the tensors lie and what they are; the others are for the way back."""
+    return name in (torch_dist.METADATA, torch_dist.COMMON, torch_dist.VERSION_FILE)
 
 
 def stored_dtypes(tensors: TensorMap) -> dict[TensorId, torch.dtype]:

@@ -82,7 +82,26 @@ def megatron_args(
         iteration=0,
         consumed_train_samples=0,
         consumed_valid_samples=0,
+        **_ABSENT,
     )
+
+
+_ABSENT = {
+    **dict.fromkeys(
+        "multi_latent_attention squared_relu qk_l2_norm init_method_xavier_uniform fp16_lm_cross_entropy moe_grouped_gemm "
+        "moe_use_legacy_grouped_gemm is_hybrid_model use_legacy_models fp8_param_gather bias_gelu_fusion no_persist_layer_norm "
+        "overlap_p2p_comm init_model_with_meta_device".split(),
+        False,
+    ),
+    **dict.fromkeys(
+        "spec mtp_num_layers heterogeneous_layers_config_path decoder_first_pipeline_num_layers "
+        "decoder_last_pipeline_num_layers".split()
+    ),
+    "bias_swiglu_fusion": True,
+    "config_logger_dir": "",
+    "cp_comm_type": ["p2p"],
+}
+"""What Megatron-Bridge looks for in the ``args`` of a checkpoint without ``run_config.yaml``, at Megatron-LM's defaults."""
 
 
 def padded_as_stored(layout: ParallelLayout, vocab_size: int, padded: int) -> ParallelLayout:

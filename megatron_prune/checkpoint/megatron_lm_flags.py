@@ -60,6 +60,10 @@ def contradictions(config: ModelConfig) -> list[str]:
         ]
     if scaling and scaling.kind == "linear" and not float(scaling.factor).is_integer():
         found.append(f"Megatron-LM divides rotary frequencies by whole numbers alone; this model needs {scaling.factor:g}")
+    elif scaling and scaling.kind == "linear":
+        found.append(
+            f"Megatron-LM divides no rotary frequencies before core 0.19, whatever it is told; this model needs {scaling.factor:g}"
+        )
     if config.sliding_window is not None and config.sliding_window < config.max_position_embeddings:
         found.append(
             f"Megatron-LM has no --window-size before core 0.15: attention is to all tokens there, not to {config.sliding_window}"

@@ -82,7 +82,7 @@ def _value(node: yaml.Node) -> Any:
     """A plain value, a list of plain values, or an :class:`Inert`: what is nested deeper says nothing of a model."""
     if isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN:
         return yaml.constructor.SafeConstructor().construct_object(node)
-    if isinstance(node, yaml.SequenceNode) and len(node.value) <= _LONGEST:
+    if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq" and len(node.value) <= _LONGEST:
         return [_value(part) if isinstance(part, yaml.ScalarNode) else Inert("a list in a list") for part in node.value]
     target = _entries(node).get("_target_")
     if isinstance(target, yaml.ScalarNode):

@@ -15,8 +15,10 @@ from typing import Callable
 import torch
 import xxhash
 
+from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import TensorId, tensor_ids
-from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.checkpoint.tensor_map import DamagedTensor, TensorMap
+from megatron_prune.errors import CheckpointError, raise_all
 from megatron_prune.files.region import Scratch, closed_files, sync_files
 
 WORKERS = 2
@@ -27,15 +29,43 @@ Transform = Callable[[TensorId, torch.Tensor, Scratch], torch.Tensor]
 
 @dataclass
 class StreamReport:
-    """What a process saw: digests of the tensors it handled, and which hold NaN, infinity or values too large."""
+    """What a process saw of the tensors it handled.
+
+    Attributes:
+        digests: of every tensor's values, whatever the format; :func:`content_id` makes a model's identity of them.
+        stored: of every tensor's bytes as they lie in the files that were written (read, where nothing was).
+        troubled: which hold NaN, infinity or values too large.
+        damaged: which of the source are not what was written there, with the message.
+    """
 
     digests: dict[str, str] = field(default_factory=dict)
+    stored: dict[str, str] = field(default_factory=dict)
     troubled: dict[str, str] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
 
     def merge(self, other: StreamReport) -> None:
         """Add what another process saw."""
         self.digests.update(other.digests)
+        self.stored.update(other.stored)
         self.troubled.update(other.troubled)
+        self.damaged.update(other.damaged)
+
+    def in_order(self, config: ModelConfig) -> dict[str, str]:
+        """``stored``, as the model has its tensors."""
+        return {str(tensor): self.stored[str(tensor)] for tensor in tensor_ids(config)}
+
+    def require_whole(self) -> None:
+        """Refuse a source with damaged tensors.
+
+        Raises:
+            CheckpointError: naming them.
+        """
+        raise_all(
+            CheckpointError,
+            "the weights are not those that were written: damaged, exchanged with other files, or changed afterwards",
+            [self.damaged[name] for name in sorted(self.damaged)],
+            do="restore the files, or make the checkpoint again",
+        )
 
 
 def share(weights: dict[TensorId, int], rank: int, ranks: int) -> list[TensorId]:
@@ -62,8 +92,8 @@ def stream(
     """Write every tensor of ``target`` that falls to this process.
 
     Args:
-        source: what is read.
-        target: what is written; ``None`` reads only (to check and to digest).
+        source: what is read, and compared with the digests that are known of it.
+        target: what is written; ``None`` reads only (to check and to digest), copies that tensors have too.
         origin: target tensor → the source tensor it is made from.
         transform: what is done to it; the source unchanged (but for the target's dtype) when ``None``.
         rank, ranks: this process and their number.
@@ -71,38 +101,58 @@ def stream(
 
     Returns:
         Digests of the written tensors after ``transform`` and before a change of dtype (of the read ones, without a
-        target), and which values are not sound.
+        target), those of the bytes in the files, and which values are not sound. Nothing more is written after a damaged
+        tensor of the source; without a target all are named.
     """
     wanted = tensor_ids((target or source).config)
     mine = share({tensor: source.nbytes(origin(tensor)) for tensor in wanted}, rank, ranks)
     report, thread = StreamReport(), local()
 
-    def handle(tensor: TensorId) -> tuple[TensorId, str, str | None, int]:
+    def handle(tensor: TensorId) -> StreamReport:
         if not hasattr(thread, "scratch"):
             thread.scratch = Scratch()
-        data = source.read(origin(tensor), thread.scratch)
+        name, source_name, seen = str(tensor), str(origin(tensor)), StreamReport()
+        try:
+            data, stored = source.read_digested(origin(tensor), thread.scratch)
+            if target is None:
+                source.check_copies(tensor)
+        except DamagedTensor as damaged:
+            seen.damaged[source_name] = damaged.what
+            return seen
         trouble = _trouble(data, target.dtype(tensor) if target else data.dtype)
+        if trouble:
+            seen.troubled[source_name] = trouble
         if transform is not None:
             data = transform(tensor, data, thread.scratch)
-        digest = _digest(data)
-        if target is not None:
-            target.write(tensor, data, thread.scratch)
-        return tensor, digest, trouble, source.nbytes(origin(tensor))
+        seen.digests[name] = _digest(data)
+        seen.stored[name] = target.write(tensor, data, thread.scratch) if target else stored
+        return seen
 
     with closed_files(), ThreadPoolExecutor(WORKERS) as pool:
-        jobs = [pool.submit(handle, tensor) for tensor in mine]
+        jobs = {pool.submit(handle, tensor): tensor for tensor in mine}
         try:
-            for job in jobs:
-                tensor, digest, trouble, count = job.result()
-                report.digests[str(tensor)] = digest
-                if trouble:
-                    report.troubled[str(origin(tensor))] = trouble
-                progress(count)
+            for job, tensor in jobs.items():
+                report.merge(job.result())
+                if report.damaged and target:
+                    break
+                progress(source.nbytes(origin(tensor)))
         finally:
             for job in jobs:
                 job.cancel()
         sync_files()
     return report
+
+
+def check_ends(tensors: TensorMap, rank: int, ranks: int) -> list[str]:
+    """Read the ends of every part of this process's share of tensors again (``TensorMap.check_ends``); what is wrong."""
+    problems = []
+    with closed_files():
+        for tensor in share({tensor: tensors.nbytes(tensor) for tensor in tensor_ids(tensors.config)}, rank, ranks):
+            try:
+                tensors.check_ends(tensor)
+            except DamagedTensor as damaged:
+                problems.append(damaged.what)
+    return problems
 
 
 def content_id(digests: dict[str, str]) -> str:

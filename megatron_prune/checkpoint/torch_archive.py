@@ -29,6 +29,9 @@ MAX_PICKLE = 1 << 28
 """Bytes of the pickle in an archive; that of a whole rank of a large model has some hundred thousand."""
 
 
+_SAVE_AGAIN = "save it again as torch does today: torch.save(torch.load(FILE, weights_only=True), FILE)"
+
+
 class _Slice(io.RawIOBase):
     """Part of a file as a file of its own."""
 
@@ -91,16 +94,14 @@ class Archive:
                 f"{path} is a compressed archive",
                 got=f"{packed[0]!r} and {len(packed) - 1} more members compressed",
                 needed="members stored as they are, as torch.save writes them",
-                do="load it with torch and save it again",
+                do=_SAVE_AGAIN,
             )
         pickles = [name for name in self._members if name.rsplit("/", 1)[-1] == "data.pkl"]
         if len(self._members) < len(members) or len(pickles) != 1 or min(member.header_offset for member in members):
-            raise CheckpointError(f"{path} is not as torch.save writes an archive", do="load it with torch and save it again")
+            raise CheckpointError(f"{path} is not as torch.save writes an archive", do=_SAVE_AGAIN)
         self.name = pickles[0].removesuffix("data.pkl")
         if self.name + "byteorder" in self._members and self.read("byteorder", 16) != b"little":
-            raise CheckpointError(
-                f"{path} was written on a machine of the other byte order", do="load it with torch and save it again"
-            )
+            raise CheckpointError(f"{path} was written on a machine of the other byte order", do=_SAVE_AGAIN)
 
     def size(self, member: str) -> int:
         """Bytes of a member (named without the archive's folder)."""
@@ -138,7 +139,7 @@ class Archive:
 def _no_archive(path: Path, begin: bytes) -> CheckpointError:
     needed = "an archive as torch.save has written them since torch 1.6"
     if begin[:1] == b"\x80" or begin[:4] in (b"l\x03\xf3\n", b"ustar"):
-        kind, do = "a pickle, or a file of torch before 1.6", "load it with a torch that you trust it to, and save it again"
+        kind, do = "a pickle, or a file of torch before 1.6", _SAVE_AGAIN
     elif begin.startswith(b"version "):
         kind, do = "a pointer of git-lfs", "fetch the file itself: git lfs pull"
     else:

@@ -71,6 +71,7 @@ _KNOWN = {
         for name in names.split()
         if hasattr(module, name)
     },
+    "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata": dcp.Metadata,  # a subclass; of core 0.15
     "torch.Size": torch.Size,
     "torch.serialization._get_layout": torch.serialization._get_layout,
     "collections.OrderedDict": dict,

@@ -44,6 +44,7 @@ def _scaling(rope: dict[str, Any], name: str, hf: dict[str, Any]) -> RopeScaling
         # As transformers 5: a key beside the object wins, and without any the model's own length counts.
         length = rope.get("original_max_position_embeddings", hf.get("max_position_embeddings"))
         length = hf.get("original_max_position_embeddings", length)
+        length = int(length) if isinstance(length, float) and length.is_integer() else length
         check_value("int", length, f"config.json: {name}: original_max_position_embeddings")
         numbers = {key: _number(rope, key, name) for key in _LLAMA3}
         return RopeScaling(kind="llama3", **numbers, original_max_position_embeddings=length)

@@ -124,15 +124,18 @@ def parse_versioned(
 ) -> T:
     """A document of this project as a value of ``kind``: a JSON object that says its ``format`` and ``version`` beside.
 
+    A version only adds fields that may be missing: earlier ones are read too.
+
     Raises:
-        InputError (of the kind ``error``): also if it is of another format or version.
+        InputError (of the kind ``error``): also if it is of another format or of a later version.
     """
     held = parse_json(text, dict[str, Any], where, error=error, do=do)
     if held.pop("format", None) != format:
         raise error(f"{where} is something else", needed=f'"format": "{format}"', do=do)
     found = held.pop("version", None)
-    if type(found) is not int or found != version:
-        raise error(f"{where}", got=f"version {shorten(found)}", needed=f"version {version}", do="update megatron-prune")
+    if type(found) is not int or not 1 <= found <= version:
+        needed = f"version {version}" if version == 1 else f"version 1 to {version}"
+        raise error(f"{where}", got=f"version {shorten(found)}", needed=needed, do="update megatron-prune")
     return parse_json(json.dumps(held), kind, where, error=error, do=do)
 
 

@@ -18,6 +18,7 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import ROLES, TensorId, tensor_ids
 from megatron_prune.axes.axis import AXES
 from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.errors import InputError
 from megatron_prune.files.region import close_files
 from megatron_prune.importance.metric import Metric
 from megatron_prune.planning.selection import Scores
@@ -62,7 +63,12 @@ def score(
     config = tensors.config
     totals: Scores = {key: torch.zeros(AXES.get(key[0]).count(config), dtype=torch.float64) for key in wanted}
     if metric.reads_weights and wanted:
-        mine = _partial_sums(metric, tensors, layout, wanted, Place.of(world, layout), progress)
+        mine, error = {}, None
+        try:
+            mine = _partial_sums(metric, tensors, layout, wanted, Place.of(world, layout), progress)
+        except InputError as found:  # on the ranks that read a damaged part
+            error = found
+        world.agree(error)
         for part in world.all_gather(mine):
             for key, (start, piece) in part.items():
                 totals[key][start : start + piece.numel()] += piece

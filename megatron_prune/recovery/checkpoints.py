@@ -14,7 +14,7 @@ import contextlib
 import os
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,8 +26,10 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prune.checkpoint import megatron
+from megatron_prune.checkpoint.adapter import adapter_digests
 from megatron_prune.checkpoint.manifest import FILE, Manifest
 from megatron_prune.checkpoint.megatron_args import megatron_args
+from megatron_prune.checkpoint.stream import StreamReport, stream
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.files import staging
 from megatron_prune.recovery import reading, writer
@@ -57,6 +59,7 @@ class Checkpoints:
         side_files: fills a checkpoint's directory with what goes along (tokenizer, plan).
         tokenizer: whether one is among these.
         needed: bytes of one checkpoint.
+        check: read every checkpoint again before it is put in place, and keep digests of its weights.
     """
 
     root: Path
@@ -66,6 +69,7 @@ class Checkpoints:
     side_files: Callable[[Path], None]
     tokenizer: bool
     needed: int
+    check: bool = True
     _queue: AsyncCallsQueue = field(init=False, default_factory=AsyncCallsQueue)
     _writing: Path = field(init=False, default=Path())
     _writer: BaseProcess | None = field(init=False, default=None)
@@ -157,12 +161,12 @@ class Checkpoints:
             staging.abandon(self._writing)
 
     def _commit(self, folder: Path, described: Manifest, best: bool) -> None:
-        error = None
+        error, partial = None, staging.partial_path(folder)
+        digests = self._read_again(partial, described) if self.check else {}
         if self.world.is_main:
             try:
-                partial = staging.partial_path(folder)
                 self.side_files(partial)
-                (partial / FILE).write_text(described.dumps(), encoding="utf-8")
+                megatron.write_manifest(partial, replace(described, digests=digests))
                 staging.commit(folder)
                 staging.write_text(self.root / megatron.TRACKER, str(int(folder.name.removeprefix("iter_"))))
                 if best:
@@ -171,6 +175,26 @@ class Checkpoints:
             except OSError as found:
                 error = TrainingError(f"{folder} could not be written: {found}\n  {self._whole()}")
         self.world.agree(error)
+
+    def _read_again(self, partial: Path, described: Manifest) -> dict[str, str]:
+        """Digests of the weights as they lie in the files, which every rank reads a share of.
+
+        Raises:
+            TrainingError: if they are not a model (or an adapter) of the shape that was to be written.
+        """
+        found, error = StreamReport(), None
+        try:
+            if described.adapter:
+                found.stored = adapter_digests(partial) if self.world.is_main else {}
+            else:
+                tensors = megatron.open_target(partial, described.model, described.layout, "torch_dist")
+                found = stream(tensors, None, rank=self.world.rank, ranks=self.world.size)
+        except (InputError, OSError) as failed:
+            error = TrainingError(f"the checkpoint that was just written cannot be read: {failed}\n  {self._whole()}")
+        self.world.agree(error)
+        for part in self.world.all_gather(found):
+            found.merge(part)
+        return dict(sorted(found.stored.items()))
 
     def _whole(self) -> str:
         """What is left, in words."""

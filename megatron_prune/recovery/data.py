@@ -40,6 +40,7 @@ class DataOptions:
         split: shares of the documents for training, validation and test, such as ``"969,30,1"``.
         train_data_path, valid_data_path, test_data_path: instead of ``data_path``, one blend for each.
         cache: directory for the indices that megatron-core makes.
+        shared: whether other runs use that directory too.
         answers_only: whether only tokens count that the mask beside each pair names.
     """
 
@@ -51,6 +52,7 @@ class DataOptions:
     seq_length: int
     seed: int
     cache: Path
+    shared: bool = False
     answers_only: bool = False
 
     @property
@@ -195,7 +197,7 @@ def build_datasets(options: DataOptions, samples: tuple[int, int, int], world: W
 
 def build_alone(options: DataOptions, samples: tuple[int, int, int]) -> list[Dataset | None]:
     """The same in one process, waiting for no other."""
-    with index_cache.sound(options.cache), index_cache.without_pickles(), index_cache.alone():
+    with index_cache.held(options.cache, shared=options.shared), index_cache.without_pickles(), index_cache.alone():
         return _build(options, samples)
 
 
@@ -277,7 +279,8 @@ def step_batches(
     """This data-parallel copy's micro-batches of the step that starts after ``consumed`` samples.
 
     Yields:
-        Tokens and labels (``IGNORED`` where one does not count), int64 [micro_batch, seq_length], and the numbers of their samples in ``dataset``.
+        Tokens and labels (``IGNORED`` where one does not count), int64 [micro_batch, seq_length], and the numbers of their
+        samples in ``dataset``.
 
     Raises:
         InputError: on a token that the model has not.

@@ -1,7 +1,7 @@
-"""The indices of the data that megatron-core keeps in files: looked at before they are used, made again where they are not sound.
+"""The indices of the data that megatron-core keeps in files: made again when a run begins or goes on, in some seconds.
 
 megatron-core 0.16.1 takes every file that is there for whole, and unpickles one that is no array. A run that was killed while
-it wrote them, or a disk that was full, leaves them cut short.
+it wrote them, or a disk that was full, leaves them cut short. Of a directory that runs share what is whole is used.
 """
 
 from __future__ import annotations
@@ -41,20 +41,26 @@ def check_place(folder: Path) -> None:
     """Refuse a place for the indices that is no directory of its own.
 
     Raises:
-        InputError: if it is a link or a file, or one of the indices' names is taken by a directory.
+        InputError: if it is a link or a file, may not be written to, or one of the indices' names is taken by a directory.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise InputError(f"{folder}", got="a link or a file", needed="a directory", do="name it itself with --data-cache-path")
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{there} cannot be written to", do="name another place for the indices with --data-cache-path")
     for path in folder.iterdir() if folder.is_dir() else ():
         if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             raise InputError(f"{path}", got="a directory", needed="a file of megatron-core's, or nothing", do="move it away")
 
 
 @contextlib.contextmanager
-def sound(folder: Path) -> Iterator[None]:
-    """Keep other runs of this project from a directory of indices, freed of those that are not whole.
+def held(folder: Path, *, shared: bool) -> Iterator[None]:
+    """Keep other runs of this project from a directory of indices, freed of those that are not to be used.
 
     What has not the name of an index is left alone.
+
+    Args:
+        shared: whether other runs use it too: then those that are whole stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     number = os.open(folder, os.O_RDONLY)
@@ -66,6 +72,7 @@ def sound(folder: Path) -> Iterator[None]:
             trouble = _trouble(path, match[1]) if match else None
             if trouble:
                 log.warning("%s is made again: %s", path, trouble)
+            if trouble or match and not shared:
                 path.unlink()
         yield
     finally:

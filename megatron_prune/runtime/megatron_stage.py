@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout, blocks, layer_tensors, shard
 from megatron_prune.arch.tensors import tensor_shape
+from megatron_prune.errors import InputError
 from megatron_prune.runtime import cpu
 from megatron_prune.runtime.layers import local_layer_spec
 from megatron_prune.runtime.model import fill, inverse_frequencies, start_parallel, stop_parallel, transformer_config
@@ -39,7 +40,7 @@ class MegatronStage:
         self.copy, self.copies = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
     def layer(self, config: ModelConfig) -> OpenLayer:
-        return MegatronLayer(config, self._layout, self.device, self._dtype, self._seq_length)
+        return MegatronLayer(config, self._layout, self._world, self.device, self._dtype, self._seq_length)
 
     def gather(self, local: Tensor) -> Tensor:
         if self.ranks == 1:
@@ -95,8 +96,16 @@ class _Open(nn.Module):
 class MegatronLayer:
     """megatron-core's TransformerLayer behind :class:`OpenLayer`."""
 
-    def __init__(self, config: ModelConfig, layout: ParallelLayout, device: torch.device, dtype: torch.dtype, seq_length: int):
-        self._config, self._layout = replace(config, num_layers=1), layout
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: ParallelLayout,
+        world: World,
+        device: torch.device,
+        dtype: torch.dtype,
+        seq_length: int,
+    ):
+        self._config, self._layout, self._world = replace(config, num_layers=1), layout, world
         with cpu.stand_in():
             core = transformer_config(self._config, layout, dtype)
             self._layer = (
@@ -111,12 +120,16 @@ class MegatronLayer:
         attention.linear_proj, mlp.linear_fc2 = _Open(), _Open()
 
     def load(self, read: Read, roles: set[str] | None = None) -> None:
-        rank = parallel_state.get_tensor_model_parallel_rank()
-        for tensor in layer_tensors(self._config):
-            if roles is None or set(tensor.roles) & roles:
-                full = tensor.full_shape(self._config, self._layout)
-                held = shard(tensor, full, self._layout.tensor, rank)
-                fill(self._parameters[tensor.local_name], tensor, held, full[0], self._config, read)
+        rank, error = parallel_state.get_tensor_model_parallel_rank(), None
+        try:
+            for tensor in layer_tensors(self._config):
+                if roles is None or set(tensor.roles) & roles:
+                    full = tensor.full_shape(self._config, self._layout)
+                    held = shard(tensor, full, self._layout.tensor, rank)
+                    fill(self._parameters[tensor.local_name], tensor, held, full[0], self._config, read)
+        except InputError as found:  # on the ranks that read a damaged part
+            error = found
+        self._world.agree(error)
 
     def matrices(self, roles: set[str]) -> dict[tuple[str, ...], nn.Parameter]:
         held = [tensor for tensor in layer_tensors(self._config) if set(tensor.roles) & roles]

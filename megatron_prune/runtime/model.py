@@ -28,6 +28,7 @@ from megatron_prune.arch.sharding import (
 )
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint.tensor_map import TensorMap
+from megatron_prune.errors import InputError
 from megatron_prune.files.region import close_files
 from megatron_prune.runtime import cpu
 from megatron_prune.runtime.layers import decoder_spec
@@ -126,6 +127,9 @@ def build_model(
         seq_length: the longest sequence that will be run, in tokens.
         local_layers: take no layers that fuse a norm with the matrix after it, whatever is installed.
         further: fields of megatron-core's ``TransformerConfig``, such as ``sequence_parallel``.
+
+    Raises:
+        CheckpointError: on every rank, if a part of the checkpoint is not what was written.
     """
     config = tensors.config
     start_parallel(layout, world)
@@ -145,7 +149,12 @@ def build_model(
         )
         module.to(device).eval()
         module.rotary_pos_emb.inv_freq = inverse_frequencies(config).to(device)
-    _load(module, tensors, layout)
+    error = None
+    try:
+        _load(module, tensors, layout)
+    except InputError as found:  # on the ranks that read the damaged part
+        error = found
+    world.agree(error)
     return RunningModel(module, config, layout, device)
 
 

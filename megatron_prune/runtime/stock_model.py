@@ -29,14 +29,15 @@ def load_stock_model(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
 
     disable_progress_bar()
     model = huggingface.open_model(folder)
-    safe = {"dtype": dtype or "auto", "trust_remote_code": False, "local_files_only": True}
+    safe = {"trust_remote_code": False, "local_files_only": True}
     try:
         if model.in_safetensors:
-            return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **safe).eval()
+            options = {"dtype": dtype or "auto", "attn_implementation": "sdpa", "use_safetensors": True}
+            return AutoModelForCausalLM.from_pretrained(folder, **options, **safe).eval()
         # transformers would unpickle a .bin; its bytes are read here instead.
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, **safe)
         kind = dtype or config.dtype or model.tensors.dtype(TensorId("embedding"))
-        stock = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=False)
+        stock = AutoModelForCausalLM.from_config(config, dtype=kind, attn_implementation="sdpa", trust_remote_code=False)
         stock.load_state_dict(_state_dict(model))
         return stock.eval()
     except InputError:

@@ -38,7 +38,7 @@ class CalibrationOptions:
     """The text that a model is measured on, and what it is computed in."""
 
     data: tuple[str, ...] | None = option(
-        "text files, JSONL, folders, Megatron .bin/.idx, data set names, or self (the model's own samples), each with "
+        "files of text, JSON, CSV or Parquet, folders, Megatron .bin/.idx, data set names, or self (own samples), each with "
         ":WEIGHT if wanted (default: self; named text is mixed half and half with self)",
         None,
     )

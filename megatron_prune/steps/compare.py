@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from typing_extensions import TypedDict
 
 from megatron_prune.calibration.encoder import load_tokenizer
@@ -53,10 +54,10 @@ def compare(options: CompareOptions, world: World) -> None:
     if not world.is_main:
         return
     table = Table("", "before", "after", "after / before")
-    for key in (key for key in rows[0] if key != "sample"):
-        before, after = rows[0][key], rows[1][key]
+    for key in dict.fromkeys(key for row in rows for key in row if key != "sample"):
+        before, after = (row.get(key, "") for row in rows)
         numbers = all(isinstance(value, (int, float)) for value in (before, after))
-        table.add_row(key, _show(before), _show(after), f"{after / before:.3f}" if numbers and before else "")
+        table.add_row(key, Text(_show(before)), Text(_show(after)), f"{after / before:.3f}" if numbers and before else "")
     Console().print(table)
     for label, row in zip(("before", "after"), rows):
         print(f"{label}: {' '.join(row['sample'].split())}")

@@ -12,7 +12,7 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
-from megatron_prune.checkpoint.manifest import Manifest, read_recipe
+from megatron_prune.checkpoint.manifest import Manifest, Recipe
 from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.config import option, require_positive
@@ -21,10 +21,11 @@ from megatron_prune.files.region import Scratch
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import Source, say_links, write_megatron
 from megatron_prune.steps.overwrite import MEGATRON, check_output
+from megatron_prune.steps.written import CheckOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertOptions:
+class ConvertOptions(CheckOptions):
     """Turn a Hugging Face model into a Megatron checkpoint."""
 
     load_dir: str = option("Hugging Face model: a directory, or a hub id")
@@ -70,7 +71,7 @@ def convert(options: ConvertOptions, world: World) -> None:
             content_id=content_id(report.digests),
             hf_dtypes=describe_dtypes(megatron.stored_dtypes(model.tensors), model.tied_head_dtype),
             tied_head_stored=model.tied_head_stored,
-            recipe=[*read_recipe(model.path), {"step": "convert", "from": Path(options.load_dir).name}],
+            recipe=[*Recipe.load(model.path).recipe, {"step": "convert", "from": Path(options.load_dir).name}],
         )
 
     write_megatron(
@@ -87,6 +88,7 @@ def convert(options: ConvertOptions, world: World) -> None:
         buffers_of=model,
         overwrite=options.overwrite,
         strict=options.strict,
+        check=not options.no_check,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_prune.arch.model import ModelConfig
@@ -114,7 +115,7 @@ def estimate(options: EstimateOptions, world: World) -> None:
     if options.json:
         print(json.dumps(facts, indent=2))
         return
-    table = Table("step", "memory of a process", "disk written", title=f"{options.path}: estimates")
+    table = Table("step", "memory of a process", "disk written", title=f"{escape(options.path)}: estimates")
     for step, need in facts["steps"].items():
         table.add_row(step, _size(need["memory_per_rank"]), _size(need["disk"]))
     Console().print(table)

@@ -11,7 +11,6 @@ import torch
 from megatron_prune.arch.tensors import TensorId, tensor_ids
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.adapter import StoredAdapter, open_adapted
-from megatron_prune.checkpoint.manifest import RECIPE_FILE, dump_recipe
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
@@ -22,10 +21,11 @@ from megatron_prune.runtime.world import World
 from megatron_prune.steps.foreign import ForeignOptions, noted, told
 from megatron_prune.steps.output import Output, Source, commonest, log, say_links, staged, write_huggingface
 from megatron_prune.steps.overwrite import HUGGING_FACE, check_output
+from megatron_prune.steps.written import CheckOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(ForeignOptions):
+class ExportOptions(ForeignOptions, CheckOptions):
     """Turn a Megatron checkpoint into a Hugging Face model that stock transformers loads."""
 
     load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
@@ -73,7 +73,6 @@ def export(options: ExportOptions, world: World) -> None:
     plan = checkpoint.plan_text()
     files = {megatron.PLAN_FILE: plan} if plan is not None else {}
     if pruned:
-        files[RECIPE_FILE] = dump_recipe(checkpoint.manifest.recipe)
         files["README.md"] = model_card(config, checkpoint.manifest.recipe, name=save.name, family=family.name)
     write_huggingface(
         world,
@@ -89,8 +88,10 @@ def export(options: ExportOptions, world: World) -> None:
         tied_head_stored=checkpoint.manifest.tied_head_stored,
         buffers={} if pruned else huggingface.load_buffers(checkpoint.path / megatron.HF_FOLDER),
         files=files,
+        recipe=checkpoint.manifest.recipe if pruned else None,
         overwrite=options.overwrite,
         strict=options.strict,
+        check=not options.no_check,
     )
 
 
@@ -99,6 +100,10 @@ def _write_adapter(options: ExportOptions, adapter: StoredAdapter | None, family
         raise InputError(f"--adapter-only: {options.load_dir} is no adapter", do="leave it out")
     with staged(world, Output(Path(options.save_dir), HUGGING_FACE, overwrite=options.overwrite)) as partial:
         world.on_main(lambda: adapter.write_peft(partial, family, options.base or ""))
+        if not options.no_check:
+            world.on_main(lambda: adapter.check_peft(partial, family))
+            if world.is_main:
+                log.info("checked: %d matrices lie as they were written", 2 * len(adapter.matrices))
 
 
 def choose_family(recorded: str, asked: str | None) -> Family:

@@ -14,6 +14,7 @@ from megatron_prune.errors import InputError
 from megatron_prune.runtime.megatron_flags import model_fields
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import log
+from megatron_prune.steps.written import check_side_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,9 @@ def open_megatron(path: str, options: ForeignOptions, world: World, flags: dict[
 
 
 def noted(checkpoint: MegatronCheckpoint, world: World) -> MegatronCheckpoint:
-    """Say how a checkpoint's model was settled where that is worth knowing."""
+    """Say how a checkpoint's model was settled, and what beside its weights was edited, where that is worth knowing."""
+    if checkpoint.hf_folder == checkpoint.path / megatron.HF_FOLDER:
+        check_side_files(world, checkpoint.path, checkpoint.manifest)
     for note in checkpoint.notes if world.is_main else ():
         log.warning("%s: %s", checkpoint.path, note)
     return checkpoint

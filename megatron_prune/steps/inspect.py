@@ -12,18 +12,21 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
 from megatron_prune.arch.sharding import legal_tensor_sizes
 from megatron_prune.arch.tensors import parameter_count, tensor_ids
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.description import Told
-from megatron_prune.checkpoint.manifest import read_recipe
+from megatron_prune.checkpoint.manifest import Recipe
+from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.config import add_options, nonempty
+from megatron_prune.errors import plain
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.foreign import ForeignOptions, told
-from megatron_prune.steps.output import Source, run
+from megatron_prune.steps.output import Source, observe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,28 +42,37 @@ def parse(argv: list[str], prog: str) -> InspectOptions:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog=prog, description=InspectOptions.__doc__, allow_abbrev=False)
     parser.add_argument("path", type=nonempty, metavar="CKPT|HF", help="Megatron checkpoint, Hugging Face directory, or hub id")
-    parser.add_argument("--weights", action="store_true", help="read all weights and name those that hold NaN or infinity")
+    parser.add_argument(
+        "--weights",
+        action="store_true",
+        help="read all weights; name those that hold NaN or infinity, and those that are not as they were written (exit code 1)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_options(parser, ForeignOptions)
     return InspectOptions(**vars(parser.parse_args(argv)))
 
 
-def inspect(options: InspectOptions, world: World) -> None:
+def inspect(options: InspectOptions, world: World) -> int:
     """Run the step.
+
+    Returns:
+        1 if weights or files are not those that were written, else 0.
 
     Raises:
         CheckpointError: if it is not a whole checkpoint of a kind this project knows.
     """
     facts, tensors = describe(options.path, told(options))
     if options.weights:
-        report = run(world, Source(tensors=tensors), None, label="reading", strict=False)
+        report = observe(world, Source(tensors=tensors), None, label="reading")
         facts["unsound_weights"] = dict(sorted(report.troubled.items()))
+        facts |= compare(report, tensors)
+    differs = bool(facts.get("changed_weights") or facts.get("changed_files"))
     if not world.is_main:
-        return
+        return int(differs)
     if options.json:
         print(json.dumps(facts, indent=2))
-        return
-    table = Table(show_header=False, title=options.path)
+        return int(differs)
+    table = Table(show_header=False, title=Text(options.path))  # no markup: names may hold brackets
     for key, value in facts.items():
         if key == "recipe":
             value = "\n".join(_recipe_line(entry) for entry in value) or "-"
@@ -72,8 +84,20 @@ def inspect(options: InspectOptions, world: World) -> None:
             value = f"{value:,}"
         elif value is None:
             value = "none"
-        table.add_row(key.replace("_", " "), str(value))
+        table.add_row(key.replace("_", " "), Text(plain(value)))
     Console().print(table)
+    return int(differs)
+
+
+def compare(report: StreamReport, tensors: TensorMap) -> dict[str, Any]:
+    """What weights were compared with, and which are not those that were written."""
+    if tensors.expected:
+        return {"compared_with": "the digest of every tensor", "changed_weights": dict(sorted(report.damaged.items()))}
+    if tensors.content_id is None:
+        return {"compared_with": "nothing: no digests are kept"}
+    found = content_id(report.digests)
+    changed = {} if found == tensors.content_id else {"content_id": f"{found}; which tensor cannot be told"}
+    return {"compared_with": "the content id", "changed_weights": changed}
 
 
 def _recipe_line(entry: dict[str, Any]) -> str:
@@ -97,11 +121,12 @@ def describe(name_or_path: str, beside: Told = Told()) -> tuple[dict[str, Any], 
         layout = {"tensor": checkpoint.layout.tensor, "pipeline": checkpoint.layout.pipeline}
         padded = {"padded_vocabulary": checkpoint.layout.padded_vocab(checkpoint.config.vocab_size)}
         tail = {"parallel": layout, **padded, "recipe": checkpoint.manifest.recipe, "content_id": checkpoint.manifest.content_id}
+        tail["changed_files"] = {name: "edited or removed since it was written" for name in checkpoint.edited_files()}
         facts = _common(checkpoint.config, checkpoint.tensors, checkpoint.path, checkpoint.unsaid)
         return {**head, **facts, **tail}, checkpoint.tensors
     model = huggingface.open_model(huggingface.resolve(name_or_path))
     facts = {"kind": "Hugging Face model", "family": model.family.name, **_common(model.config, model.tensors, model.path)}
-    return {**facts, "recipe": read_recipe(model.path)}, model.tensors
+    return {**facts, "recipe": Recipe.load(model.path).recipe}, model.tensors
 
 
 def _common(config: ModelConfig, tensors: TensorMap, path: Path, unsaid: tuple[str, ...] = ()) -> dict[str, Any]:

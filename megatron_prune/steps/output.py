@@ -6,10 +6,11 @@ import contextlib
 import logging
 import shutil
 from collections import Counter
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Callable, Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping
 
 import torch
 from rich.console import Console
@@ -28,17 +29,19 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
 from megatron_prune.checkpoint import both_versions, huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
-from megatron_prune.checkpoint.manifest import Manifest
+from megatron_prune.checkpoint.manifest import RECIPE_FILE, Manifest, Recipe
 from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
-from megatron_prune.checkpoint.stream import StreamReport, Transform, share, stream
+from megatron_prune.checkpoint.stream import StreamReport, Transform, content_id, share, stream
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError, InputError
+from megatron_prune.evaluation.one_layer import import_stock_class
 from megatron_prune.families.family import Family
 from megatron_prune.files import staging
 from megatron_prune.files.failures import explained
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.megatron_lm import say_flags
 from megatron_prune.steps.overwrite import HUGGING_FACE, MEGATRON, Kind, check_replaceable
+from megatron_prune.steps.written import check_huggingface, check_megatron
 from megatron_prune.vocabulary.trimmed import Trimmed
 
 log = logging.getLogger("megatron_prune")
@@ -79,6 +82,7 @@ def write_megatron(
     beside: Mapping[Path, bytes] | None = None,
     overwrite: bool = False,
     strict: bool = False,
+    check: bool = True,
 ) -> None:
     """Write a Megatron checkpoint at ``save``; every process takes part.
 
@@ -90,6 +94,7 @@ def write_megatron(
         sizes: (axis, layer) → units of every rank, where shards are of unequal size.
         plan_text: the plan that made it.
         beside: files that appear together with it.
+        check: reopen it and compare before it is put in place.
     """
 
     def lay_out() -> None:
@@ -120,8 +125,10 @@ def write_megatron(
         folder = partial / megatron.RELEASE
         target = megatron.open_target(folder, config, layout, ckpt_format)
         report = run(world, source, target, label="writing", strict=strict)
-        world.on_main(lambda: megatron.finish(folder, manifest(report)))
-    if world.is_main:
+        world.on_main(lambda: megatron.finish(folder, replace(manifest(report), digests=report.in_order(config))))
+        if check:
+            check_megatron(world, partial, config)
+    if world.is_main and not (sizes and ckpt_format == "torch"):  # Megatron-LM reads no rank files of unequal size
         dtype = dtypes[TensorId("embedding")]
         say_flags(save, config, layout, dtype, ckpt_format=ckpt_format, transformer_impl=transformer_impl)
 
@@ -142,10 +149,12 @@ def write_huggingface(
     tied_head_stored: bool = False,
     buffers: dict[str, torch.Tensor] | None = None,
     files: dict[str, str] | None = None,
+    recipe: list[dict[str, Any]] | None = None,
     beside: Mapping[Path, bytes] | None = None,
     overwrite: bool = False,
     strict: bool = False,
-) -> StreamReport:
+    check: bool = True,
+) -> None:
     """Write a Hugging Face directory at ``save``; every process takes part.
 
     Args:
@@ -153,7 +162,9 @@ def write_huggingface(
             a changed one is described so that transformers 4 and 5 read the same (``checkpoint/both_versions.py``).
         trimmed: the tokenizer that takes the place of that in ``side_files``.
         files: further text files by name (model card, plan).
+        recipe: how the model came to be, kept beside it.
         beside: files that appear together with it.
+        check: reopen it and compare before it is put in place.
     """
 
     def lay_out() -> None:
@@ -181,9 +192,16 @@ def write_huggingface(
             (partial / name).write_text(text, encoding="utf-8")
 
     output = Output(save, HUGGING_FACE, needed=_bytes(config, dtypes, side_files), overwrite=overwrite, beside=beside or {})
-    with staged(world, output) as partial:
+    with staged(world, output) as partial, ThreadPoolExecutor(1) as meanwhile:
+        if check and world.is_main:
+            meanwhile.submit(import_stock_class, family.name)
         world.on_main(lay_out)
-        return run(world, source, huggingface.open_model(partial).tensors, label="writing", strict=strict)
+        report = run(world, source, huggingface.open_model(partial).tensors, label="writing", strict=strict)
+        if recipe is not None:
+            text = Recipe(recipe=recipe, digests=report.in_order(config)).dumps()
+            world.on_main(lambda: (partial / RECIPE_FILE).write_text(text, encoding="utf-8"))
+        if check:
+            check_huggingface(world, partial, config, report)
 
 
 def commonest(dtypes: dict[TensorId, torch.dtype]) -> torch.dtype:
@@ -258,8 +276,36 @@ def run(world: World, source: Source, target: TensorMap | None, *, label: str, s
     """Stream all tensors over all processes; warn of values that are not sound, or refuse them.
 
     Raises:
-        CheckpointError: if ``strict`` and there are any.
+        CheckpointError: if the source is not what was written there; if ``strict`` and there are values that are not sound.
     """
+    report = observe(world, source, target, label=label)
+    report.require_whole()
+    known = source.tensors.content_id if source.transform is None else None
+    if known is not None and content_id(report.digests) != known:
+        raise unlike_content_id(known, content_id(report.digests))
+    if report.troubled:
+        listed = [f"{tensor} holds {trouble}" for tensor, trouble in sorted(report.troubled.items())]
+        if strict:
+            raise CheckpointError("the weights are not sound: " + "; ".join(listed[:20]), do="mend them, or leave out --strict")
+        if world.is_main:
+            for line in listed:
+                log.warning("%s", line)
+    return report
+
+
+def unlike_content_id(known: str, found: str) -> CheckpointError:
+    """What is said of damage in a checkpoint whose manifest has no digests of its tensors."""
+    return CheckpointError(
+        "the weights are not those that were written: their content id is another (the checkpoint was made by an earlier "
+        "version, which kept no digests of single tensors: none can be named)",
+        got=found,
+        needed=known,
+        do="make the checkpoint again",
+    )
+
+
+def observe(world: World, source: Source, target: TensorMap | None, *, label: str) -> StreamReport:
+    """Stream all tensors over all processes: what all of them saw."""
     wanted = tensor_ids((target or source.tensors).config)
     weights = {tensor: source.tensors.nbytes(source.origin(tensor)) for tensor in wanted}
     mine = sum(weights[tensor] for tensor in share(weights, world.rank, world.size))
@@ -281,13 +327,6 @@ def run(world: World, source: Source, target: TensorMap | None, *, label: str, s
     whole = StreamReport()
     for part in world.all_gather(report):
         whole.merge(part)
-    if whole.troubled:
-        listed = [f"{tensor} holds {trouble}" for tensor, trouble in sorted(whole.troubled.items())]
-        if strict:
-            raise CheckpointError("the weights are not sound: " + "; ".join(listed[:20]), do="mend them, or leave out --strict")
-        if world.is_main:
-            for line in listed:
-                log.warning("%s", line)
     return whole
 
 

@@ -15,18 +15,20 @@ from megatron_prune import __version__
 from megatron_prune.calibration.answers import mask_prefix
 from megatron_prune.calibration.contents import check_read_once, summary
 from megatron_prune.calibration.cutting import checked, cut, part_size
-from megatron_prune.calibration.documents import DocumentReader, open_documents
+from megatron_prune.calibration.documents import DocumentReader, check_split, open_documents
 from megatron_prune.calibration.encoder import Encoder, load_tokenizer, tokenizer_digest
 from megatron_prune.calibration.parts import Coding, join_parts, pair_files, place_pairs, write_parts
 from megatron_prune.calibration.reader import TRAIN, stamps
-from megatron_prune.calibration.workers import cores
+from megatron_prune.calibration.workers import check_workers, cores
 from megatron_prune.checkpoint import huggingface, megatron
-from megatron_prune.config import option, require_positive
+from megatron_prune.checkpoint.manifest import FILE, Manifest
+from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.output import log, progress_bar
 from megatron_prune.steps.overwrite import check_pair
+from megatron_prune.steps.written import check_side_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,7 @@ def preprocess(options: PreprocessOptions, world: World) -> None:
     encode = Encoder(folder, answers=options.answers_only)
     sources = [_open(name, options, encode) for name in options.input]
     check_read_once("--input", ((source.name, source.files()) for source in sources))
+    check_split(options.split, sources)
     for line in filter(None, (summary(source.name, source.contents()) for source in sources)):
         log.info("%s", line)
     with staging.work(Path(options.output_prefix), _key(facts, coding, folder), main=True, agree=world.agree) as work:
@@ -113,6 +116,8 @@ def tokenizer_folder(name: str) -> Path:
     folder = megatron.iteration_directory(path) / megatron.HF_FOLDER
     if not folder.is_dir():
         raise InputError(f"{path} keeps no tokenizer", do="name its Hugging Face directory with --tokenizer")
+    if (folder.parent / FILE).is_file():
+        check_side_files(World(), folder.parent, Manifest.load(folder.parent / FILE))
     return folder
 
 
@@ -120,7 +125,7 @@ def _check(options: PreprocessOptions, world: World) -> None:
     """Refuse what can be refused without reading anything."""
     if world.size > 1:
         raise InputError("preprocess is started as one process", got=f"{world.size}", do="say how many work with --workers")
-    require_positive(options, "workers")
+    check_workers(options.workers)
     keys = options.json_keys
     if len(set(keys)) < len(keys) or any(not key or "/" in key for key in keys):
         raise InputError("--json-keys", got=" ".join(keys), needed="different names that can be part of a file's name")

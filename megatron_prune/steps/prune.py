@@ -36,13 +36,14 @@ from megatron_prune.steps.overwrite import MEGATRON, check_output
 from megatron_prune.steps.score import megatron_subject
 from megatron_prune.steps.vocab_choice import trimmed_by
 from megatron_prune.steps.vocab_options import tokenizer_folder
+from megatron_prune.steps.written import CheckOptions
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.vocabulary.trimmed import Trimmed
 from megatron_prune.vocabulary.vocabulary import holds_tokenizer, open_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneOptions(TargetOptions, FitOptions, ForeignOptions):
+class PruneOptions(TargetOptions, FitOptions, ForeignOptions, CheckOptions):
     """Prune a Megatron checkpoint to a smaller shape, by scores or by a plan, and re-fit what stays."""
 
     load: str = option("Megatron checkpoint: its root, or an iteration directory")
@@ -121,6 +122,7 @@ def prune(options: PruneOptions, world: World) -> None:
             beside={Path(options.save_plan): plan.dumps().encode()} if options.save_plan else {},
             overwrite=options.overwrite,
             strict=options.strict,
+            check=not options.no_check,
         )
     if world.is_main:
         log.info("pruned to %s: %s", save, plan.summary())
@@ -160,6 +162,7 @@ def write_cut(
     beside: Mapping[Path, bytes],
     overwrite: bool,
     strict: bool,
+    check: bool,
 ) -> None:
     """Write what a plan leaves of a Megatron checkpoint; every process takes part.
 
@@ -205,6 +208,7 @@ def write_cut(
         beside=beside,
         overwrite=overwrite,
         strict=strict,
+        check=check,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, Mapping
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
-from megatron_prune.checkpoint.manifest import RECIPE_FILE, dump_recipe, read_recipe
+from megatron_prune.checkpoint.manifest import Recipe
 from megatron_prune.checkpoint.stream import content_id
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
@@ -34,12 +34,13 @@ from megatron_prune.steps.huggingface_runner import HuggingFaceRunner, check_met
 from megatron_prune.steps.output import Source, commonest, log, run, say_links, write_huggingface
 from megatron_prune.steps.overwrite import HUGGING_FACE, check_output
 from megatron_prune.steps.prune import kept_vocabulary
+from megatron_prune.steps.written import CheckOptions
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.vocabulary.trimmed import Trimmed
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneHfOptions(TargetOptions, FitOptions):
+class PruneHfOptions(TargetOptions, FitOptions, CheckOptions):
     """Prune a Hugging Face model to a smaller shape, by scores or by a plan, and re-fit what stays; single process."""
 
     model_name_or_path: str = option("Hugging Face model: a directory, or a hub id")
@@ -117,6 +118,7 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
             beside={Path(options.save_plan): plan.dumps().encode()} if options.save_plan else {},
             overwrite=options.overwrite,
             strict=options.strict,
+            check=not options.no_check,
         )
     if world.is_main:
         log.info("pruned to %s: %s", save, plan.summary())
@@ -135,6 +137,7 @@ def write_cut(
     beside: Mapping[Path, bytes],
     overwrite: bool,
     strict: bool,
+    check: bool,
 ) -> None:
     """Write what a plan leaves of a Hugging Face model; every process takes part.
 
@@ -148,7 +151,7 @@ def write_cut(
     dtypes = Source(tensors=model.tensors, origin=cut.origin).dtypes(cut.config, None)
     kept = [entry.layer for entry in plan.layers]
     hf_config = family.hf_config(cut.config, template, kept if len(kept) < model.config.num_layers else None)
-    recipe = [*read_recipe(model.path), plan.recipe_entry()]
+    recipe = [*Recipe.load(model.path).recipe, plan.recipe_entry()]
     card = model_card(cut.config, recipe, name=save.name, family=family.name)
     write_huggingface(
         world,
@@ -163,10 +166,12 @@ def write_cut(
         side_files=trimmed.vocabulary.folder if trimmed else model.path,
         trimmed=trimmed,
         tied_head_stored=model.tied_head_stored,
-        files={megatron.PLAN_FILE: plan.dumps(), RECIPE_FILE: dump_recipe(recipe), "README.md": card},
+        files={megatron.PLAN_FILE: plan.dumps(), "README.md": card},
+        recipe=recipe,
         beside=beside,
         overwrite=overwrite,
         strict=strict,
+        check=check,
     )
 
 

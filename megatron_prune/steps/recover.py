@@ -15,12 +15,13 @@ from megatron_prune.runtime.megatron_flags import add_megatron_flags, megatron_f
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.foreign import ForeignOptions, open_megatron
 from megatron_prune.steps.idle_flags import SEPARATE_DATA, Needs, filled
+from megatron_prune.steps.written import CheckOptions
 
 DECAY_STYLES = ["cosine", "linear", "constant", "inverse-square-root"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecoverOptions(ForeignOptions):
+class RecoverOptions(ForeignOptions, CheckOptions):
     """Win back what pruning cost: train a Megatron checkpoint, plain or distilled from the unpruned model."""
 
     load: str = option("Megatron checkpoint to start from: its root, or an iteration directory")
@@ -94,7 +95,7 @@ class RecoverOptions(ForeignOptions):
 FREE = {
     *("load", "save", "data_cache_path", "micro_batch_size", "save_interval", "keep", "eval_interval", "eval_iters"),
     *("early_stop", "log_interval", "wandb_project", "sequence_parallel", "tensor_model_parallel_size"),
-    *("pipeline_model_parallel_size", "overwrite", "megatron"),
+    *("pipeline_model_parallel_size", "overwrite", "no_check", "megatron"),
     *(item.name for item in dataclasses.fields(RecoverOptions) if item.name.startswith("recompute_")),
     *(item.name for item in dataclasses.fields(ForeignOptions)),
 }

@@ -19,7 +19,7 @@ from megatron_prune.calibration.sources import check_seed
 from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import require_positive
-from megatron_prune.errors import InputError, raise_all
+from megatron_prune.errors import CheckpointError, InputError, raise_all
 from megatron_prune.files import staging
 from megatron_prune.files.documents import STRICT, read_json, shorten
 from megatron_prune.recovery.checkpoints import check_room
@@ -126,7 +126,11 @@ def check_teacher(path: str, student: MegatronCheckpoint, layout: ParallelLayout
     Raises:
         InputError: if its vocabulary is another, or it does not divide over the layout.
     """
-    teacher = megatron.open_checkpoint(Path(path))
+    try:
+        teacher = megatron.open_checkpoint(Path(path))
+    except CheckpointError as error:
+        do = "--hf-dir is about --load; megatron-prune transfer --hf-dir makes a teacher that says all itself"
+        raise CheckpointError(f"--teacher: {error}", do=do if "--hf-dir" in str(error) else None) from None
     if teacher.config.vocab_size != student.config.vocab_size:
         raise InputError(
             f"--teacher {path} has another vocabulary than the student",
@@ -182,7 +186,7 @@ def _check_answers(options: RecoverOptions, student: MegatronCheckpoint) -> None
     counts = sample_counts(options)
     check_parts(folder, counts[0], options.seq_length)
     with tempfile.TemporaryDirectory() as scratch:  # --save is not made yet
-        train_set = build_alone(replace(data_options(options), cache=Path(scratch)), counts)[0]
+        train_set = build_alone(replace(data_options(options), cache=Path(scratch), shared=False), counts)[0]
         check_answers(folder, counts[0], vocab_size, train_set)
 
 

@@ -15,6 +15,7 @@ import xxhash
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint.adapter import read_matrices
 from megatron_prune.checkpoint.manifest import FILE, AdapterOrigin, Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.errors import CheckpointError, InputError, PruneError
@@ -63,6 +64,8 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
     latest = None if options.overwrite else newest(save)
     position = position_of(latest) if latest else Position()
     tensors = megatron.open_checkpoint(latest).tensors if latest and not options.lora_r else checkpoint.tensors
+    if latest and options.lora_r:
+        read_matrices(latest, Manifest.load(latest / FILE).digests)
     dtype = compute_dtype(options)
     if latest and world.is_main:
         ended = position.iteration >= options.train_iters
@@ -103,6 +106,7 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
         side_files=lambda folder: _copy_side_files(checkpoint, folder),
         tokenizer=checkpoint.hf_folder is not None,
         needed=checkpoint_bytes(options, checkpoint),
+        check=not options.no_check,
     )
     if latest:
         checkpoints.load(latest)
@@ -285,6 +289,8 @@ def _sum_up(
     if run.stopped:
         log.info("stopped as asked after %d iterations; the same command goes on from there", position.iteration)
         return
+    if not options.no_check:
+        log.info("checked: the weights of every checkpoint were read again before it was put in place")
     best = Path(options.save) / "best"
     log.info(
         "held-out loss %.5f → %.5f in %s tokens; newest checkpoint %s, best %s",

@@ -47,9 +47,9 @@ def optimizer_options(options: RecoverOptions) -> OptimizerOptions:
 
 def data_options(options: RecoverOptions) -> DataOptions:
     """The part of the options that says what is trained and measured on."""
-    names = [item.name for item in dataclasses.fields(DataOptions) if item.name != "cache"]
-    cache = Path(options.data_cache_path or Path(options.save) / "data_cache")
-    return DataOptions(**{name: getattr(options, name) for name in names}, cache=cache)
+    names = [item.name for item in dataclasses.fields(DataOptions) if item.name not in ("cache", "shared")]
+    cache, shared = Path(options.data_cache_path or Path(options.save) / "data_cache"), options.data_cache_path is not None
+    return DataOptions(**{name: getattr(options, name) for name in names}, cache=cache, shared=shared)
 
 
 def sample_counts(options: RecoverOptions) -> tuple[int, int, int]:

@@ -14,10 +14,11 @@ from megatron_prune.runtime.world import World
 from megatron_prune.steps.foreign import ForeignOptions, noted, told
 from megatron_prune.steps.output import Source, say_links, write_megatron
 from megatron_prune.steps.overwrite import MEGATRON, check_output
+from megatron_prune.steps.written import CheckOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferOptions(ForeignOptions):
+class TransferOptions(ForeignOptions, CheckOptions):
     """Rewrite a Megatron checkpoint for another parallel layout, format or element type; merge an adapter."""
 
     load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
@@ -70,4 +71,5 @@ def transfer(options: TransferOptions, world: World) -> None:
         plan_text=checkpoint.plan_text(),
         overwrite=options.overwrite,
         strict=options.strict,
+        check=not options.no_check,
     )

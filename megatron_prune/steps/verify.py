@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
 from megatron_prune.calibration.encoder import load_tokenizer
 from megatron_prune.calibration.windows import read_windows
-from megatron_prune.checkpoint import huggingface
+from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint.huggingface import VOCABULARY_FILES
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
@@ -41,7 +43,7 @@ def verify(options: VerifyOptions, world: World) -> int:
     """Run the step; every process takes part.
 
     Returns:
-        0 if the logits agree, 1 if not.
+        0 if the logits agree and no file that says which token has which id differs, 1 if not.
 
     Raises:
         InputError: if the two models have different shapes, or the layout does not fit.
@@ -61,6 +63,7 @@ def verify(options: VerifyOptions, world: World) -> int:
     difference = _difference(checkpoint, layout, world, tokens, folder)
     values = [value for value in world.all_gather(difference) if value is not None][0]
     agrees = values["largest"] <= options.tolerance
+    same_ids = _same_vocabulary(checkpoint, folder, world)
     if world.is_main:
         log.info(
             "%s: over %d tokens the logits differ by at most %.2e (mean %.2e; their deviation is %.2f), tolerance %.0e; "
@@ -75,7 +78,23 @@ def verify(options: VerifyOptions, world: World) -> int:
             layout.tensor,
             layout.pipeline,
         )
-    return 0 if agrees else 1
+    return 0 if agrees and same_ids else 1
+
+
+def _same_vocabulary(checkpoint: MegatronCheckpoint, folder: Path, world: World) -> bool:
+    """Say which kept files were edited or are not those of the Hugging Face directory; whether tokens have the same ids."""
+    kept = {name: name.removeprefix(f"{megatron.HF_FOLDER}/") for name in checkpoint.manifest.files if name.count("/") == 1}
+    said = {name: "edited or removed since it was written" for name in checkpoint.edited_files()}
+    for name, plain in kept.items():
+        decides = VOCABULARY_FILES.fullmatch(plain) or plain.startswith(
+            ("generation_config", "chat_template", "tokenizer_config")
+        )
+        if name not in said and decides and megatron.differing_files(folder, {plain: checkpoint.manifest.files[name]}):
+            said[name] = f"not that of {folder}"
+    decisive = [name for name in said if VOCABULARY_FILES.fullmatch(Path(name).name)]
+    for name, text in said.items() if world.is_main else ():
+        log.log(logging.ERROR if name in decisive else logging.WARNING, "%s: %s", checkpoint.path / name, text)
+    return not decisive
 
 
 def _tokens(options: VerifyOptions, folder: Path, checkpoint: MegatronCheckpoint) -> torch.Tensor:

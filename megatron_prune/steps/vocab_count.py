@@ -9,13 +9,13 @@ from pathlib import Path
 
 from megatron_prune import __version__
 from megatron_prune.calibration.contents import check_read_once, summary
-from megatron_prune.calibration.documents import DocumentReader, open_documents
+from megatron_prune.calibration.documents import DocumentReader, check_split, open_documents
 from megatron_prune.calibration.encoder import Encoder
 from megatron_prune.calibration.pair import open_pair
 from megatron_prune.calibration.reader import TRAIN, reader_kind, stamps
 from megatron_prune.calibration.sources import split_weight
-from megatron_prune.calibration.workers import cores
-from megatron_prune.config import option, require_positive
+from megatron_prune.calibration.workers import check_workers, cores
+from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.runtime.world import World
@@ -49,7 +49,7 @@ def vocab_count(options: VocabCountOptions, world: World) -> None:
     """
     if world.size > 1:
         raise InputError("vocab count is started as one process", got=f"{world.size}", do="say how many work with --workers")
-    require_positive(options, "workers")
+    check_workers(options.workers)
     output = Path(options.output)
     if options.text and Path(options.text).resolve() == output.resolve():
         raise InputError("--output and --text are the same file", got=options.text, do="name another")
@@ -65,6 +65,7 @@ def vocab_count(options: VocabCountOptions, world: World) -> None:
     encode = Encoder(vocabulary.folder)
     sources = {name: _open(name, options, encode) for name, _ in specs}
     check_read_once("--input", ((name, _files(name, source)) for name, source in sources.items()))
+    check_split(options.split, [source for source in sources.values() if source])
     for line in filter(None, (summary(name, source.contents()) for name, source in sources.items() if source)):
         log.info("%s", line)
     asked = [

@@ -34,13 +34,14 @@ from megatron_prune.steps.overwrite import HUGGING_FACE, MEGATRON, check_output
 from megatron_prune.steps.score import megatron_subject
 from megatron_prune.steps.vocab_choice import Chosen, choose, files_of, plan_of, show
 from megatron_prune.steps.vocab_options import Model, SelectOptions, check_select, open_subject
+from megatron_prune.steps.written import CheckOptions, check_side_files
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.surgery.fold_tokens import FoldedRows, changing_rows, fold_rows, hidden_states, respelled
 from megatron_prune.vocabulary.selection import PRIOR
 
 
 @dataclass(frozen=True, kw_only=True)
-class VocabTrimOptions(CalibrationOptions, SelectOptions):
+class VocabTrimOptions(CalibrationOptions, SelectOptions, CheckOptions):
     """Cut the vocabulary of a Hugging Face model, a Megatron checkpoint at its own TP × PP, or a tokenizer alone."""
 
     save_dir: str = option("directory to write: of the same kind")
@@ -169,13 +170,14 @@ def _write_model(
         return cut.transform(tensor, rows.put_into(data) if rows and tensor == head else data, scratch)
 
     source = Source(tensors=checkpoint.tensors, origin=cut.origin, transform=transform)
-    common = {"trimmed": chosen.trimmed, "overwrite": options.overwrite, "strict": options.strict}
+    common = {"trimmed": chosen.trimmed, "overwrite": options.overwrite, "strict": options.strict, "check": not options.no_check}
     common["beside"] = files_of(chosen, options)
     if isinstance(checkpoint, HuggingFaceModel):
         check_tied_copy(checkpoint)
         shard_bytes = parse_size(options.max_shard_size)
         prune_hf.write_cut(save, checkpoint, checkpoint.family, plan, source, world, max_shard_bytes=shard_bytes, **common)
     else:
+        check_side_files(world, checkpoint.path, checkpoint.manifest)
         family = FAMILIES.get(checkpoint.manifest.family)
         kind = options.ckpt_format
         prune.write_cut(save, checkpoint, checkpoint.layout, family, plan, source, world, ckpt_format=kind, **common)

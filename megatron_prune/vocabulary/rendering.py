@@ -2,7 +2,7 @@
 
     python -m megatron_prune.vocabulary.rendering < request.json > texts.json
 
-The request names ``templates``, ``talks`` and ``special`` tokens; the answer is, for each template, its ``literals``, what it
+The request names ``templates``, ``talks``, ``special`` tokens and ``seconds`` of processor time; the answer is, for each template, its ``literals``, what it
 ``rendered`` to, and the limit that it ``broke``, if one. Nothing but jinja2 is imported, so that it starts at once.
 """
 
@@ -86,10 +86,10 @@ def _joined(pieces: Iterator[str]) -> str:
     return "".join(text)
 
 
-def _limit() -> None:
+def _limit(seconds: int) -> None:
     import resource
 
-    for kind, limit in ((resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, BYTES), (resource.RLIMIT_CORE, 0)):
+    for kind, limit in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, BYTES), (resource.RLIMIT_CORE, 0)):
         try:
             resource.setrlimit(kind, (limit, limit))
         except (ValueError, OSError):  # already lower, or unknown to this system
@@ -98,6 +98,6 @@ def _limit() -> None:
 
 if __name__ == "__main__":
     request = json.load(sys.stdin)
-    _limit()
+    _limit(request["seconds"])
     for template in request["templates"]:
         print(json.dumps(read(template, request["talks"], request["special"])), flush=True)

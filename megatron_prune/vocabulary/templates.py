@@ -81,12 +81,13 @@ def template_texts(folder: Path, special: dict[str, Any]) -> list[str]:
 def _read(file: Path, template: str, special: dict[str, Any]) -> _Answer:
     """A template's texts, worked out in a process of its own."""
     do = "correct the template, or remove it: tokens that only it needs may then go"
+    request = {"templates": [template], "talks": _TALKS, "special": special, "seconds": rendering.SECONDS}
     root = str(Path(__file__).parents[2])
     paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         done = subprocess.run(
             [sys.executable, "-m", rendering.__name__],
-            input=json.dumps({"templates": [template], "talks": _TALKS, "special": special}).encode(),
+            input=json.dumps(request).encode(),
             capture_output=True,
             cwd="/",  # Python looks for modules where it is started
             env={**os.environ, "PYTHONPATH": paths},

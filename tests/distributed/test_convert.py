@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import json
 
 import pytest
 import rank_jobs
@@ -34,5 +35,11 @@ def test_any_number_of_processes_writes_what_one_writes(ranks, tiny, family, tmp
     ranks(1).run(rank_jobs.run_steps, *steps(one))
     ranks(size).run(rank_jobs.run_steps, *steps(many))
     assert same_files(one / "back", many / "back") and same_files(source, many / "back")
-    manifests = [(folder / "m/release/megatron_prune.json").read_text() for folder in (one, many)]
-    assert manifests[0] == manifests[1]
+    assert manifest(one / "m") == manifest(many / "m")
+
+
+def manifest(checkpoint) -> dict:
+    """What a manifest says, but for the file that names the tokenizer by its place."""
+    said = json.loads((checkpoint / "release/megatron_prune.json").read_text())
+    said["files"].pop("common.pt", None)
+    return said

@@ -12,7 +12,9 @@ import pytest
 import torch
 from foreign import copy_model, run, there_and_back
 from tiny import logits
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+
+from megatron_prune.checkpoint.both_versions import rewrite_side_files
 
 TOKENS = torch.randint(0, 307, (1, 20), generator=torch.Generator().manual_seed(2))
 
@@ -138,3 +140,18 @@ def test_transformers_4_computes_what_transformers_5_computes(newest, family, tm
     subprocess.run(command, check=True, env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
     found = torch.load(tmp_path / "found")[str(tmp_path / "cut")]
     assert torch.equal(found, logits(tmp_path / "cut", TOKENS))
+
+
+@pytest.mark.parametrize("begins, ends", [(True, False), (False, False), (False, True)])
+def test_llamas_tokenizer_says_where_a_text_begins_and_ends_since_its_class_in_transformers_4_has_its_own_mind(
+    tmp_path, begins, ends
+):
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}, "▁": 259, "a": 260}
+    LlamaTokenizer(vocab=vocabulary, merges=[], add_bos_token=begins, add_eos_token=ends).save_pretrained(tmp_path)
+    assert "add_bos_token" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
+    before = AutoTokenizer.from_pretrained(tmp_path)("a a")["input_ids"]
+    rewrite_side_files(tmp_path)
+    found = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert (found["add_bos_token"], found["add_eos_token"]) == (begins, ends)
+    assert AutoTokenizer.from_pretrained(tmp_path)("a a")["input_ids"] == before
+    assert (before[0] == 1, before[-1] == 2) == (begins, ends)

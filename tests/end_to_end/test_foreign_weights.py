@@ -31,16 +31,12 @@ def model(tiny, tmp_path):
 @pytest.mark.parametrize("wider", [False, True])
 def test_a_tied_head_stored_in_another_dtype_with_equal_values_is_read_and_comes_back(model, tmp_path, wider):
     dtype = torch.float32 if wider else torch.float16
-    exact = torch.randn(307, 48).to(torch.float16).to(torch.bfloat16)  # values that all three types have
+    exact = torch.randint(-9, 10, (307, 48)).to(torch.bfloat16) / 8  # values that all three types have
 
     def change(tensors):
         tensors["model.embed_tokens.weight"], tensors["lm_head.weight"] = exact, exact.to(dtype)
 
-    exact = exact.to(torch.float16).to(torch.bfloat16)
-    folder = model(change=change, tie_word_embeddings=True)
-    assert torch.equal(exact.to(dtype).float(), exact.float())
-    there_and_back(folder, tmp_path)
-    assert run("verify", "--load-dir", tmp_path / "m", "--hf-dir", folder) == 0
+    there_and_back(model(change=change, tie_word_embeddings=True), tmp_path)
 
 
 def test_a_tied_head_of_other_values_is_refused_by_every_verb_since_versions_of_transformers_disagree(model, tmp_path, capsys):
@@ -83,8 +79,6 @@ def test_weights_of_a_type_that_is_no_plain_number_are_refused_by_name(model, dt
 
     folder = model(change=change)
     if kind == "bin":
-        if dtype == torch.float8_e4m3fn:
-            pytest.skip("torch.save keeps these as bytes of another storage")
         as_bin(folder)
     word = str(dtype).removeprefix("torch.")
     with pytest.raises(CheckpointError, match=f"model.layers.1.mlp.up_proj.weight: dtype {word}"):

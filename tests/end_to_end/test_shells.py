@@ -119,8 +119,9 @@ def test_two_machines_prune_as_one_does(tiny, tmp_path):
     done = bash("scripts/prune_llama.sh", **settings, SAVE_DIR=tmp_path / "one")
     assert done.returncode == 0, done.stderr
     plans = [(tmp_path / name / "release/plan.json").read_text() for name in ("one", "two")]
-    manifests = [(tmp_path / name / "release/megatron_prune.json").read_text() for name in ("one", "two")]
-    assert plans[0] == plans[1] and manifests[0] == manifests[1]
+    manifests = [json.loads((tmp_path / name / "release/megatron_prune.json").read_text()) for name in ("one", "two")]
+    digests = [manifest["files"].pop("common.pt") for manifest in manifests]  # its args name the tokenizer by its place
+    assert plans[0] == plans[1] and manifests[0] == manifests[1] and digests[0] != digests[1]
 
 
 def test_the_script_scores_re_fits_and_keeps_to_a_budget_with_its_settings(tiny, tmp_path):

@@ -658,7 +658,7 @@ def test_a_manifest_comes_back_from_its_file(tmp_path):
     [
         lambda data: data.pop("format"),
         lambda data: data.update(format="another"),
-        lambda data: data.update(version=2),
+        lambda data: data.update(version=3),
         lambda data: data.update(experts=1),
         lambda data: data.pop("model"),
         lambda data: data["model"].update(num_layers=0),

@@ -117,6 +117,11 @@ def test_where_two_rotary_entries_speak_the_one_that_transformers_takes_is_taken
     assert FAMILIES.get(name).model_config(hf) == meant(name, copy.deepcopy(hf))
 
 
+def test_a_whole_number_may_be_written_as_a_fraction():
+    config = read("llama", rope_scaling={**LLAMA3, "original_max_position_embeddings": 512.0})
+    assert config.rope_scaling.original_max_position_embeddings == 512
+
+
 @pytest.mark.parametrize(
     "rope, word",
     [

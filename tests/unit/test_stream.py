@@ -93,6 +93,12 @@ def test_a_content_id_does_not_depend_on_the_order_of_tensors_but_on_their_names
     assert content_id(one).startswith("xxh3-sha256:") and len(content_id(one)) == 12 + 64
 
 
+def test_content_ids_are_those_of_earlier_versions(tmp_path):
+    assert content_id(digests(tmp_path, labelled_model(SMALL))) == (
+        "xxh3-sha256:83b9a4086a28783e101af33cf434d8551bf7a6b0c13fa87eca15ed5e428e3a9b"
+    )
+
+
 def test_the_digest_is_of_the_transformed_tensor_before_its_change_of_dtype(tmp_path):
     model = random_model(SMALL)
     report = stream(

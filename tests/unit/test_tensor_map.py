@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from megatron_prune.arch.sharding import Block
 from megatron_prune.arch.tensors import TensorId
-from megatron_prune.checkpoint.tensor_map import TensorMap, Tile
+from megatron_prune.checkpoint import digests
+from megatron_prune.checkpoint.tensor_map import DamagedTensor, TensorMap, Tile
 from megatron_prune.errors import CheckpointError
 from megatron_prune.files.region import Region, Scratch, close_files
 
@@ -182,3 +183,65 @@ def test_a_file_that_ends_early_is_refused_when_read(tmp_path):
         file.truncate((tmp_path / "bytes").stat().st_size - 1)
     with pytest.raises(CheckpointError, match="ends early"):
         tensors.read(last, Scratch())
+
+
+# ---------------------------------------------------------------------------------------------------------------- digests
+
+
+def with_digests(whole, tiles, monkeypatch):
+    """The map of :func:`with_tiles` with the digests of its bytes, a stretch being a few rows."""
+    monkeypatch.setattr(digests, "STRETCH_BYTES", 3 * COLS * 4)
+    changed = with_tiles(whole, tiles)
+    for tensor in whole.tiles:
+        changed.expected[tensor] = changed.read_digested(tensor, Scratch())[1]
+    return changed
+
+
+@given(covers(), st.data())
+def test_rows_of_a_tensor_are_read_as_they_are_and_compared(whole, tiles, data):
+    with pytest.MonkeyPatch.context() as patch:
+        compared, plain = with_digests(whole, tiles, patch), with_tiles(whole, tiles)
+        for _ in range(3):
+            top, bottom = sorted(data.draw(st.tuples(*[st.integers(0, ROWS)] * 2)))
+            left, right = sorted(data.draw(st.tuples(*[st.integers(0, COLS)] * 2)))
+            block = (TENSOR, range(top, bottom), range(left, right))
+            assert torch.equal(compared.read_block(*block), plain.read_block(*block))
+
+
+@given(covers(), st.data())
+def test_other_digests_are_noticed_where_their_rows_are_read_and_nowhere_else(whole, tiles, data):
+    with pytest.MonkeyPatch.context() as patch:
+        compared = with_digests(whole, tiles, patch)
+        number = data.draw(st.integers(0, len(compared.expected[TENSOR]) // digests.WIDTH - 1))
+        at = number * digests.WIDTH
+        good = compared.expected[TENSOR]
+        compared.expected[TENSOR] = good[:at] + "x" * digests.WIDTH + good[at + digests.WIDTH :]
+        with pytest.raises(DamagedTensor, match="layer 1 gate"):
+            compared.read(TENSOR, Scratch())
+        places = [(tile, n) for tile, first in compared._by_place(TENSOR) for n in range(digests.count(tile.region))]
+        (region, row, col), stretch = places[number]
+        step = digests.stretch_rows(region)
+        for one in range(ROWS):
+            touched = row + stretch * step <= one < min(row + (stretch + 1) * step, row + region.rows)
+            for column in {col, 0}:
+                block = (TENSOR, range(one, one + 1), range(column, column + 1))
+                if touched and column == col:
+                    with pytest.raises(DamagedTensor):
+                        compared.read_block(*block)
+                elif not touched:
+                    compared.read_block(*block)
+
+
+def test_digests_of_other_tensors_or_cut_otherwise_are_refused(whole):
+    recorded = {str(tensor): whole.read_digested(tensor, Scratch())[1] for tensor in whole.tiles}
+    fresh = lambda: with_tiles(whole, [(0, 0, ROWS, COLS)])
+    assert fresh().expect(recorded, "here").expected.keys() == whole.tiles.keys()
+    for change in ({"layer 9 gate": "0" * 16}, {str(TENSOR): "0" * 32}, {str(TENSOR): ""}):
+        with pytest.raises(CheckpointError, match=r"(?s)here: the digests are not of the tensors.*layer"):
+            fresh().expect({**recorded, **change}, "here")
+
+
+def test_the_type_of_the_elements_is_part_of_a_digest():
+    bytes_ = torch.arange(64, dtype=torch.uint8)
+    found = {digests.digest(bytes_.view(dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+    assert len(found) == 4

@@ -11,9 +11,10 @@ from typing import Any, Iterator, Sequence
 
 import torch
 
-from megatron_prune.calibration.documents import Document, DocumentReader, row_documents
+from megatron_prune.calibration.documents import Document, DocumentReader
 from megatron_prune.calibration.hub import Origin
 from megatron_prune.calibration.reader import READERS, TEST, TRAIN, Drawn, TextReader, full
+from megatron_prune.calibration.records import row_documents
 from megatron_prune.errors import InputError
 
 TRIES = 10_000
@@ -44,7 +45,7 @@ class C4(TextReader, DocumentReader):
         return " ".join(rows[number]["text"] for number in range(min(EVALUATED, len(rows)))), facts
 
     def documents(self, keys: Sequence[str]) -> Iterator[Document]:
-        return row_documents(self.name, self.origin.rows(self.split)[0], keys)
+        return row_documents(self.name, self.origin.rows(self.split)[0], keys, self.encode)
 
     def draw(self, *, seq_length: int, count: int, seed: int) -> Drawn:
         rows, facts = self.origin.rows(self.split)

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_prune.calibration.reader import READERS, Reader
 from megatron_prune.errors import InputError
 
-INNER = (".txt", ".jsonl", ".ndjson", ".json")
+INNER = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 """What is read while it is unpacked."""
 
 _NOT_STREAMS = (".tar", ".parquet", ".arrow", ".safetensors", ".bin", ".idx")

@@ -1,4 +1,4 @@
-"""A folder: of files of text and of records, or whatever ``datasets`` loads from it."""
+"""A folder: of files of text and of records, or one that ``save_to_disk`` of ``datasets`` wrote."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any, Iterator, Sequence
 
 from megatron_prune.calibration import hub
 from megatron_prune.calibration.contents import Contents, contents_of, summary
-from megatron_prune.calibration.documents import Document, DocumentReader, row_documents, within_memory
+from megatron_prune.calibration.documents import Document, DocumentReader, within_memory
 from megatron_prune.calibration.reader import READERS, TEST, TRAIN, TextReader
 from megatron_prune.calibration.readers.compressed import INNER, inner_ending
+from megatron_prune.calibration.records import joined, row_documents
 from megatron_prune.calibration.streams import is_compressed
+from megatron_prune.calibration.talks import find_talk
 from megatron_prune.errors import InputError
 
 _READ = (*INNER, ".parquet", ".arrow")
 
-_LIBRARYS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
-"""Endings of what only ``datasets`` reads."""
+_NO_RECORDS = "JSON without the field that is read"
 
 _SPLITS = {
     **{word: TRAIN for word in ("train", "training")},
@@ -30,10 +31,10 @@ _SHARD = re.compile(r"([-._]?\d+(-of-\d+)?)?(\.\w+)*")
 
 @READERS.register("/")
 class Folder(TextReader, DocumentReader):
-    """All files of text, JSON, Parquet and Arrow in it, plain or compressed, at any depth, in the order of their paths, joined
-    with blank lines. Where their names say splits, as in data sets of Hugging Face, those of one split.
+    """All files of text, JSON, CSV, Parquet and Arrow in it, plain or compressed, at any depth, in the order of their paths,
+    joined with blank lines. Where their names say splits, as in data sets of Hugging Face, those of one split.
 
-    A folder without such files, or that ``save_to_disk`` wrote, goes to ``datasets``: its split for the purpose, or its only one.
+    What ``save_to_disk`` wrote goes to ``datasets``: its split for the purpose, or its only one.
     """
 
     def text(self) -> tuple[str, dict[str, Any]]:
@@ -41,14 +42,15 @@ class Folder(TextReader, DocumentReader):
             texts = (("\n\n" if number else "") + file.text()[0] for number, file in enumerate(self._readers()))
             return "".join(within_memory(self.name, texts)), {"split": self._split_and_contents[0], **self.contents()}
         own, rows = self._rows()
-        return "\n\n".join(hub.texts(self.name, rows, self.field)), {"split": own, "field": self.field}
+        text, _ = joined(self.name, row_documents(self.name, rows, (self.field,), self.encode))
+        return text, {"split": own, "field": self.field}
 
     def documents(self, keys: Sequence[str]) -> Iterator[Document]:
         if self._is_ours:
             for file in self._readers():
                 yield from file.documents(keys)
         else:
-            yield from row_documents(self.name, self._rows()[1], keys)
+            yield from row_documents(self.name, self._rows()[1], keys, self.encode)
 
     def size(self) -> int | None:
         sizes = [file.size() for file in self._readers()] if self._is_ours else []
@@ -56,6 +58,9 @@ class Folder(TextReader, DocumentReader):
 
     def files(self) -> list[Path]:
         return self._split_and_contents[1].read if self._is_ours else []
+
+    def has_splits(self) -> bool:
+        return not self._is_ours or self._split_and_contents[0] is not None
 
     def contents(self) -> dict[str, Any]:
         return self._split_and_contents[1].facts() if self._is_ours else {}
@@ -65,7 +70,7 @@ class Folder(TextReader, DocumentReader):
         """Whether the files are read here.
 
         Raises:
-            InputError: if neither this nor ``datasets`` reads any of them.
+            InputError: if none of them can be.
         """
         folder = Path(self.name)
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
@@ -73,8 +78,6 @@ class Folder(TextReader, DocumentReader):
         found = self._split_and_contents[1]
         if found.read:
             return True
-        if any(file.name.lower().endswith(_LIBRARYS) for files in found.passed.values() for file in files):
-            return False
         if not found.passed:
             raise InputError(f"{folder} is empty", needed="files of text or data in it")
         raise InputError(summary(self.name, found.facts()), needed="a file that is read: " + ", ".join(_READ))
@@ -83,6 +86,9 @@ class Folder(TextReader, DocumentReader):
     def _split_and_contents(self) -> tuple[str | None, Contents]:
         """(the split, or ``None`` where names say none, what is read of the folder)."""
         found = contents_of(Path(self.name), _is_text)
+        for file in [file for file in found.read if _ending(file) == ".json" and not self._holds_records(file)]:
+            found.read.remove(file)
+            found.pass_over(file, _NO_RECORDS)
         splits: dict[str, list[Path]] = {}
         for file in found.read:
             splits.setdefault(_split_of(file.relative_to(found.folder)) or TRAIN, []).append(file)
@@ -98,23 +104,31 @@ class Folder(TextReader, DocumentReader):
     def _readers(self) -> Iterator[Any]:
         """Of the files that are read here."""
         for file in self.files():
-            yield READERS.get(file.suffix.lower())(str(file), encode=self.encode, field=self.field)
+            yield self._reader(file)
+
+    def _reader(self, file: Path) -> Any:
+        return READERS.get(file.suffix.lower())(str(file), encode=self.encode, field=self.field)
+
+    def _holds_records(self, file: Path) -> bool:
+        """Whether a JSON file is one of the data, or one about it: its first record has the field, or a talk."""
+        first = next(self._reader(file).records((self.field,)), None)
+        fields = first.value if first and isinstance(first.value, dict) else {}
+        return first is None or self.field in fields or find_talk(fields, self.field) is not None
 
     def _rows(self) -> tuple[str, Any]:
         """(split, its rows) of what ``datasets`` finds."""
-        splits = self._load(Path(self.name))
+        found = hub.load_saved(self.name)
+        splits = found if isinstance(found, dict) else {TRAIN: found}
         own = _choose(self.name, splits, self.split)
         return own, splits[own]
 
-    def _load(self, folder: Path) -> dict[str, Any]:
-        """Split → rows."""
-        saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-        found = hub.load_saved(str(folder)) if saved else hub.load(str(folder))
-        return found if isinstance(found, dict) else {TRAIN: found}
-
 
 def _is_text(file: Path) -> bool:
-    return inner_ending(file) in INNER if is_compressed(file) else file.suffix.lower() in _READ
+    return _ending(file) in (INNER if is_compressed(file) else _READ)
+
+
+def _ending(file: Path) -> str:
+    return inner_ending(file) if is_compressed(file) else file.suffix.lower()
 
 
 def _split_of(file: Path) -> str | None:

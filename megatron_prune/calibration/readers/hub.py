@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, Iterator, Sequence
 
 from megatron_prune.calibration import hub
-from megatron_prune.calibration.documents import Document, DocumentReader, row_documents
+from megatron_prune.calibration.documents import Document, DocumentReader
 from megatron_prune.calibration.reader import READERS, TEST, TextReader
+from megatron_prune.calibration.records import joined, row_documents
 from megatron_prune.errors import InputError
 
 
@@ -22,10 +23,10 @@ class HubDataset(TextReader, DocumentReader):
         own, rows = self._rows()
         place = self._place()
         facts = {"dataset": place[0], "config": place[1] if place[1:] else None, "split": own, "field": self.field}
-        return "\n\n".join(hub.texts(self.name, rows, self.field)), facts
+        return joined(self.name, row_documents(self.name, rows, (self.field,), self.encode))[0], facts
 
     def documents(self, keys: Sequence[str]) -> Iterator[Document]:
-        return row_documents(self.name, self._rows()[1], keys)
+        return row_documents(self.name, self._rows()[1], keys, self.encode)
 
     def _place(self) -> list[str]:
         """``owner/name``, and the configuration if one is named."""

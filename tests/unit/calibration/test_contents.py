@@ -52,6 +52,8 @@ def test_everything_in_a_folder_is_read_once_or_named_with_the_reason(tmp_path):
         {"README.md": b"x", "LICENSE": b"x", "licence-MIT.txt": b"x", "dataset_infos.json": b"{}", "readme.jsonl": record("r")},
     )
     write(tmp_path, {".hidden.txt": b"x", ".git/a.txt": b"x", "e/.ipynb_checkpoints/a-checkpoint.txt": b"x"})
+    write(tmp_path, {"about.json": b'{"name": "x"}', "config.json.xz": lzma.compress(b'[{"a": 1}]')})
+    write(tmp_path, {"s.csv": b'id,text\n1,"a\nrow"\n', "s.tsv": b"text\tid\ntabs\t2\n"})
     write(tmp_path, {"x.pdf": b"x", "noending": b"x", "empty.txt": b"", "c.json.gz": gzip.compress(b"x")})
     write(tmp_path, {"p.bin": b"x", "p.idx": b"x", "p.json": b"{}"})
     os.symlink("a.txt", tmp_path / "link.txt")
@@ -71,13 +73,14 @@ def test_everything_in_a_folder_is_read_once_or_named_with_the_reason(tmp_path):
         "other names of files that are read": ["link.txt", "z.jsonl"],
         "no ending of text that is read": ["noending", "x.pdf"],
         "tokens: name their prefix": ["p.bin", "p.idx", "p.json"],
+        "JSON without the field that is read": ["about.json", "config.json.xz"],
     }
     plain, lines = [f"plain {ending}" for ending in sorted(PACKERS)], [f"lines {ending}" for ending in sorted(PACKERS)]
-    wanted = [*plain[1:], plain[0], *lines[1:], lines[0], "one", "two", "nd", "row", "r"]
+    wanted = [*plain[1:], plain[0], *lines[1:], lines[0], "one", "two", "nd", "row", "r", "a\nrow", "tabs"]
     read = texts(tmp_path)
     assert sorted(read) == sorted(wanted) and len(found["files"]) == len(read) - 1
     line = summary("corpus", found)
-    assert line.startswith("corpus: read 14 files (a.bz2.txt.bz2, ") and " and 6 more); passed over 19: .git, .hidden.txt" in line
+    assert line.startswith("corpus: read 16 files (a.bz2.txt.bz2, ") and " and 8 more); passed over 21: .git, .hidden.txt" in line
     assert "e/round (links to folders: name those)" in line and "\n" not in line
     assert {os.path.basename(name) for name, _, _ in stamps(str(tmp_path))} >= {os.path.basename(name) for name in found["files"]}
 
@@ -229,6 +232,21 @@ def test_tables_are_read_column_by_column(tmp_path, monkeypatch):
     table(tmp_path / "holes.parquet", text=["a", None])
     with pytest.raises(InputError, match="(?s)holes.parquet, row 2 has no text in field 'text'.*NoneType"):
         texts(tmp_path / "holes.parquet")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"id,txt\n1,a\n", "x.csv, line 2 has no text in field 'text'.*fields id, txt"),
+        (b"id,text\n1,a\n2\n", "x.csv, line 3 is no row.*more or fewer fields"),
+        (b'id,text\n1,"a\n', "x.csv, line 2 is no row.*unexpected end of data"),
+        (b"id,text\n1,\xff\n", "x.csv cannot be read as text"),
+    ],
+)
+def test_tables_of_text_that_are_damaged_are_named(tmp_path, content, message):
+    (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(InputError, match=f"(?s){message}"):
+        texts(tmp_path / "x.csv")
 
 
 def test_too_much_to_tokenise_whole_is_refused(load, tmp_path, monkeypatch):

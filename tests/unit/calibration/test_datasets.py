@@ -177,9 +177,9 @@ def test_any_hub_data_set_is_joined_with_blank_lines(served, load, ids, folder):
 
 def test_columns_without_text_are_refused(served, load):
     served({"me/numbers": {"train": {"text": [1, 2]}}, "me/holes": {"train": {"text": ["a", None]}}})
-    with pytest.raises(InputError, match="(?s)'text' of me/numbers holds no text.*int"):
+    with pytest.raises(InputError, match="(?s)me/numbers, row 1 has no text in field 'text'.*int"):
         load("me/numbers:1")
-    with pytest.raises(InputError, match="(?s)'text' of me/holes holds no text.*NoneType"):
+    with pytest.raises(InputError, match="(?s)me/holes, row 2 has no text in field 'text'.*NoneType"):
         load("me/holes:1")
 
 

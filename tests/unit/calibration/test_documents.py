@@ -107,7 +107,7 @@ def test_a_folder_is_its_files_in_order(tmp_path, load, ids):
 def test_a_row_of_a_data_set_is_a_document(served, tmp_path, monkeypatch):
     import datasets
 
-    monkeypatch.setattr("megatron_prune.calibration.documents._ROWS", 2)
+    monkeypatch.setattr("megatron_prune.calibration.records._ROWS", 2)
     rows = {"text": ["a", "", "c", "d", "e"], "url": ["1", "2", "3", "4", "5"]}
     served({"me/mine": {"train": rows, "dev": {"text": ["x"], "url": ["y"]}}, "allenai/c4": {"train": rows}})
     assert texts("me/mine", "url", "text") == list(zip(rows["url"], rows["text"]))

@@ -126,6 +126,19 @@ def test_talks_of_every_writing_are_the_same(templated, tmp_path):
     assert said("x.parquet") == said("x.parquet", "messages") == [wanted, wanted]
 
 
+def test_data_sets_of_talks_are_read(templated, load, served, tmp_path):
+    import datasets
+
+    folder, tokenizer = templated(MARKED)
+    rows = {"prompt_id": ["1", "2"], "messages": [TALK, TALK[:2]]}
+    served({"me/chat": {"train": rows}})
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
+    text = "".join(tokenizer.apply_chat_template(talk, tokenize=False) for talk in rows["messages"])
+    tokens = torch.tensor(tokenizer(text)["input_ids"])
+    for name in ("me/chat", str(tmp_path / "saved")):
+        assert torch.equal(load(f"{name}:1", tokenizer_dir=folder).tokens, protocol(tokens, 8, 4, 0))
+
+
 def test_talks_are_calibration_data_without_a_second_bos(templated, load, tmp_path):
     folder, tokenizer = templated(BRACKETS)
     write(tmp_path / "x.jsonl", *[{"messages": TALK}] * 5)

@@ -136,6 +136,34 @@ def test_a_file_that_is_missing_or_not_whole_is_named(tmp_path, pair):
     refused(options(tmp_path, write_pair(tmp_path / "none", [])), "none")
 
 
+@pytest.mark.parametrize(
+    "what, said",
+    [
+        ("far", r"text\.bin is not whole.*92233720368537"),
+        ("far, around 0", r"text\.bin is not whole.*922337203685477"),
+        ("on each other", r"text\.bin is not whole"),
+        ("no documents", r"text\.idx is damaged"),
+        ("more than there is", r"text\.idx is damaged.*at least [0-9]{20,} bytes"),
+    ],
+)
+def test_an_index_that_leads_outside_of_the_file_or_reads_it_again_and_again_is_refused(tmp_path, pair, what, said):
+    index = bytearray(Path(f"{pair}.idx").read_bytes())
+    count = int.from_bytes(index[18:26], "little")
+    lengths, pointers = 34, 34 + 4 * count
+    if what.startswith("far"):
+        place = 2**63 - (1 if "around" in what else 10**6)
+        index[pointers + 8 * 3 : pointers + 8 * 4] = place.to_bytes(8, "little")
+    elif what == "on each other":
+        longest = max(range(count), key=lambda number: int.from_bytes(index[lengths + 4 * number :][:4], "little"))
+        for number in range(count):
+            index[lengths + 4 * number : lengths + 4 * number + 4] = index[lengths + 4 * longest :][:4]
+            index[pointers + 8 * number : pointers + 8 * number + 8] = bytes(8)
+    else:
+        index[18:34] = (2**64 - 1).to_bytes(8, "little") * 2 if what == "more than there is" else index[18:26] + bytes(8)
+    Path(f"{pair}.idx").write_bytes(index)
+    refused(options(tmp_path, pair), said)
+
+
 def test_a_token_that_the_model_has_not_is_named(tmp_path):
     texts = documents(20)
     texts[13][2] = VOCAB
