@@ -1,6 +1,7 @@
 """Flags of a pruning that a run would not look at: refused, since whoever passes one expects something of it.
 
-``--metric``, ``--prune_type`` and ``--seed`` are rules for all that may be cut, which scripts give whatever is.
+``--metric``, ``--prune_type`` and ``--seed`` are rules for all that may be cut, which scripts give whatever is; ``--seq-length``
+is among the arguments that users of Megatron give every program.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from megatron_prune.importance.metric import METRICS
 from megatron_prune.steps.choose import Request
 
 REFIT = ("sequential", "ridge", "reader_ridge", "reconstruct")
-TEXT = ("data", "data_field", "nsamples", "seq_length", "dtype")
-OF_THE_TEXT = ("data_field", "nsamples", "seq_length")
+TEXT = ("data", "data_field", "nsamples", "dtype")
+OF_THE_TEXT = ("data_field", "nsamples")
 """What is read and drawn: settled where the text of ``--scores`` is taken."""
 
 
