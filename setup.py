@@ -25,6 +25,7 @@ setup(
         "numpy>=1.26",
         "xxhash>=3.4",
         "pydantic>=2.8",
+        "pyyaml>=6",
         "psutil>=5.9",
         "rich>=13",
         "datasets>=4",

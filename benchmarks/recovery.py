@@ -49,6 +49,7 @@ from megatron_prune.runtime.layers import has_transformer_engine
 from megatron_prune.runtime.model import build_model, stop_parallel
 from megatron_prune.runtime.world import World
 from megatron_prune.steps import recover, recovery_run, recovery_settings
+from megatron_prune.steps.idle_flags import filled
 
 OURS, THEIRS = "megatron-prune", "transformers.Trainer"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -461,7 +462,7 @@ def dense_loss(work: Path, flags: list[object]) -> float:
     kept, words = work / "dense_loss.json", [str(word) for word in flags]
     if kept.is_file() and json.loads(kept.read_text())["flags"] == words:
         return json.loads(kept.read_text())["loss"]
-    options = recover.parse([*words, "--save", str(work / "runs" / "dense")], "recover")
+    options = filled(recover.parse([*words, "--save", str(work / "runs" / "dense")], "recover"), recover.RULES)
     world, dtype, batches = World(), recovery_settings.compute_dtype(options), options.global_batch_size
     tensors = megatron.open_checkpoint(Path(options.load)).tensors
     trainer = Trainer(

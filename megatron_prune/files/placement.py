@@ -12,12 +12,17 @@ from megatron_prune.errors import InputError
 from megatron_prune.files import failures, hidden, moves
 
 
-def check_output(path: Path, *, overwrite: bool, source: Path | None = None) -> None:
+def check_output(path: Path, *, overwrite: bool, source: Path | None = None, inputs: Iterable[str | None] = ()) -> None:
     """Refuse an output directory that is taken, cannot be put in place, or would take something else away.
+
+    Args:
+        source: what is turned into the output.
+        inputs: what else is read, where it was named.
 
     Raises:
         InputError: if ``path`` holds something and ``overwrite`` is not set, is no directory, or cannot be made; if it is the
-            current directory, the home directory or the root, or holds one of them; if it is ``source``, holds it or lies in it.
+            current directory, the home directory or the root, or holds one of them; if it is an input or holds it, or lies in
+            ``source``.
     """
     with _refused(path):
         place = hidden.located(path)
@@ -25,6 +30,10 @@ def check_output(path: Path, *, overwrite: bool, source: Path | None = None) -> 
             held = Path(os.path.realpath(source))
             if place == held or place in held.parents or held in place.parents:
                 raise InputError(f"output {path} is, holds or lies in the input {source}", do="name another directory")
+        for name in filter(None, inputs):
+            held = Path(os.path.realpath(name))
+            if held.exists() and place in (held, *held.parents):
+                raise InputError(f"output {path} is or holds the input {name}", do="name another directory")
         _check_kept(place, path)
         moves.check_target(place, directory=True)
         if place.is_dir() and hidden.entries(place) and not overwrite and not unfinished(path):

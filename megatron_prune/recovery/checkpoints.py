@@ -30,7 +30,7 @@ from megatron_prune.checkpoint.adapter import adapter_digests
 from megatron_prune.checkpoint.manifest import FILE, Manifest
 from megatron_prune.checkpoint.megatron_args import megatron_args
 from megatron_prune.checkpoint.stream import StreamReport, stream
-from megatron_prune.errors import CheckpointError, InputError
+from megatron_prune.errors import CheckpointError, InputError, PruneError
 from megatron_prune.files import staging
 from megatron_prune.recovery import reading, writer
 from megatron_prune.recovery.extra_states import missing_extra_states
@@ -94,7 +94,7 @@ class Checkpoints:
             try:
                 check_room(self.root, self.needed)
                 staging.begin(folder)
-            except (InputError, OSError) as found:
+            except (PruneError, OSError) as found:
                 error = TrainingError(f"the checkpoint of iteration {iteration} cannot be written: {found}\n  {self._whole()}")
         self.world.agree(error)
         with cpu.stand_in():
@@ -123,8 +123,13 @@ class Checkpoints:
 
     def mark_best(self, iteration: int) -> None:
         """Let a checkpoint that is in place be the best."""
+        error = None
         if self.world.is_main:
-            _link(self.root / BEST, iteration_name(iteration))
+            try:
+                _link(self.root / BEST, iteration_name(iteration))
+            except OSError as found:
+                error = TrainingError(f"{self.root / BEST} could not be written: {found}\n  {self._whole()}")
+        self.world.agree(error)
 
     def poll(self) -> None:
         """Put a checkpoint in place whose parts are all written, if there is one."""
@@ -172,7 +177,7 @@ class Checkpoints:
                 if best:
                     _link(self.root / BEST, folder.name)
                 self._rotate()
-            except OSError as found:
+            except (PruneError, OSError) as found:
                 error = TrainingError(f"{folder} could not be written: {found}\n  {self._whole()}")
         self.world.agree(error)
 
@@ -255,7 +260,7 @@ def newest(root: Path) -> Path | None:
 
 def clean(root: Path) -> None:
     """Remove what a killed run left half-written or half-removed."""
-    for path in [*root.glob(".iter_*.partial*"), *root.glob(".iter_*.removed")]:
+    for path in [each for name in (".iter_*.partial*", ".iter_*.removed", f".{BEST}.partial") for each in root.glob(name)]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -80,10 +80,9 @@ def _object(name: str, stored: Any, path: Path) -> Any:
 
     Of FP8's ``_extra_state`` nothing is: no run trains with it, and Transformer Engine would unpickle it from a tensor.
     """
-    value = _plain(stored, path)
-    if not isinstance(value, list):
-        raise CheckpointError(f"{path}: {name}", got=shorten(value), needed="a list, one of each shard")
-    return [None] * len(value) if "_extra_state" in name else value
+    if not isinstance(stored, list):
+        raise CheckpointError(f"{path}: {name}", got=shorten(stored), needed="a list, one of each shard")
+    return [None] * len(stored) if "_extra_state" in name else _plain(stored, path)
 
 
 def _plain(value: Any, path: Path) -> Any:

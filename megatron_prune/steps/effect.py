@@ -1,7 +1,8 @@
 """Flags of a pruning that a run would not look at: refused, since whoever passes one expects something of it.
 
-``--metric``, ``--prune_type`` and ``--seed`` are rules for all that may be cut, ``--nsamples`` and the like for all text that may be
-read beside ``--scores``: scripts give them whatever is.
+``--metric``, ``--prune_type`` and ``--seed`` are rules for all that may be cut, ``--nsamples`` and ``--data_field`` for all text that
+may be read beside ``--scores``: scripts give them whatever is. ``--seq-length`` is among the arguments that users of Megatron give
+every program.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from megatron_prune.importance.metric import METRICS
 from megatron_prune.steps.choose import Request
 
 REFIT = ("sequential", "ridge", "reader_ridge", "reconstruct")
-TEXT = ("data", "data_field", "nsamples", "seq_length", "dtype")
+TEXT = ("data", "data_field", "nsamples", "dtype")
 
 
 def check_effect(options, request: Request, config: ModelConfig, *, text: bool, refit: bool) -> None:
@@ -56,10 +57,9 @@ def _idle(options, request: Request, config: ModelConfig, text: bool, refit: boo
         yield (*TEXT, "scores"), why, "leave it out, or ask for what needs text"
         if request.vocab is None:
             yield ("tokenizer",), why, "leave it out"
-    if request.plan is not None:
+    if request.target is None:  # of shapes within a budget nobody knows which axes they cut
         return
     if "layer" not in axes:
         yield ("depth_metric",), "where scores choose no layer", "leave it out, or ask for --num_layers_remain"
-    shapes = request.shapes or (request.target.config,)
-    if all(shape.hidden_size == config.hidden_size for shape in shapes):
+    if request.target.config.hidden_size == config.hidden_size:
         yield ("hidden_method",), "where no hidden unit is cut", "leave it out, or ask for --hidden_size_remain"

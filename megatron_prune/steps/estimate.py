@@ -78,7 +78,9 @@ def parse(argv: list[str], prog: str) -> EstimateOptions:
     """Read the command line: the model is positional."""
     parser = argparse.ArgumentParser(prog=prog, description=EstimateOptions.__doc__, allow_abbrev=False)
     flags = [item for item in EstimateOptions.__dataclass_fields__.values() if item.name != "path"]
-    parser.add_argument("path", type=nonempty, metavar="CKPT|HF", help=EstimateOptions.__dataclass_fields__["path"].metadata["help"])
+    parser.add_argument(
+        "path", type=nonempty, metavar="CKPT|HF", help=EstimateOptions.__dataclass_fields__["path"].metadata["help"]
+    )
     add_options(parser, EstimateOptions, flags)
     return EstimateOptions(**vars(parser.parse_args(argv)))
 

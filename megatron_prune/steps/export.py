@@ -48,9 +48,8 @@ def export(options: ExportOptions, world: World) -> None:
         InputError: on an argument or checkpoint that does not fit; nothing is written.
     """
     save = Path(options.save_dir)
-    check_output(save, HUGGING_FACE, overwrite=options.overwrite, source=Path(options.load_dir))
-    if options.hf_dir and save.exists() and Path(options.hf_dir).exists() and save.samefile(options.hf_dir):
-        raise InputError(f"output {save} is the input {options.hf_dir}", do="name another directory")
+    read = (options.hf_dir, options.base)
+    check_output(save, HUGGING_FACE, overwrite=options.overwrite, source=Path(options.load_dir), inputs=read)
     shard_bytes = parse_size(options.max_shard_size)
     checkpoint, adapter = open_adapted(Path(options.load_dir), Path(options.base) if options.base else None, told(options))
     noted(checkpoint, world)

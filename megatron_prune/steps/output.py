@@ -192,11 +192,14 @@ def write_huggingface(
             (partial / name).write_text(text, encoding="utf-8")
 
     output = Output(save, HUGGING_FACE, needed=_bytes(config, dtypes, side_files), overwrite=overwrite, beside=beside or {})
-    with staged(world, output) as partial, ThreadPoolExecutor(1) as meanwhile:
-        if check and world.is_main:
-            meanwhile.submit(import_stock_class, family.name)
+    with staged(world, output) as partial:
         world.on_main(lay_out)
-        report = run(world, source, huggingface.open_model(partial).tensors, label="writing", strict=strict)
+        target = huggingface.open_model(partial).tensors
+        # transformers takes two seconds to import; a thread that imports it too before that is over gets half of it.
+        with ThreadPoolExecutor(1) as meanwhile:
+            if check and world.is_main:
+                meanwhile.submit(import_stock_class, family.name)
+            report = run(world, source, target, label="writing", strict=strict)
         if recipe is not None:
             text = Recipe(recipe=recipe, digests=report.in_order(config)).dumps()
             world.on_main(lambda: (partial / RECIPE_FILE).write_text(text, encoding="utf-8"))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Callable, Collection, Iterator, Mapping
+from typing import Any, Callable, Collection, Iterable, Iterator, Mapping
 
 from megatron_prune.calibration.pair import is_index
 from megatron_prune.checkpoint import huggingface, manifest, megatron
@@ -123,16 +123,19 @@ TEACHER = Kind("a teacher's answers", _TEACHER, _is_teacher, _is_teacher)
 RUN = Kind("a run of recover", _RUN, _is_run, _is_run)
 
 
-def check_output(save: Path, writing: Kind, *, overwrite: bool, source: Path | None = None) -> None:
+def check_output(
+    save: Path, writing: Kind, *, overwrite: bool, source: Path | None = None, inputs: Iterable[str | None] = ()
+) -> None:
     """Refuse an output directory that is taken, cannot be put in place, or holds what may not be replaced.
 
     Args:
-        source: what is read; names of its side files may be among those of the output.
+        source: what is turned into the output; names of its side files may be among those of the output.
+        inputs: what else is read.
 
     Raises:
         InputError: naming what stands in the way.
     """
-    staging.check_output(save, overwrite=overwrite, source=source)
+    staging.check_output(save, overwrite=overwrite, source=source, inputs=inputs)
     if overwrite and not staging.unfinished(save):
         check_replaceable(save, writing, known=_side_files(source) if source else set())
 

@@ -81,7 +81,8 @@ def prune(options: PruneOptions, world: World) -> None:
         InputError: on a request, layout, plan or checkpoint that does not fit; nothing is written.
     """
     save = Path(options.save)
-    check_output(save, MEGATRON, overwrite=options.overwrite, source=Path(options.load))
+    read = (options.scores, options.tokenizer)
+    check_output(save, MEGATRON, overwrite=options.overwrite, source=Path(options.load), inputs=read)
     if options.save_plan:
         staging.check_file(Path(options.save_plan), beside=save)
     checkpoint = open_megatron(options.load, options, world, options.megatron)

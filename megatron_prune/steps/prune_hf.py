@@ -66,7 +66,7 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
     """
     save = Path(options.output_path)
     folder = huggingface.resolve(options.model_name_or_path)
-    check_output(save, HUGGING_FACE, overwrite=options.overwrite, source=folder)
+    check_output(save, HUGGING_FACE, overwrite=options.overwrite, source=folder, inputs=(options.scores,))
     say_links(folder, world)
     if options.save_plan:
         staging.check_file(Path(options.save_plan), beside=save)

@@ -230,7 +230,8 @@ def _check_run(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> None:
     save = Path(options.save)
     begun = (save / RUN_FILE).is_file()
     if options.overwrite or not begun and not is_blank(save):
-        check_output(save, RUN, overwrite=options.overwrite, source=Path(options.load))
+        read = (options.teacher, options.teacher_logits)
+        check_output(save, RUN, overwrite=options.overwrite, source=Path(options.load), inputs=read)
     elif begun:
         staging.check_free(save)
         before = read_json(save / RUN_FILE, RunFile, error=InputError, do="pass --overwrite to begin anew").settings

@@ -65,7 +65,9 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
     position = position_of(latest) if latest else Position()
     tensors = megatron.open_checkpoint(latest).tensors if latest and not options.lora_r else checkpoint.tensors
     if latest and options.lora_r:
-        read_matrices(latest, Manifest.load(latest / FILE).digests)
+        described = Manifest.load(latest / FILE)
+        megatron.check_structure(latest, described)
+        read_matrices(latest, described.digests)
     dtype = compute_dtype(options)
     if latest and world.is_main:
         ended = position.iteration >= options.train_iters

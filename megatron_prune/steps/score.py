@@ -51,7 +51,7 @@ def score(options: ScoreOptions, world: World) -> None:
         InputError: on metrics, data, a checkpoint or a layout that do not fit; nothing is written.
     """
     save, metrics = Path(options.save), metric_names(options.metrics)
-    check_output(save, SCORES, overwrite=options.overwrite, source=Path(options.load))
+    check_output(save, SCORES, overwrite=options.overwrite, source=Path(options.load), inputs=(options.tokenizer,))
     checkpoint = open_megatron(options.load, options, world)
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     layout.check(checkpoint.config)

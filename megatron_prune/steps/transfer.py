@@ -46,7 +46,7 @@ def transfer(options: TransferOptions, world: World) -> None:
     """
     require_positive(options, "target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by")
     save = Path(options.save_dir)
-    check_output(save, MEGATRON, overwrite=options.overwrite, source=Path(options.load_dir))
+    check_output(save, MEGATRON, overwrite=options.overwrite, source=Path(options.load_dir), inputs=(options.base,))
     checkpoint, adapter = open_adapted(Path(options.load_dir), Path(options.base) if options.base else None, told(options))
     noted(checkpoint, world)
     layout = ParallelLayout(

@@ -529,7 +529,7 @@ def test_a_tracker_that_names_nothing(shared, tmp_path, refused, text, message):
         ("evaluate --load-dir {m} --data {m}/latest_checkpointed_iteration.txt --seq_length 60", "too short.*at least 60"),
         ("evaluate --load-dir {m} --data {m}/latest_checkpointed_iteration.txt --seq_length 65", "65.*at most the model's 64"),
         ("evaluate --load-dir {m} --data {m}/latest_checkpointed_iteration.txt --windows 0", "windows.*0.*positive"),
-        ("verify --load-dir {m} --hf-dir {llama}", "differ in num_query_groups"),
+        ("verify --load-dir {m} --hf-dir {llama}", "num_query_groups: the checkpoint has"),
         ("verify --load-dir {m} --hf-dir {t}/none", "none"),
     ],
 )

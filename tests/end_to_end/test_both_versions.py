@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from foreign import copy_model, run, there_and_back
 from tiny import logits
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
+from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.both_versions import rewrite_side_files
+from megatron_prune.steps import output
 
 TOKENS = torch.randint(0, 307, (1, 20), generator=torch.Generator().manual_seed(2))
 
@@ -155,3 +158,22 @@ def test_llamas_tokenizer_says_where_a_text_begins_and_ends_since_its_class_in_t
     assert (found["add_bos_token"], found["add_eos_token"]) == (begins, ends)
     assert AutoTokenizer.from_pretrained(tmp_path)("a a")["input_ids"] == before
     assert (before[0] == 1, before[-1] == 2) == (begins, ends)
+
+
+def test_nothing_else_looks_at_transformers_while_a_thread_imports_it(model, tmp_path, monkeypatch):
+    """Python gives half a module to who imports it while another thread does: an export of a small model then failed its check."""
+    seen = []
+
+    def slow(family: str) -> None:
+        seen.append("begun")
+        time.sleep(0.2)
+        seen.append("imported")
+
+    monkeypatch.setattr(output, "import_stock_class", slow)
+    monkeypatch.setattr(output, "check_huggingface", lambda *_: seen.append("checked"))
+    monkeypatch.setattr(
+        huggingface, "open_model", lambda path, really=huggingface.open_model: (seen.append("opened"), really(path))[1]
+    )
+    argv = ["prune-hf", "--model_name_or_path", model(), "--output_path", tmp_path / "cut"]
+    assert run(*argv, "--ffn_hidden_size_remain", 60, "--metric", "magnitude") == 0
+    assert seen[-4:] == ["opened", "begun", "imported", "checked"]

@@ -49,10 +49,10 @@ def refused(made, tmp_path, capsys):
     ("flags", "said"),
     [
         (f"{CUT} --nsamples 4", "--nsamples where no text is read"),
-        (f"{CUT} --seq-length 4 --dtype bf16", "--seq_length, --dtype where no text is read"),
+        (f"{CUT} --dtype bf16", "--dtype where no text is read"),
         (f"{CUT} --tokenizer {{hf}}", "--tokenizer where no text is read"),
-        (f"{CUT} {TEXT} --no-refit", "--data, --nsamples, --seq_length where no text is read"),
-        (f"--plan {{plan}} {TEXT} --no-refit", "--data, --nsamples, --seq_length where no text is read"),
+        (f"{CUT} {TEXT} --no-refit", "--data, --nsamples where no text is read"),
+        (f"--plan {{plan}} {TEXT} --no-refit", "--data, --nsamples where no text is read"),
         ("--plan {plan} --dtype bf16", "--dtype where no text is read"),
         (f"{CUT} {TEXT} --no-refit --reconstruct 2", "--reconstruct where nothing is re-fitted"),
         (f"{CUT} --sequential", "--sequential where nothing is re-fitted"),

@@ -48,7 +48,12 @@ def test_a_pruned_checkpoint_without_our_manifest_loads_again(tiny, tmp_path, hf
     (tmp_path / "p/release" / FILE).unlink()
     shutil.rmtree(tmp_path / "p/release/hf")
     side = tiny("qwen3") if hf_dir == "original" else tmp_path / "first"
-    export(ExportOptions(load_dir=str(tmp_path / "p"), save_dir=str(tmp_path / "again"), hf_dir=str(side)), World())
+    options = {"load_dir": str(tmp_path / "p"), "save_dir": str(tmp_path / "again"), "hf_dir": str(side)}
+    if hf_dir == "original":  # of another shape: the user says that it is of this model all the same
+        with pytest.raises(InputError, match="num_layers: the stored arguments say 2, config.json 4"):
+            export(ExportOptions(**options), World())
+        options["believe"] = "args"
+    export(ExportOptions(**options), World())
     tokens = torch.arange(20)[None]
     assert torch.equal(logits(tmp_path / "again", tokens), logits(tmp_path / "first", tokens))
 

@@ -139,6 +139,16 @@ def test_what_holds_where_we_are_or_live_is_never_an_output(tmp_path, monkeypatc
             check_output(place, HUGGING_FACE, overwrite=overwrite)
 
 
+def test_what_is_read_is_not_taken_away(tmp_path):
+    out = made(tmp_path / "out", "own hf")
+    for name in ("out", "out/deep"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        with pytest.raises(InputError, match=f"is or holds the input .*{name}"):
+            check_output(out, HUGGING_FACE, overwrite=True, inputs=(None, str(tmp_path / name)))
+    with pytest.raises(InputError, match="is, holds or lies in the input"):
+        check_output(out / "deep", HUGGING_FACE, overwrite=True, source=out)
+
+
 def test_dots_links_and_slashes_lead_to_where_they_lead(tmp_path, monkeypatch):
     (tmp_path / "real" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to("real/deep")

@@ -65,6 +65,10 @@ GUARDED = {
         "AutoConfig.from_pretrained": "JSON",
         "AutoModelForCausalLM.from_pretrained": TRANSFORMERS,
     },
+    "megatron_prune/evaluation/one_layer.py": {
+        "AutoConfig.from_pretrained": "JSON",
+        "importlib.import_module": "a module of transformers, for a family that this project knows",
+    },
     "megatron_prune/files/pickled.py": {"read_pickle": "is the interpreter"},
     "megatron_prune/recovery/reading.py": {"dist_checkpointing.load": "reads through files/pickled.py, with readers of its own"},
     "megatron_prune/recovery/writer.py": {

@@ -107,4 +107,7 @@ class Arrow(_Table):
             table = ipc.open_stream(file)
             batches = iter(table)
         chosen = self._chosen(table.schema, columns)
-        return (batch.select(chosen).slice(start, _ROWS) for batch in batches for start in range(0, batch.num_rows, _ROWS))
+        for batch in batches:
+            batch = batch.select(chosen)
+            batch.validate(full=True)  # the file's offsets are used as they stand: a wrong one would end the process
+            yield from (batch.slice(start, _ROWS) for start in range(0, batch.num_rows, _ROWS))

@@ -7,10 +7,11 @@ import gzip
 import json
 import lzma
 import os
+import struct
 
 import pyarrow
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -142,6 +143,7 @@ def test_one_packed_file_is_a_source_of_any_length(tmp_path, ending, monkeypatch
             texts(tmp_path / f"x.parquet{ending}")
 
 
+@settings(max_examples=40)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=12), st.integers(0, 4), st.booleans())
 def test_json_in_any_layout_is_its_records(tmp_path_factory, said, layout, escape):
     file = tmp_path_factory.mktemp("json") / "x.json"
@@ -197,7 +199,7 @@ def test_a_record_without_an_end_is_refused(tmp_path, monkeypatch):
         ("a.txt", "text".encode("utf-16"), "UTF-16.*iconv -f UTF-16"),
         ("a.jsonl", "text".encode("utf-32"), "UTF-32.*iconv -f UTF-32"),
         ("a.txt", "text".encode("utf-16-le"), "a NUL byte after 1 characters: a binary file, or UTF-16"),
-        ("a.txt.gz", gzip.compress(b"good" * 9000 + b"\0"), "a NUL byte after 36000 characters"),
+        ("a.txt.gz", gzip.compress(b"good" * 9000 + b"\0", mtime=0), "a NUL byte after 36000 characters"),
         ("a.parquet", b"PAR1 no", "cannot be read.*a whole Parquet file"),
         ("a.arrow", b"ARROW1 no", "cannot be read.*a whole Arrow file"),
     ],
@@ -232,6 +234,18 @@ def test_tables_are_read_column_by_column(tmp_path, monkeypatch):
     table(tmp_path / "holes.parquet", text=["a", None])
     with pytest.raises(InputError, match="(?s)holes.parquet, row 2 has no text in field 'text'.*NoneType"):
         texts(tmp_path / "holes.parquet")
+
+
+def test_an_arrow_file_whose_offsets_lead_outside_is_refused(tmp_path):
+    columns = pyarrow.table({"text": ["ab", "cd"]})
+    for name, new in (("file.arrow", pyarrow.ipc.new_file), ("stream.arrow", pyarrow.ipc.new_stream)):
+        with pyarrow.OSFile(str(tmp_path / name), "wb") as sink, new(sink, columns.schema) as out:
+            out.write(columns)
+        whole, offsets = (tmp_path / name).read_bytes(), struct.pack("<3i", 0, 2, 4)
+        assert whole.count(offsets) == 1 and texts(tmp_path / name) == ["ab", "cd"]
+        (tmp_path / name).write_bytes(whole.replace(offsets, struct.pack("<3i", 0, 2, 1 << 30)))
+        with pytest.raises(InputError, match=f"(?s){name} cannot be read.*a whole Arrow file"):
+            texts(tmp_path / name)
 
 
 @pytest.mark.parametrize(

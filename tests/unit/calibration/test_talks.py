@@ -242,11 +242,17 @@ def test_the_mask_is_the_answers_with_the_end_of_their_turn(templated, tmp_path)
         assert mask == sum(([counts] * len(encode(text)) for text, counts in held), [])
     record = json.loads((tmp_path / "p_text_document.json").read_text())
     assert record["left_out"] == {"without an answer": 1} and record["documents"] == 2
-    plain = tmp_path / "plain"  # the same tokens without a mask
-    preprocess(PreprocessOptions(input=(str(file),), output_prefix=str(plain), tokenizer=str(folder), workers=1), World())
-    assert open_pair(f"{plain}_text_document").window(0, sum(map(len, tokens))).tolist()[: len(tokens[0])] == tokens[0]
-    with pytest.raises(InputError, match="(?s)plain_text_document does not say which of its tokens are answers.*--answers-only"):
-        open_mask(open_pair(f"{plain}_text_document"))
+    assert sorted(path.name for path in tmp_path.glob("p_*")) == [
+        *(f"p_text_document.{ending}" for ending in ("bin", "idx", "json")),
+        *(f"p_text_document_mask.{ending}" for ending in ("bin", "idx")),
+    ]
+    plain = {"input": (str(file),), "output_prefix": str(tmp_path / "p"), "tokenizer": str(folder), "workers": 1}
+    preprocess(PreprocessOptions(**plain, overwrite=True), World())  # the same tokens without a mask
+    pair = open_pair(tmp_path / "p_text_document")
+    assert pair.window(0, len(tokens[0])).tolist() == tokens[0] and pair.documents == 3
+    assert not list(tmp_path.glob("p_*_mask*"))
+    with pytest.raises(InputError, match="(?s)p_text_document does not say which of its tokens are answers.*--answers-only"):
+        open_mask(pair)
 
 
 def test_tokens_of_space_count_where_they_end():
