@@ -269,9 +269,9 @@ def test_refitting_helps(tiny, text, tmp_path):
     from transformers import AutoTokenizer
 
     source = tiny("qwen2", dtype="float32")
-    asked = {"data": (f"{text}:1",), "nsamples": 48, "seq_length": 48, "ffn_hidden_size_remain": 48, "metric": "random"}
-    by_hf(source, tmp_path / "fitted", **asked)
-    by_hf(source, tmp_path / "cut", **asked, refit=False)
+    asked = {"ffn_hidden_size_remain": 48, "metric": "random"}
+    by_hf(source, tmp_path / "fitted", **asked, data=(f"{text}:1",), nsamples=48, seq_length=48)
+    by_hf(source, tmp_path / "cut", **asked)
     other = "Line 7 of 12345: many models, 88 boxes and the 3 lines of 50. " * 2
     tokens = AutoTokenizer.from_pretrained(source)(other, return_tensors="pt").input_ids[:, :60]
     dense = logits(source, tokens)
