@@ -66,7 +66,8 @@ def _at_least(read: Callable[[str], Any], least: float | None) -> Callable[[str]
     def checked(text: str) -> Any:
         number = read(text)
         if number < least:
-            raise argparse.ArgumentTypeError(f"{number} is less than {least}")
+            needed = "a positive number" if least == 1 else f"at least {least:g}"
+            raise argparse.ArgumentTypeError(f"{number} is not {needed}")
         return number
 
     return read if least is None else checked

@@ -12,6 +12,7 @@ from rank_jobs import forget_groups, run_steps
 
 from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint import megatron
+from megatron_prune.files.hidden import CONTENT
 from megatron_prune.importance import collect as module
 from megatron_prune.importance.statistics import LayerStatistics, Statistics
 from megatron_prune.runtime.world import World
@@ -85,7 +86,7 @@ def step_measuring(
     filed, file_layer, file_roles = [], LayerStatistics.save, RoleStore.save
 
     def note(path: Path) -> None:
-        place = f"{path.parent.name}/{path.stem}" if not path.parent.name.startswith(".") else path.stem
+        place = path.stem if path.parent.name == CONTENT else f"{path.parent.name}/{path.stem}"
         filed.append(place)
         if kill is not None and sum(entry.startswith(kill[0]) for entry in filed) == kill[1]:
             raise KeyboardInterrupt

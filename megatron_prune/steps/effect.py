@@ -1,7 +1,8 @@
 """Flags of a pruning that a run would not look at: refused, since whoever passes one expects something of it.
 
-``--metric``, ``--prune_type`` and ``--seed`` are rules for all that may be cut, which scripts give whatever is; ``--seq-length``
-is among the arguments that users of Megatron give every program.
+``--metric``, ``--prune_type`` and ``--seed`` are rules for all that may be cut, ``--nsamples`` and ``--data_field`` for all text that
+may be read beside ``--scores``: scripts give them whatever is. ``--seq-length`` is among the arguments that users of Megatron give
+every program.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from megatron_prune.steps.choose import Request
 
 REFIT = ("sequential", "ridge", "reader_ridge", "reconstruct")
 TEXT = ("data", "data_field", "nsamples", "dtype")
-OF_THE_TEXT = ("data_field", "nsamples")
-"""What is read and drawn: settled where the text of ``--scores`` is taken."""
 
 
 def check_effect(options, request: Request, config: ModelConfig, *, text: bool, refit: bool) -> None:
@@ -58,12 +57,9 @@ def _idle(options, request: Request, config: ModelConfig, text: bool, refit: boo
         yield (*TEXT, "scores"), why, "leave it out, or ask for what needs text"
         if request.vocab is None:
             yield ("tokenizer",), why, "leave it out"
-    if options.scores and options.data is None:
-        yield OF_THE_TEXT, "beside --scores, whose text is taken", "leave it out, or name text with --data"
-    if request.plan is not None:
+    if request.target is None:  # of shapes within a budget nobody knows which axes they cut
         return
     if "layer" not in axes:
         yield ("depth_metric",), "where scores choose no layer", "leave it out, or ask for --num_layers_remain"
-    shapes = request.shapes or (request.target.config,)
-    if all(shape.hidden_size == config.hidden_size for shape in shapes):
+    if request.target.config.hidden_size == config.hidden_size:
         yield ("hidden_method",), "where no hidden unit is cut", "leave it out, or ask for --hidden_size_remain"

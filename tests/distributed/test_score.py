@@ -165,6 +165,7 @@ def test_an_existing_artifact_is_replaced_only_when_that_is_asked_for(home, rank
 # ------------------------------------------------------------------------------------------------------ pruning by scores
 
 SELECT = {"hidden_method": "select", "refit": False}
+"""Where hidden units may be cut."""
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,8 @@ SELECT = {"hidden_method": "select", "refit": False}
 )
 def test_any_target_is_planned_from_kept_scores_without_a_pass(scored, home, ranks, tmp_path, sizes, metric):
     before = contents(scored())
-    assert prune(ranks(1), home, tmp_path / "cut", scores=str(scored()), metric=metric, **SELECT, **sizes) == []
+    asked = {**(SELECT if "hidden_size_remain" in sizes else {"refit": False}), **sizes}
+    assert prune(ranks(1), home, tmp_path / "cut", scores=str(scored()), metric=metric, **asked) == []
     plan, scores = load_plan(tmp_path / "cut.json"), load_scores(scored(), metric)
     config = megatron.open_checkpoint(home / "qwen2").config
     target = resolve_target(config, **{name.removesuffix("_remain"): value for name, value in sizes.items()})
@@ -191,7 +193,7 @@ def test_any_target_is_planned_from_kept_scores_without_a_pass(scored, home, ran
 
 
 def test_scores_made_anew_and_kept_ones_give_the_same_plan(scored, home, ranks, tmp_path):
-    sizes = {"ffn_hidden_size_remain": 48, "num_query_groups_remain": 4, "num_layers_remain": 2, **SELECT}
+    sizes = {"ffn_hidden_size_remain": 48, "num_query_groups_remain": 4, "num_layers_remain": 2, "refit": False}
     assert prune(ranks(1), home, tmp_path / "kept", scores=str(scored()), **sizes) == []
     assert prune(ranks(1), home, tmp_path / "anew", data=(f"{home / 'text.txt'}:1",), **sizes) == LAYERS
     kept, anew = (load_plan(tmp_path / f"{name}.json") for name in ("kept", "anew"))
