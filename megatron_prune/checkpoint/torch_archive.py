@@ -272,6 +272,18 @@ def region_of(tensor: torch.Tensor, path: Path) -> Region:
     return Region(path, tensor.bytes_at, rows, tensor.numel() // max(1, rows), tensor.dtype)
 
 
+def values(tensor: torch.Tensor, path: Path) -> torch.Tensor:
+    """A tensor from :func:`read_objects` with its values.
+
+    Raises:
+        CheckpointError: as :func:`region_of`, or if the file has been cut since.
+    """
+    read = torch.empty(tensor.shape, dtype=tensor.dtype)
+    if read.numel():
+        region_of(tensor, path).read_into(read)
+    return read
+
+
 def empty_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """A tensor to be saved by :func:`lay_out`; its memory is never touched, so it takes none."""
     return torch.empty(shape, dtype=dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import io
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from megatron_prune.calibration.contents import summary
 from megatron_prune.calibration.documents import open_documents
 from megatron_prune.calibration.reader import TRAIN
 from megatron_prune.calibration.sources import split_weight
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import huggingface, megatron, torch_archive
 from megatron_prune.checkpoint.description import Told
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
@@ -214,7 +213,7 @@ def read_lines(name: str) -> list[str]:
 
 
 def read_ids(name: str) -> set[int]:
-    """The ids in a file. A pickle in it may hold plain values and tensors, nothing else.
+    """The ids in a file: a list or tensor that ``torch.save`` wrote, or numbers one a line.
 
     Raises:
         InputError: if it holds something else.
@@ -222,12 +221,12 @@ def read_ids(name: str) -> set[int]:
     do = "a list or tensor of ids, or one a line"
     data = read_bytes(Path(name), error=InputError)
     try:
-        if data[:2] in (b"PK", b"\x80\x02"):
-            held = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            ids = held.tolist() if isinstance(held, torch.Tensor) else held
+        if data[:2] == b"PK":
+            held = torch_archive.read_objects(Path(name))
+            ids = torch_archive.values(held, Path(name)).tolist() if isinstance(held, torch.Tensor) else held
         else:
             ids = [int(line.split()[0]) for line in data.decode("utf-8").splitlines() if line.strip()]
-    except Exception as error:  # torch raises many kinds for what it does not read
+    except ValueError as error:
         raise InputError(f"--keep-ids {name} holds no ids", got=reason(error), needed=do) from None
     if not isinstance(ids, list) or not ids or any(type(number) is not int for number in ids):
         raise InputError(f"--keep-ids {name} holds no ids", got=shorten(ids), needed=do)

@@ -57,7 +57,6 @@ GUARDED = {
     "megatron_prune/calibration/encoder.py": {"AutoTokenizer.from_pretrained": "tokenizers hold no pickles"},
     "megatron_prune/calibration/parts.py": {"numpy.load": ARRAYS},
     "megatron_prune/calibration/pair.py": {"IndexedDataset": "reads numbers alone"},
-    "megatron_prune/steps/vocab_options.py": {"torch.load": WEIGHTS_ONLY},
     "megatron_prune/checkpoint/torch_archive.py": {"read_pickle": "files/pickled.py"},
     "megatron_prune/checkpoint/torch_dist.py": {"read_pickle": "files/pickled.py", "import pickle": "to write"},
     "megatron_prune/checkpoint/stored_args.py": {"import yaml": "composed into nodes, whose plain values alone are taken"},
