@@ -130,7 +130,7 @@ def test_rotary_tables_that_are_none(made, tmp_path, refused):
     file.write_bytes(b"junk")
     refused(words, "rotary_buffers.safetensors is not a whole safetensors file")
     save_file({"model.norm.weight": torch.ones(2)}, file)
-    refused(words, "rotary_buffers.safetensors holds what is no rotary table")
+    refused(words, "rotary_buffers.safetensors holds what is no table of positions or masks")
 
 
 # ------------------------------------------------------------------------------------------------------- scores and text
