@@ -420,7 +420,10 @@ def test_a_plan_that_keeps_everything_is_the_identity(megatron, ranks, tmp_path,
     source, checkpoint = megatron(family, tie_word_embeddings=family in ("llama", "qwen2"))
     (tmp_path / "all.json").write_text(keep_all(source, named=named).dumps())
     prune(ranks(size), checkpoint, tmp_path / "cut", tp, pp, plan=str(tmp_path / "all.json"))
-    assert_same_model(exported(tmp_path / "cut", tmp_path / "back"), source)
+    back = exported(tmp_path / "cut", tmp_path / "back")
+    assert filecmp.cmp(back / "model.safetensors", source / "model.safetensors", shallow=False)
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, back))
+    assert before.items() <= after.items()  # what a pruned model says besides is for transformers 4
 
 
 def test_a_plan_in_another_order_of_ffn_channels_and_kv_groups_computes_the_same_model(megatron, ranks, tmp_path):

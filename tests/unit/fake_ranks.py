@@ -23,6 +23,11 @@ class Rank:
             raise Captured(value)
         return self._everything
 
+    def agree(self, error: Exception | None) -> None:
+        """One rank's error is raised; the others of these tests have the same."""
+        if error is not None:
+            raise error
+
 
 def on_every_rank(run: Callable[[Rank], object], layout: ParallelLayout, copies: int = 1) -> list:
     """What ``run`` returns on every rank of TP × PP × ``copies``; it may exchange once."""
