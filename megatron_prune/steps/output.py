@@ -170,7 +170,8 @@ def write_huggingface(
     def lay_out() -> None:
         if side_files:
             huggingface.copy_side_files(side_files, partial)
-            (partial / huggingface.BUFFERS_FILE).unlink(missing_ok=True)
+            for name in (huggingface.BUFFERS_FILE, RECIPE_FILE):  # of the weights that it lies beside
+                (partial / name).unlink(missing_ok=True)
             if trimmed:
                 trimmed.write(partial)
         described = hf_config
