@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
 import numpy
 
-from megatron_prune.calibration.pair import Pair, open_pair
+from megatron_prune.calibration.pair import Pair, open_pair, read_record
 from megatron_prune.errors import InputError
 
 
@@ -57,8 +56,7 @@ def open_mask(pair: Pair) -> Pair:
 
 def _recorded_digest(prefix: str) -> str | None:
     """Of the mask, as the record beside the pair has it; empty if it says there is none, ``None`` without a record."""
-    try:
-        record = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
-        return record["answers"]["digest"] if "answers" in record else ""
-    except (OSError, ValueError, KeyError, TypeError):
+    record = read_record(prefix)
+    if record is None:
         return None
+    return record["answers"]["digest"] if "answers" in record else ""

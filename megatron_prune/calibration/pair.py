@@ -9,7 +9,7 @@ from typing import Iterator, Literal
 
 import numpy
 import torch
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from megatron_prune.errors import InputError, reason
 from megatron_prune.files import staging
@@ -144,12 +144,19 @@ class RecordedTokenizer(TypedDict):
     digest: str
 
 
+class RecordedAnswers(TypedDict):
+    """What a record says of the mask of answers beside its pair."""
+
+    digest: str
+
+
 class PairRecord(TypedDict):
     """The record that ``megatron-prune preprocess`` writes beside a pair, ``PREFIX.json``."""
 
     __pydantic_config__ = {"extra": "allow"}
     format: Literal["megatron-prune documents"]
     tokenizer: RecordedTokenizer
+    answers: NotRequired[RecordedAnswers]
 
 
 def read_record(prefix: str) -> PairRecord | None:
