@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from megatron_prune.errors import CheckpointError, reason
+from megatron_prune.errors import CheckpointError, plain, reason
 from megatron_prune.files.documents import read_text, shorten
 from megatron_prune.files.pickled import Inert
 
@@ -77,7 +77,7 @@ def _named(file: Path, name: str, node: yaml.Node) -> Any:
     try:
         return _value(node)
     except (ValueError, KeyError, IndexError) as error:  # !!int x, !!bool maybe, a number of thousands of digits
-        raise CheckpointError(f"{file}: model.{shorten(name)}", got=reason(error), needed="a value that its tag can be") from None
+        raise CheckpointError(f"{file}: model.{plain(name, 80)}", got=reason(error), needed="a value that its tag can be") from None
 
 
 def _entries(node: Any) -> dict[str, yaml.Node]:
