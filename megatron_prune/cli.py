@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 a check failed or something broke; 2 bad input, with nothi
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import sys
@@ -49,6 +50,7 @@ VERBS = {
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``megatron-prune`` and ``python -m megatron_prune``."""
     argv = sys.argv[1:] if argv is None else argv
+    _encodable()
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_usage(), file=sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
@@ -107,6 +109,13 @@ def unexpected(error: BaseException) -> str:
         f"  what to do: see whether the input is sound; if it is, this is a fault of megatron-prune: please report it with what "
         f"{DEBUG}=1 prints"
     )
+
+
+def _encodable() -> None:
+    """What the encoding of the output lacks is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _quiet() -> None:

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import math
 import re
+import sys
 import types
 import typing
 from dataclasses import MISSING, Field, field, fields
@@ -73,11 +74,33 @@ def _at_least(read: Callable[[str], Any], least: float | None) -> Callable[[str]
     return read if least is None else checked
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a name that the operating system gave is text."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def nonempty(given: str) -> str:
-    """A text that says something: a variable that was never set is not taken for a path."""
+    """A text that says something: a variable that was never set is not taken for a path; what files are to name is UTF-8."""
     if not given.strip():
         raise argparse.ArgumentTypeError("nothing is given: it is empty")
+    if not is_utf8(given):  # JSON, safetensors and tokenizers cannot say such a name
+        raise argparse.ArgumentTypeError(f"{given!r} is not UTF-8: rename it, or name a link to it")
     return given
+
+
+class Parser(argparse.ArgumentParser):
+    """One that takes whole flags alone, and refuses ``--flag=--``, which argparse reads as a list of no values."""
+
+    def __init__(self, *, prog: str, description: str | None):
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def parse_args(self, args: list[str] | None = None) -> argparse.Namespace:
+        """The values of all flags; a bad one ends the process with code 2."""
+        words = sys.argv[1:] if args is None else args
+        for word in words:
+            if re.fullmatch(r"--?[^=]+=--", word):
+                self.error(f"argument {word.removesuffix('=--')}: '--' is no value")
+        return super().parse_args(words)
 
 
 _TYPES = {"int": whole, "float": finite, "str": nonempty, "tuple": integers}
@@ -125,7 +148,7 @@ def _default_text(item: Field) -> str:
 
 def parse(kind: type[Options], argv: list[str], *, prog: str, description: str) -> Options:
     """Read ``argv`` into ``kind``; argparse exits with code 2 on a bad flag."""
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser = Parser(prog=prog, description=description)
     add_options(parser, kind)
     return kind(**vars(parser.parse_args(argv)))
 

@@ -5,7 +5,6 @@
 there, the size is exact: special tokens and the 256 bytes are among the ids, and so is what kept tokens are put together from.
 """
 
-import argparse
 import io
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_prune.cli import run_verb
-from megatron_prune.config import nonempty
+from megatron_prune.config import Parser, nonempty
 from megatron_prune.errors import InputError, PruneError
 from megatron_prune.files import staging
 
@@ -22,7 +21,7 @@ PROG = "get_vocab_freq.py"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog=PROG, description=__doc__, allow_abbrev=False)
+    parser = Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
     add("--data_type", choices=["txt", "jsonl", "mmap"], default="mmap", help="mmap: prefix of a Megatron .bin/.idx pair")
     add("--data_path", type=nonempty, nargs="+", required=True, help="corpora of that type")

@@ -4,17 +4,16 @@ Unlike there the model's directory is left as it is: the result is a directory o
 and the kept tokens need are added where the list lacks them.
 """
 
-import argparse
 import sys
 
 from megatron_prune.cli import run_verb
-from megatron_prune.config import nonempty
+from megatron_prune.config import Parser, nonempty
 
 PROG = "prune_spm_and_emb.py"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog=PROG, description=__doc__, allow_abbrev=False)
+    parser = Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
     add("--remain_vocab_path", type=nonempty, required=True, help="file of ids (remain_vocab_ids.pt)")
     add("--hf_dir", type=nonempty, required=True, help="Hugging Face directory (or a Megatron checkpoint)")

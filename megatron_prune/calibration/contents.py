@@ -46,7 +46,8 @@ class Contents:
 
     def facts(self) -> dict[str, Any]:
         """JSON-able: ``files``, and ``passed_over`` by reason; paths from the folder on."""
-        relative = lambda files: [file.relative_to(self.folder).as_posix() for file in files]
+        text = lambda name: name.encode("utf-8", "replace").decode("utf-8")  # the system's names are bytes, JSON's are not
+        relative = lambda files: [text(file.relative_to(self.folder).as_posix()) for file in files]
         return {"files": relative(self.read), "passed_over": {why: relative(files) for why, files in self.passed.items()}}
 
 

@@ -145,7 +145,7 @@ class RecordedTokenizer(TypedDict):
 
 
 class RecordedAnswers(TypedDict):
-    """What it says of the mask."""
+    """What a record says of the mask of answers beside its pair."""
 
     digest: str
 

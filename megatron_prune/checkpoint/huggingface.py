@@ -21,6 +21,7 @@ from megatron_prune.checkpoint import safetensors_file, weight_files
 from megatron_prune.checkpoint.manifest import RECIPE_FILE, Recipe
 from megatron_prune.checkpoint.tensor_map import FLOATS, TensorMap
 from megatron_prune.checkpoint.weight_files import INDEX, SINGLE, WEIGHTS
+from megatron_prune.config import is_utf8
 from megatron_prune.errors import CheckpointError, InputError, raise_all, reason
 from megatron_prune.families.family import Family, family_of
 from megatron_prune.files.documents import LIMIT, read_json, shorten
@@ -215,7 +216,7 @@ def side_files(source: Path) -> dict[str, Path]:
     Links are followed within the directory, and within the repository's folder of the hub's cache.
 
     Raises:
-        InputError: if one is a link to elsewhere, no regular file, or too large for what it should be.
+        InputError: if one is a link to elsewhere, no regular file, of a name that is no text, or too large for what it should be.
     """
     found = {}
     for entry in sorted(source.iterdir()):
@@ -226,6 +227,8 @@ def side_files(source: Path) -> dict[str, Path]:
         for file in sorted(entry.iterdir()) if entry.is_dir() and _is_within(entry, source) else [entry]:
             found[str(file.relative_to(source))] = file
     for file in found.values():
+        if not is_utf8(file.name):
+            raise InputError(f"{file}", got="a name that is not UTF-8", do="rename or remove it")
         if not _is_within(file, source):
             raise InputError(
                 f"{file} is a link to {os.path.realpath(file)}, outside of the model's directory",

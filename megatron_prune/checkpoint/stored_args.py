@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from megatron_prune.errors import CheckpointError, reason
+from megatron_prune.errors import CheckpointError, plain, reason
 from megatron_prune.files.documents import read_text, shorten
 from megatron_prune.files.pickled import Inert
 
@@ -58,7 +58,7 @@ def run_config(folder: Path) -> dict[str, Any] | None:
     Nothing is built from it: what is tagged or has a ``_target_`` becomes an :class:`Inert`.
 
     Raises:
-        CheckpointError: if it is not YAML, or has no such section.
+        CheckpointError: if it is not YAML, has no such section, or tags a text as a number that it is not.
     """
     file = folder / RUN_CONFIG
     if not file.is_file():
@@ -70,7 +70,14 @@ def run_config(folder: Path) -> dict[str, Any] | None:
     model = _entries(root).get("model")
     if not isinstance(model, yaml.MappingNode):
         raise CheckpointError(f"{file} has no section 'model'", needed="what Megatron-Bridge writes beside a checkpoint")
-    return {name: _value(node) for name, node in _entries(model).items() if name not in ("_target_", "_call_")}
+    return {name: _named(file, name, node) for name, node in _entries(model).items() if name not in ("_target_", "_call_")}
+
+
+def _named(file: Path, name: str, node: yaml.Node) -> Any:
+    try:
+        return _value(node)
+    except (ValueError, KeyError, IndexError) as error:  # !!int x, !!bool maybe, a number of thousands of digits
+        raise CheckpointError(f"{file}: model.{plain(name, 80)}", got=reason(error), needed="a value that its tag can be") from None
 
 
 def _entries(node: Any) -> dict[str, yaml.Node]:

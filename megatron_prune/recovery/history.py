@@ -26,6 +26,9 @@ HISTORY, PLOT, BOARD = "history.jsonl", "loss.png", "tensorboard"
 Record = dict[str, int | float | None]
 """A line of ``history.jsonl``: the iteration, the tokens so far, and what was measured."""
 
+LARGEST = 1e100
+"""Of the numbers in a record, where they are finite."""
+
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "B200": 2250, "A100": 312, "A800": 312, "L40S": 362}
 """Dense bf16 and fp16 peak of a device by a part of its name (NVIDIA's data sheets), the first match counts."""
 
@@ -169,8 +172,12 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             record = parse_json(line, Record, f"{path}, line {number}", error=InputError, do="mend the line, or remove the file")
-            if not all(type(record.get(name)) is int for name in ("iteration", "tokens")):
+            counted = [record.get(name) for name in ("iteration", "tokens")]
+            if not all(type(count) is int and 0 <= count < 1 << 63 for count in counted):
                 raise InputError(f"{path}, line {number}", got=line[:80], needed="iteration and tokens", do="mend or remove it")
+            if any(value is not None and LARGEST < abs(value) < math.inf for value in record.values()):
+                needed = f"numbers up to {LARGEST:g}"  # larger ones cannot be drawn
+                raise InputError(f"{path}, line {number}", got=line[:80], needed=needed, do="mend or remove it")
         except InputError:
             if number == len(lines) and not line.endswith("}"):  # a run was killed while it wrote this
                 break

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +17,7 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.description import Told
-from megatron_prune.config import add_options, nonempty, option, require_positive
+from megatron_prune.config import Parser, add_options, nonempty, option, require_positive
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import family_of
 from megatron_prune.importance.collect import BATCH_TOKENS
@@ -76,7 +75,7 @@ class EstimateOptions(ForeignOptions):
 
 def parse(argv: list[str], prog: str) -> EstimateOptions:
     """Read the command line: the model is positional."""
-    parser = argparse.ArgumentParser(prog=prog, description=EstimateOptions.__doc__, allow_abbrev=False)
+    parser = Parser(prog=prog, description=EstimateOptions.__doc__)
     flags = [item for item in EstimateOptions.__dataclass_fields__.values() if item.name != "path"]
     parser.add_argument(
         "path", type=nonempty, metavar="CKPT|HF", help=EstimateOptions.__dataclass_fields__["path"].metadata["help"]

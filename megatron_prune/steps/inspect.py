@@ -3,7 +3,6 @@ weights are not sound."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from megatron_prune.checkpoint.description import Told
 from megatron_prune.checkpoint.manifest import Recipe
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.checkpoint.tensor_map import TensorMap
-from megatron_prune.config import add_options, nonempty
+from megatron_prune.config import Parser, add_options, nonempty
 from megatron_prune.errors import plain
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.foreign import ForeignOptions, told
@@ -40,7 +39,7 @@ class InspectOptions(ForeignOptions):
 
 def parse(argv: list[str], prog: str) -> InspectOptions:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog=prog, description=InspectOptions.__doc__, allow_abbrev=False)
+    parser = Parser(prog=prog, description=InspectOptions.__doc__)
     parser.add_argument("path", type=nonempty, metavar="CKPT|HF", help="Megatron checkpoint, Hugging Face directory, or hub id")
     parser.add_argument(
         "--weights",

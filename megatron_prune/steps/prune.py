@@ -5,7 +5,6 @@ The arguments are those of LLama-Pruner's ``prune_gpt.py`` (S4), and Megatron's 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.stream import StreamReport, content_id
-from megatron_prune.config import add_options, option
+from megatron_prune.config import Parser, add_options, option
 from megatron_prune.families.family import Family
 from megatron_prune.files import staging
 from megatron_prune.planning.plan import Plan, load_plan
@@ -66,7 +65,7 @@ class PruneOptions(TargetOptions, FitOptions, ForeignOptions, CheckOptions):
 
 def parse(argv: list[str], prog: str) -> PruneOptions:
     """Read the command line; Megatron's own model flags end in ``PruneOptions.megatron``."""
-    parser = argparse.ArgumentParser(prog=prog, description=PruneOptions.__doc__, allow_abbrev=False)
+    parser = Parser(prog=prog, description=PruneOptions.__doc__)
     shown = [item for item in dataclasses.fields(PruneOptions) if item.name != "megatron"]
     add_options(parser, PruneOptions, shown)
     add_megatron_flags(parser)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
-from megatron_prune.config import add_options, option, require_positive
+from megatron_prune.config import Parser, add_options, option, require_positive
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.megatron_flags import add_megatron_flags, megatron_flags, refuse_training_flags
 from megatron_prune.runtime.world import World
@@ -122,7 +121,7 @@ RULES = {
 
 def parse(argv: list[str], prog: str) -> RecoverOptions:
     """Read the command line; Megatron's own model flags end in ``RecoverOptions.megatron``."""
-    parser = argparse.ArgumentParser(prog=prog, description=RecoverOptions.__doc__, allow_abbrev=False)
+    parser = Parser(prog=prog, description=RecoverOptions.__doc__)
     shown = [item for item in dataclasses.fields(RecoverOptions) if item.name != "megatron"]
     add_options(parser, RecoverOptions, shown)
     add_megatron_flags(parser)

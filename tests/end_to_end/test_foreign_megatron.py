@@ -388,6 +388,10 @@ BAD_SECTIONS = {
     "  no_rope_freq: [0, 0, 0, 1]": "no_rope_freq",
     "  mrope_section: &a [*a]": "YAML|mrope_section",
     "  x: {a: [": "is not YAML",
+    "  x: !!int many": "run_config.yaml: model.x",
+    "  x: !!bool maybe": "run_config.yaml: model.x",
+    '  x: !!int ""': "run_config.yaml: model.x",
+    "  x: " + "9" * 5000: "run_config.yaml: model.x",
     "  \t": "is not YAML",
 }
 

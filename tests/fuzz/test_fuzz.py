@@ -23,7 +23,7 @@ from commands import QUICK, SLOW
 from damage import FLAGS, damage, remove
 from materials import Materials
 
-FORBIDDEN = ("Traceback (most recent", "did not foresee", "panicked at", "weights_only", "trust_remote_code", "\x1b[")
+FORBIDDEN = ("Traceback (most recent", "did not foresee", "panicked at", "weights_only=False", "trust_remote_code", "\x1b[")
 
 
 def case(seed: str, commands: list[str], materials: Materials, folder: Path) -> list[str]:

@@ -57,6 +57,9 @@ def test_every_type_is_read():
         (["--load-dir", "x", "--kind", "c"], "--kind"),
         (["--load-dir", "x", "--layers", "1,two"], "not a list of whole numbers"),
         (["--load-dir", "x", "--strict", "yes"], "unrecognized arguments: yes"),
+        (["--load-dir", "x\udcff"], "is not UTF-8"),
+        (["--load-dir=--"], "--load-dir: '--' is no value"),
+        (["--load-dir", "x", "--size=--"], "--size: '--' is no value"),
     ],
 )
 def test_a_bad_command_line_ends_with_code_2_and_names_what_is_bad(capsys, argv, word):

@@ -398,6 +398,10 @@ def test_pipes_and_giants_beside_weights_are_refused_and_linked_weights_said(mod
     with pytest.raises(InputError, match="(?s)pipe.*got: a directory, a pipe or a device.*remove it"):
         huggingface.side_files(model)
     (model / "pipe").unlink()
+    (model / os.fsdecode(b"na\xffme")).touch()
+    with pytest.raises(InputError, match="(?s)na.me.*not UTF-8.*rename or remove it"):
+        huggingface.side_files(model)
+    (model / os.fsdecode(b"na\xffme")).unlink()
     with open(model / "huge.txt", "wb") as file:
         file.truncate(huggingface.LIMIT + 1)
     with pytest.raises(InputError, match="huge.txt beside the weights"):

@@ -102,6 +102,13 @@ def test_shards_are_read_by_the_split_that_their_names_say(tmp_path, folder):
         texts(tmp_path, split="mine")
 
 
+def test_a_name_that_is_not_utf_8_is_read_and_recorded_as_text(tmp_path):
+    write(tmp_path, {os.fsdecode(b"na\xffme.txt"): b"plain", os.fsdecode(b"\xfe.pdf"): b"x"})
+    found = open_documents(str(tmp_path), ("text",), split="train").contents()
+    assert found == {"files": ["na?me.txt"], "passed_over": {"no ending of text that is read": ["?.pdf"]}}
+    assert texts(tmp_path) == ["plain"] and summary("corpus", found).encode("utf-8")
+
+
 def test_names_that_only_look_like_splits_are_none(tmp_path):
     write(tmp_path, {f"{name}.txt": name.encode() for name in ("train_station", "test_drive", "test", "validity")})
     assert sorted(texts(tmp_path)) == ["test", "test_drive", "train_station", "validity"]

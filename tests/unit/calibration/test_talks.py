@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -283,6 +284,16 @@ def test_what_is_not_the_mask_of_a_pair_is_refused(templated, tmp_path):
         mask.write_bytes(content)
         with pytest.raises(InputError, match=message):
             open_mask(pair)
+    record = Path(f"{prefixes[0]}.json")
+    for content, message in (
+        (json.dumps({**json.loads(record.read_text()), "answers": 3}), "json: answers"),
+        (json.dumps({**json.loads(record.read_text()), "answers": {"digest": None}}), "json: answers.digest"),
+    ):
+        record.write_text(content)
+        with pytest.raises(InputError, match=message):
+            open_mask(pair)
+    record.unlink()
+    os.mkfifo(record)  # no record of ours; never waited for
     for ending in ("bin", "idx"):
         mask.with_suffix(f".{ending}").write_bytes(Path(f"{mask_prefix(prefixes[1])}.{ending}").read_bytes())
     with pytest.raises(InputError, match="(?s)is not the mask of.*each document as long"):
