@@ -46,6 +46,7 @@ FIELDS = {
 }
 """Our field of :class:`ModelConfig` ↔ the key in ``config.json``, the same in all families so far."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One Hugging Face model family.
@@ -89,7 +90,9 @@ class Family:
                 check_value(kinds[ours], hf[theirs], f"config.json: {theirs}")
         merged = self._completed(hf)
         if merged["head_dim"] % 2:
-            raise CheckpointError("config.json: head_dim", got=merged["head_dim"], needed="an even number: positions rotate pairs")
+            raise CheckpointError(
+                "config.json: head_dim", got=merged["head_dim"], needed="an even number: positions rotate pairs"
+            )
         _check_padding(merged.get("pad_token_id"), merged["vocab_size"])
         base, scaling = read_rope(merged)
         return ModelConfig(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import copy_model, run, there_and_back
+from foreign import run, there_and_back
 from tiny import logits
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
@@ -20,16 +20,6 @@ from megatron_prune.checkpoint.both_versions import rewrite_side_files
 from megatron_prune.steps import output
 
 TOKENS = torch.randint(0, 307, (1, 20), generator=torch.Generator().manual_seed(2))
-
-
-@pytest.fixture
-def model(tiny, tmp_path):
-    """Makes a writable copy of a tiny model (see ``copy_model``)."""
-
-    def make(family="llama", change=lambda tensors: None, config={}, **changes) -> Path:
-        return copy_model(tiny(family, **changes), tmp_path / "hf", change, **config)
-
-    return make
 
 
 ROPES = {

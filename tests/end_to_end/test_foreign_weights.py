@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import as_bin, copy_model, run, there_and_back
+from foreign import as_bin, run, there_and_back
 from tiny import logits, state_dict
 
 from megatron_prune.checkpoint import huggingface
@@ -16,16 +16,6 @@ from megatron_prune.errors import CheckpointError
 from megatron_prune.runtime.stock_model import load_stock_model
 
 TOKENS = torch.randint(0, 307, (1, 20), generator=torch.Generator().manual_seed(2))
-
-
-@pytest.fixture
-def model(tiny, tmp_path):
-    """Makes a writable copy of a tiny model (see ``copy_model``)."""
-
-    def make(family="llama", change=lambda tensors: None, config={}, **changes) -> Path:
-        return copy_model(tiny(family, **changes), tmp_path / "hf", change, **config)
-
-    return make
 
 
 @pytest.mark.parametrize("wider", [False, True])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import as_bin, copy_model, edit, run
+from foreign import as_bin, edit, run
 from tiny import logits
 from transformers import AutoTokenizer
 
@@ -18,16 +18,6 @@ from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.runtime.stock_model import load_stock_model
 
 TOKENS = torch.randint(0, 307, (1, 20), generator=torch.Generator().manual_seed(2))
-
-
-@pytest.fixture
-def model(tiny, tmp_path):
-    """Makes a writable copy of a tiny model (see ``copy_model``)."""
-
-    def make(family="llama", change=lambda tensors: None, config={}, **changes) -> Path:
-        return copy_model(tiny(family, **changes), tmp_path / "hf", change, **config)
-
-    return make
 
 
 EVIL = """open({marker!r}, "w").close()
