@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_prune.calibration.talks import Messages, Span, TemplateError, answer_spans, check_said
 from megatron_prune.calibration.workers import end_with_parent, processes
-from megatron_prune.errors import InputError
+from megatron_prune.errors import InputError, PruneError
 
 _SECONDS = 60.0
 """That one talk may take, on a machine with much else to do."""
@@ -84,7 +84,10 @@ class ChatTemplate:
         self._process = context.Process(target=_serve, args=given, daemon=True)
         self._process.start()
         theirs.close()
-        self._receive(_START_SECONDS)
+        if self._receive(_START_SECONDS) is None:
+            raise PruneError(
+                "the process that fills in chat templates did not start\n  what to do: see whether there is memory for it"
+            )
 
     def _receive(self, seconds: float) -> Any:
         """What the process says; ``None``, and no process, if it says nothing in time or is gone."""
