@@ -57,6 +57,4 @@ def open_mask(pair: Pair) -> Pair:
 def _recorded_digest(prefix: str) -> str | None:
     """Of the mask, as the record beside the pair has it; empty if it says there is none, ``None`` without a record."""
     record = read_record(prefix)
-    if record is None:
-        return None
-    return record["answers"]["digest"] if "answers" in record else ""
+    return record.get("answers", {"digest": ""})["digest"] if record else None

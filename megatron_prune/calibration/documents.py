@@ -111,6 +111,18 @@ def open_documents(name: str, keys: Sequence[str], *, split: str, encode: Encode
     raise InputError(f"{name} is not text", got="tokens", needed="text, JSONL, a folder or a data set")
 
 
+def open_begun(name: str, keys: Sequence[str], *, split: str, encode: Encoder) -> DocumentReader:
+    """The source called ``name``, if it begins well: what is wrong is said before hours of work on others.
+
+    Raises:
+        InputError: if there is none, its first document does not do, or it has no text.
+    """
+    source = open_documents(name, keys, split=split, encode=encode)
+    if not any(text.strip() for document in source.documents(keys) for text in document.texts):
+        raise InputError(f"{name} is empty", got="no text", needed="at least one document")
+    return source
+
+
 def check_split(split: str, sources: Sequence[DocumentReader]) -> None:
     """Refuse a split where no source has any.
 

@@ -13,10 +13,11 @@ from typing import Any, Iterator
 
 import torch
 
-from megatron_prune.calibration.talks import Messages, Span
+from megatron_prune.calibration.talks import Messages
 from megatron_prune.calibration.template import ChatTemplate
 from megatron_prune.errors import InputError, reason
 from megatron_prune.files.documents import read_json, shorten
+from megatron_prune.runtime.chat_template import Span
 
 
 class Encoder:

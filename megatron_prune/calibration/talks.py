@@ -10,6 +10,7 @@ from typing import Any, Callable, Mapping
 
 from megatron_prune.errors import InputError
 from megatron_prune.files.documents import shorten
+from megatron_prune.runtime.chat_template import Span, TemplateError
 
 FIELDS = ("messages", "conversations")
 """Where a record keeps a talk, if nothing else is said."""
@@ -22,14 +23,7 @@ ASSISTANT = "assistant"
 _ROLES = {"human": "user", "gpt": ASSISTANT, "chatgpt": ASSISTANT, "bard": ASSISTANT, "bing": ASSISTANT, "observation": "tool"}
 """ShareGPT's words; what is not here is said as it is."""
 
-Span = tuple[int, int]
-"""Characters from … to of a text."""
-
 Messages = list[dict[str, Any]]
-
-
-class TemplateError(Exception):
-    """A template does not do for a talk."""
 
 
 def find_talk(fields: Mapping[str, Any], key: str) -> list | None:

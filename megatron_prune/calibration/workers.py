@@ -47,7 +47,7 @@ def in_processes(
         PruneError: if a process was ended from outside.
     """
     waiting: deque = deque()
-    with ProcessPoolExecutor(workers, mp_context=processes(), initializer=_begin, initargs=(begin, given)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=_processes(), initializer=_begin, initargs=(begin, given)) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))
@@ -61,33 +61,20 @@ def in_processes(
             pool.shutdown(cancel_futures=True)
 
 
-_PRELOADED = (
-    "megatron_prune.calibration.parts",
-    "megatron_prune.calibration.template",
-    "transformers.tokenization_utils_tokenizers",
-    "transformers.utils.chat_template_utils",
-)
-
-
-def processes() -> Any:
+def _processes() -> Any:
     """Processes that start clean (threads of this one are not copied) and with the slow imports done, once for all."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *_PRELOADED])
+    context.set_forkserver_preload([__name__, "megatron_prune.calibration.parts", "transformers.tokenization_utils_tokenizers"])
     return context
 
 
 def _begin(begin: Callable[..., None], given: tuple[Any, ...]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are what is parallel
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which lets what runs be finished
-    end_with_parent()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     begin(*given)
 
 
-def end_with_parent() -> None:
-    """Let this process end when the one that started it does."""
-    threading.Thread(target=_wait_for_parent, daemon=True).start()
-
-
-def _wait_for_parent() -> None:
+def _end_with_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)

@@ -96,11 +96,13 @@ def open_adapted(path: Path, base: Path | None = None, told: Told = Told()) -> t
         The checkpoint, whose manifest also tells how the adapter came to be, and the adapter, if it is one.
 
     Raises:
-        CheckpointError: also if the model is not found, or is another one.
+        CheckpointError: also if the model is not found, or is another one; if ``base`` is named and this is no adapter.
     """
     folder = megatron.iteration_directory(path)
     described = Manifest.load(folder / FILE) if (folder / FILE).is_file() else None
     if described is None or described.adapter is None:
+        if base is not None:
+            raise CheckpointError(f"--base {base} has no effect: {folder} holds a model, not an adapter", do="leave it out")
         return megatron.open_checkpoint(path, told), None
     where = Path(base or described.adapter.base)
     try:

@@ -66,7 +66,7 @@ def run_config(folder: Path) -> dict[str, Any] | None:
     try:
         root = yaml.compose(read_text(file, limit=_YAML_BYTES), Loader=yaml.CSafeLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise CheckpointError(f"{file} is not YAML", got=str(error).split("\n")[0][:200]) from None
+        raise CheckpointError(f"{file} is not YAML", got=reason(error)) from None
     model = _entries(root).get("model")
     if not isinstance(model, yaml.MappingNode):
         raise CheckpointError(f"{file} has no section 'model'", needed="what Megatron-Bridge writes beside a checkpoint")

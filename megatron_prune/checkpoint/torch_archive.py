@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_prune.errors import CheckpointError
+from megatron_prune.errors import CheckpointError, reason
 from megatron_prune.files.documents import open_regular
 from megatron_prune.files.pickled import Inert, read_pickle
 from megatron_prune.files.region import Region
@@ -84,9 +84,7 @@ class Archive:
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, UnicodeError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read", got=str(error)[:200], needed="a whole archive of torch.save"
-            ) from None
+            raise CheckpointError(f"{path} cannot be read", got=reason(error), needed="a whole archive of torch.save") from None
         self._members = {member.filename: member for member in members}
         packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1]
         if packed:

@@ -13,7 +13,7 @@ import pickletools
 import sys
 from typing import Any, BinaryIO, Callable, Mapping
 
-from megatron_prune.errors import CheckpointError
+from megatron_prune.errors import CheckpointError, reason
 from megatron_prune.files.documents import shorten
 
 MAX_STEPS = 10_000_000
@@ -75,7 +75,7 @@ def read_pickle(
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way
-        raise CheckpointError(f"{where} holds a damaged pickle", got=f"{type(error).__name__}: {str(error)[:200]}") from None
+        raise CheckpointError(f"{where} holds a damaged pickle", got=reason(error)) from None
 
 
 def named(data: bytes | BinaryIO, where: object) -> set[str]:

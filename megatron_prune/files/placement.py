@@ -1,10 +1,11 @@
-"""Whether an output can be put in place, found by trying it before any work."""
+"""Whether an output can be put in place, found by trying it before any work, and whether there is room for it."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Iterable, Iterator
 
@@ -66,6 +67,22 @@ def check_file(path: Path, *, beside: Path | None = None, inputs: Iterable[Path]
         if place in hidden.mount_points():
             raise InputError(f"output {path}", got="a mount point", needed="a file that can be replaced", do="name another file")
         _try(place, directory=False)
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Refuse an output that the disk has no room for.
+
+    Raises:
+        InputError: with both amounts of bytes.
+    """
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        got, wanted = (f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size:,} bytes" for size in (free, needed))
+        do = "make room, or name a place that has it"
+        raise InputError(f"not enough room for {path}", got=f"{got} free", needed=wanted, do=do)
 
 
 def unfinished(path: Path) -> bool:

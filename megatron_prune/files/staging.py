@@ -21,10 +21,10 @@ from megatron_prune.files import hidden, moves
 from megatron_prune.files.atomic import sync, write_bytes, write_text
 from megatron_prune.files.failures import explained
 from megatron_prune.files.hidden import CONTENT, OLD, PARTIAL, REQUEST, WORK, hidden_path, located
-from megatron_prune.files.placement import check_file, check_output, unfinished
+from megatron_prune.files.placement import check_file, check_output, check_room, unfinished
 from megatron_prune.files.region import close_files
 
-__all__ = ["check_file", "check_output", "sync", "unfinished", "write_bytes", "write_text"]
+__all__ = ["check_file", "check_output", "check_room", "sync", "unfinished", "write_bytes", "write_text"]
 
 _SIGNS = ("latest_checkpointed_iteration.txt", "config.json", "scores.json", "teacher.json", "adapter_config.json")
 """What makes a directory a checkpoint, a model, or something else that is whole."""

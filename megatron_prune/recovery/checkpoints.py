@@ -92,7 +92,7 @@ class Checkpoints:
         error = None
         if self.world.is_main:
             try:
-                check_room(self.root, self.needed)
+                staging.check_room(self.root, self.needed)
                 staging.begin(folder)
             except (PruneError, OSError) as found:
                 error = TrainingError(f"the checkpoint of iteration {iteration} cannot be written: {found}\n  {self._whole()}")
@@ -265,20 +265,6 @@ def clean(root: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def check_room(root: Path, needed: int) -> None:
-    """Refuse to begin what the disk has no room for.
-
-    Raises:
-        InputError: with both amounts.
-    """
-    root = root.absolute()
-    while not root.exists():
-        root = root.parent
-    free = shutil.disk_usage(root).free
-    if free < needed:
-        raise InputError(f"not enough room in {root}", got=f"{free / 1e9:.2f} GB free", needed=f"{needed / 1e9:.2f} GB")
 
 
 def _link(place: Path, target: str) -> None:

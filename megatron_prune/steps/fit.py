@@ -30,8 +30,8 @@ from megatron_prune.planning.selection import Scores
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.calibrate import CalibrationOptions, Subject, check_dtype, measure, obtain_calibration, request_key
 from megatron_prune.steps.choose import Request, TargetOptions, choose_plans, metrics_of, vocab_alone
-from megatron_prune.steps.effect import check_effect
 from megatron_prune.steps.output import PARAM_DTYPES, Source, log, progress_bar
+from megatron_prune.steps.pruning_flags import check_effect
 from megatron_prune.surgery.basis import (
     FINAL_SHARE,
     LARGEST_SPREAD,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -33,7 +32,7 @@ from megatron_prune.checkpoint.manifest import RECIPE_FILE, Manifest, Recipe
 from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.stream import StreamReport, Transform, content_id, share, stream
 from megatron_prune.checkpoint.tensor_map import TensorMap
-from megatron_prune.errors import CheckpointError, InputError
+from megatron_prune.errors import CheckpointError
 from megatron_prune.evaluation.one_layer import import_stock_class
 from megatron_prune.families.family import Family
 from megatron_prune.files import staging
@@ -242,7 +241,8 @@ def staged(world: World, output: Output) -> Iterator[Path]:
     """
 
     def begin() -> None:
-        _check_room(output)
+        for place, needed in ((output.save, output.needed), *((path, len(data)) for path, data in output.beside.items())):
+            staging.check_room(place, needed)
         staging.begin(output.save)
 
     def commit() -> None:
@@ -347,16 +347,3 @@ def progress_bar(label: str, total: int, *, shown: bool, unit: str = "bytes") ->
 def _bytes(config: ModelConfig, dtypes: dict[TensorId, torch.dtype], side_files: Path | None) -> int:
     weights = sum(prod(tensor_shape(tensor.role, config)) * dtypes[tensor].itemsize for tensor in tensor_ids(config))
     return weights + sum(file.stat().st_size for file in huggingface.side_files(side_files).values()) if side_files else weights
-
-
-def _check_room(output: Output) -> None:
-    for save, needed in ((output.save, output.needed), *((path, len(data)) for path, data in output.beside.items())):
-        parent = save.absolute()
-        while not parent.exists():
-            parent = parent.parent
-        free = shutil.disk_usage(parent).free
-        if free < needed:
-            got, wanted = (f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size:,} bytes" for size in (free, needed))
-            raise InputError(
-                f"not enough room for {save}", got=f"{got} free", needed=wanted, do="make room, or name a place that has it"
-            )

@@ -15,7 +15,7 @@ from megatron_prune import __version__
 from megatron_prune.calibration.answers import mask_prefix
 from megatron_prune.calibration.contents import check_read_once, summary
 from megatron_prune.calibration.cutting import checked, cut, part_size
-from megatron_prune.calibration.documents import DocumentReader, check_split, open_documents
+from megatron_prune.calibration.documents import DocumentReader, check_split, open_begun
 from megatron_prune.calibration.encoder import Encoder, load_tokenizer, tokenizer_digest
 from megatron_prune.calibration.parts import Coding, check_prefix, join_parts, pair_files, place_pairs, write_parts
 from megatron_prune.calibration.reader import TRAIN, stamps
@@ -68,7 +68,7 @@ def preprocess(options: PreprocessOptions, world: World) -> None:
         answers=options.answers_only,
     )
     encode = Encoder(folder, answers=options.answers_only)
-    sources = [_open(name, options, encode) for name in options.input]
+    sources = [open_begun(name, options.json_keys, split=options.split, encode=encode) for name in options.input]
     check_read_once("--input", ((source.name, source.files()) for source in sources))
     check_split(options.split, sources)
     for line in filter(None, (summary(source.name, source.contents()) for source in sources)):
@@ -137,14 +137,6 @@ def _check(options: PreprocessOptions, world: World) -> None:
             for file in files.values():
                 staging.check_file(file, inputs=map(Path, options.input))
             check_pair(files, staging.unfinished(Path(options.output_prefix)), options.overwrite)
-
-
-def _open(name: str, options: PreprocessOptions, encode: Encoder) -> DocumentReader:
-    """A source that begins well: what is wrong with its first document is said before hours of work on others."""
-    source = open_documents(name, options.json_keys, split=options.split, encode=encode)
-    if not any(text.strip() for document in source.documents(options.json_keys) for text in document.texts):
-        raise InputError(f"{name} is empty", got="no text", needed="at least one document")
-    return source
 
 
 def _tokenizer_facts(options: PreprocessOptions, tokenizer: Any) -> dict[str, Any]:

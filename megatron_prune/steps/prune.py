@@ -32,7 +32,7 @@ from megatron_prune.steps.fit import FitOptions, held_metrics, pruned_source, wa
 from megatron_prune.steps.foreign import ForeignOptions, open_megatron
 from megatron_prune.steps.output import Source, commonest, log, run, say_links, write_megatron
 from megatron_prune.steps.overwrite import MEGATRON, check_output
-from megatron_prune.steps.score import megatron_subject
+from megatron_prune.steps.score import megatron_subject, model_id
 from megatron_prune.steps.vocab_choice import trimmed_by
 from megatron_prune.steps.vocab_options import tokenizer_folder
 from megatron_prune.steps.written import CheckOptions
@@ -209,14 +209,6 @@ def write_cut(
         strict=strict,
         check=check,
     )
-
-
-def model_id(checkpoint: MegatronCheckpoint, world: World) -> str:
-    """The checkpoint's content id; computed by reading it where no manifest says it."""
-    if checkpoint.manifest.content_id is None:
-        report = run(world, Source(tensors=checkpoint.tensors), None, label="digesting", strict=False)
-        checkpoint.manifest = dataclasses.replace(checkpoint.manifest, content_id=content_id(report.digests))
-    return checkpoint.manifest.content_id
 
 
 def dtypes_after(recorded: dict[str, str], cut: Cut) -> dict[str, str]:

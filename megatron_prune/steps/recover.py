@@ -13,7 +13,7 @@ from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.megatron_flags import add_megatron_flags, megatron_flags, refuse_training_flags
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.foreign import ForeignOptions, open_megatron
-from megatron_prune.steps.idle_flags import SEPARATE_DATA, Needs, filled
+from megatron_prune.steps.training_flags import SEPARATE_DATA, Needs, filled
 from megatron_prune.steps.written import CheckOptions
 
 DECAY_STYLES = ["cosine", "linear", "constant", "inverse-square-root"]

@@ -22,7 +22,6 @@ from megatron_prune.config import require_positive
 from megatron_prune.errors import CheckpointError, InputError, raise_all
 from megatron_prune.files import staging
 from megatron_prune.files.documents import STRICT, read_json, shorten
-from megatron_prune.recovery.checkpoints import check_room
 from megatron_prune.recovery.data import build_alone, check_data
 from megatron_prune.recovery.history import HISTORY, read_history
 from megatron_prune.recovery.index_cache import check_place
@@ -248,7 +247,7 @@ def _check_run(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> None:
             do="go on with those; or name another --save, and to start from a checkpoint of it --load it",
         )
         read_history(save / HISTORY)
-    check_room(save, checkpoint_bytes(options, checkpoint))
+    staging.check_room(save, checkpoint_bytes(options, checkpoint))
 
 
 def is_blank(save: Path) -> bool:

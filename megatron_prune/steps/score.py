@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune.checkpoint import huggingface
+from megatron_prune.checkpoint.megatron import MegatronCheckpoint
+from megatron_prune.checkpoint.stream import content_id
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
@@ -27,7 +30,7 @@ from megatron_prune.steps.calibrate import (
 from megatron_prune.steps.choose import BEST
 from megatron_prune.steps.foreign import ForeignOptions, open_megatron
 from megatron_prune.steps.megatron_runner import MegatronRunner
-from megatron_prune.steps.output import log
+from megatron_prune.steps.output import Source, log, run
 from megatron_prune.steps.overwrite import SCORES, check_output
 
 
@@ -100,8 +103,6 @@ def metric_names(given: tuple[str, ...]) -> list[str]:
 
 def megatron_subject(checkpoint, layout, tokenizer: str | None, world: World) -> Subject:
     """A checkpoint as what is measured; reads it where no manifest says its digest."""
-    from megatron_prune.steps.prune import model_id
-
     folder = huggingface.resolve(tokenizer, weights=False) if tokenizer else checkpoint.hf_folder
     return Subject(
         tensors=checkpoint.tensors,
@@ -111,3 +112,11 @@ def megatron_subject(checkpoint, layout, tokenizer: str | None, world: World) ->
         bos=bos_token(checkpoint.hf_folder or folder),
         runner=MegatronRunner(layout, world),
     )
+
+
+def model_id(checkpoint: MegatronCheckpoint, world: World) -> str:
+    """The checkpoint's content id; computed by reading it where no manifest says it."""
+    if checkpoint.manifest.content_id is None:
+        report = run(world, Source(tensors=checkpoint.tensors), None, label="digesting", strict=False)
+        checkpoint.manifest = dataclasses.replace(checkpoint.manifest, content_id=content_id(report.digests))
+    return checkpoint.manifest.content_id

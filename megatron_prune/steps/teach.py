@@ -18,9 +18,9 @@ from megatron_prune.files import staging
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.foreign import ForeignOptions, open_megatron
-from megatron_prune.steps.idle_flags import SEPARATE_DATA, filled
 from megatron_prune.steps.output import PARAM_DTYPES, log, progress_bar
 from megatron_prune.steps.overwrite import TEACHER, check_output
+from megatron_prune.steps.training_flags import SEPARATE_DATA, filled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,6 @@ def teach(options: TeachOptions, world: World) -> None:
     check_seed(options.seed)
     options = dataclasses.replace(filled(options, SEPARATE_DATA), seq_length=length)
 
-    from megatron_prune.recovery.checkpoints import check_room
     from megatron_prune.recovery.data import DataOptions, build_datasets, check_data
     from megatron_prune.steps.recovery_check import check_tokenizer
 
@@ -88,7 +87,7 @@ def teach(options: TeachOptions, world: World) -> None:
     if world.is_main:
         try:
             check_tokenizer(list(check_data(data, config.vocab_size)), checkpoint)
-            check_room(save, options.train_iters * options.global_batch_size * length * (6 * options.top_k + 4))
+            staging.check_room(save, options.train_iters * options.global_batch_size * length * (6 * options.top_k + 4))
         except InputError as found:
             error = found
     world.agree(error)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_prune import __version__
 from megatron_prune.calibration.contents import check_read_once, summary
-from megatron_prune.calibration.documents import DocumentReader, check_split, open_documents
+from megatron_prune.calibration.documents import DocumentReader, check_split, open_begun
 from megatron_prune.calibration.encoder import Encoder
 from megatron_prune.calibration.pair import open_pair
 from megatron_prune.calibration.reader import TRAIN, reader_kind, stamps
@@ -110,14 +110,11 @@ def _is_pair(name: str) -> bool:
 
 
 def _open(name: str, options: VocabCountOptions, encode: Encoder) -> DocumentReader | None:
-    """A corpus of text (``None``: a pair), if it begins well: what is wrong is said before hours of work on others."""
+    """A corpus of text, if it begins well; ``None``: a pair."""
     if _is_pair(name):
         open_pair(name)
         return None
-    source = open_documents(name, (options.data_field,), split=options.split, encode=encode)
-    if not any(document.texts[0].strip() for document in source.documents((options.data_field,))):
-        raise InputError(f"{name} is empty", got="no text", needed="at least one document")
-    return source
+    return open_begun(name, (options.data_field,), split=options.split, encode=encode)
 
 
 def _files(name: str, source: DocumentReader | None) -> list[Path]:

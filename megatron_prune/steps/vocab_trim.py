@@ -76,6 +76,7 @@ def vocab_trim(options: VocabTrimOptions, world: World) -> None:
     if options.tokenizer:
         staging.check_output(save, overwrite=options.overwrite, source=Path(options.tokenizer))
     check_output(save, kind, overwrite=options.overwrite, source=source)
+    _check_written(options, kind is MEGATRON)
     model = open_subject(options.load_dir, options.tokenizer, told(options))
     huggingface.side_files(model.vocabulary.folder)
     if model.layout:
@@ -94,6 +95,14 @@ def vocab_trim(options: VocabTrimOptions, world: World) -> None:
         _write_model(save, model, chosen, options, world, None)
     if world.is_main:
         log.info("%d of %d tokens: %s", len(chosen.trimmed.rows), chosen.trimmed.vocabulary.rows, save)
+
+
+def _check_written(options: VocabTrimOptions, to_megatron: bool) -> None:
+    """Refuse what says how weights are written that are not."""
+    if options.ckpt_format and not to_megatron:
+        raise InputError("--ckpt-format has no effect: no Megatron checkpoint is written", do="leave it out")
+    if (to_megatron or options.tokenizer_only) and options.max_shard_size != VocabTrimOptions.max_shard_size:
+        raise InputError("--max-shard-size has no effect: no Hugging Face weights are written", do="leave it out")
 
 
 def _write_tokenizer(save: Path, chosen: Chosen, options: VocabTrimOptions, world: World) -> None:

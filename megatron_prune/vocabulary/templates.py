@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import contextlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 from typing_extensions import TypedDict
 
 from megatron_prune.errors import CheckpointError
-from megatron_prune.files.documents import parse_json, read_json, read_text
-from megatron_prune.vocabulary import rendering
+from megatron_prune.files.documents import read_json, read_text
+from megatron_prune.runtime.chat_template import LimitError, TemplateError, TemplateProcess
 
 ROLES = ("system", "user", "assistant", "tool", "ipython", "function", "developer", "model")
 """Words that templates put before what is said; they come from the caller and are no literals."""
@@ -24,8 +21,8 @@ _TALKS = (
     [{"role": "system", "content": "a"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}],
 )
 
-_WAIT = 120
-"""Seconds for the process of :mod:`rendering`, on a machine that is busy with others; it has five of its own."""
+SECONDS, BYTES, CHARACTERS = 5, 1 << 28, 1 << 20
+"""Processor time and memory that one answer of a template may take; length of a text."""
 
 
 class _Named(TypedDict):
@@ -36,12 +33,6 @@ class _Named(TypedDict):
 class _Holder(TypedDict, total=False):
     __pydantic_config__ = {"extra": "ignore"}
     chat_template: str | list[_Named] | None
-
-
-class _Answer(TypedDict):
-    literals: list[str]
-    rendered: list[str]
-    broke: str | None
 
 
 def chat_templates(folder: Path) -> list[tuple[Path, str]]:
@@ -66,40 +57,33 @@ def template_texts(folder: Path, special: dict[str, Any]) -> list[str]:
         special: what templates know of the tokenizer (``bos_token`` …).
 
     Raises:
-        CheckpointError: if a template does not end within the limits of :mod:`rendering`, naming its file.
+        CheckpointError: if a template takes more than :data:`SECONDS` or :data:`BYTES`, naming its file.
     """
     templates = chat_templates(folder)
     if not templates:
         return []
     texts = [form for role in ROLES for form in (role, f" {role}", f"\n{role}\n")]
+    process = TemplateProcess(seconds=SECONDS, memory=BYTES)
+    do = "correct the template, or remove it: tokens that only it needs may then go"
     for file, template in templates:
-        answer = _read(file, template, special)
-        texts += [*answer["literals"], *answer["rendered"]]
+        try:
+            texts += _texts(process, template, special)
+        except LimitError as error:
+            if str(error) == "time":
+                needed = f"{SECONDS} seconds at most"
+                raise CheckpointError(f"the chat template in {file} does not end", needed=needed, do=do) from None
+            raise CheckpointError(f"the chat template in {file} goes beyond all limits", got=f"too much {error}", do=do) from None
     return [text for text in texts if text]
 
 
-def _read(file: Path, template: str, special: dict[str, Any]) -> _Answer:
-    """A template's texts, worked out in a process of its own."""
-    do = "correct the template, or remove it: tokens that only it needs may then go"
-    request = {"templates": [template], "talks": _TALKS, "special": special, "seconds": rendering.SECONDS}
-    root = str(Path(__file__).parents[2])
-    paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", rendering.__name__],
-            input=json.dumps(request).encode(),
-            capture_output=True,
-            cwd="/",  # Python looks for modules where it is started
-            env={**os.environ, "PYTHONPATH": paths},
-            timeout=_WAIT,
-        )
-    except subprocess.TimeoutExpired:
-        done = None
-    if done is None or done.returncode < 0:
-        raise CheckpointError(f"the chat template in {file} does not end", needed=f"{rendering.SECONDS} seconds at most", do=do)
-    if done.returncode:
-        raise CheckpointError(f"the chat template in {file} cannot be rendered", got="a process that failed", do=do)
-    answer = parse_json(done.stdout, _Answer, f"what the chat template in {file} makes")
-    if answer["broke"]:
-        raise CheckpointError(f"the chat template in {file} goes beyond all limits", got=f"too much {answer['broke']}", do=do)
-    return answer
+def _texts(process: TemplateProcess, template: str, special: dict[str, Any]) -> Iterator[str]:
+    """A template's literals, and what it makes of talks, with and without a prompt for the next answer."""
+    with contextlib.suppress(TemplateError):  # of another dialect: what it renders to is all that is known
+        yield from process.literals(template)
+    for talk in _TALKS:
+        for prompt in (False, True):
+            with contextlib.suppress(TemplateError):
+                text, _ = process.render(template, talk, special, prompt=prompt)
+                if len(text) > CHARACTERS:
+                    raise LimitError("memory")
+                yield text

@@ -220,7 +220,7 @@ def test_scores(made, tmp_path, refused, case):
     ],
 )
 def test_templates_end(made, tmp_path, refused, template, said, monkeypatch):
-    monkeypatch.setattr("megatron_prune.vocabulary.rendering.SECONDS", 1)
+    monkeypatch.setattr("megatron_prune.vocabulary.templates.SECONDS", 1)
     folder = damaged(made, tmp_path, "hf")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))

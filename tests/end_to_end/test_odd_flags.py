@@ -69,8 +69,18 @@ def test_flags_of_a_pruning_that_change_nothing(refused, flags, said):
     refused(f"prune --load {{m}} --save {{out}} {flags}", said)
 
 
-def test_a_prior_of_nothing(refused):
-    refused("vocab select --load-dir {hf} --remain-vocab-size 300 --prior 0.5", "--prior without --counts")
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("vocab select --load-dir {hf} --remain-vocab-size 300 --prior 0.5", "--prior without --counts"),
+        ("vocab trim --load-dir {hf} --save-dir {out} --remain-vocab-size 300 --ckpt-format torch", "--ckpt-format has no effect"),
+        ("vocab trim --load-dir {m} --save-dir {out} --remain-vocab-size 300 --max-shard-size 1MB", "--max-shard-size has no effect"),
+        ("export --load-dir {m} --save-dir {out} --base {m}", "--base .* has no effect.*not an adapter"),
+        ("transfer --load-dir {m} --save-dir {out} --base {m}", "--base .* has no effect.*not an adapter"),
+    ],
+)
+def test_flags_of_other_verbs_that_change_nothing(refused, command, said):
+    refused(command, said)
 
 
 NUMBERS = [

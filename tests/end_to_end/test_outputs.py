@@ -144,7 +144,7 @@ def test_no_room_is_seen_before_work_with_side_files_and_plan_counted(models, tm
     weights = (models / "hf/model.safetensors").stat().st_size
     for free, code in ((weights + 1000, 2), (weights + 10_000_000, 0)):
         room = shutil.disk_usage("/")._replace(free=free)
-        monkeypatch.setattr("megatron_prune.steps.output.shutil.disk_usage", lambda path: room)
+        monkeypatch.setattr("shutil.disk_usage", lambda path: room)
         got, said = run(words("convert", models, tmp_path), capsys)
         assert got == code and (not code or re.search("not enough room for .*out.*needed: .* bytes.*make room", said, re.S)), said
         assert bool(os.listdir(tmp_path)) is not bool(code)

@@ -1,14 +1,18 @@
-"""The command line in a forked process with limits of time and memory: what it said and how it ended."""
+"""The command line in a process of its own with limits of time and memory: what it said and how it ended.
+
+It is forked from one that has only imported: threads that other tests have left in this one are not there.
+"""
 
 from __future__ import annotations
 
 import os
 import resource
 import signal
-import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+
+from ranks import forking_context
 
 SECONDS, BYTES = 120, 8 << 30
 """What a command may take: by the clock, with other work on the machine; of memory that it writes to."""
@@ -25,18 +29,14 @@ class Ended:
 def run(words: list[str], folder: Path, *, seconds: float = SECONDS) -> Ended:
     """Run ``megatron-prune`` with these words in ``folder``."""
     output = folder.with_name(f"{folder.name}.log")
-    child = os.fork()
-    if child == 0:
-        _become(words, folder, output)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return Ended(os.waitstatus_to_exitcode(status), output.read_text(errors="replace"))
-        time.sleep(0.005)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return Ended(None, output.read_text(errors="replace"))
+    process = forking_context().Process(target=_become, args=(words, folder, output))
+    process.start()
+    process.join(seconds)
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        return Ended(None, output.read_text(errors="replace"))
+    return Ended(process.exitcode, output.read_text(errors="replace"))
 
 
 def _become(words: list[str], folder: Path, output: Path) -> None:

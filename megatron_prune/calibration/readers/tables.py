@@ -9,7 +9,7 @@ from typing import Any, Iterator, Sequence
 from megatron_prune.calibration import talks
 from megatron_prune.calibration.reader import READERS
 from megatron_prune.calibration.records import Record, RecordReader
-from megatron_prune.errors import InputError
+from megatron_prune.errors import InputError, reason
 from megatron_prune.files.documents import open_regular, shorten
 
 _ROWS = 256
@@ -63,9 +63,7 @@ class _Table(RecordReader):
         try:
             yield
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-            raise InputError(
-                f"{self.name} cannot be read", got=str(error).split("\n")[0], needed=f"a whole {self.kind} file"
-            ) from None
+            raise InputError(f"{self.name} cannot be read", got=reason(error), needed=f"a whole {self.kind} file") from None
 
 
 def _may_hold_text(kind: Any) -> bool:

@@ -17,9 +17,10 @@ from megatron_prune.calibration.answers import mask_prefix, open_mask
 from megatron_prune.calibration.documents import open_documents
 from megatron_prune.calibration.encoder import Encoder
 from megatron_prune.calibration.pair import open_pair
-from megatron_prune.calibration.talks import TemplateError, answer_spans
+from megatron_prune.calibration.talks import answer_spans
 from megatron_prune.cli import main
 from megatron_prune.errors import InputError
+from megatron_prune.runtime.chat_template import TemplateError
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.preprocess import PreprocessOptions, preprocess
 
@@ -190,21 +191,23 @@ def test_without_a_template_it_says_what_to_do(folder, tmp_path):
     "template, message",
     [
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "did not end.*within 1 s"),
-        ("{{ 10 ** 10000000 }}", "did not end"),
-        ("{{ 'a' * 200000000000 }}", "MemoryError"),
+        ("{{ 10 ** 1000000000 }}", "did not end"),
+        ("{{ 'a' * 200000000000 }}", "too much memory"),
     ],
 )
 def test_a_template_takes_no_more_time_or_memory_than_it_may(templated, monkeypatch, template, message):
-    monkeypatch.setattr(module, "_SECONDS", 1.0)
+    if message != "too much memory":
+        monkeypatch.setattr(module, "SECONDS", 1)
     chat = module.ChatTemplate(templated(template)[1], "hf", answers=False)
     with pytest.raises(InputError, match=f"(?s)x, line 1: the chat template of hf.*{message}"):
         chat.render(TALK, None, "x, line 1")
 
 
-def test_a_template_says_no_more_than_it_may(monkeypatch):
+def test_a_template_says_no_more_than_it_may(templated, monkeypatch):
     monkeypatch.setattr(module, "_LONGEST", 50)
-    with pytest.raises(TemplateError, match="makes 51 characters of this talk; 1 to 50"):
-        module._rendered("a" * 51, TALK, None, {}, False)
+    chat = module.ChatTemplate(templated("a" * 51)[1], "hf", answers=False)
+    with pytest.raises(InputError, match="(?s)does not do.*makes 51 characters of this talk; 1 to 50"):
+        chat.render(TALK, None, "x, line 1")
 
 
 # ------------------------------------------------------------------------------------------------------------------- masks

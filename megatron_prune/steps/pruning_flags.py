@@ -29,12 +29,12 @@ def check_effect(options, request: Request, config: ModelConfig, *, text: bool, 
         InputError: naming the flags and what they need.
     """
     for names, why, do in _idle(options, request, config, text, refit):
-        given = [f"--{name}" for name in names if is_given(options, name)]
+        given = [f"--{name}" for name in names if _is_given(options, name)]
         if given:
             raise InputError(f"{', '.join(given)} {why}", do=do)
 
 
-def is_given(options, name: str) -> bool:
+def _is_given(options, name: str) -> bool:
     """Whether an option differs from its default."""
     item = options.__dataclass_fields__.get(name)
     return item is not None and getattr(options, name) != item.default

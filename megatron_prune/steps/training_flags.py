@@ -1,4 +1,5 @@
-"""Flags that mean something beside others alone: refused where they would have no effect, given their default where they have."""
+"""Flags of ``recover`` and ``teach`` that mean something beside others alone: refused where they would have no effect, given their
+default where they have. Each needs one other flag; what a pruning needs follows from the plan (``pruning_flags.py``)."""
 
 from __future__ import annotations
 
