@@ -85,6 +85,8 @@ def nonempty(given: str) -> str:
         raise argparse.ArgumentTypeError("nothing is given: it is empty")
     if not is_utf8(given):  # JSON, safetensors and tokenizers cannot say such a name
         raise argparse.ArgumentTypeError(f"{given!r} is not UTF-8: rename it, or name a link to it")
+    if "\0" in given:
+        raise argparse.ArgumentTypeError(f"{given!r} holds a NUL")
     return given
 
 

@@ -19,6 +19,7 @@ import xxhash
 
 from megatron_prune.calibration.talks import Span
 from megatron_prune.calibration.workers import in_processes
+from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 
 _BATCH = 1 << 20
@@ -212,6 +213,16 @@ def join_parts(parts: Iterable[str], prefix: str, dtype: str, stream: str = "bin
 
 _ENDINGS = ("json", "bin", "idx")
 """Files of a pair, in the order in which they are put in place: there is no pair before its index is there."""
+
+
+def check_prefix(prefix: Path) -> None:
+    """Refuse what is no start of names, such as ``.`` or ``/``.
+
+    Raises:
+        InputError: saying so.
+    """
+    if prefix.name in ("", ".."):
+        raise InputError("--output-prefix", got=prefix, needed="what the names of the files begin with, such as data/train")
 
 
 def pair_files(prefix: Path) -> dict[str, Path]:

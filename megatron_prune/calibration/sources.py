@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def parse_data(specs: Sequence[str] | None) -> list[DataSpec]:
 def _identity(name: str) -> str:
     """The same for two spellings of one file or pair of files."""
     path = Path(name)
-    return name if name == path.stem else str((path.with_suffix("") if path.suffix in (".bin", ".idx") else path).resolve())
+    return name if name == path.stem else os.path.realpath(path.with_suffix("") if path.suffix in (".bin", ".idx") else path)
 
 
 def split_weight(spec: str, flag: str = "--data") -> tuple[str, float | None]:

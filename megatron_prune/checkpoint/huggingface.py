@@ -275,7 +275,7 @@ def resolve(name_or_path: str, *, weights: bool = True) -> Path:
     Raises:
         InputError: if it is neither.
     """
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if path.is_dir():
         return path
     from huggingface_hub import HfApi, snapshot_download

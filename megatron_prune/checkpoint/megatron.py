@@ -27,7 +27,7 @@ from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS, megatron_
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError
 from megatron_prune.families.family import FAMILIES, family_for
-from megatron_prune.files.documents import read_text, shorten
+from megatron_prune.files.documents import LIMIT, read_text, shorten
 
 TRACKER, RELEASE, HF_FOLDER, PLAN_FILE = "latest_checkpointed_iteration.txt", "release", "hf", "plan.json"
 TOKENIZER = "tokenizer"
@@ -272,7 +272,11 @@ def edited_files(folder: Path, described: Manifest) -> list[str]:
 
 def differing_files(folder: Path, recorded: dict[str, str]) -> list[str]:
     """Names out of ``recorded`` of files that are gone, or whose digest is another."""
-    return [name for name, digest in recorded.items() if not (folder / name).is_file() or digest_file(folder / name) != digest]
+    return [name for name, digest in recorded.items() if not _is_as_written(folder / name, digest)]
+
+
+def _is_as_written(file: Path, digest: str) -> bool:
+    return file.is_file() and file.stat().st_size <= LIMIT and digest_file(file) == digest  # no larger one was ever written
 
 
 def _holds_weights(name: Path) -> bool:

@@ -77,7 +77,9 @@ def _named(file: Path, name: str, node: yaml.Node) -> Any:
     try:
         return _value(node)
     except (ValueError, KeyError, IndexError) as error:  # !!int x, !!bool maybe, a number of thousands of digits
-        raise CheckpointError(f"{file}: model.{plain(name, 80)}", got=reason(error), needed="a value that its tag can be") from None
+        raise CheckpointError(
+            f"{file}: model.{plain(name, 80)}", got=reason(error), needed="a value that its tag can be"
+        ) from None
 
 
 def _entries(node: Any) -> dict[str, yaml.Node]:

@@ -17,7 +17,7 @@ from megatron_prune.calibration.contents import check_read_once, summary
 from megatron_prune.calibration.cutting import checked, cut, part_size
 from megatron_prune.calibration.documents import DocumentReader, check_split, open_begun
 from megatron_prune.calibration.encoder import Encoder, load_tokenizer, tokenizer_digest
-from megatron_prune.calibration.parts import Coding, join_parts, pair_files, place_pairs, write_parts
+from megatron_prune.calibration.parts import Coding, check_prefix, join_parts, pair_files, place_pairs, write_parts
 from megatron_prune.calibration.reader import TRAIN, stamps
 from megatron_prune.calibration.workers import check_workers, cores
 from megatron_prune.checkpoint import huggingface, megatron
@@ -93,6 +93,7 @@ def preprocess(options: PreprocessOptions, world: World) -> None:
 def outputs(options: PreprocessOptions, key: str) -> dict[str, Path]:
     """Ending → file that is written for a key."""
     prefix = Path(options.output_prefix)
+    check_prefix(prefix)
     return pair_files(prefix.with_name(f"{prefix.name}_{key}_document"))
 
 
@@ -110,7 +111,7 @@ def tokenizer_folder(name: str) -> Path:
     Raises:
         InputError: if it means none.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not (path / megatron.TRACKER).is_file() and not (path / megatron.HF_FOLDER).is_dir():
         return huggingface.resolve(name, weights=False)
     folder = megatron.iteration_directory(path) / megatron.HF_FOLDER

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ def vocab_count(options: VocabCountOptions, world: World) -> None:
         raise InputError("vocab count is started as one process", got=f"{world.size}", do="say how many work with --workers")
     check_workers(options.workers)
     output = Path(options.output)
-    if options.text and Path(options.text).resolve() == output.resolve():
+    if options.text and os.path.realpath(options.text) == os.path.realpath(output):
         raise InputError("--output and --text are the same file", got=options.text, do="name another")
     for file, is_ours in ((output, is_counts), *([(Path(options.text), is_list_of_counts)] if options.text else [])):
         staging.check_file(file, inputs=[Path(split_weight(spec, "--input")[0]) for spec in options.input])

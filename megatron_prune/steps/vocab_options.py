@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def open_subject(load_dir: str, tokenizer: str | None, beside: Told = Told()) ->
     Raises:
         InputError: if there is none, or its tokenizer is missing, damaged or another model's.
     """
-    path = Path(load_dir).expanduser()
+    path = Path(os.path.expanduser(load_dir))
     if megatron.is_megatron(path):
         checkpoint = megatron.open_checkpoint(path, beside)
         folder = tokenizer_folder(checkpoint.hf_folder, tokenizer)

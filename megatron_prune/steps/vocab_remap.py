@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy
 from megatron_prune.calibration.answers import has_mask
 from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
 from megatron_prune.calibration.pair import Pair, open_pair, read_record
-from megatron_prune.calibration.parts import pair_files, place_pairs
+from megatron_prune.calibration.parts import check_prefix, pair_files, place_pairs
 from megatron_prune.checkpoint import megatron
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
@@ -43,6 +44,7 @@ def vocab_remap(options: VocabRemapOptions, world: World) -> None:
     if world.size > 1:
         raise InputError("vocab remap is started as one process", got=f"{world.size}")
     prefix = Path(options.output_prefix)
+    check_prefix(prefix)
     for file in pair_files(prefix).values():
         staging.check_file(file, inputs=[Path(options.map)] if Path(options.map).is_file() else [])
     check_pair(pair_files(prefix), staging.unfinished(prefix), options.overwrite)
@@ -52,7 +54,7 @@ def vocab_remap(options: VocabRemapOptions, world: World) -> None:
             f"{source.prefix} says which tokens are answers, and these become others",
             do="tokenise its text again with the trimmed tokenizer: megatron-prune preprocess --answers-only",
         )
-    if Path(f"{source.prefix}.bin").resolve() == pair_files(prefix)["bin"].resolve():
+    if os.path.realpath(f"{source.prefix}.bin") == os.path.realpath(pair_files(prefix)["bin"]):
         raise InputError(f"output {prefix} is the input", do="name another --output-prefix")
     ids = load_map(folder if Path(options.map).is_dir() else Path(options.map))
     lowest, highest = source.extremes()

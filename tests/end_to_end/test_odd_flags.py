@@ -27,7 +27,9 @@ def made(tiny, tmp_path_factory):
         "text": home / "text.txt",
         "held": home / "held.txt",
         "plan": home / "plan.json",
+        "loop": home / "loop",
     }
+    (home / "loop").symlink_to("loop")
     words = {name: str(path) for name, path in names.items()}
     main(f"prune --load {words['m']} --save {home / 'cut'} {CUT} --save-plan {words['plan']}".split())
     return words
@@ -109,6 +111,13 @@ NUMBERS = [
     ("convert --load-dir {hf} --save-dir {out} --target-pipeline-parallel-size 0", "target_pipeline_parallel_size.*positive"),
     (f"export --load-dir {{m}} --save-dir {{out}} --max-shard-size {'9' * 5000}GB", "--max-shard-size"),
     ("recover --load {m} --save {out} --train-iters 1 --lr nan", "--lr: 'nan' is not a finite number"),
+    ("vocab remap --input {text} --map {hf} --output-prefix .", "--output-prefix\n  got: .\n  needed: what the names"),
+    ("preprocess --input {text} --tokenizer {hf} --output-prefix / --workers 1", "--output-prefix\n  got: /\n  needed"),
+    ("vocab count --tokenizer {hf} --input {text} --output {out} --text {loop}", "loop"),
+    ("prune --load {m} --save {out} --ffn_hidden_size_remain 32 --data {loop}", "loop"),
+    ("convert --load-dir ~nobody_of_this_name/hf --save-dir {out}", "no such model directory: ~nobody_of_this_name/hf"),
+    ("preprocess --input {text} --tokenizer ~nobody_of_this_name --output-prefix {out} --workers 1", "~nobody_of_this_name"),
+    ("vocab select --load-dir ~nobody_of_this_name --remain-vocab-size 300", "~nobody_of_this_name"),
     ("vocab select --load-dir {hf} --min-count inf", "--min-count.*not a finite number"),
 ]
 

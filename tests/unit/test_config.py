@@ -58,6 +58,7 @@ def test_every_type_is_read():
         (["--load-dir", "x", "--layers", "1,two"], "not a list of whole numbers"),
         (["--load-dir", "x", "--strict", "yes"], "unrecognized arguments: yes"),
         (["--load-dir", "x\udcff"], "is not UTF-8"),
+        (["--load-dir", "x\0"], "holds a NUL"),
         (["--load-dir=--"], "--load-dir: '--' is no value"),
         (["--load-dir", "x", "--size=--"], "--size: '--' is no value"),
     ],
