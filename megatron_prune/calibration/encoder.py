@@ -41,7 +41,7 @@ class Encoder:
         self.load()
         bos = self._tokenizer.bos_token
         begun = bool(bos) and text.startswith(bos)  # a talk says itself which special tokens it has
-        with tokenizer_errors(f"the tokenizer in {self._folder} cannot encode a text"):
+        with tokenizer_errors(f"the tokenizer in {self._folder} cannot encode a text", notes=True):
             ids = self._tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
 
@@ -107,17 +107,20 @@ def check_no_code(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def tokenizer_errors(what: str, error: type[InputError] = InputError) -> Iterator[None]:
+def tokenizer_errors(what: str, error: type[InputError] = InputError, *, notes: bool = False) -> Iterator[None]:
     """Say ``what`` is wrong where a library of tokenizers fails.
 
     They raise bare ``Exception`` for a damaged file, and for what their authors did not think of a panic of Rust, which is no
     ``Exception`` and has written to standard error before it is seen.
 
+    Args:
+        notes: leave what a panic writes where it is: to keep it off takes longer than a short text takes to encode.
+
     Raises:
         InputError (of the kind ``error``): with what the library says.
     """
     try:
-        with _no_panic_notes():
+        with contextlib.nullcontext() if notes else _no_panic_notes():
             yield
     except (InputError, KeyboardInterrupt, SystemExit):
         raise
