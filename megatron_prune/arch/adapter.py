@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
+from megatron_prune.arch.blocks.block import BLOCKS
 from megatron_prune.errors import InputError
 
-TARGETS = {
-    "q_proj": ("q",),
-    "k_proj": ("k",),
-    "v_proj": ("v",),
-    "o_proj": ("o",),
-    "gate_proj": ("gate",),
-    "up_proj": ("up",),
-    "down_proj": ("down",),
-    "linear_qkv": ("q", "k", "v"),
-    "linear_proj": ("o",),
-    "linear_fc1": ("gate", "up"),
-    "linear_fc2": ("down",),
-}
-"""A name of Hugging Face's or Megatron's → roles."""
+
+@functools.cache
+def targets() -> dict[str, tuple[str, ...]]:
+    """A name of Hugging Face's (``q_proj``) or Megatron's (``linear_qkv``) → roles."""
+    kinds = [BLOCKS.get(name) for name in BLOCKS.names()]
+    found = {f"{role}_proj": (role,) for kind in kinds for role in kind.matrices}
+    fused = [tensor for kind in kinds for tensor in kind.megatron if set(tensor.roles) <= set(kind.matrices)]
+    return found | {tensor.module.rpartition(".")[2]: tensor.roles for tensor in fused}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +38,7 @@ class AdapterConfig:
     seed: int
 
     def __post_init__(self):
-        known = {role for roles in TARGETS.values() for role in roles}
+        known = {role for roles in targets().values() for role in roles}
         for name, right, needed in (
             ("r", self.r >= 1, "a positive number"),
             ("alpha", 0 < self.alpha < math.inf, "a positive number"),
@@ -58,13 +54,14 @@ class AdapterConfig:
         return self.alpha / self.r
 
 
-def target_roles(targets: tuple[str, ...]) -> tuple[str, ...]:
+def target_roles(names: tuple[str, ...]) -> tuple[str, ...]:
     """Roles that names such as ``q_proj`` or ``linear_qkv`` stand for, each once.
 
     Raises:
         InputError: on another name.
     """
-    unknown = [name for name in targets if name not in TARGETS]
-    if unknown or not targets:
-        raise InputError("--lora-targets", got=" ".join(unknown) or "nothing", needed="some of " + ", ".join(TARGETS))
-    return tuple(dict.fromkeys(role for name in targets for role in TARGETS[name]))
+    known = targets()
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise InputError("--lora-targets", got=" ".join(unknown) or "nothing", needed="some of " + ", ".join(known))
+    return tuple(dict.fromkeys(role for name in names for role in known[name]))

@@ -1,4 +1,4 @@
-"""Megatron's tensors: which role rows they fuse, and which block of them a tensor-parallel rank holds.
+"""Which part of Megatron's tensors (``blocks/block.py``) a tensor-parallel rank holds.
 
 Layouts (Megatron-LM, ``spec`` in docs/formats.md); h hidden, d head dim, n query heads per group, T ranks:
 
@@ -19,10 +19,11 @@ is not, and megatron-core gathers the rows at run time (``attention.py``).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Iterator, Literal, NamedTuple
+from typing import Iterator, NamedTuple
 
+from megatron_prune.arch.blocks.block import MegatronTensor, spaces
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.arch.tensors import layer_roles, tensor_shape
+from megatron_prune.arch.tensors import layer_roles
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.files.documents import shorten
 
@@ -81,129 +82,53 @@ class ParallelLayout:
 
 def legal_tensor_sizes(config: ModelConfig) -> list[int]:
     """Tensor-parallel sizes that divide the model."""
-    return [size for size in range(1, config.num_attention_heads + 1) if not _tensor_problems(config, size)]
+    most = max((heads for heads in config.each("num_attention_heads") if heads), default=max(config.each("ffn_hidden_size")))
+    return [size for size in range(1, most + 1) if not _tensor_problems(config, size)]
 
 
 def _tensor_problems(config: ModelConfig, tensor: int) -> list[str]:
-    problems = []
-    heads, groups = config.num_attention_heads, config.num_query_groups
+    """What does not divide over ``tensor`` ranks; sizes that several layers share are named once."""
+    found: dict[str, list[int]] = {}
+    for layer in range(config.num_layers if config.differing else 1):
+        for problem in _layer_problems(config.of_layer(layer), tensor):
+            found.setdefault(problem, []).append(layer)
+    where = lambda layers: f" in layer {layers[0]}" + (f" and {len(layers) - 1} more" if len(layers) > 1 else "")
+    return [problem + ("" if config.is_uniform else where(layers)) for problem, layers in found.items()]
+
+
+def _layer_problems(config: ModelConfig, tensor: int) -> list[str]:
+    problems, heads, groups, channels = [], config.units("head"), config.units("kv_head"), config.units("ffn")
+    rows = config.size("head") + 2 * config.size("kv_head")
     if heads % tensor:
         problems.append(f"{heads} attention heads do not divide over {tensor} ranks")
-    if groups % tensor and tensor % groups:
+    if groups and groups % tensor and tensor % groups:
         problems.append(f"{groups} KV groups neither divide over {tensor} ranks nor divide their number")
-    if (heads + 2 * groups) * config.kv_channels % tensor:
-        problems.append(f"{(heads + 2 * groups) * config.kv_channels} fused QKV rows do not divide over {tensor} ranks")
-    if config.ffn_hidden_size % tensor:
-        problems.append(f"{config.ffn_hidden_size} FFN channels do not divide over {tensor} ranks")
+    if rows % tensor:
+        problems.append(f"{rows} fused QKV rows do not divide over {tensor} ranks")
+    if channels % tensor:
+        problems.append(f"{channels} FFN channels do not divide over {tensor} ranks")
     return problems
 
 
-class Span(NamedTuple):
-    """``size`` consecutive fused rows that are rows ``start…`` of a role tensor (``role`` None: padding)."""
-
-    role: str | None
-    start: int
-    size: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MegatronTensor:
-    """One tensor of a Megatron checkpoint.
-
-    Attributes:
-        name: its name inside a layer (or the model), as Transformer Engine's layers call it; distributed
-            checkpoints always use this one.
-        local_name: its name in megatron-core's local layers.
-        roles: the role tensors fused in it.
-        split: how ranks share it: equal ``rows``, ``gated`` halves of rows, ``cols``, or ``none`` (replicated).
-    """
-
-    name: str
-    local_name: str
-    roles: tuple[str, ...]
-    split: Literal["rows", "gated", "cols", "none"]
-
-    @property
-    def axis(self) -> str:
-        """The axis along which ranks share it (``""`` when replicated)."""
-        if self.split == "none":
-            return ""
-        return {"q": "kv_head", "q_bias": "kv_head", "o": "kv_head", "embedding": "vocab", "output": "vocab"}.get(
-            self.roles[0], "ffn"
-        )
-
-    def full_shape(self, config: ModelConfig, layout: ParallelLayout) -> tuple[int, ...]:
-        """Shape over all ranks, vocabulary padding included."""
-        if self.axis == "vocab":
-            return (layout.padded_vocab(config.vocab_size), config.hidden_size)
-        shapes = [tensor_shape(role, config) for role in self.roles]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
-
-    def spans(self, config: ModelConfig, rows: int) -> Iterator[Span]:
-        """Role rows of the full tensor's ``rows`` rows, in order."""
-        if len(self.roles) == 3:
-            query, key, value = self.roles
-            d, n = config.kv_channels, config.heads_per_group
-            for group in range(config.num_query_groups):
-                yield Span(query, group * n * d, n * d)
-                yield Span(key, group * d, d)
-                yield Span(value, group * d, d)
-            return
-        used = 0
-        for role in self.roles:
-            size = tensor_shape(role, config)[0]
-            yield Span(role, 0, size)
-            used += size
-        if rows > used:
-            yield Span(None, 0, rows - used)
-
-
-_QKV = "self_attention.linear_qkv."
-_LAYER_TENSORS = (
-    MegatronTensor(name=_QKV + "layer_norm_weight", local_name="input_layernorm.weight", roles=("input_norm",), split="none"),
-    MegatronTensor(name=_QKV + "weight", local_name=_QKV + "weight", roles=("q", "k", "v"), split="rows"),
-    MegatronTensor(name=_QKV + "bias", local_name=_QKV + "bias", roles=("q_bias", "k_bias", "v_bias"), split="rows"),
-    MegatronTensor(
-        name="self_attention.q_layernorm.weight",
-        local_name="self_attention.q_layernorm.weight",
-        roles=("q_norm",),
-        split="none",
-    ),
-    MegatronTensor(
-        name="self_attention.k_layernorm.weight",
-        local_name="self_attention.k_layernorm.weight",
-        roles=("k_norm",),
-        split="none",
-    ),
-    MegatronTensor(
-        name="self_attention.linear_proj.weight", local_name="self_attention.linear_proj.weight", roles=("o",), split="cols"
-    ),
-    MegatronTensor(
-        name="mlp.linear_fc1.layer_norm_weight", local_name="pre_mlp_layernorm.weight", roles=("post_norm",), split="none"
-    ),
-    MegatronTensor(name="mlp.linear_fc1.weight", local_name="mlp.linear_fc1.weight", roles=("gate", "up"), split="gated"),
-    MegatronTensor(name="mlp.linear_fc2.weight", local_name="mlp.linear_fc2.weight", roles=("down",), split="cols"),
-)
-
-
 def _outer(name: str, role: str, split: str) -> MegatronTensor:
-    return MegatronTensor(name=name, local_name=name, roles=(role,), split=split)
+    axis = "" if split == "none" else "vocab"
+    return MegatronTensor(name=name, local_name=name, roles=(role,), split=split, axis=axis)
 
 
-EMBEDDING = _outer("embedding.word_embeddings.weight", "embedding", "rows")
-FINAL_NORM = _outer("decoder.final_layernorm.weight", "final_norm", "none")
-OUTPUT = _outer("output_layer.weight", "output", "rows")
+WORD_EMBEDDINGS = _outer("embedding.word_embeddings.weight", "embedding", "rows")
+FINAL_LAYERNORM = _outer("decoder.final_layernorm.weight", "final_norm", "none")
+OUTPUT_LAYER = _outer("output_layer.weight", "output", "rows")
 
 
 def layer_tensors(config: ModelConfig) -> list[MegatronTensor]:
-    """The Megatron tensors of every layer of this model."""
+    """The Megatron tensors of a layer; ``config`` is that of the layer, or of a model whose layers are alike."""
     present = set(layer_roles(config))
-    return [tensor for tensor in _LAYER_TENSORS if tensor.roles[0] in present]
+    return [tensor for kind in config.kinds for tensor in kind.megatron if tensor.roles[0] in present]
 
 
 def outer_tensors(config: ModelConfig) -> list[MegatronTensor]:
     """The Megatron tensors outside the layers."""
-    return [EMBEDDING, FINAL_NORM] + ([] if config.tie_embeddings else [OUTPUT])
+    return [WORD_EMBEDDINGS, FINAL_LAYERNORM] + ([] if config.tie_embeddings else [OUTPUT_LAYER])
 
 
 class Shard(NamedTuple):
@@ -254,12 +179,13 @@ def shard_sizes(
     units = sizes.get((tensor.axis, layer))
     if units is None:
         return None
-    n, d = config.heads_per_group, config.kv_channels
-    each = {("kv_head", "rows"): (n + 2) * d, ("kv_head", "cols"): n * d}.get((tensor.axis, tensor.split), 1)
-    return [count * each for count in units]
+    config = config.of_layer(layer)
+    shared = [spaces(tensor.roles[0])[1]] if tensor.split == "cols" else [spaces(role)[0] for role in tensor.roles]
+    elements = sum(map(config.size, shared)) // (2 if tensor.split == "gated" else 1)
+    return [count * (elements // config.units(tensor.axis)) for count in units]
 
 
-class Block(NamedTuple):
+class Patch(NamedTuple):
     """A rectangle that a stored tensor and a role tensor share, whole rows of the stored one.
 
     ``stored_row`` counts rows of the stored tensor; ``row``, ``col`` place it in the role tensor.
@@ -273,8 +199,12 @@ class Block(NamedTuple):
     cols: int
 
 
-def blocks(tensor: MegatronTensor, config: ModelConfig, full_rows: int, held: Shard) -> Iterator[Block]:
-    """Role blocks of a stored part of ``tensor``; padding rows are left out."""
+def patches(tensor: MegatronTensor, config: ModelConfig, full_rows: int, held: Shard) -> Iterator[Patch]:
+    """The rectangles of role tensors in a stored part of ``tensor``; padding rows are left out.
+
+    Args:
+        config: as for :func:`layer_tensors`.
+    """
     stored = 0
     for part in held.rows:
         position = 0
@@ -282,6 +212,6 @@ def blocks(tensor: MegatronTensor, config: ModelConfig, full_rows: int, held: Sh
             low, high = max(part.start, position), min(part.stop, position + size)
             if low < high and role is not None:
                 at = stored + low - part.start
-                yield Block(role, at, start + low - position, held.cols.start, high - low, len(held.cols))
+                yield Patch(role, at, start + low - position, held.cols.start, high - low, len(held.cols))
             position += size
         stored += len(part)

@@ -1,15 +1,17 @@
 """The tensors of a model by role: what every format, metric and cut calls them.
 
-A role tensor is always full and unfused, laid out as in Hugging Face (``[out, in]``). Its dimensions carry labels, and a
-label names the axis that owns them: ``hidden``, ``ffn``, ``head`` (query heads × head_dim), ``kv_head``, ``vocab``;
-``head_dim`` is never cut.
+A role tensor is always full and unfused, laid out as in Hugging Face (``[out, in]``). Its dimensions are of spaces, and a
+space names the axis that owns it: ``hidden``, ``ffn``, ``head`` (query heads × head_dim), ``kv_head``, ``vocab``;
+``head_dim`` is never cut. Roles inside the layers are those of their blocks (``arch/blocks/``).
 """
 
 from __future__ import annotations
 
+import functools
 from math import prod
 from typing import NamedTuple
 
+from megatron_prune.arch.blocks.block import OUTER, spaces
 from megatron_prune.arch.model import ModelConfig
 
 
@@ -23,52 +25,40 @@ class TensorId(NamedTuple):
         return self.role if self.layer is None else f"layer {self.layer} {self.role}"
 
 
-OUTER_ROLES: dict[str, tuple[str, ...]] = {
-    "embedding": ("vocab", "hidden"),
-    "final_norm": ("hidden",),
-    "output": ("vocab", "hidden"),
-}
-LAYER_ROLES: dict[str, tuple[str, ...]] = {
-    "input_norm": ("hidden",),
-    "q": ("head", "hidden"),
-    "k": ("kv_head", "hidden"),
-    "v": ("kv_head", "hidden"),
-    "q_bias": ("head",),
-    "k_bias": ("kv_head",),
-    "v_bias": ("kv_head",),
-    "q_norm": ("head_dim",),
-    "k_norm": ("head_dim",),
-    "o": ("hidden", "head"),
-    "post_norm": ("hidden",),
-    "gate": ("ffn", "hidden"),
-    "up": ("ffn", "hidden"),
-    "down": ("hidden", "ffn"),
-}
-ROLES = {**OUTER_ROLES, **LAYER_ROLES}
+EMBEDDING, FINAL_NORM, HEAD = (TensorId(role.name) for role in OUTER)
 
 
-def layer_roles(config: ModelConfig) -> list[str]:
-    """Roles that every layer of this model has, in order of use."""
-    absent = set()
-    if not config.qkv_bias:
-        absent |= {"q_bias", "k_bias", "v_bias"}
-    if not config.qk_norm:
-        absent |= {"q_norm", "k_norm"}
-    return [role for role in LAYER_ROLES if role not in absent]
+@functools.lru_cache(maxsize=1 << 14)
+def layer_roles(config: ModelConfig) -> tuple[str, ...]:
+    """Roles that a layer has, in order of use.
+
+    Args:
+        config: of the layer (:meth:`ModelConfig.of_layer`), or of a model whose layers are alike.
+    """
+    return tuple(role.name for kind in config.kinds for role in config.roles(kind))
 
 
 def tensor_ids(config: ModelConfig) -> list[TensorId]:
     """Every tensor of the model, embedding first, output layer last (none when it is tied)."""
-    inner = [TensorId(role, layer) for layer in range(config.num_layers) for role in layer_roles(config)]
-    outer = [TensorId("final_norm")] + ([] if config.tie_embeddings else [TensorId("output")])
-    return [TensorId("embedding"), *inner, *outer]
+    inner = [TensorId(role, layer) for layer in range(config.num_layers) for role in layer_roles(config.of_layer(layer))]
+    return [EMBEDDING, *inner, FINAL_NORM, *([] if config.tie_embeddings else [HEAD])]
+
+
+def head_of(config: ModelConfig) -> TensorId:
+    """The matrix that makes logits: the embedding, where the two are tied."""
+    return EMBEDDING if config.tie_embeddings else HEAD
 
 
 def tensor_shape(role: str, config: ModelConfig) -> tuple[int, ...]:
-    """Full shape of a role tensor, in elements."""
-    return tuple(config.dims[label] for label in ROLES[role])
+    """Full shape of a role tensor of a layer (or outside the layers), in elements; ``config`` as for :func:`layer_roles`."""
+    return tuple(config.size(space) for space in spaces(role))
+
+
+def shape_of(tensor: TensorId, config: ModelConfig) -> tuple[int, ...]:
+    """Full shape of a tensor of the model, in elements."""
+    return tensor_shape(tensor.role, config.of_layer(tensor.layer))
 
 
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of the model as stored: tied embeddings once, no vocabulary padding."""
-    return sum(prod(tensor_shape(tensor.role, config)) for tensor in tensor_ids(config))
+    return sum(prod(shape_of(tensor, config)) for tensor in tensor_ids(config))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Callable
 
-from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.model import FIELDS, ModelConfig
 from megatron_prune.registry import Registry
 
 AXES: Registry[Axis] = Registry("axis", "megatron_prune.axes")
@@ -13,25 +13,38 @@ AXES: Registry[Axis] = Registry("axis", "megatron_prune.axes")
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """One prunable direction.
+    """One prunable direction. What takes a ``config`` takes that of a layer (:meth:`ModelConfig.of_layer`), or of a model whose
+    layers are alike; of an axis that is not chosen by layer any model's.
 
     Attributes:
         name: its name in plans and scores.
-        field: the field of :class:`ModelConfig` that counts its units.
         per_layer: units are chosen layer by layer (else once for the model).
         sharded: tensor-parallel ranks hold different units (else every rank holds them all).
-        owns: dimension label → consecutive elements of that dimension that belong to one unit.
+        owns: space → the part of it that one unit owns is this many elements. A space that is named by more than one axis is
+            cut by each.
+        dealt_as: the axis whose units ranks share out, where whole units of that one stay together.
     """
 
     name: str
-    field: str
     per_layer: bool
     sharded: bool
     owns: Callable[[ModelConfig], dict[str, int]]
+    dealt_as: str = ""
+
+    @property
+    def field(self) -> str:
+        """The field of :class:`ModelConfig` that counts its units."""
+        return FIELDS[self.name]
 
     def count(self, config: ModelConfig) -> int:
         """Units of this axis in a model (in each layer, where they are chosen by layer)."""
-        return getattr(config, self.field)
+        return config.units(self.name)
+
+    def places(self, config: ModelConfig) -> list[int | None]:
+        """Where units are chosen: every layer that has any, or (``None``) once."""
+        if not self.per_layer:
+            return [None]
+        return [layer for layer in range(config.num_layers) if self.count(config.of_layer(layer))]
 
     def local_units(self, config: ModelConfig, rank: int, ranks: int) -> range:
         """Global ids of the units that tensor-parallel ``rank`` of ``ranks`` holds: consecutive, as even as can be.
@@ -40,6 +53,6 @@ class Axis:
         """
         if not self.sharded:
             return range(self.count(config))
-        whole = config.num_query_groups if self.name in ("head", "kv_head") else self.count(config)
-        each = self.count(config) // whole
+        whole = config.units(self.dealt_as or self.name)
+        each = self.count(config) // whole if whole else 0
         return range(rank * whole // ranks * each, (rank + 1) * whole // ranks * each)

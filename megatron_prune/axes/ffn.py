@@ -2,4 +2,4 @@
 
 from megatron_prune.axes.axis import AXES, Axis
 
-AXES.register("ffn")(Axis(name="ffn", field="ffn_hidden_size", per_layer=True, sharded=True, owns=lambda config: {"ffn": 1}))
+AXES.register("ffn")(Axis(name="ffn", per_layer=True, sharded=True, owns=lambda config: {"ffn": 1}))

@@ -2,6 +2,4 @@
 
 from megatron_prune.axes.axis import AXES, Axis
 
-AXES.register("hidden")(
-    Axis(name="hidden", field="hidden_size", per_layer=False, sharded=False, owns=lambda config: {"hidden": 1})
-)
+AXES.register("hidden")(Axis(name="hidden", per_layer=False, sharded=False, owns=lambda config: {"hidden": 1}))

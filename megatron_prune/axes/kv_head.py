@@ -5,9 +5,8 @@ from megatron_prune.axes.axis import AXES, Axis
 AXES.register("kv_head")(
     Axis(
         name="kv_head",
-        field="num_query_groups",
         per_layer=True,
         sharded=True,
-        owns=lambda config: {"kv_head": config.kv_channels, "head": config.heads_per_group * config.kv_channels},
+        owns=lambda config: {"kv_head": config.size("head_dim"), "head": config.heads_per_group * config.size("head_dim")},
     )
 )

@@ -2,4 +2,4 @@
 
 from megatron_prune.axes.axis import AXES, Axis
 
-AXES.register("layer")(Axis(name="layer", field="num_layers", per_layer=False, sharded=False, owns=lambda config: {}))
+AXES.register("layer")(Axis(name="layer", per_layer=False, sharded=False, owns=lambda config: {}))

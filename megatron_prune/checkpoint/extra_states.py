@@ -10,22 +10,28 @@ file of the legacy layout holds those of one kind of layers exactly: there both 
 
 from __future__ import annotations
 
+from megatron_prune.arch.blocks.block import BlockKind
 from megatron_prune.arch.model import ModelConfig
 
 FINAL_NORM = "decoder.final_layernorm._extra_state"
 """That of the norm after the last layer (Transformer Engine's)."""
 
-LOCAL = (
-    "self_attention.linear_qkv._extra_state",
-    "self_attention.linear_proj._extra_state",
-    "mlp.linear_fc1._extra_state",
-    "mlp.linear_fc2._extra_state",
-)
-"""Those inside one of megatron-core's local layers."""
-
-_QK_NORMS = ("self_attention.q_layernorm._extra_state", "self_attention.k_layernorm._extra_state")
+_NAME = "{}._extra_state".format
 
 
-def transformer_engine(config: ModelConfig) -> tuple[str, ...]:
-    """Those inside a layer of Transformer Engine's modules, by their names there."""
-    return (*LOCAL, "self_attention.core_attention._extra_state", *(_QK_NORMS if config.qk_norm else ()))
+def local(kind: BlockKind) -> list[str]:
+    """Those inside a block of megatron-core's local modules: of its matrices."""
+    return [_NAME(tensor.module) for tensor in kind.megatron if set(tensor.roles) & set(kind.matrices)]
+
+
+def transformer_engine(kind: BlockKind, config: ModelConfig) -> list[str]:
+    """Those inside a block of Transformer Engine's modules, by their names there: of matrices, attention and norms inside it."""
+    holder = kind.tensor_of(kind.writer).module.rpartition(".")[0]
+    attention = [f"{holder}.core_attention"] if kind.mixes_tokens else []
+    inside = [role.name for role in config.roles(kind) if role.spaces == ("head_dim",) or role.name == kind.after_norm]
+    return [*local(kind), *map(_NAME, [*attention, *(kind.tensor_of(role).module for role in inside)])]
+
+
+def of_layer(config: ModelConfig, *, local_names: bool) -> list[str]:
+    """Those of a layer."""
+    return [name for kind in config.kinds for name in (local(kind) if local_names else transformer_engine(kind, config))]

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.arch.sharding import Block
-from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
+from megatron_prune.arch.sharding import Patch
+from megatron_prune.arch.tensors import TensorId, shape_of, tensor_ids
 from megatron_prune.checkpoint import safetensors_file, weight_files
 from megatron_prune.checkpoint.manifest import RECIPE_FILE, Recipe
 from megatron_prune.checkpoint.tensor_map import FLOATS, TensorMap
@@ -122,13 +122,13 @@ def open_model(path: Path) -> HuggingFaceModel:
 
 
 def _add(tensors: TensorMap, tensor: TensorId, name: str, region: Region, shape: tuple[int, ...], *, replica: bool) -> list[str]:
-    needed = tensor_shape(tensor.role, tensors.config)
+    needed = shape_of(tensor, tensors.config)
     if shape != needed:
         return [f"{name}: shape {shape}, needed {needed}"]
     if region.dtype not in FLOATS:
         kind = str(region.dtype).removeprefix("torch.")
         return [f"{name}: dtype {kind}, needed plain weights (float32, bfloat16 or float16)"]
-    tensors.add(tensor.layer, region, [Block(tensor.role, 0, 0, 0, region.rows, region.cols)], replica=replica)
+    tensors.add(tensor.layer, region, [Patch(tensor.role, 0, 0, 0, region.rows, region.cols)], replica=replica)
     return []
 
 
@@ -156,7 +156,7 @@ def lay_out(
         buffers: small tensors to store as they are (see :func:`load_buffers`); they are written at once.
         config_text: the file's exact text, where ``hf_config`` is unchanged from one that was read.
     """
-    tensors = {family.tensor_name(tensor): (dtypes[tensor], tensor_shape(tensor.role, config)) for tensor in tensor_ids(config)}
+    tensors = {family.tensor_name(tensor): (dtypes[tensor], shape_of(tensor, config)) for tensor in tensor_ids(config)}
     if tied_head_stored and config.tie_embeddings:
         dtype, shape = tensors[family.names["embedding"]]
         tensors[family.names["output"]] = dtypes.get(TensorId("output"), dtype), shape

@@ -16,14 +16,14 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import (
-    EMBEDDING,
-    OUTPUT,
+    WORD_EMBEDDINGS,
+    OUTPUT_LAYER,
     MegatronTensor,
     ParallelLayout,
     Shard,
-    blocks,
     layer_tensors,
     outer_tensors,
+    patches,
     shard,
     shard_sizes,
 )
@@ -80,9 +80,9 @@ def embedding_rows(path: Path) -> int:
     rows = 0
     for (_, stage), folder in _folders(path).items():
         if stage == 0:
-            table = _chunks(_load(folder / FILE))[0].get(EMBEDDING.name)
+            table = _chunks(_load(folder / FILE))[0].get(WORD_EMBEDDINGS.name)
             if not isinstance(table, torch.Tensor) or table.dim() != 2:
-                raise CheckpointError(f"{folder / FILE} holds no {EMBEDDING.name}")
+                raise CheckpointError(f"{folder / FILE} holds no {WORD_EMBEDDINGS.name}")
             rows += table.shape[0]
     return rows
 
@@ -115,12 +115,12 @@ def _chunk_tensors(
 ) -> Iterator[tuple[str, str, int | None, MegatronTensor]]:
     """(name in the chunk, the same with local layers' names, global layer, tensor) of everything a model chunk holds."""
     for tensor in outer_tensors(config):
-        if first if tensor is EMBEDDING else last:
+        if first if tensor is WORD_EMBEDDINGS else last:
             yield tensor.name, tensor.name, None, tensor
     if config.tie_embeddings and last and not first:
-        yield OUTPUT.name, OUTPUT.name, None, EMBEDDING  # the last stage's own copy of the tied embedding
+        yield OUTPUT_LAYER.name, OUTPUT_LAYER.name, None, WORD_EMBEDDINGS  # the last stage's own copy of the tied embedding
     for local, layer in enumerate(layers):
-        for tensor in layer_tensors(config):
+        for tensor in layer_tensors(config.of_layer(layer)):
             prefix = f"decoder.layers.{local}."
             yield prefix + tensor.name, prefix + tensor.local_name, layer, tensor
 
@@ -180,7 +180,7 @@ def _add_chunk(
     for name, local_name, layer, tensor in tensors:
         names = [next((n for n in (name, local_name) if n in model), None) for model in models.values()]
         expected |= {name, local_name}
-        copy = name == OUTPUT.name and tensor is EMBEDDING
+        copy = name == OUTPUT_LAYER.name and tensor is WORD_EMBEDDINGS
         absent = [f"{file}: {name}: missing" for file, there in zip(models, names) if there is None]
         if copy and len(absent) == len(models):
             continue
@@ -204,6 +204,7 @@ def _add(
     copy: bool,
 ) -> list[str]:
     """File one tensor's shards; say what is wrong with their shapes."""
+    config = config.of_layer(layer)
     full = tensor.full_shape(config, layout)
     for file, part in parts:
         if not isinstance(part, torch.Tensor) or part.dim() != len(full):
@@ -219,7 +220,7 @@ def _add(
             problems.append(f"{file}: {tensor.name} of layer {layer}: shape {tuple(part.shape)} does not add up to {full}")
         elif part.numel():
             region = torch_archive.region_of(part, file)
-            found.add(layer, region, blocks(tensor, config, full[0], mine), replica=copy or (tensor.split == "none" and rank > 0))
+            found.add(layer, region, patches(tensor, config, full[0], mine), replica=copy or (tensor.split == "none" and rank > 0))
     return problems
 
 
@@ -246,7 +247,7 @@ def lay_out(
             layers = layout.stage_layers(stage, config.num_layers)
             ends = {"first": stage == 0, "last": stage == layout.pipeline - 1}
             for name, local_name, layer, tensor in _chunk_tensors(config, layers, **ends):
-                full = tensor.full_shape(config, layout)
+                full = tensor.full_shape(config.of_layer(layer), layout)
                 held: Shard = shard(tensor, full, layout.tensor, rank, shard_sizes(tensor, layer, config, sizes))
                 shape = held.shape if len(full) > 1 else held.shape[:1]
                 dtype = dtypes[TensorId(tensor.roles[0], layer)]
@@ -260,8 +261,8 @@ def lay_out(
 
 
 def _extra_states(config: ModelConfig, layout: ParallelLayout, stage: int, local_names: bool) -> Iterator[str]:
-    names = extra_states.LOCAL if local_names else extra_states.transformer_engine(config)
-    for local in range(len(layout.stage_layers(stage, config.num_layers))):
+    for local, layer in enumerate(layout.stage_layers(stage, config.num_layers)):
+        names = extra_states.of_layer(config.of_layer(layer), local_names=local_names)
         yield from (f"decoder.layers.{local}.{name}" for name in names)
     if stage == layout.pipeline - 1 and not local_names:
         yield extra_states.FINAL_NORM

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.arch.sharding import Block
-from megatron_prune.arch.tensors import layer_roles, tensor_ids, tensor_shape
+from megatron_prune.arch.sharding import Patch
+from megatron_prune.arch.tensors import TensorId, layer_roles, shape_of, tensor_ids
 from megatron_prune.checkpoint.safetensors_file import read_header
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError
@@ -49,11 +49,12 @@ class RoleStore:
             CheckpointError: if one is missing, damaged or of another shape.
         """
         with open_tensors(self.path(layer), do=_AGAIN) as file:
-            return {role: file.read(role, torch.float32, tensor_shape(role, self.config)) for role in self._roles(layer)}
+            shape = lambda role: shape_of(TensorId(role, layer), self.config)
+            return {role: file.read(role, torch.float32, shape(role)) for role in self._roles(layer)}
 
     def _roles(self, layer: int | None) -> list[str]:
         if layer is not None:
-            return list(layer_roles(self.config))
+            return list(layer_roles(self.config.of_layer(layer)))
         return [tensor.role for tensor in tensor_ids(self.config) if tensor.layer is None]
 
     def tensors(self) -> TensorMap:
@@ -69,5 +70,5 @@ class RoleStore:
                 if role not in header:
                     raise CheckpointError(f"{self.path(layer)} lacks the tensor {role!r}", do=_AGAIN)
                 region, _ = header[role]
-                found.add(layer, region, [Block(role, 0, 0, 0, region.rows, region.cols)])
+                found.add(layer, region, [Patch(role, 0, 0, 0, region.rows, region.cols)])
         return found.validate(self.folder)

@@ -10,8 +10,8 @@ from typing import Iterable, Iterator, NamedTuple
 import torch
 
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.arch.sharding import Block
-from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
+from megatron_prune.arch.sharding import Patch
+from megatron_prune.arch.tensors import TensorId, shape_of, tensor_ids
 from megatron_prune.checkpoint import digests
 from megatron_prune.errors import CheckpointError, raise_all
 from megatron_prune.files.region import Region, Scratch
@@ -65,12 +65,12 @@ class TensorMap:
     content_id: str | None = None
     _checked: set[tuple[TensorId, int]] = field(default_factory=set)
 
-    def add(self, layer: int | None, region: Region, blocks: Iterable[Block], *, replica: bool = False) -> None:
-        """File the blocks of one stored tensor, whose rows start at ``region``'s first row."""
+    def add(self, layer: int | None, region: Region, patches: Iterable[Patch], *, replica: bool = False) -> None:
+        """File the patches of one stored tensor, whose rows start at ``region``'s first row."""
         target = self.replicas if replica else self.tiles
-        for block in blocks:
-            tile = Tile(region.part(block.stored_row, block.rows), block.row, block.col)
-            target[TensorId(block.role, layer)].append(tile)
+        for patch in patches:
+            tile = Tile(region.part(patch.stored_row, patch.rows), patch.row, patch.col)
+            target[TensorId(patch.role, layer)].append(tile)
 
     def dtype(self, tensor: TensorId) -> torch.dtype:
         """Element type of a tensor as stored."""
@@ -78,7 +78,7 @@ class TensorMap:
 
     def shape(self, tensor: TensorId) -> tuple[int, ...]:
         """Full shape of a tensor."""
-        return tensor_shape(tensor.role, self.config)
+        return shape_of(tensor, self.config)
 
     def nbytes(self, tensor: TensorId) -> int:
         """Bytes of a tensor as stored, copies and padding not counted."""

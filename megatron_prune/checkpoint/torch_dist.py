@@ -2,8 +2,8 @@
 
 Files: ``.metadata`` (a pickle of ``torch.distributed.checkpoint.metadata.Metadata``), ``__{rank}_{n}.distcp`` (one
 ``torch.save`` archive after another, one per chunk of a tensor), ``common.pt`` (``args`` and the like) and
-``metadata.json``. Layers are stacked: key ``decoder.layers.mlp.linear_fc2.weight`` has shape [L, h, F]; checkpoints
-with one key per layer are read too. ``linear_fc1`` is gate then up over all ranks, whatever the TP size.
+``metadata.json``. Layers are stacked: key ``decoder.layers.mlp.linear_fc2.weight`` has shape [L, h, F]; where layers are of
+different shapes each has keys of its own (``decoder.layers.3.mlp…``), and such are read in any case. ``linear_fc1`` is gate then up over all ranks, whatever the TP size.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch.distributed.checkpoint import metadata as dcp
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import (
-    EMBEDDING,
+    WORD_EMBEDDINGS,
     MegatronTensor,
     ParallelLayout,
     Shard,
-    blocks,
     layer_tensors,
     outer_tensors,
+    patches,
     shard,
     shard_sizes,
 )
@@ -170,9 +170,9 @@ def embedding_rows(path: Path) -> int:
         CheckpointError: if there is none.
     """
     for key, entry in read_metadata(path).state_dict_metadata.items():
-        if isinstance(entry, dcp.TensorStorageMetadata) and unwrapped(key) == EMBEDDING.name and len(entry.size) == 2:
+        if isinstance(entry, dcp.TensorStorageMetadata) and unwrapped(key) == WORD_EMBEDDINGS.name and len(entry.size) == 2:
             return entry.size[0]
-    raise CheckpointError(f"{path} holds no {EMBEDDING.name}")
+    raise CheckpointError(f"{path} holds no {WORD_EMBEDDINGS.name}")
 
 
 def open_map(path: Path, config: ModelConfig, layout: ParallelLayout) -> TensorMap:
@@ -206,7 +206,7 @@ def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def _map(path: Path, metadata: dcp.Metadata, config: ModelConfig, layout: ParallelLayout) -> TensorMap:
-    known_inner = {tensor.name: tensor for tensor in layer_tensors(config)}
+    known_inner = [{tensor.name: tensor for tensor in layer_tensors(config.of_layer(n))} for n in range(config.num_layers)]
     known_outer = {tensor.name: tensor for tensor in outer_tensors(config)}
     found, problems = TensorMap(config), []
     for key, entry in metadata.state_dict_metadata.items():
@@ -216,20 +216,24 @@ def _map(path: Path, metadata: dcp.Metadata, config: ModelConfig, layout: Parall
         name, half = (match[2], None) if match else (unwrapped(key), None)
         if name.endswith(("linear_fc1.weight_w", "linear_fc1.weight_v")):
             name, half = name[:-2], name[-1]
-        tensor = (known_inner if match else known_outer).get(name)
+        stacked = match is not None and match[1] is None
+        number = int(match[1]) if match and not stacked else None
+        if stacked and not config.is_uniform or number is not None and number >= config.num_layers:
+            problems.append(f"{key}: not a tensor of this model")
+            continue
+        tensor = (known_inner[number or 0] if match else known_outer).get(name)
         if tensor is None:
             problems.append(f"{key}: not a tensor of this model")
             continue
-        full = tensor.full_shape(config, layout)
+        described = config.of_layer(number)
+        full = tensor.full_shape(described, layout)
         expected = (full[0] // 2, *full[1:]) if half else full
-        stacked = match is not None and match[1] is None
         if tuple(entry.size) != ((config.num_layers, *expected) if stacked else expected):
             problems.append(f"{key}: shape {tuple(entry.size)}, needed {(config.num_layers, *expected) if stacked else expected}")
             continue
         base = full[0] // 2 if half == "v" else 0
         for layer, region, held in _chunks(path, metadata, key, entry, stacked, base):
-            layer = layer if stacked or not match else int(match[1])
-            found.add(layer, region, blocks(tensor, config, full[0], held))
+            found.add(layer if stacked else number, region, patches(tensor, described, full[0], held))
     raise_all(CheckpointError, f"{path} does not hold the model that its args describe", problems)
     return found
 
@@ -299,7 +303,7 @@ def lay_out(
             dtype = dtypes[TensorId(part[0].roles[0], layer)]
             entry = metadata.state_dict_metadata.setdefault(key, _entry(full, dtype))
             stage = layout.stage_of(layer, config.num_layers) if layer is not None else _outer_stage(part[0], layout)
-            for chunk in _chunk_rects(part, layer, len(full)):
+            for chunk in _chunk_rects(part, layer if config.is_uniform else None, len(full)):
                 entry.chunks.append(chunk)
                 index = dcp.MetadataIndex(key, chunk.offsets)
                 content = torch_archive.empty_tensor(tuple(chunk.sizes), dtype)
@@ -326,11 +330,12 @@ def _parts(
 ) -> Iterator[tuple[str, int | None, int, tuple[MegatronTensor, Shard], tuple[int, ...]]]:
     """(key, layer, rank, (tensor, what the rank holds), full shape with the layer dimension) in writing order."""
     outer = [(None, tensor) for tensor in outer_tensors(config)]
-    inner = [(layer, tensor) for layer in range(config.num_layers) for tensor in layer_tensors(config)]
+    inner = [(n, tensor) for n in range(config.num_layers) for tensor in layer_tensors(config.of_layer(n))]
     for layer, tensor in outer + inner:
-        full = tensor.full_shape(config, layout)
-        key = tensor.name if layer is None else f"decoder.layers.{tensor.name}"
-        shape = full if layer is None else (config.num_layers, *full)
+        full = tensor.full_shape(config.of_layer(layer), layout)
+        key, shape = tensor.name if layer is None else f"{_layer_prefix(config, layer)}{tensor.name}", full
+        if layer is not None and config.is_uniform:
+            shape = (config.num_layers, *full)
         split = shard_sizes(tensor, layer, config, sizes)
         for rank in range(layout.tensor if tensor.split != "none" else 1):
             yield key, layer, rank, (tensor, shard(tensor, full, layout.tensor, rank, split)), shape
@@ -339,9 +344,15 @@ def _parts(
 def _empty_objects(config: ModelConfig, layout: ParallelLayout) -> Iterator[tuple[str, int]]:
     """(key, pipeline stage) of the extra states."""
     for layer in range(config.num_layers):
-        for name in extra_states.transformer_engine(config):
-            yield f"decoder.layers.{name}/shard_{layer}_{config.num_layers}", layout.stage_of(layer, config.num_layers)
+        place = f"/shard_{layer}_{config.num_layers}" if config.is_uniform else "/shard_0_1"
+        for name in extra_states.of_layer(config.of_layer(layer), local_names=False):
+            yield _layer_prefix(config, layer) + name + place, layout.stage_of(layer, config.num_layers)
     yield f"{extra_states.FINAL_NORM}/shard_0_1", layout.pipeline - 1
+
+
+def _layer_prefix(config: ModelConfig, layer: int) -> str:
+    """What a layer's keys begin with: those of all layers are one where these are alike in shape."""
+    return "decoder.layers." if config.is_uniform else f"decoder.layers.{layer}."
 
 
 def _outer_stage(tensor: MegatronTensor, layout: ParallelLayout) -> int:

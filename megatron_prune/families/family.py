@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Callable
 
-from megatron_prune.arch.model import ModelConfig, check_value
+from megatron_prune.arch.model import ModelConfig, check_value, value_kinds
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.families.config_keys import check_keys
@@ -84,7 +84,7 @@ class Family:
         missing = [key for key in _NEEDED if hf.get(key) is None]
         if missing:
             raise CheckpointError("config.json lacks " + ", ".join(missing), do="is this a model's config.json?")
-        kinds = {item.name: item.type for item in fields(ModelConfig)}
+        kinds = value_kinds()
         for ours, theirs in FIELDS.items():
             if theirs in hf and not (hf[theirs] is None and theirs in _DERIVED):
                 check_value(kinds[ours], hf[theirs], f"config.json: {theirs}")

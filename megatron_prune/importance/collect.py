@@ -19,8 +19,9 @@ from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import InputError
 from megatron_prune.importance.moments import Moment
 from megatron_prune.importance.sampled_rows import RowSums, sampled_tokens
-from megatron_prune.importance.statistics import ROWS, SITES, STREAM, LayerStatistics, SiteStatistics, Statistics
-from megatron_prune.runtime.stage import OpenLayer, Read, Stage
+from megatron_prune.importance.statistics import FINAL_SITE, ROWS, STREAM, LayerStatistics, SiteStatistics, Statistics, sites
+from megatron_prune.runtime.ends import embed, final_norm_factors, norm
+from megatron_prune.runtime.stage import Layers, OpenLayer, Read, Stage
 from megatron_prune.runtime.world import World
 
 BATCH_TOKENS = 4096
@@ -51,19 +52,6 @@ class Samples:
         """Groups of samples that go through a layer together."""
         each = max(1, BATCH_TOKENS // self.weights.shape[1])
         return (slice(start, start + each) for start in range(0, len(self.weights), each))
-
-
-def embed(tensors: TensorMap, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """Embeddings of tokens, [..., hidden], reading the matrix a range of rows at a time."""
-    used, places = tokens.unique(return_inverse=True)
-    rows = torch.empty(len(used), tensors.config.hidden_size, dtype=dtype)
-    step = 1 << 14
-    for start in range(0, tensors.config.vocab_size, step):
-        here = (used >= start) & (used < start + step)
-        if here.any():
-            block = tensors.read_block(TensorId("embedding"), range(start, min(start + step, tensors.config.vocab_size)))
-            rows[here] = block[used[here] - start].to(dtype)
-    return rows[places]
 
 
 def layer_reader(tensors: TensorMap, layer: int) -> Read:
@@ -99,10 +87,11 @@ def collect(
         return
     samples = Samples(tensors, calibration, stage, dtype)
     check_finite(samples.stream, "the embedding", world)
-    layer_view = stage.layer(config)
+    layers = Layers(stage, config)
     for layer in range(config.num_layers):
+        layer_view = layers.at(layer)
         layer_view.load(layer_reader(tensors, layer))
-        sums = None if done[layer] else _LayerSums(config, stage, moments, samples, calibration)
+        sums = None if done[layer] else _LayerSums(config.of_layer(layer), stage, moments, samples, calibration)
         for batch in samples.batches():
             samples.stream[batch] = _through(layer_view, samples, batch, sums, stage).to(samples.stream)
             progress(samples.weights[batch].numel())
@@ -112,29 +101,27 @@ def collect(
             world.on_main(lambda: found.save(statistics.path(layer)))
     if not done[-1]:
         found = _final(tensors, samples, stage, moments, calibration)
-        check_finite(found.sites["final_norm"].squares, "the final norm", world)
+        check_finite(found.sites[FINAL_SITE].squares, "the final norm", world)
         world.on_main(lambda: found.save(statistics.path(None)))
     world.barrier()
 
 
 def _through(layer: OpenLayer, samples: Samples, batch: slice, sums: _LayerSums | None, stage: Stage) -> Tensor:
     """Run a batch through a layer, showing what passes to ``sums``."""
-    stream = samples.stream[batch].to(stage.device)
-    normed = layer.norm_attention(stream)
-    context = layer.context(normed)
-    middle = stream + layer.write_attention(context)
+    entered = stream = samples.stream[batch].to(stage.device)
+    inside = None
+    for block in layer.blocks:
+        normed = block.norm(stream)
+        inside = block.inside(normed)
+        after = stream + block.after(block.write(inside))
+        if sums:
+            sums.add_norm(block.kind.norm, normed, stream, batch)
+            sums.add(block.kind.inside, inside, batch, written=after)
+        stream = after
     if sums:
-        sums.add_norm("input_norm", normed, stream, batch)
-        sums.add("context", context, batch, written=middle)
-    normed = layer.norm_mlp(middle)
-    channels = layer.channels(normed)
-    output = middle + layer.write_mlp(channels)
-    if sums:
-        sums.add_norm("post_norm", normed, middle, batch)
-        sums.add("channels", channels, batch, written=output)
-        sums.add_ends(stream, output, batch)
-        sums.add_rows(stream, channels, batch)
-    return output
+        sums.add_ends(entered, stream, batch)
+        sums.add_rows(entered, inside, batch)
+    return stream
 
 
 def check_finite(stream: Tensor, where: str, world: World) -> None:
@@ -210,14 +197,15 @@ class _LayerSums:
     def __init__(self, config: ModelConfig, stage: Stage, moments: frozenset[str], samples: Samples, calibration: Calibration):
         self._stage, self._samples = stage, samples
         self._sites = {
-            site: SiteSums(stage, samples, config.dims[label], local=label != "hidden", moment=site in moments)
-            for site, label in SITES.items()
+            site: SiteSums(stage, samples, config.size(space), local=space != "hidden", moment=site in moments)
+            for site, space in sites(config.kinds).items()
         }
         self._stream = Moment(stage, config.hidden_size) if STREAM in moments else None
-        self._epsilon = config.norm_epsilon
+        self._config = config
         self._cosines = torch.zeros((), dtype=torch.float64, device=stage.device)
         self._last = torch.zeros(len(calibration.tokens), config.hidden_size, dtype=torch.float32, device=stage.device)
-        self._rows = _rows(config, stage, moments, calibration, channels=config.ffn_hidden_size)
+        last = config.size(config.kinds[-1].inside_space) if config.kinds else 0
+        self._rows = _rows(config, stage, moments, calibration, inside=last)
 
     def add(self, site: str, value: Tensor, batch: slice, written: Tensor | None = None) -> None:
         self._sites[site].add(value, batch, written)
@@ -228,12 +216,12 @@ class _LayerSums:
 
     def add_stream(self, stream: Tensor, batch: slice) -> None:
         if self._stream is not None:
-            unit = torch.nn.functional.rms_norm(stream, stream.shape[-1:], eps=self._epsilon)
+            unit = norm(stream, self._config)
             self._stream.add(unit, self._samples.weights[batch].to(stream.device))
 
-    def add_rows(self, stream: Tensor, channels: Tensor, batch: slice) -> None:
+    def add_rows(self, stream: Tensor, inside: Tensor | None, batch: slice) -> None:
         if self._rows is not None:
-            self._rows.add(self._samples.numbers[batch], stream, channels)
+            self._rows.add(self._samples.numbers[batch], stream, inside)
 
     def add_ends(self, before: Tensor, after: Tensor, batch: slice) -> None:
         weights = self._samples.weights[batch].to(before.device)
@@ -244,11 +232,11 @@ class _LayerSums:
         self._last[self._samples.numbers[batch].to(before.device)] = before[rows, ends].float()
 
     def finish(self) -> LayerStatistics:
-        sites = {site: sums.finish() for site, sums in self._sites.items()}
-        tokens = sites["input_norm"].tokens
+        found = {site: sums.finish() for site, sums in self._sites.items()}
+        tokens = self._stage.sum_copies(self._samples.weights.double().sum().to(self._stage.device)).item()
         similarity = self._stage.sum_copies(self._cosines).item() / tokens
         return LayerStatistics(
-            sites=sites,
+            sites=found,
             similarity=similarity,
             last=self._stage.sum_copies(self._last).cpu(),
             stream=None if self._stream is None else self._stream.whole(),
@@ -257,12 +245,12 @@ class _LayerSums:
 
 
 def _rows(
-    config: ModelConfig, stage: Stage, moments: frozenset[str], calibration: Calibration, *, channels: int
+    config: ModelConfig, stage: Stage, moments: frozenset[str], calibration: Calibration, *, inside: int
 ) -> RowSums | None:
     if ROWS not in moments:
         return None
     places = sampled_tokens(calibration)
-    return RowSums(stage, places, calibration.weights[places[:, 0]], hidden=config.hidden_size, channels=channels)
+    return RowSums(stage, places, calibration.weights[places[:, 0]], hidden=config.hidden_size, inside=inside)
 
 
 def _final(
@@ -270,14 +258,14 @@ def _final(
 ) -> LayerStatistics:
     """The final norm's output, filed like a layer of one site."""
     config = tensors.config
-    weight = tensors.read_block(TensorId("final_norm"), range(config.hidden_size)).to(stage.device, samples.stream.dtype)
-    sums = SiteSums(stage, samples, config.hidden_size, local=False, moment="final_norm" in moments)
+    weight = final_norm_factors(tensors).to(stage.device, samples.stream.dtype)
+    sums = SiteSums(stage, samples, config.hidden_size, local=False, moment=FINAL_SITE in moments)
     moment = Moment(stage, config.hidden_size) if STREAM in moments else None
     last = torch.zeros(len(calibration.tokens), config.hidden_size, dtype=torch.float32, device=stage.device)
-    rows = _rows(config, stage, moments, calibration, channels=0)
+    rows = _rows(config, stage, moments, calibration, inside=0)
     for batch in samples.batches():
         stream = samples.stream[batch].to(stage.device)
-        unit = torch.nn.functional.rms_norm(stream, stream.shape[-1:], eps=config.norm_epsilon)
+        unit = norm(stream, config)
         sums.add(unit * weight, batch)
         if rows is not None:
             rows.add(samples.numbers[batch], stream, None)
@@ -286,7 +274,7 @@ def _final(
         ends = (samples.lengths[batch] - 1).to(stage.device)
         last[samples.numbers[batch].to(stage.device)] = stream[torch.arange(len(stream), device=stage.device), ends].float()
     return LayerStatistics(
-        sites={"final_norm": sums.finish()},
+        sites={FINAL_SITE: sums.finish()},
         similarity=1.0,
         last=stage.sum_copies(last).cpu(),
         stream=None if moment is None else moment.whole(),

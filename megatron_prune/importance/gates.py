@@ -9,11 +9,21 @@ from typing import Callable
 import torch
 from torch import Tensor, nn
 
+from megatron_prune.arch.blocks.block import BlockKind
 from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.tensors import TensorId
+from megatron_prune.axes.axis import AXES
 from megatron_prune.calibration.tokens import Calibration
+from megatron_prune.checkpoint.huggingface import read_config
 from megatron_prune.errors import InputError, raise_all
+from megatron_prune.families.family import family_of
 from megatron_prune.importance.statistics import Statistics, read_all, replace_file
 from megatron_prune.runtime.stock_model import load_stock_model
+
+
+def owned(axis: str, kind: BlockKind, config: ModelConfig) -> int:
+    """Features inside a block that one unit of an axis owns."""
+    return AXES.get(axis).owns(config)[kind.inside_space]
 
 
 class GateSums:
@@ -77,21 +87,22 @@ def collect_gates(
         do="mend the checkpoint, or use a metric of weights only",
     )
     weights, predicted = calibration.weights.tolist(), (calibration.lengths - 1).tolist()
-    heads = [GateSums(config.kv_channels, weights, predicted) for _ in model.model.layers]
-    channels = [GateSums(1, weights, predicted) for _ in model.model.layers]
-    for layer, head, channel in zip(model.model.layers, heads, channels):
-        layer.self_attn.o_proj.register_forward_pre_hook(head.watch)
-        layer.mlp.down_proj.register_forward_pre_hook(channel.watch)
+    family, gates = family_of(read_config(folder)), {}
+    for layer in range(config.num_layers):
+        for kind in config.of_layer(layer).kinds:
+            gates[kind, layer] = GateSums(owned(kind.axes[0], kind, config.of_layer(layer)), weights, predicted)
+            writer = family.tensor_name(TensorId(kind.writer, layer)).rpartition(".")[0]
+            model.get_submodule(writer).register_forward_pre_hook(gates[kind, layer].watch)
     for tokens, length in zip(calibration.tokens, calibration.lengths.tolist()):
         tokens = tokens[None, :length].to(device)
         embedded = model.get_input_embeddings()(tokens).requires_grad_()
         logits = model(inputs_embeds=embedded, use_cache=False).logits
         torch.nn.functional.cross_entropy(logits[0, :-1].float(), tokens[0, 1:]).backward()
         progress(length)
-    for number, (head, channel) in enumerate(zip(heads, channels)):
-        if not (head.total.isfinite().all() and channel.total.isfinite().all()):
-            raise InputError(f"gradients of layer {number} are not finite", do="compute with --dtype fp32")
-        found[f"fisher.head.{number}"] = head.total.cpu()
-        found[f"fisher.kv_head.{number}"] = head.total.view(config.num_query_groups, -1).sum(dim=1).cpu()
-        found[f"fisher.ffn.{number}"] = channel.total.cpu()
+    for (kind, layer), gate in gates.items():
+        if not gate.total.isfinite().all():
+            raise InputError(f"gradients of layer {layer} are not finite", do="compute with --dtype fp32")
+        for axis in kind.axes:
+            units = AXES.get(axis).count(config.of_layer(layer))
+            found[f"fisher.{axis}.{layer}"] = gate.total.view(units, -1).sum(dim=1).cpu()
     replace_file(path, found)

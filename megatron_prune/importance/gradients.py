@@ -21,10 +21,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor, nn
 
+from megatron_prune.arch.blocks.block import spaces
+from megatron_prune.arch.sharding import WORD_EMBEDDINGS
+from megatron_prune.axes.axis import AXES
 from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import InputError, raise_all
-from megatron_prune.importance.gates import GateSums
+from megatron_prune.importance.gates import GateSums, owned
 from megatron_prune.importance.gradient_sums import ParameterSums, TiedGradient
 from megatron_prune.importance.metric import GradientMetric
 from megatron_prune.importance.placed import Placed, placed_parameters
@@ -135,7 +138,7 @@ class _Hooks:
 
     Attributes:
         sums: parts of this rank → their sums; a copy of tied embeddings on the last stage has none.
-        gates: (``"head"`` or ``"ffn"``, layer) → sums over this rank's units.
+        gates: (finest axis of a block, layer) → sums over this rank's units.
     """
 
     def __init__(self, model: RunningModel, placed: list[Placed], metrics: list[GradientMetric], calibration: Calibration):
@@ -152,7 +155,7 @@ class _Hooks:
         weighing = bool(self._wanted - {GATES})
         for part in self._placed:
             # gates alone need a gradient that reaches the embedding, and none of any weight
-            part.parameter.requires_grad_(weighing or part.tensor.roles == ("embedding",))
+            part.parameter.requires_grad_(weighing or part.tensor is WORD_EMBEDDINGS)
             if not part.parameter.requires_grad:
                 continue
             self._handles.append(part.parameter.register_post_accumulate_grad_hook(self._hook(part)))
@@ -172,7 +175,7 @@ class _Hooks:
         wanted = self._wanted - {GATES}
         if not wanted:
             return _forget
-        tied = part.tensor.roles == ("embedding",) and self._model.config.tie_embeddings and self._model.layout.pipeline > 1
+        tied = part.tensor is WORD_EMBEDDINGS and self._model.config.tie_embeddings and self._model.layout.pipeline > 1
         if tied:
             self._tied = TiedGradient(part.parameter)
             if part.is_copy:
@@ -181,7 +184,7 @@ class _Hooks:
         self.sums.append((part, sums))
         if tied:
             sums.complete = self._tied.add
-        elif part.tensor.roles[0] in ("q_norm", "k_norm") and self._model.layout.tensor > 1:
+        elif spaces(part.tensor.roles[0]) == ("head_dim",) and self._model.layout.tensor > 1:
             sums.complete = partial(dist.all_reduce, group=parallel_state.get_tensor_model_parallel_group())
         return sums.add
 
@@ -193,12 +196,12 @@ class _Hooks:
         for layer, module in zip(layers, model.module.decoder.layers):
             self._finite[layer] = torch.ones((), dtype=torch.bool, device=model.device)
             self._handles.append(module.register_forward_hook(partial(_note_finite, self._finite[layer])))
-            if GATES in self._wanted:
-                head = GateSums(model.config.kv_channels, self._weights, predicted)
-                channel = GateSums(1, self._weights, predicted)
-                self._handles.append(module.self_attention.linear_proj.register_forward_pre_hook(head.watch))
-                self._handles.append(module.mlp.linear_fc2.register_forward_pre_hook(channel.watch))
-                self.gates["head", layer], self.gates["ffn", layer] = head, channel
+            config = model.config.of_layer(layer)
+            for kind in config.kinds if GATES in self._wanted else ():
+                gate = GateSums(owned(kind.axes[0], kind, config), self._weights, predicted)
+                writer = module.get_submodule(kind.tensor_of(kind.writer).module)
+                self._handles.append(writer.register_forward_pre_hook(gate.watch))
+                self.gates[kind.axes[0], layer] = gate
 
     def reduce(self, world: World) -> None:
         """Sum over data-parallel copies, and refuse what is not finite.
@@ -221,10 +224,11 @@ class _Hooks:
             if not all(value.isfinite().all() for value in sums.values.values()):
                 broken.add((part.depth, str(part)))
         for (axis, layer), gate in self.gates.items():
-            gate.total = self._whole_gate(axis, gate)
+            config = self._model.config.of_layer(layer)
+            gate.total = self._whole_gate(AXES.get(axis).count(config), gate)
             dist.all_reduce(gate.total, group=copies)
             if not gate.total.isfinite().all():
-                broken.add((layer, f"layer {layer} input of {'o' if axis == 'head' else 'down'}"))
+                broken.add((layer, f"layer {layer} input of {config.block_of(axis).writer}"))
         everywhere = sorted(set().union(*world.all_gather(broken)), key=lambda item: (-item[0], item[1]))
         raise_all(
             InputError,
@@ -233,12 +237,10 @@ class _Hooks:
             do="look for weights of extreme size, or use a metric that needs no gradients",
         )
 
-    def _whole_gate(self, axis: str, gate: GateSums) -> Tensor:
+    def _whole_gate(self, units: int, gate: GateSums) -> Tensor:
         """The sums of a gate that saw no sample (a copy without any) are zeros."""
         if gate.total is not None:
             return gate.total
-        config = self._model.config
-        units = config.num_attention_heads if axis == "head" else config.ffn_hidden_size
         return torch.zeros(units // self._model.layout.tensor, dtype=torch.float64, device=self._model.device)
 
 

@@ -8,13 +8,13 @@ from megatron.core import parallel_state
 from torch import nn
 
 from megatron_prune.arch.sharding import (
-    EMBEDDING,
-    OUTPUT,
-    Block,
+    WORD_EMBEDDINGS,
+    OUTPUT_LAYER,
     MegatronTensor,
-    blocks,
+    Patch,
     layer_tensors,
     outer_tensors,
+    patches,
     shard,
 )
 from megatron_prune.runtime.model import RunningModel
@@ -36,17 +36,18 @@ class Placed(NamedTuple):
         """Its place in the order of the forward pass."""
         if self.layer is not None:
             return self.layer
-        return -1.0 if self.tensor is EMBEDDING else float("inf")
+        return -1.0 if self.tensor is WORD_EMBEDDINGS else float("inf")
 
     def __str__(self) -> str:
         roles = ", ".join(self.tensor.roles)
         return roles if self.layer is None else f"layer {self.layer} {roles}"
 
-    def blocks(self, model: RunningModel) -> Iterator[Block]:
+    def patches(self, model: RunningModel) -> Iterator[Patch]:
         """The rectangles of role tensors in it."""
-        full = self.tensor.full_shape(model.config, model.layout)
+        config = model.config.of_layer(self.layer)
+        full = self.tensor.full_shape(config, model.layout)
         held = shard(self.tensor, full, model.layout.tensor, parallel_state.get_tensor_model_parallel_rank())
-        return blocks(self.tensor, model.config, full[0], held)
+        return patches(self.tensor, config, full[0], held)
 
 
 def placed_parameters(model: RunningModel) -> Iterator[Placed]:
@@ -55,11 +56,11 @@ def placed_parameters(model: RunningModel) -> Iterator[Placed]:
     for tensor in outer_tensors(config):
         if tensor.name in parameters:
             yield Placed(parameters[tensor.name], tensor, None)
-    if config.tie_embeddings and OUTPUT.name in parameters:
-        yield Placed(parameters[OUTPUT.name], EMBEDDING, None, is_copy=True)
+    if config.tie_embeddings and OUTPUT_LAYER.name in parameters:
+        yield Placed(parameters[OUTPUT_LAYER.name], WORD_EMBEDDINGS, None, is_copy=True)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     for local, layer in enumerate(model.layout.stage_layers(stage, config.num_layers)):
-        for tensor in layer_tensors(config):
+        for tensor in layer_tensors(config.of_layer(layer)):
             here = f"decoder.layers.{local}."
             name = here + tensor.name if here + tensor.name in parameters else here + tensor.local_name
             yield Placed(parameters[name], tensor, layer)

@@ -28,34 +28,34 @@ class RowSums:
         places: of :func:`sampled_tokens`.
         weights: of the places, float64 [rows].
         hidden: width of the stream.
-        channels: features of the input of ``down`` over all ranks; 0 at the final norm.
+        inside: features of the input of the layer's last writer over all ranks; 0 at the final norm.
     """
 
-    def __init__(self, stage: Stage, places: Tensor, weights: Tensor, *, hidden: int, channels: int):
+    def __init__(self, stage: Stage, places: Tensor, weights: Tensor, *, hidden: int, inside: int):
         self._stage, self._places, self._weights = stage, places, weights
         empty = lambda width: torch.zeros(len(places), width, dtype=torch.float32, device=stage.device)
         self._stream = empty(hidden)
-        self._channels = empty(len(stage.share(channels))) if channels else None
+        self._inside = empty(len(stage.share(inside))) if inside else None
 
-    def add(self, numbers: Tensor, stream: Tensor, channels: Tensor | None) -> None:
+    def add(self, numbers: Tensor, stream: Tensor, inside: Tensor | None) -> None:
         """Add a batch.
 
         Args:
             numbers: its samples' places in the whole calibration, int64 [samples].
             stream: [samples, tokens, hidden].
-            channels: [samples, tokens, this rank's].
+            inside: [samples, tokens, this rank's].
         """
         row, sample = (self._places[:, :1] == numbers).nonzero(as_tuple=True)
         device, position = stream.device, self._places[row, 1].to(stream.device)
         row, sample = row.to(device), sample.to(device)
         self._stream[row] = stream[sample, position].float()
-        if channels is not None:
-            self._channels[row] = channels[sample, position].float()
+        if inside is not None:
+            self._inside[row] = inside[sample, position].float()
 
     def finish(self) -> SampledRows:
         """The same on every process."""
         stream = self._stage.sum_copies(self._stream).cpu()
-        if self._channels is None:
+        if self._inside is None:
             return SampledRows(weights=self._weights, stream=stream)
-        whole = self._stage.gather(self._stage.sum_copies(self._channels))
+        whole = self._stage.gather(self._stage.sum_copies(self._inside))
         return SampledRows(weights=self._weights, stream=stream, kernel=(whole @ whole.T).cpu())

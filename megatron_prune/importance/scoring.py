@@ -13,9 +13,10 @@ from typing import Callable
 
 import torch
 
+from megatron_prune.arch.blocks.block import kind_of, spaces
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.arch.tensors import ROLES, TensorId, tensor_ids
+from megatron_prune.arch.tensors import TensorId, tensor_ids
 from megatron_prune.axes.axis import AXES
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import InputError
@@ -61,7 +62,8 @@ def score(
 ) -> Scores:
     """Scores for every wanted (axis, layer), full and the same on every process."""
     config = tensors.config
-    totals: Scores = {key: torch.zeros(AXES.get(key[0]).count(config), dtype=torch.float64) for key in wanted}
+    units = lambda axis, layer: AXES.get(axis).count(config.of_layer(layer))
+    totals: Scores = {key: torch.zeros(units(*key), dtype=torch.float64) for key in wanted}
     if metric.reads_weights and wanted:
         mine, error = {}, None
         try:
@@ -81,8 +83,7 @@ def all_scores(metric: Metric, tensors: TensorMap, layout: ParallelLayout, world
     config = tensors.config
     wanted: list[tuple[str, int | None]] = []
     for name in sorted(metric.axes):
-        places = range(config.num_layers) if AXES.get(name).per_layer else [None]
-        wanted += [(name, place) for place in places]
+        wanted += [(name, place) for place in AXES.get(name).places(config)]
     scores = score(metric, tensors, layout, wanted, world)
     if metric.block_wise:
         scores |= {("block", count): metric.block_scores(count) for count in range(1, config.num_layers)}
@@ -110,45 +111,45 @@ def _partial_sums(
 ) -> dict[tuple[str, int | None], tuple[int, torch.Tensor]]:
     """(axis, layer) → (first unit, sums from it on) over the blocks of this process; replicated tensors count once."""
     config = tensors.config
-    axes = {name: AXES.get(name) for name in AXES.names()}
-    mine = {name: axis.local_units(config, place.tensor, layout.tensor) for name, axis in axes.items()}
-    sums = {(axis, layer): torch.zeros(len(mine[axis]), dtype=torch.float64) for axis, layer in wanted}
+    mine = {key: AXES.get(key[0]).local_units(config.of_layer(key[1]), place.tensor, layout.tensor) for key in wanted}
+    sums = {key: torch.zeros(len(units), dtype=torch.float64) for key, units in mine.items()}
     for tensor in tensor_ids(config):
-        keys = [key for key in _owners(tensor) if key in sums]
-        labels = ROLES[tensor.role]
+        keys = [key for key in _owners(tensor, config.of_layer(tensor.layer)) if key in sums]
+        labels, described = spaces(tensor.role), config.of_layer(tensor.layer)
         counted = place.tensor == 0 or any(label not in ("hidden", "head_dim") for label in labels)
         if not keys or not counted or not _holds(tensor, layout, config, place):
             continue
-        held = [local_elements(label, config, place.tensor, layout.tensor) for label in labels]
+        held = [local_elements(label, described, place.tensor, layout.tensor) for label in labels]
         if not all(held):
             continue  # fewer KV groups than ranks: this one has none
-        for rows in _row_chunks(held[0], labels[0], len(held[1]) if len(held) > 1 else 1, config):
+        for rows in _row_chunks(held[0], labels[0], len(held[1]) if len(held) > 1 else 1, described):
             weight = tensors.read_block(tensor, rows, *held[1:])
             for key in keys:
                 values = metric.per_weight(key[0], tensor, weight, held[1] if len(held) > 1 else range(1))
                 if key[0] == "layer":
                     sums[key][tensor.layer] += values.sum(dtype=torch.float64)
                 for dim, part in enumerate([rows, *held[1:]]):
-                    each = axes[key[0]].owns(config).get(labels[dim])
+                    each = AXES.get(key[0]).owns(described).get(labels[dim])
                     if each is not None and key[0] != "layer":
                         others = [other for other in range(values.dim()) if other != dim]
                         totals = values.sum(dim=others, dtype=torch.float64) if others else values.double()
-                        first = part.start // each - mine[key[0]].start
+                        first = part.start // each - mine[key].start
                         sums[key][first : first + totals.numel() // each] += totals.view(-1, each).sum(dim=1)
             progress(weight.numel() * tensors.dtype(tensor).itemsize)
-    return {key: (mine[key[0]].start, total) for key, total in sums.items()}
+    return {key: (mine[key].start, total) for key, total in sums.items()}
 
 
-def _owners(tensor: TensorId) -> list[tuple[str, int | None]]:
+def _owners(tensor: TensorId, config: ModelConfig) -> list[tuple[str, int | None]]:
     """(axis, layer) pairs some of whose units own a part of a tensor."""
-    labels = set(ROLES[tensor.role]) | ({"kv_head"} if "head" in ROLES[tensor.role] else set())
-    inner = [("layer", None), *((label, tensor.layer) for label in labels)] if tensor.layer is not None else []
+    kind, labels = kind_of(tensor.role), set(spaces(tensor.role))
+    owners = [axis for axis in kind.axes if labels & AXES.get(axis).owns(config).keys()] if kind else []
+    inner = [("layer", None), *((axis, tensor.layer) for axis in owners)] if kind else []
     return [("hidden", None), *inner] if "hidden" in labels else inner
 
 
 def _row_chunks(rows: range, label: str, cols: int, config: ModelConfig) -> list[range]:
     """``rows`` in pieces of whole units that stay small, so that an embedding is not held several times over."""
-    unit = config.heads_per_group * config.kv_channels if label == "head" else config.kv_channels if label == "kv_head" else 1
+    unit = max((axis.owns(config).get(label, 1) for axis in map(AXES.get, AXES.names())), default=1)
     step = max(1, CHUNK_ELEMENTS // (cols * unit)) * unit
     return [range(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
 
@@ -158,7 +159,7 @@ def local_elements(label: str, config: ModelConfig, rank: int, ranks: int) -> ra
     if label == "vocab":
         return range(rank * config.vocab_size // ranks, (rank + 1) * config.vocab_size // ranks)
     if label in ("hidden", "head_dim"):
-        return range(config.dims[label])
+        return range(config.size(label))
     units = AXES.get(label).local_units(config, rank, ranks)
     each = AXES.get(label).owns(config)[label]
     return range(units.start * each, units.stop * each)

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Iterable
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_prune.arch.blocks.block import BLOCKS, BlockKind, kind_of
 from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.tensors import HEAD
 from megatron_prune.files.tensor_file import TensorFile, open_tensors
-
-SITES = {"input_norm": "hidden", "context": "head", "post_norm": "hidden", "channels": "ffn"}
-"""Input of a layer's matrices → label of its dimension (``arch/tensors.py``); the final norm's output is ``final_norm``."""
 
 STREAM = "stream"
 """Asks for the second moment of the normalised stream at a layer's norms (:attr:`LayerStatistics.stream`)."""
@@ -26,17 +26,23 @@ STREAM = "stream"
 ROWS = "rows"
 """Asks for what passes at a few sampled tokens (:class:`SampledRows`)."""
 
-INPUT_OF = {
-    "q": "input_norm",
-    "k": "input_norm",
-    "v": "input_norm",
-    "o": "context",
-    "gate": "post_norm",
-    "up": "post_norm",
-    "down": "channels",
-    "output": "final_norm",
-}
-"""Role of a matrix → the site it reads."""
+FINAL_SITE = "final_norm"
+"""The final norm's output, which the head reads."""
+
+
+def sites(kinds: Iterable[BlockKind]) -> dict[str, str]:
+    """What the matrices of blocks read (norms' outputs, and what is inside blocks) → its space."""
+    return {site: space for kind in kinds for site, space in ((kind.norm, "hidden"), (kind.inside, kind.inside_space))}
+
+
+SITES = sites(map(BLOCKS.get, BLOCKS.names()))
+"""Those of every kind of block."""
+
+
+def site_of(role: str) -> str | None:
+    """The site that a matrix reads; ``None`` of a role that is none (a norm, a bias, the embedding)."""
+    kind = kind_of(role)
+    return kind.inputs.get(role) if kind else (FINAL_SITE if role == HEAD.role else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +73,8 @@ class SampledRows:
     Attributes:
         weights: of the tokens, float64 [rows].
         stream: what enters the layer there, float32 [rows, hidden].
-        kernel: products of the inputs of ``down`` of every two tokens, float32 [rows, rows]; ``None`` at the final norm.
+        kernel: products of the inputs of the layer's last writer (``down``) of every two tokens, float32 [rows, rows]; ``None``
+            at the final norm.
     """
 
     weights: Tensor
@@ -173,7 +180,7 @@ class Statistics:
 
     def site(self, role: str, layer: int | None) -> SiteStatistics:
         """Sums at the input of a matrix."""
-        return self.layer(layer).sites[INPUT_OF[role]]
+        return self.layer(layer).sites[site_of(role)]
 
     def moment(self, role: str, layer: int | None) -> Tensor:
         """Second moment at the input of a matrix, float64 [dim, dim], read from disk.
@@ -181,7 +188,7 @@ class Statistics:
         Raises:
             KeyError: if the pass did not collect it.
         """
-        moment = LayerStatistics.load(self.path(layer)).sites[INPUT_OF[role]].moment
+        moment = LayerStatistics.load(self.path(layer)).sites[site_of(role)].moment
         if moment is None:
             raise KeyError(f"no second moment of {role} in {self.path(layer)}")
         return moment
@@ -212,9 +219,9 @@ class Statistics:
         """
         layers = [LayerStatistics.load(self.path(layer)) for layer in range(self.config.num_layers)]
         final = LayerStatistics.load(self.path(None))
-        tokens = final.sites["final_norm"].tokens
+        norms = sum(len(self.config.of_layer(layer).kinds) for layer in range(self.config.num_layers))
         total = sum(layer.stream for layer in layers) + final_share * final.stream
-        return total / (tokens * (2 * len(layers) + final_share))
+        return total / (final.sites[FINAL_SITE].tokens * (norms + final_share))
 
     def gradient(self, metric: str, axis: str, layer: int | None) -> Tensor:
         """Sums over a unit's weights that a gradient metric left (``importance/gradients.py``), float64 [units].

@@ -12,13 +12,14 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_prune.arch.blocks.block import spaces
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.arch.sharding import Block
-from megatron_prune.arch.tensors import ROLES, TensorId
+from megatron_prune.arch.sharding import Patch
+from megatron_prune.arch.tensors import TensorId
 from megatron_prune.axes.axis import AXES
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.files.region import close_files
-from megatron_prune.importance.gates import GateSums
+from megatron_prune.importance.gates import GateSums, owned
 from megatron_prune.importance.gradient_sums import ParameterSums
 from megatron_prune.importance.metric import GradientMetric
 from megatron_prune.importance.placed import Placed
@@ -35,14 +36,14 @@ def add_gates(metrics: list[GradientMetric], model: RunningModel, gates: dict[tu
     """Enter the sums of gates; those of one copy, since all copies hold the same."""
     if parallel_state.get_data_parallel_rank():
         return
-    config, rank = model.config, parallel_state.get_tensor_model_parallel_rank()
-    for (axis, layer), gate in gates.items():
-        mine = gate.total.cpu()
-        units = torch.arange(len(mine)) + rank * len(mine)
-        for metric in metrics:
-            _total(totals, metric, axis, layer, config).index_add_(0, units, mine)
-            if axis == "head":
-                _total(totals, metric, "kv_head", layer, config).index_add_(0, units // config.heads_per_group, mine)
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    for (finest, layer), gate in gates.items():
+        config, mine = model.config.of_layer(layer), gate.total.cpu()
+        units, kind = torch.arange(len(mine)) + rank * len(mine), config.block_of(finest)
+        for axis in kind.axes:
+            each = owned(axis, kind, config) // owned(finest, kind, config)
+            for metric in metrics:
+                _total(totals, metric, axis, layer, config).index_add_(0, units // each, mine)
 
 
 def add_weights(
@@ -59,18 +60,18 @@ def add_weights(
     for number, (part, sums) in enumerate(parts):
         if number % copies != copy or not (first or part.tensor.axis):
             continue
-        for block in part.blocks(model):
-            for piece in _pieces(block):
+        for patch in part.patches(model):
+            for piece in _pieces(patch):
                 _add_piece(metrics, tensors, model.config, part, sums, piece, samples, totals)
     close_files()
 
 
-def _pieces(block: Block) -> Iterator[Block]:
-    """Some rows at a time of a large block."""
-    step = max(1, CHUNK_ELEMENTS // block.cols)
-    for start in range(0, block.rows, step):
-        rows = min(step, block.rows - start)
-        yield block._replace(stored_row=block.stored_row + start, row=block.row + start, rows=rows)
+def _pieces(patch: Patch) -> Iterator[Patch]:
+    """Some rows at a time of a large patch."""
+    step = max(1, CHUNK_ELEMENTS // patch.cols)
+    for start in range(0, patch.rows, step):
+        rows = min(step, patch.rows - start)
+        yield patch._replace(stored_row=patch.stored_row + start, row=patch.row + start, rows=rows)
 
 
 def _add_piece(
@@ -79,24 +80,24 @@ def _add_piece(
     config: ModelConfig,
     part: Placed,
     sums: ParameterSums,
-    block: Block,
+    patch: Patch,
     samples: float,
     totals: Totals,
 ) -> None:
-    rows, cols = range(block.row, block.row + block.rows), range(block.col, block.col + block.cols)
-    stored = slice(block.stored_row, block.stored_row + block.rows)
+    rows, cols = range(patch.row, patch.row + patch.rows), range(patch.col, patch.col + patch.cols)
+    stored = slice(patch.stored_row, patch.stored_row + patch.rows)
     held = {name: value.view(len(value), -1)[stored] for name, value in sums.values.items()}
-    weight = tensors.read_block(TensorId(block.role, part.layer), rows, cols).reshape(len(rows), len(cols))
+    weight = tensors.read_block(TensorId(patch.role, part.layer), rows, cols).reshape(len(rows), len(cols))
     weight = weight.to(part.parameter.device, torch.float32)
     for metric in metrics:
         values = metric.per_gradient(weight, {name: held[name] for name in metric.sums - {"gates"}}, samples)
         lines = [values.sum(dim=1, dtype=torch.float64).cpu(), values.sum(dim=0, dtype=torch.float64).cpu()]
         if "layer" in metric.axes and part.layer is not None:
             _total(totals, metric, "layer", None, config)[part.layer] += lines[0].sum()
-        for label, places, line in zip(ROLES[block.role], (rows, cols), lines):
+        for space, places, line in zip(spaces(patch.role), (rows, cols), lines):
             for name in metric.axes - {"layer"}:
                 axis = AXES.get(name)
-                each = axis.owns(config).get(label)
+                each = axis.owns(config.of_layer(part.layer)).get(space)
                 if each is not None and (part.layer is not None or not axis.per_layer):
                     units = torch.arange(places.start, places.stop) // each
                     layer = part.layer if axis.per_layer else None
@@ -106,5 +107,5 @@ def _add_piece(
 def _total(totals: Totals, metric: GradientMetric, axis: str, layer: int | None, config: ModelConfig) -> Tensor:
     key = f"{metric.name}.{axis}.{'all' if layer is None else layer}"
     if key not in totals:
-        totals[key] = torch.zeros(AXES.get(axis).count(config), dtype=torch.float64)
+        totals[key] = torch.zeros(AXES.get(axis).count(config.of_layer(layer)), dtype=torch.float64)
     return totals[key]

@@ -60,7 +60,7 @@ class Budget:
         config = replace(config, vocab_size=self.vocab_size or config.vocab_size)
         if self.memory is None:
             return parameters(config)
-        cached = 2 * config.num_layers * config.num_query_groups * config.kv_channels * self.seq_length * self.batch
+        cached = 2 * sum(config.of_layer(n).size("kv_head") for n in range(config.num_layers)) * self.seq_length * self.batch
         return self.dtype_bytes * (parameters(config) + cached)
 
     def describe(self, cost: int) -> str:
@@ -70,7 +70,9 @@ class Budget:
 
 
 def parameters(config: ModelConfig) -> int:
-    """:func:`parameter_count`, at a cost that does not grow with the number of layers."""
+    """:func:`parameter_count`, at a cost that does not grow with the number of layers where these are alike."""
+    if not config.is_uniform:
+        return parameter_count(config)
     one, two = (parameter_count(replace(config, num_layers=layers)) for layers in (1, 2))
     return one + (config.num_layers - 1) * (two - one)
 

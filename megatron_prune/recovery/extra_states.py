@@ -7,8 +7,9 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from megatron_prune.arch.blocks.block import BLOCKS
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.checkpoint.extra_states import FINAL_NORM, LOCAL, transformer_engine
+from megatron_prune.checkpoint.extra_states import FINAL_NORM, local, transformer_engine
 
 
 def missing_extra_states(model: dict[str, Any], config: ModelConfig) -> dict[str, ShardedObject]:
@@ -19,10 +20,10 @@ def missing_extra_states(model: dict[str, Any], config: ModelConfig) -> dict[str
     """
     found: dict[str, ShardedObject] = {}
     for name, part in model.items():
-        if name.endswith(LOCAL[0]):
-            for other in transformer_engine(config):
-                beside = replace(part, key=part.key.replace(LOCAL[0], other))
-                found[name.replace(LOCAL[0], other)] = beside
+        for kind in map(BLOCKS.get, BLOCKS.names()):
+            first = local(kind)[0]
+            for other in transformer_engine(kind, config) if name.endswith(first) else ():
+                found[name.replace(first, other)] = replace(part, key=part.key.replace(first, other))
         if part.key == FINAL_NORM.replace("_extra_state", "weight"):
             found[FINAL_NORM] = ShardedObject(FINAL_NORM, None, (1,), (0,), part.replica_id)
     return {name: part for name, part in found.items() if name not in model}

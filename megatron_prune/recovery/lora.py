@@ -26,6 +26,7 @@ from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_shar
 from torch import Tensor, nn
 
 from megatron_prune.arch.adapter import AdapterConfig
+from megatron_prune.arch.blocks.block import MegatronTensor
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import layer_tensors
 from megatron_prune.arch.tensors import tensor_shape
@@ -39,7 +40,6 @@ class Adapter(nn.Module):
     Args:
         layer: global number of the decoder layer.
         roles: that have an update, in the order in which the layer fuses them.
-        columns: whether the layer is column-parallel.
     """
 
     def __init__(
@@ -47,21 +47,23 @@ class Adapter(nn.Module):
         lora: AdapterConfig,
         config: ModelConfig,
         layer: int,
-        fused: tuple[str, ...],
-        columns: bool,
+        tensor: MegatronTensor,
         like: Tensor,
         *,
         sequence_parallel: bool,
     ):
         super().__init__()
+        fused, columns = tensor.roles, tensor.split != "cols"
         self.layer, self._fused, self._columns, self._split_sequence = layer, fused, columns, sequence_parallel
         self.roles = [role for role in fused if role in lora.roles]
         self._scale, self._dropout = lora.scale, lora.dropout
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
         ranks, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-        self._shared = len(fused) == 3 and config.num_query_groups % ranks > 0
+        groups = config.units("kv_head")
+        self._by_group = tensor.by_group
+        self._shared = tensor.by_group and groups % ranks > 0
         split_b = columns and not self._shared
-        self._groups = config.num_query_groups // (ranks if split_b else 1)
+        self._groups = groups // (ranks if split_b else 1)
         self._rows = {role: tensor_shape(role, config)[0] // (ranks if split_b else 1) for role in fused}
         for role in self.roles:
             wide = tensor_shape(role, config)[1]
@@ -89,7 +91,7 @@ class Adapter(nn.Module):
         if self._shared:
             return self._of_shared_groups(parts)
         outputs = [self._update(role, parts.get(role), low) for role in self._fused]
-        if len(outputs) == 3:  # q, k, v stand together group by group
+        if self._by_group:
             outputs = [each.unflatten(-1, (self._groups, -1)) for each in outputs]
             return torch.cat(outputs, dim=-1).flatten(-2)
         return torch.cat(outputs, dim=-1)
@@ -150,12 +152,12 @@ def add_adapters(running: RunningModel, lora: AdapterConfig) -> list[Adapter]:
     stage = parallel_state.get_pipeline_model_parallel_rank()
     added = []
     for layer, block in zip(running.layout.stage_layers(stage, config.num_layers), module.decoder.layers):
-        for tensor in layer_tensors(config):
+        for tensor in layer_tensors(config.of_layer(layer)):
             if not set(tensor.roles) & set(lora.roles):
                 continue
-            base = block.get_submodule(tensor.local_name.removesuffix(".weight"))
-            columns = tensor.split != "cols"
-            adapter = Adapter(lora, config, layer, tensor.roles, columns, base.weight, sequence_parallel=sequence_parallel)
+            base = block.get_submodule(tensor.module)
+            described = config.of_layer(layer)
+            adapter = Adapter(lora, described, layer, tensor, base.weight, sequence_parallel=sequence_parallel)
             base.add_module("adapter", adapter)
             base.register_forward_hook(_add)
             added.append(adapter)

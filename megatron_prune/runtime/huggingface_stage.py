@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Callable
 
 import torch
 from torch import Tensor, nn
 
+from megatron_prune.arch.blocks.block import BlockKind
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import layer_roles
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import FAMILIES, Family
+from megatron_prune.runtime.rotary import angles, inverse_frequencies
 from megatron_prune.runtime.stage import OpenLayer, Read
 
 
@@ -69,6 +72,49 @@ def able_family(family: Family, config: ModelConfig) -> Family:
     raise AssertionError("unreachable: the line above raises")
 
 
+class HuggingFaceBlock:
+    """A block of a decoder layer of transformers behind :class:`OpenBlock`; opens it. Its modules are found by the family's names.
+
+    Args:
+        module_of: role → the layer's module that holds it.
+        positions: cos and sin, [1, tokens, head_dim].
+    """
+
+    def __init__(
+        self, kind: BlockKind, config: ModelConfig, layer: nn.Module, module_of: Callable[[str], str], positions: tuple[Tensor, Tensor]
+    ):
+        self.kind, self._window, self._positions = kind, config.uniform("sliding_window"), positions
+        self._norm = layer.get_submodule(module_of(kind.norm))
+        holder, _, writer = module_of(kind.writer).rpartition(".")
+        self._block = layer.get_submodule(holder)
+        self._writer = getattr(self._block, writer)
+        self._after = layer.get_submodule(module_of(kind.after_norm)) if config.after_norms else None
+        setattr(self._block, writer, nn.Identity())
+
+    def norm(self, stream: Tensor) -> Tensor:
+        return self._norm(stream)
+
+    def inside(self, normed: Tensor) -> Tensor:
+        if not self.kind.mixes_tokens:
+            return self._block(normed)
+        tokens = normed.shape[1]
+        positions = tuple(part[:, :tokens] for part in self._positions)
+        return self._block(normed, position_embeddings=positions, attention_mask=self._mask(tokens))[0]
+
+    def _mask(self, tokens: int) -> Tensor | None:
+        """Who sees whom, bool [1, 1, tokens, tokens]; ``None`` is all that came before."""
+        if self._window is None or tokens <= self._window:
+            return None
+        seen = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=self._positions[0].device)
+        return seen.tril().triu(1 - self._window)
+
+    def write(self, inside: Tensor) -> Tensor:
+        return self._writer(inside)
+
+    def after(self, written: Tensor) -> Tensor:
+        return written if self._after is None else self._after(written)
+
+
 class HuggingFaceLayer:
     """A decoder layer of transformers behind :class:`OpenLayer`, its attention through ``scaled_dot_product_attention``."""
 
@@ -79,14 +125,12 @@ class HuggingFaceLayer:
         described = AutoConfig.for_model(**family.hf_config(self._config, None))
         with torch.device("meta"):  # neither an embedding nor first weights are wanted
             model = AutoModelForCausalLM.from_config(described, attn_implementation="sdpa", trust_remote_code=False).model
-        self._layer = model.layers[0].to(dtype).to_empty(device=device).eval().requires_grad_(False)
-        rotary = type(model.rotary_emb)(model.config).to(device)
-        places = torch.arange(seq_length, device=device)[None]
-        self._positions = rotary(torch.empty(0, dtype=dtype, device=device), places)  # cos and sin, [1, tokens, head_dim]
-        self._parameters = dict(self._layer.named_parameters())
-        attention, mlp = self._layer.self_attn, self._layer.mlp
-        self._o, self._down = attention.o_proj, mlp.down_proj
-        attention.o_proj, mlp.down_proj = nn.Identity(), nn.Identity()
+        layer = model.layers[0].to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        self._parameters = dict(layer.named_parameters())
+        turned = angles(inverse_frequencies(self._config).to(device), seq_length)[None]
+        positions = turned.cos().to(dtype), turned.sin().to(dtype)
+        module_of = lambda role: self._name(role).rpartition(".")[0]
+        self.blocks = tuple(HuggingFaceBlock(kind, self._config, layer, module_of, positions) for kind in self._config.kinds)
 
     def load(self, read: Read, roles: set[str] | None = None) -> None:
         for role in layer_roles(self._config):
@@ -102,35 +146,11 @@ class HuggingFaceLayer:
         return {role: self._parameter(role).detach().float().cpu().clone() for role in roles}
 
     def _parameter(self, role: str) -> nn.Parameter:
-        return self._parameters[self._family.names[role].removeprefix(_PREFIX)]
+        return self._parameters[self._name(role)]
 
-    def norm_attention(self, stream: Tensor) -> Tensor:
-        return self._layer.input_layernorm(stream)
-
-    def context(self, normed: Tensor) -> Tensor:
-        tokens = normed.shape[1]
-        positions = tuple(part[:, :tokens] for part in self._positions)
-        return self._layer.self_attn(normed, position_embeddings=positions, attention_mask=self._mask(tokens))[0]
-
-    def _mask(self, tokens: int) -> Tensor | None:
-        """Who sees whom, bool [1, 1, tokens, tokens]; ``None`` is all that came before."""
-        window = self._config.sliding_window
-        if window is None or tokens <= window:
-            return None
-        seen = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=self._positions[0].device)
-        return seen.tril().triu(1 - window)
-
-    def write_attention(self, context: Tensor) -> Tensor:
-        return self._o(context)
-
-    def norm_mlp(self, stream: Tensor) -> Tensor:
-        return self._layer.post_attention_layernorm(stream)
-
-    def channels(self, normed: Tensor) -> Tensor:
-        return self._layer.mlp(normed)
-
-    def write_mlp(self, channels: Tensor) -> Tensor:
-        return self._down(channels)
+    def _name(self, role: str) -> str:
+        """A role's name inside a layer."""
+        return self._family.names[role].removeprefix(_PREFIX)
 
 
 _PREFIX = "model.layers.{layer}."

@@ -17,13 +17,18 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, g
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.runtime.core_config import DescribedConfig
+from megatron_prune.runtime.rotary import angles, inverse_frequencies
 
 
 def has_transformer_engine() -> bool:
@@ -31,27 +36,40 @@ def has_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def decoder_spec(config: TransformerConfig, num_layers: int, *, local: bool) -> ModuleSpec | TransformerBlockSubmodules:
-    """The spec of the decoder layers of a stage that has ``num_layers``, and of the final norm.
+def decoder_spec(core: DescribedConfig, layers: range, *, local: bool) -> ModuleSpec | TransformerBlockSubmodules:
+    """The spec of a stage's decoder layers, and of the final norm.
 
     Args:
-        local: megatron-core's local layers in any case.
+        local: megatron-core's local layers in any case. Those of Transformer Engine are taken for what its spec can say.
     """
-    if has_transformer_engine() and not local:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    return TransformerBlockSubmodules(layer_specs=[local_layer_spec(config)] * num_layers, layer_norm=RMSNorm)
+    config = core.described
+    plain = not (config.differing or config.after_norms or config.scaled_embedding)
+    if has_transformer_engine() and plain and not local:
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=core.qk_layernorm)
+    specs = [local_layer_spec(config.of_layer(layer)) for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
 
 
-def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """megatron-core's local layers, in which every norm is a module of its own, with our attention, norms and MLP."""
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+def local_layer_spec(config: ModelConfig) -> ModuleSpec:
+    """megatron-core's local layers, in which every norm is a module of its own, with our attention, norms and MLP.
+
+    Args:
+        config: of the layer; what stands for a block that it has not hands the stream on.
+    """
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_norm, normalization="RMSNorm")
     parts, attention = spec.submodules, spec.submodules.self_attention.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.module = CachingSelfAttention
     attention.core_attention = SdpaAttention
-    spec.submodules.mlp = GatedMLP
-    if config.qk_layernorm:
+    parts.mlp = GatedMLP
+    if config.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.after_norms:
+        attention.linear_proj = NormedRowParallelLinear
+    if not config.units("head"):
+        parts.input_layernorm, parts.self_attention, parts.self_attn_bda = IdentityOp, IdentityOp, IdentityFuncOp
+    if not config.units("ffn"):
+        parts.pre_mlp_layernorm, parts.mlp, parts.mlp_bda = IdentityOp, IdentityOp, IdentityFuncOp
     return spec
 
 
@@ -61,12 +79,17 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
+        self._zero_centered = config.layernorm_zero_centered_gamma
 
     def forward(self, stream: Tensor) -> Tensor:
         """[..., hidden_size] → the same."""
-        if stream.is_cuda or not torch.is_grad_enabled():
-            return super().forward(stream)
-        return _RMSNormOnCpu.apply(stream, self.weight, self.eps)
+        on_gpu = stream.is_cuda or not torch.is_grad_enabled()
+        if not self._zero_centered:
+            return super().forward(stream) if on_gpu else _RMSNormOnCpu.apply(stream, self.weight, self.eps)
+        weight = 1.0 + self.weight.float()  # what is near one loses the weight's digits in half precision
+        if on_gpu:
+            return rms_norm(stream.float(), self.normalized_shape, weight, self.eps).to(stream.dtype)
+        return _RMSNormOnCpu.apply(stream, weight, self.eps)
 
 
 class _RMSNormOnCpu(torch.autograd.Function):
@@ -94,13 +117,26 @@ class _RMSNormOnCpu(torch.autograd.Function):
         return of_stream.to(stream.dtype), of_weight, None
 
 
-class GatedMLP(MLP):
-    """megatron-core's MLP for SwiGLU (Shazeer 2020, arXiv 2002.05202) without biases, through :class:`SwiGLU`."""
+class NormedRowParallelLinear(RowParallelLinear):
+    """A row-parallel matrix followed by a norm of the whole output, as in Megatron-Bridge's Gemma 3."""
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **given: object):
+        super().__init__(input_size, output_size, config=config, **given)
+        self.post_layernorm = RMSNorm(config, output_size, eps=config.layernorm_epsilon)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        output, bias = super().forward(inputs)
+        return self.post_layernorm(output), bias
+
+
+class GatedMLP(MLP):
+    """megatron-core's gated MLP (Shazeer 2020, arXiv 2002.05202) without biases; with SiLU through :class:`SwiGLU`."""
+
+    def __init__(self, config: DescribedConfig):
+        last = NormedRowParallelLinear if config.described.after_norms else RowParallelLinear
         super().__init__(
             config,
-            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=last),
             ffn_hidden_size=config.ffn_hidden_size,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
         )
@@ -108,7 +144,10 @@ class GatedMLP(MLP):
     def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor, None]:
         """[tokens, batch, hidden_size] → the same, and the bias there is not."""
         gate_up, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(SwiGLU.apply(gate_up))
+        if self.activation_func is silu:
+            return self.linear_fc2(SwiGLU.apply(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.linear_fc2(self.activation_func(gate) * up)
 
 
 class SwiGLU(torch.autograd.Function):
@@ -140,8 +179,22 @@ class SwiGLU(torch.autograd.Function):
 class CachingSelfAttention(SelfAttention):
     """megatron-core's self-attention whose cache holds rotated keys, in the order in which attention reads them.
 
-    megatron-core's own caches them unrotated, [tokens, batch, KV groups, head_dim], where there is no flash-attention.
+    megatron-core's own caches them unrotated, [tokens, batch, KV groups, head_dim], where there is no flash-attention. Where
+    layers differ, a layer has rotary positions of its own.
     """
+
+    def __init__(self, config: DescribedConfig, *given: object, **named: object):
+        super().__init__(config, *given, **named)
+        self._frequencies = inverse_frequencies(config.described) if config.own_positions else None
+        self._angles: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, *rest: object, **named: object):
+        if self._frequencies is not None:
+            length = len(named["rotary_pos_emb"])
+            if self._angles is None or len(self._angles) < length:
+                self._angles = angles(self._frequencies.to(hidden_states.device), length)[:, None, None]
+            named["rotary_pos_emb"] = self._angles[:length]
+        return super().forward(hidden_states, attention_mask, *rest, **named)
 
     def _adjust_key_value_for_inference(
         self, inference_context: BaseInferenceContext | None, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb, *rest

@@ -11,18 +11,21 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
+from megatron_prune.arch.blocks.block import BlockKind
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.arch.sharding import ParallelLayout, blocks, layer_tensors, shard
+from megatron_prune.arch.sharding import ParallelLayout, layer_tensors, patches, shard
 from megatron_prune.arch.tensors import tensor_shape
 from megatron_prune.errors import InputError
 from megatron_prune.runtime import cpu
+from megatron_prune.runtime.core_config import transformer_config
 from megatron_prune.runtime.layers import local_layer_spec
-from megatron_prune.runtime.model import fill, inverse_frequencies, start_parallel, stop_parallel, transformer_config
+from megatron_prune.runtime.model import fill, start_parallel, stop_parallel
+from megatron_prune.runtime.rotary import angles, inverse_frequencies
 from megatron_prune.runtime.stage import OpenLayer, Read
 from megatron_prune.runtime.world import World
 
@@ -93,6 +96,40 @@ class _Open(nn.Module):
         return value, None
 
 
+class MegatronBlock:
+    """A block of megatron-core's TransformerLayer behind :class:`OpenBlock`; opens it."""
+
+    def __init__(self, kind: BlockKind, layer: nn.Module, positions: Tensor):
+        self.kind, self._positions = kind, positions if kind.mixes_tokens else None
+        self._norm = layer.get_submodule(kind.tensor_of(kind.norm).module)
+        holder, _, writer = kind.tensor_of(kind.writer).module.rpartition(".")
+        self._block = layer.get_submodule(holder)
+        self._writer = getattr(self._block, writer)
+        self._after = getattr(self._writer, "post_layernorm", None)
+        setattr(self._block, writer, _Open())
+
+    def norm(self, stream: Tensor) -> Tensor:
+        return _run(self._norm, stream)
+
+    def inside(self, normed: Tensor) -> Tensor:
+        if self._positions is None:
+            return _run(lambda x: self._block(x)[0], normed)
+        positions = self._positions[: normed.shape[1]]
+        return _run(lambda x: self._block(x, attention_mask=None, rotary_pos_emb=positions)[0], normed)
+
+    def write(self, inside: Tensor) -> Tensor:
+        return _run(lambda x: RowParallelLinear.forward(self._writer, x)[0], inside)
+
+    def after(self, written: Tensor) -> Tensor:
+        return written if self._after is None else _run(self._after, written)
+
+
+def _run(function, value: Tensor) -> Tensor:
+    """Apply megatron-core's [tokens, samples, features] function to [samples, tokens, features]."""
+    with cpu.stand_in():
+        return function(value.transpose(0, 1)).transpose(0, 1)
+
+
 class MegatronLayer:
     """megatron-core's TransformerLayer behind :class:`OpenLayer`."""
 
@@ -108,16 +145,11 @@ class MegatronLayer:
         self._config, self._layout, self._world = replace(config, num_layers=1), layout, world
         with cpu.stand_in():
             core = transformer_config(self._config, layout, dtype)
-            self._layer = (
-                build_module(local_layer_spec(core), config=core, layer_number=1).to(device).eval().requires_grad_(False)
-            )
-            rotary = RotaryEmbedding(config.kv_channels, 1.0, use_cpu_initialization=device.type == "cpu")
-            rotary.inv_freq = inverse_frequencies(config).to(device)
-            self._positions = rotary(seq_length)
-        self._parameters = dict(self._layer.named_parameters())
-        attention, mlp = self._layer.self_attention, self._layer.mlp
-        self._proj, self._fc2 = attention.linear_proj, mlp.linear_fc2
-        attention.linear_proj, mlp.linear_fc2 = _Open(), _Open()
+            layer = build_module(local_layer_spec(self._config), config=core, layer_number=1)
+            layer = layer.to(device).eval().requires_grad_(False)
+        self._parameters = dict(layer.named_parameters())
+        positions = angles(inverse_frequencies(self._config).to(device), seq_length)[:, None, None]
+        self.blocks = tuple(MegatronBlock(kind, layer, positions) for kind in self._config.kinds)
 
     def load(self, read: Read, roles: set[str] | None = None) -> None:
         rank, error = parallel_state.get_tensor_model_parallel_rank(), None
@@ -147,33 +179,7 @@ class MegatronLayer:
             if ranks > 1:
                 dist.all_gather_object(parts, mine, group=parallel_state.get_tensor_model_parallel_group())
             for number, part in enumerate(parts):
-                for role, stored, row, col, rows, cols in blocks(
-                    tensor, self._config, shape[0], shard(tensor, shape, ranks, number)
-                ):
+                held = shard(tensor, shape, ranks, number)
+                for role, stored, row, col, rows, cols in patches(tensor, self._config, shape[0], held):
                     found[role][row : row + rows, col : col + cols] = part[stored : stored + rows]
         return found
-
-    def norm_attention(self, stream: Tensor) -> Tensor:
-        return self._run(lambda x: self._layer.input_layernorm(x), stream)
-
-    def context(self, normed: Tensor) -> Tensor:
-        positions = self._positions[: normed.shape[1]]
-        return self._run(lambda x: self._layer.self_attention(x, attention_mask=None, rotary_pos_emb=positions)[0], normed)
-
-    def write_attention(self, context: Tensor) -> Tensor:
-        return self._run(lambda x: self._proj(x)[0], context)
-
-    def norm_mlp(self, stream: Tensor) -> Tensor:
-        return self._run(lambda x: self._layer.pre_mlp_layernorm(x), stream)
-
-    def channels(self, normed: Tensor) -> Tensor:
-        return self._run(lambda x: self._layer.mlp(x)[0], normed)
-
-    def write_mlp(self, channels: Tensor) -> Tensor:
-        return self._run(lambda x: self._fc2(x)[0], channels)
-
-    @staticmethod
-    def _run(function, value: Tensor) -> Tensor:
-        """Apply megatron-core's [tokens, samples, features] function to [samples, tokens, features]."""
-        with cpu.stand_in():
-            return function(value.transpose(0, 1)).transpose(0, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable
@@ -12,18 +11,17 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import (
-    EMBEDDING,
-    OUTPUT,
+    WORD_EMBEDDINGS,
+    OUTPUT_LAYER,
     MegatronTensor,
     ParallelLayout,
     Shard,
-    blocks,
     layer_tensors,
     outer_tensors,
+    patches,
     shard,
 )
 from megatron_prune.arch.tensors import TensorId
@@ -31,7 +29,10 @@ from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import InputError
 from megatron_prune.files.region import close_files
 from megatron_prune.runtime import cpu
+from megatron_prune.runtime.core_config import transformer_config
+from megatron_prune.runtime.ends import embedding_scale
 from megatron_prune.runtime.layers import decoder_spec
+from megatron_prune.runtime.rotary import inverse_frequencies
 from megatron_prune.runtime.world import World
 
 
@@ -72,43 +73,6 @@ def stop_parallel() -> None:
                 dist.destroy_process_group(group)
 
 
-def transformer_config(config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype, **further: Any) -> TransformerConfig:
-    """megatron-core's description of the model and the run; ``further`` fields of it as they are."""
-    return TransformerConfig(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.ffn_hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_query_groups,
-        kv_channels=config.kv_channels,
-        normalization="RMSNorm",
-        layernorm_epsilon=config.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        add_qkv_bias=config.qkv_bias,
-        qk_layernorm=config.qk_norm,
-        window_size=None if config.sliding_window is None else (config.sliding_window - 1, 0),
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        fp16=dtype is torch.float16,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        perform_initialization=False,
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        **further,
-    )
-
-
 def build_model(
     tensors: TensorMap,
     layout: ParallelLayout,
@@ -134,21 +98,24 @@ def build_model(
     config = tensors.config
     start_parallel(layout, world)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    stage = parallel_state.get_pipeline_model_parallel_rank()
     with cpu.stand_in():
         core = transformer_config(config, layout, dtype, **further)
         module = GPTModel(
             core,
-            decoder_spec(core, config.num_layers // layout.pipeline, local=local_layers),
+            decoder_spec(core, layout.stage_layers(stage, config.num_layers), local=local_layers),
             vocab_size=layout.padded_vocab(config.vocab_size),
             max_sequence_length=seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
             share_embeddings_and_output_weights=config.tie_embeddings,
             position_embedding_type="rope",
-            rotary_base=config.rotary_base,
         )
         module.to(device).eval()
-        module.rotary_pos_emb.inv_freq = inverse_frequencies(config).to(device)
+        module.rotary_pos_emb.inv_freq = inverse_frequencies(config.of_layer(0)).to(device)  # layers that differ have their own
+        if config.scaled_embedding and module.pre_process:
+            scale = embedding_scale(config, dtype)
+            module.embedding.register_forward_hook(lambda _, inputs, output: output * scale)
     error = None
     try:
         _load(module, tensors, layout)
@@ -156,26 +123,6 @@ def build_model(
         error = found
     world.agree(error)
     return RunningModel(module, config, layout, device)
-
-
-def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
-    """Rotary frequencies, float32 [kv_channels / 2].
-
-    ``base ** (-2i / d)`` (Su et al. 2021, arXiv 2104.09864); scaled as ``config.rope_scaling`` says (see
-    :class:`RopeScaling`): linear divides by the factor; llama3 divides wavelengths above context / low_freq_factor,
-    keeps those below context / high_freq_factor, and blends between.
-    """
-    d, scaling = config.kv_channels, config.rope_scaling
-    frequencies = 1.0 / config.rotary_base ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
-    if scaling is None:
-        return frequencies
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    context = scaling.original_max_position_embeddings
-    wavelength = 2 * math.pi / frequencies
-    blend = (context / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = blend.clamp(0.0, 1.0)
-    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 
 def _load(module: GPTModel, tensors: TensorMap, layout: ParallelLayout) -> None:
@@ -186,9 +133,9 @@ def _load(module: GPTModel, tensors: TensorMap, layout: ParallelLayout) -> None:
     parameters = dict(module.named_parameters())
     wanted: list[tuple[str, int | None, MegatronTensor]] = [(t.name, None, t) for t in outer_tensors(config)]
     if config.tie_embeddings:
-        wanted.append((OUTPUT.name, None, EMBEDDING))  # the last of several stages holds its own copy
+        wanted.append((OUTPUT_LAYER.name, None, WORD_EMBEDDINGS))  # the last of several stages holds its own copy
     for local, layer in enumerate(layout.stage_layers(stage, config.num_layers)):
-        for tensor in layer_tensors(config):
+        for tensor in layer_tensors(config.of_layer(layer)):
             here = f"decoder.layers.{local}."
             name = here + tensor.name if here + tensor.name in parameters else here + tensor.local_name
             wanted.append((name, layer, tensor))
@@ -196,9 +143,10 @@ def _load(module: GPTModel, tensors: TensorMap, layout: ParallelLayout) -> None:
         parameter = parameters.pop(name, None)
         if parameter is None:
             continue  # an outer tensor of another stage
-        full = tensor.full_shape(config, layout)
+        described = config.of_layer(layer)
+        full = tensor.full_shape(described, layout)
         held = shard(tensor, full, layout.tensor, rank)
-        fill(parameter, tensor, held, full[0], config, partial(_read, tensors, layer))
+        fill(parameter, tensor, held, full[0], described, partial(_read, tensors, layer))
         if tensor.split != "none":  # else the norm of the gradients takes the shards for copies; megatron-core says so at
             parameter.tensor_model_parallel = True  # initialisation, which is left out here
             parameter.partition_dim, parameter.partition_stride = int(tensor.split == "cols"), 1
@@ -219,14 +167,15 @@ def fill(
     config: ModelConfig,
     read: Callable[[str, range, range], torch.Tensor],
 ) -> None:
-    """Copy the role blocks of a shard into its parameter.
+    """Copy the role tensors' parts in a shard into its parameter.
 
     Args:
+        config: as for ``sharding.layer_tensors``.
         held: what this rank holds of ``tensor``, which has ``full_rows`` rows over all ranks.
         read: (role, rows, columns) → that block of the role tensor.
     """
     target = parameter.data.view(held.shape)
     target.zero_()  # the vocabulary's padding
-    for role, stored, row, col, rows, cols in blocks(tensor, config, full_rows, held):
+    for role, stored, row, col, rows, cols in patches(tensor, config, full_rows, held):
         block = read(role, range(row, row + rows), range(col, col + cols))
         target[stored : stored + rows].copy_(block.reshape(rows, -1))

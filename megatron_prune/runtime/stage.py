@@ -12,6 +12,7 @@ from typing import Callable, Protocol
 import torch
 from torch import Tensor, nn
 
+from megatron_prune.arch.blocks.block import BlockKind
 from megatron_prune.arch.model import ModelConfig
 
 Read = Callable[[str, range, range], Tensor]
@@ -28,30 +29,32 @@ def reader(weights: dict[str, Tensor]) -> Read:
     return read
 
 
+class OpenBlock(Protocol):
+    """A block opened before and after its writer. Streams are [samples, tokens, hidden], full on every rank; what is inside is
+    this rank's part ([samples, tokens, local])."""
+
+    kind: BlockKind
+
+    def norm(self, stream: Tensor) -> Tensor:
+        """Input of the readers: the normalised stream times the norm's weight."""
+
+    def inside(self, normed: Tensor) -> Tensor:
+        """Input of the writer."""
+
+    def write(self, inside: Tensor) -> Tensor:
+        """The writer's output, summed over ranks."""
+
+    def after(self, written: Tensor) -> Tensor:
+        """What is added to the stream: that output, through the norm after it where there is one."""
+
+
 class OpenLayer(Protocol):
-    """A decoder layer opened at the input of each matrix. Streams are [samples, tokens, hidden], full on every rank;
-    what lies between two matrices of a block is this rank's part ([samples, tokens, local])."""
+    """A decoder layer, opened block by block."""
 
-    def norm_attention(self, stream: Tensor) -> Tensor:
-        """Input of q, k and v: the normalised stream times the norm's weight."""
-
-    def context(self, normed: Tensor) -> Tensor:
-        """Input of ``o``: this rank's heads × head_dim."""
-
-    def write_attention(self, context: Tensor) -> Tensor:
-        """What attention adds to the stream, summed over ranks."""
-
-    def norm_mlp(self, stream: Tensor) -> Tensor:
-        """Input of gate and up."""
-
-    def channels(self, normed: Tensor) -> Tensor:
-        """Input of ``down``: this rank's silu(gate) × up."""
-
-    def write_mlp(self, channels: Tensor) -> Tensor:
-        """What the feed-forward block adds to the stream, summed over ranks."""
+    blocks: tuple[OpenBlock, ...]
 
     def load(self, read: Read, roles: set[str] | None = None) -> None:
-        """Fill from role tensors, all or those of ``roles`` (fused ones, q k v and gate up, go together)."""
+        """Fill from role tensors, all or those of ``roles`` (what Megatron fuses goes together)."""
 
     def matrices(self, roles: set[str]) -> dict[tuple[str, ...], nn.Parameter]:
         """This rank's part of the matrices of ``roles``: the roles fused in each → the parameter, which needs no gradient
@@ -59,6 +62,38 @@ class OpenLayer(Protocol):
 
     def full(self, roles: set[str]) -> dict[str, Tensor]:
         """Those matrices as they are now, whole role tensors on the host, the same on every rank."""
+
+
+def added(block: OpenBlock, stream: Tensor) -> Tensor:
+    """What a block adds to the stream."""
+    return block.after(block.write(block.inside(block.norm(stream))))
+
+
+def through(layers: list[OpenLayer], stream: Tensor) -> Tensor:
+    """The stream after all of ``layers``."""
+    for layer in layers:
+        for block in layer.blocks:
+            stream = stream + added(block, stream)
+    return stream
+
+
+class Layers:
+    """One open layer after another, built anew only where the next is of another shape; at most ``together`` at a time.
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, stage: Stage, config: ModelConfig, together: int = 1):
+        self._stage, self._config = stage, config
+        self._open: list[tuple[ModelConfig, OpenLayer] | None] = [None] * together
+
+    def at(self, layer: int, place: int = 0) -> OpenLayer:
+        """A layer, its weights still those of the one before it in this ``place``."""
+        wanted = self._config.of_layer(layer)
+        if self._open[place] is None or self._open[place][0] != wanted:
+            self._open[place] = wanted, self._stage.layer(wanted)
+        return self._open[place][1]
 
 
 class Stage(Protocol):
@@ -71,7 +106,11 @@ class Stage(Protocol):
     copies: int
 
     def layer(self, config: ModelConfig) -> OpenLayer:
-        """A layer of a model of that shape, still empty."""
+        """A layer, still empty.
+
+        Args:
+            config: of the layer (:meth:`ModelConfig.of_layer`).
+        """
 
     def gather(self, local: Tensor) -> Tensor:
         """Join the last dimension of every rank's part."""

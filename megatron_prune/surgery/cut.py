@@ -7,8 +7,9 @@ from math import prod
 import numpy as np
 import torch
 
+from megatron_prune.arch.blocks.block import spaces
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.arch.tensors import ROLES, TensorId
+from megatron_prune.arch.tensors import EMBEDDING, HEAD, TensorId
 from megatron_prune.files.region import Scratch
 from megatron_prune.planning.plan import LayerPlan, Plan
 
@@ -23,28 +24,28 @@ class Cut:
     def __init__(self, plan: Plan, config: ModelConfig):
         self.config = plan.new_config(config)
         self._plan = plan
-        self._head_dim = config.kv_channels
+        self._head_dim = config.size("head_dim")
         self._hidden, self._vocab = _index(plan.hidden), _index(plan.vocab)
 
     def origin(self, tensor: TensorId) -> TensorId:
         """The tensor before pruning that ``tensor`` (numbered as after it) is cut from."""
-        if tensor.role == "output" and self._plan.untied:
-            return TensorId("embedding")
+        if tensor == HEAD and self._plan.untied:
+            return EMBEDDING
         return tensor if tensor.layer is None else TensorId(tensor.role, self._plan.layers[tensor.layer].layer)
 
     def transform(self, tensor: TensorId, data: torch.Tensor, scratch: Scratch) -> torch.Tensor:
         """The kept rows and columns of a full tensor, in the plan's order; in memory of ``scratch``, or ``data`` itself."""
         if self._plan.rotated:
             raise RuntimeError("a rotated stream has no channels that stay: its plan is for surgery/refit.py")
-        return self._keep(tensor, data, scratch, ROLES[tensor.role])
+        return self._keep(tensor, data, scratch, spaces(tensor.role))
 
     def units(self, tensor: TensorId, data: torch.Tensor, scratch: Scratch) -> torch.Tensor:
         """As :meth:`transform`, with all of the residual stream's channels."""
-        return self._keep(tensor, data, scratch, tuple("" if label == "hidden" else label for label in ROLES[tensor.role]))
+        return self._keep(tensor, data, scratch, tuple("" if label == "hidden" else label for label in spaces(tensor.role)))
 
     def tokens(self, tensor: TensorId, data: torch.Tensor, scratch: Scratch) -> torch.Tensor:
         """The kept tokens' rows alone, of a model that is otherwise cut already."""
-        return self._keep(tensor, data, scratch, tuple(label if label == "vocab" else "" for label in ROLES[tensor.role]))
+        return self._keep(tensor, data, scratch, tuple(label if label == "vocab" else "" for label in spaces(tensor.role)))
 
     def _keep(self, tensor: TensorId, data: torch.Tensor, scratch: Scratch, labels: tuple[str, ...]) -> torch.Tensor:
         entry = None if tensor.layer is None else self._plan.layers[tensor.layer]

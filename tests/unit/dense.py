@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.arch.sharding import Block
+from megatron_prune.arch.sharding import Patch
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.files.region import Region
@@ -115,7 +115,7 @@ def raw_map(path: Path, config: ModelConfig, model: dict[TensorId, torch.Tensor]
     with open(path, "wb") as file:
         for tensor, data in model.items():
             rows, cols = data.shape[0], data[0].numel()
-            tensors.add(tensor.layer, Region(path, offset, rows, cols, data.dtype), [Block(tensor.role, 0, 0, 0, rows, cols)])
+            tensors.add(tensor.layer, Region(path, offset, rows, cols, data.dtype), [Patch(tensor.role, 0, 0, 0, rows, cols)])
             offset += file.write(data.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return tensors.validate(path)
 

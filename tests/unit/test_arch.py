@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import tiny_config
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig, RopeScaling
-from megatron_prune.arch.sharding import ParallelLayout, blocks, layer_tensors, outer_tensors, rank_ranges, shard
+from megatron_prune.arch.sharding import ParallelLayout, patches, layer_tensors, outer_tensors, rank_ranges, shard
 from megatron_prune.arch.tensors import parameter_count, tensor_ids, tensor_shape
 from megatron_prune.axes.axis import AXES
 from megatron_prune.errors import CheckpointError, InputError
@@ -38,7 +38,7 @@ def rebuild(config, full_tensors, layout, sizes=lambda tensor, layer: None):
         for rank in range(layout.tensor if tensor.split != "none" else 1):
             held = shard(tensor, tuple(full.shape), layout.tensor, rank, sizes(tensor, layer))
             stored = held_part(full, held)
-            for role, at, row, col, rows, cols in blocks(tensor, config, full.shape[0], held):
+            for role, at, row, col, rows, cols in patches(tensor, config, full.shape[0], held):
                 key = next(t for t in model if t == (role, layer))
                 place = (slice(row, row + rows), slice(col, col + cols))[: full.dim()]
                 model[key][place] = stored[at : at + rows]
@@ -104,7 +104,7 @@ def test_a_rank_of_fc1_holds_its_gate_rows_above_its_up_rows_and_not_a_cut_throu
     fc1 = next(t for t in layer_tensors(config) if t.name == "mlp.linear_fc1.weight")
     held = shard(fc1, (12, 20), 3, 1)
     assert [list(part) for part in held.rows] == [[2, 3], [8, 9]]
-    assert [(b.role, b.stored_row, b.row, b.rows) for b in blocks(fc1, config, 12, held)] == [("gate", 0, 2, 2), ("up", 2, 2, 2)]
+    assert [(b.role, b.stored_row, b.row, b.rows) for b in patches(fc1, config, 12, held)] == [("gate", 0, 2, 2), ("up", 2, 2, 2)]
 
 
 def test_padding_rows_of_the_vocabulary_belong_to_no_role():
@@ -113,7 +113,7 @@ def test_padding_rows_of_the_vocabulary_belong_to_no_role():
     assert embedding.full_shape(SMALL, layout) == (32, 20)
     spans = list(embedding.spans(SMALL, 32))
     assert [(s.role, s.start, s.size) for s in spans] == [("embedding", 0, 29), (None, 0, 3)]
-    last = list(blocks(embedding, SMALL, 32, shard(embedding, (32, 20), 2, 1)))
+    last = list(patches(embedding, SMALL, 32, shard(embedding, (32, 20), 2, 1)))
     assert [(b.row, b.rows) for b in last] == [(16, 13)]
 
 

@@ -10,7 +10,7 @@ from dense import SMALL, assert_same_model, random_model, raw_map, read_all
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_prune.arch.sharding import Block
+from megatron_prune.arch.sharding import Patch
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import digests
 from megatron_prune.checkpoint.tensor_map import DamagedTensor, TensorMap, Tile
@@ -147,7 +147,7 @@ def test_writing_through_any_cover_fills_tiles_and_copies_in_their_own_dtype(tmp
     path = tmp_path_factory.mktemp("map") / "bytes"
     tensors = raw_map(path, SMALL, random_model(SMALL))
     start = path.stat().st_size
-    place = lambda row, col, rows, cols: Block("gate", 0, row, col, rows, cols)
+    place = lambda row, col, rows, cols: Patch("gate", 0, row, col, rows, cols)
     tensors.tiles[TENSOR], offset = [], start
     for row, col, rows, cols in tiles:
         tensors.add(1, Region(path, offset, rows, cols, torch.float16), [place(row, col, rows, cols)])

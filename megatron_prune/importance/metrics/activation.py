@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_prune.importance.metric import METRICS, Metric
-from megatron_prune.importance.statistics import SiteStatistics
+from megatron_prune.importance.statistics import FINAL_SITE, SiteStatistics
 
 
 @METRICS.register("activation")
@@ -26,13 +26,14 @@ class Activation(Metric):
 
     def finish(self, axis: str, layer: int | None, total: Tensor) -> Tensor:
         config, of = self.statistics.config, self.statistics.layer
+        kinds = lambda number: config.of_layer(number).kinds
         if axis == "hidden":
-            sites = [of(number).sites[site] for number in range(config.num_layers) for site in ("input_norm", "post_norm")]
-            return sum(self.energy(site).sqrt() for site in (*sites, of(None).sites["final_norm"]))
+            norms = [of(number).sites[kind.norm] for number in range(config.num_layers) for kind in kinds(number)]
+            return sum(self.energy(site).sqrt() for site in (*norms, of(None).sites[FINAL_SITE]))
         if axis == "layer":
-            both = lambda number: sum(self.energy(of(number).sites[site]).sum() for site in ("context", "channels"))
-            return torch.stack([both(number) for number in range(config.num_layers)]).sqrt()
-        site = of(layer).sites["channels" if axis == "ffn" else "context"]
+            whole = lambda number: sum(self.energy(of(number).sites[kind.inside]).sum() for kind in kinds(number))
+            return torch.stack([torch.as_tensor(whole(number)) for number in range(config.num_layers)]).sqrt()
+        site = of(layer).sites[config.of_layer(layer).block_of(axis).inside]
         return self.energy(site).view(len(total), -1).sum(dim=1).sqrt()
 
     def energy(self, site: SiteStatistics) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_prune.arch.blocks.block import is_writer
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.importance.metric import METRICS, Metric
 
@@ -23,7 +24,7 @@ class Fluctuation(Metric):
     reads_weights = True
 
     def per_weight(self, axis: str, tensor: TensorId, weight: Tensor, cols: range) -> Tensor:
-        if tensor.role not in ("o", "down"):
+        if not is_writer(tensor.role):
             return torch.zeros_like(weight)
         site = self.statistics.site(*tensor)
         variance = site.squares / site.tokens - (site.total / site.tokens).square()

@@ -56,7 +56,8 @@ class Fold(Metric):
         kernel, stream = self.statistics.rows(layer).kernel, self.statistics.rows(layer + 1).stream
         root = (self.statistics.rows(layer).weights / stream.double().square().mean(dim=1)).sqrt()
         weighted = root[:, None] * kernel.double() * root
-        damping = RIDGE * weighted.diagonal().sum() / self.statistics.config.ffn_hidden_size
+        config = self.statistics.config.of_layer(layer)
+        damping = RIDGE * weighted.diagonal().sum() / config.size(config.kinds[-1].inside_space)
         weighted.diagonal().add_(damping.clamp(min=torch.finfo(torch.float64).tiny))
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(weighted))
         return (inverse / inverse.diagonal()[:, None] * root / root[:, None]).float()

@@ -12,7 +12,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from megatron_prune.arch.blocks.block import is_writer, kind_of
 from megatron_prune.arch.tensors import TensorId
+from megatron_prune.axes.axis import AXES
 from megatron_prune.importance.metric import METRICS, Metric
 
 DAMPING = 0.01
@@ -33,8 +35,7 @@ class Obs(Metric):
         self._blocks = lru_cache(maxsize=4)(self._blocks)
 
     def per_weight(self, axis: str, tensor: TensorId, weight: Tensor, cols: range) -> Tensor:
-        site = {"o": ("head", "kv_head"), "down": ("ffn",)}.get(tensor.role, ())
-        if axis not in site:
+        if not is_writer(tensor.role) or axis not in kind_of(tensor.role).axes:
             return torch.zeros_like(weight)
         blocks = self._blocks(axis, *tensor)
         each = blocks.shape[1]
@@ -45,8 +46,7 @@ class Obs(Metric):
     def _blocks(self, axis: str, role: str, layer: int) -> Tensor:
         """([H⁻¹]_bb)⁻¹ of every unit, float64 [units, columns of a unit, the same]."""
         moment = self.statistics.moment(role, layer)
-        config = self.statistics.config
-        each = {"ffn": 1, "head": config.kv_channels, "kv_head": config.heads_per_group * config.kv_channels}[axis]
+        each = AXES.get(axis).owns(self.statistics.config.of_layer(layer))[kind_of(role).inside_space]
         moment.diagonal().add_(DAMPING * moment.diagonal().mean().clamp(min=1e-30))
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
         units = len(moment) // each

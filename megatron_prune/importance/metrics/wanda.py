@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.importance.metric import METRICS, Metric
-from megatron_prune.importance.statistics import INPUT_OF
+from megatron_prune.importance.statistics import site_of
 
 
 @METRICS.register("wanda")
@@ -24,7 +24,7 @@ class Wanda(Metric):
     reads_weights = True
 
     def per_weight(self, axis: str, tensor: TensorId, weight: Tensor, cols: range) -> Tensor:
-        if tensor.role not in INPUT_OF:
+        if site_of(tensor.role) is None:
             return torch.zeros_like(weight)
         norms = self.statistics.site(*tensor).squares.sqrt()
         return weight.double().abs_() * norms[cols.start : cols.stop]
