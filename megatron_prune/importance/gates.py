@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.importance.statistics import Statistics, read_all, replace_file
 from megatron_prune.runtime.stock_model import load_stock_model
+from megatron_prune.text.tokens import Calibration
 
 
 class GateSums:

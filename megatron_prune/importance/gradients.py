@@ -21,7 +21,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor, nn
 
-from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.importance.gates import GateSums
@@ -34,6 +33,7 @@ from megatron_prune.runtime import cpu
 from megatron_prune.runtime.forward import mask_padding
 from megatron_prune.runtime.model import RunningModel
 from megatron_prune.runtime.world import World
+from megatron_prune.text.tokens import Calibration
 
 GATES = "gates"
 
