@@ -53,7 +53,7 @@ class CalibrationOptions:
 
 
 class Runner(Protocol):
-    """What runs the model: megatron-core under TP (``megatron_runner.py``), or transformers (``huggingface_runner.py``)."""
+    """What runs the model: megatron-core under TP (``engines/megatron.py``), or transformers (``engines/huggingface.py``)."""
 
     def stage(self, *shapes: ModelConfig, dtype: torch.dtype, seq_length: int) -> Stage:
         """Where single layers of these shapes run; to be closed."""

@@ -1,4 +1,4 @@
-"""What the vocabulary's verbs ask: the model or tokenizer they are about, the counts, which tokens are to stay."""
+"""What the vocabulary's verbs ask: the counts, which tokens are to stay, the texts of the report."""
 
 from __future__ import annotations
 

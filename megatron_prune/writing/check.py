@@ -1,4 +1,4 @@
-"""Whether what was written is what was to be written, and whether what lies beside a checkpoint's weights was edited."""
+"""Whether what was written is what was to be written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every writing step does alike: check the output, stage it, stream tensors over all processes, put it in place."""
+"""An output directory on its way: made beside its place, put there when it is whole, removed on an error."""
 
 from __future__ import annotations
 
