@@ -37,19 +37,22 @@ from rich.table import Table
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
-from megatron_prune.calibration.pair import open_pair
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.files import staging
 from megatron_prune.planning.resources import training_flops
+from megatron_prune.recovery import launch
+from megatron_prune.recovery import settings as recovery_settings
 from megatron_prune.recovery.data import BatchSizes, build_datasets
+from megatron_prune.recovery.flags import filled
 from megatron_prune.recovery.history import HISTORY, draw_losses, peak_flops, read_history
 from megatron_prune.recovery.optimizer import OptimizerOptions
+from megatron_prune.recovery.options import RULES
 from megatron_prune.recovery.trainer import Trainer
 from megatron_prune.runtime.layers import has_transformer_engine
 from megatron_prune.runtime.model import build_model, stop_parallel
 from megatron_prune.runtime.world import World
-from megatron_prune.steps import recover, recovery_run, recovery_settings
-from megatron_prune.steps.idle_flags import filled
+from megatron_prune.steps import recover
+from megatron_prune.text.pair import open_pair
 
 OURS, THEIRS = "megatron-prune", "transformers.Trainer"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -426,7 +429,7 @@ def train_arm(work: Path, arm: str, flags: list[object]) -> None:
 
 def finished(folder: Path) -> bool:
     """Whether a training has come to its end."""
-    summary = folder / recovery_run.SUMMARY
+    summary = folder / launch.SUMMARY
     return summary.is_file() and json.loads(summary.read_text())["finished"]
 
 
@@ -462,7 +465,7 @@ def dense_loss(work: Path, flags: list[object]) -> float:
     kept, words = work / "dense_loss.json", [str(word) for word in flags]
     if kept.is_file() and json.loads(kept.read_text())["flags"] == words:
         return json.loads(kept.read_text())["loss"]
-    options = filled(recover.parse([*words, "--save", str(work / "runs" / "dense")], "recover"), recover.RULES)
+    options = filled(recover.parse([*words, "--save", str(work / "runs" / "dense")], "recover"), RULES)
     world, dtype, batches = World(), recovery_settings.compute_dtype(options), options.global_batch_size
     tensors = megatron.open_checkpoint(Path(options.load)).tensors
     trainer = Trainer(
@@ -498,7 +501,7 @@ def write_result(work: Path, options: argparse.Namespace, dense: float | None) -
 
 def arm_result(folder: Path) -> dict[str, Any]:
     """Curves and figures of a finished arm."""
-    summary, records = json.loads((folder / recovery_run.SUMMARY).read_text()), read_history(folder / HISTORY)
+    summary, records = json.loads((folder / launch.SUMMARY).read_text()), read_history(folder / HISTORY)
     names = ("tokens", "start_loss", "best_loss", "tokens_per_second")
     return {
         **{name: summary[name] for name in names},

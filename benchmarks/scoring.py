@@ -20,7 +20,6 @@ from typing import Callable
 import torch
 
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.importance.collect import Samples, collect, layer_reader
 from megatron_prune.importance.gradients import backward_passes, collect_gradients
@@ -29,6 +28,7 @@ from megatron_prune.importance.statistics import Statistics
 from megatron_prune.runtime.megatron_stage import MegatronStage
 from megatron_prune.runtime.model import build_model, stop_parallel
 from megatron_prune.runtime.world import World
+from megatron_prune.text.tokens import Calibration
 
 
 def main() -> None:

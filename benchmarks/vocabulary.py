@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy
 
-from megatron_prune.calibration.documents import pieces
 from megatron_prune.checkpoint.huggingface import copy_side_files
+from megatron_prune.text.documents import pieces
 from megatron_prune.vocabulary.counting import count_texts
 from megatron_prune.vocabulary.selection import Wanted, select
 from megatron_prune.vocabulary.trimmed import Trimmed
@@ -148,11 +148,11 @@ def _folded(options: argparse.Namespace, trimmed: Trimmed, table, head):
     """Embedding and head with the fitted rows, as ``vocab trim --fold`` makes them."""
     import torch
 
-    from megatron_prune.calibration.sources import load_calibration, parse_data
     from megatron_prune.checkpoint import huggingface
+    from megatron_prune.pruning.engines.huggingface import HuggingFaceRunner
     from megatron_prune.runtime.world import World
-    from megatron_prune.steps.huggingface_runner import HuggingFaceRunner
     from megatron_prune.surgery.fold_tokens import fold_rows, hidden_states, respelled
+    from megatron_prune.text.sources import load_calibration, parse_data
 
     model, world = huggingface.open_model(options.model), World()
     calibration = load_calibration(

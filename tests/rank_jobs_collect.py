@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from rank_jobs import forget_groups, run_steps
 
-from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint import megatron
 from megatron_prune.files.hidden import CONTENT
 from megatron_prune.importance import collect as module
 from megatron_prune.importance.statistics import LayerStatistics, Statistics
 from megatron_prune.runtime.world import World
+from megatron_prune.text.tokens import Calibration
 
 
 def collect(

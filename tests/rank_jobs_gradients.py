@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint import megatron
 from megatron_prune.importance.metric import METRICS
 from megatron_prune.importance.statistics import Statistics
 from megatron_prune.runtime.model import build_model, stop_parallel
 from megatron_prune.runtime.world import World
+from megatron_prune.text.tokens import Calibration
 
 
 def _run(world: World, checkpoint: str, folder: str, samples: dict[str, Any], tp: int, pp: int, dtype: str, function) -> Any:

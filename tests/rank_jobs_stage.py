@@ -9,13 +9,13 @@ import torch
 from rank_jobs import forget_groups
 
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.importance.collect import collect, layer_reader
 from megatron_prune.importance.statistics import SITES, STREAM, Statistics
 from megatron_prune.runtime.stage import OpenLayer, Stage
 from megatron_prune.runtime.world import World
 from megatron_prune.surgery.reconstruct import Examples, reconstruct
+from megatron_prune.text.tokens import Calibration
 
 EVERYTHING = frozenset({*SITES, STREAM, "final_norm"})
 

@@ -14,7 +14,7 @@ from typing import Any, Callable
 import torch.multiprocessing as mp
 
 TIMEOUT_S = 240
-PRELOAD = ["megatron_prune.steps.recovery_run", "megatron_prune.runtime.megatron_stage", "megatron_prune.steps.prune"]
+PRELOAD = ["megatron_prune.recovery.launch", "megatron_prune.runtime.megatron_stage", "megatron_prune.steps.prune"]
 
 
 def forking_context():

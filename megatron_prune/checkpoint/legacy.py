@@ -16,8 +16,8 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import (
-    WORD_EMBEDDINGS,
     OUTPUT_LAYER,
+    WORD_EMBEDDINGS,
     MegatronTensor,
     ParallelLayout,
     Shard,

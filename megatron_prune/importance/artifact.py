@@ -19,7 +19,6 @@ from typing_extensions import TypedDict
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
 from megatron_prune.axes.axis import AXES
-from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.files import staging
 from megatron_prune.files.documents import STRICT, parse_versioned, read_bytes, read_json, shorten
@@ -27,6 +26,7 @@ from megatron_prune.files.tensor_file import TensorFile, open_tensors
 from megatron_prune.importance.metric import METRICS
 from megatron_prune.importance.statistics import replace_file
 from megatron_prune.planning.selection import Scores
+from megatron_prune.text.tokens import Calibration
 
 FILE = "scores.json"
 FORMAT, VERSION = "megatron-prune scores", 1

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import TensorId
-from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import InputError
 from megatron_prune.importance.moments import Moment
@@ -23,6 +22,7 @@ from megatron_prune.importance.statistics import FINAL_SITE, ROWS, STREAM, Layer
 from megatron_prune.runtime.ends import embed, final_norm_factors, norm
 from megatron_prune.runtime.stage import Layers, OpenLayer, Read, Stage
 from megatron_prune.runtime.world import World
+from megatron_prune.text.tokens import Calibration
 
 BATCH_TOKENS = 4096
 """Tokens that go through a layer together."""

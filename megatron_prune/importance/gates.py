@@ -13,12 +13,12 @@ from megatron_prune.arch.blocks.block import BlockKind
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.axes.axis import AXES
-from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint.huggingface import read_config
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.families.family import family_of
 from megatron_prune.importance.statistics import Statistics, read_all, replace_file
 from megatron_prune.runtime.stock_model import load_stock_model
+from megatron_prune.text.tokens import Calibration
 
 
 def owned(axis: str, kind: BlockKind, config: ModelConfig) -> int:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from megatron_prune.arch.blocks.block import spaces
 from megatron_prune.arch.sharding import WORD_EMBEDDINGS
 from megatron_prune.axes.axis import AXES
-from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.importance.gates import GateSums, owned
@@ -37,6 +36,7 @@ from megatron_prune.runtime import cpu
 from megatron_prune.runtime.forward import mask_padding
 from megatron_prune.runtime.model import RunningModel
 from megatron_prune.runtime.world import World
+from megatron_prune.text.tokens import Calibration
 
 GATES = "gates"
 

@@ -9,12 +9,12 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.errors import InputError
 from megatron_prune.importance.statistics import Statistics, read_all, replace_file
 from megatron_prune.runtime.forward import token_losses
 from megatron_prune.runtime.model import RunningModel
 from megatron_prune.runtime.world import World
+from megatron_prune.text.tokens import Calibration
 
 BATCH_TOKENS = 4096
 """Tokens that go through the model together."""

@@ -8,8 +8,8 @@ from megatron.core import parallel_state
 from torch import nn
 
 from megatron_prune.arch.sharding import (
-    WORD_EMBEDDINGS,
     OUTPUT_LAYER,
+    WORD_EMBEDDINGS,
     MegatronTensor,
     Patch,
     layer_tensors,

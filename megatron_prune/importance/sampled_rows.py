@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.importance.statistics import SampledRows
 from megatron_prune.runtime.stage import Stage
+from megatron_prune.text.tokens import Calibration
 
 MOST = 2048
 """Tokens that are sampled. On SmolLM2 1024 of them already find the best blocks of 2, 6 and 8 layers that 3072 find."""

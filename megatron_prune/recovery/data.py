@@ -19,11 +19,11 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch.utils.data import Dataset
 
-from megatron_prune.calibration.answers import mask_prefix, open_mask
-from megatron_prune.calibration.pair import Pair, open_pair
 from megatron_prune.errors import InputError, PruneError
 from megatron_prune.recovery import index_cache
 from megatron_prune.runtime.world import World
+from megatron_prune.text.answers import mask_prefix, open_mask
+from megatron_prune.text.pair import Pair, open_pair
 
 SPLITS = ("train", "valid", "test")
 

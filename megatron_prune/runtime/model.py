@@ -14,8 +14,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import (
-    WORD_EMBEDDINGS,
     OUTPUT_LAYER,
+    WORD_EMBEDDINGS,
     MegatronTensor,
     ParallelLayout,
     Shard,

@@ -1,1 +1,1 @@
-"""One file per arrow of the data's path; each has an options dataclass and a function that the command line calls."""
+"""One file per verb: its options, and the function that the command line calls."""

@@ -13,15 +13,15 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import TypedDict
 
-from megatron_prune.calibration.encoder import load_tokenizer
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError, reason
 from megatron_prune.files import staging
 from megatron_prune.files.documents import read_json
+from megatron_prune.opening.facts import describe
 from megatron_prune.runtime.stock_model import load_stock_model
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.inspect import describe
+from megatron_prune.text.encoder import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

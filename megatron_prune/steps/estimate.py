@@ -21,6 +21,7 @@ from megatron_prune.config import Parser, add_options, nonempty, option, require
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import family_of
 from megatron_prune.importance.collect import BATCH_TOKENS
+from megatron_prune.opening.foreign import ForeignOptions, told
 from megatron_prune.planning.resources import (
     Text,
     Training,
@@ -35,10 +36,9 @@ from megatron_prune.planning.resources import (
     weight_bytes,
 )
 from megatron_prune.planning.target import resolve_target
+from megatron_prune.pruning.engines.megatron import SAMPLED_TOGETHER
+from megatron_prune.pruning.measure import SEQ_LENGTH
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.calibrate import SEQ_LENGTH
-from megatron_prune.steps.foreign import ForeignOptions, told
-from megatron_prune.steps.megatron_runner import SAMPLED_TOGETHER
 from megatron_prune.surgery.refit import AFTER
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

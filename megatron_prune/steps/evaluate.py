@@ -10,16 +10,17 @@ from pathlib import Path
 import torch
 
 from megatron_prune.arch.tensors import parameter_count
-from megatron_prune.calibration.contents import summary
-from megatron_prune.calibration.windows import draw_windows
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
+from megatron_prune.opening.foreign import ForeignOptions, open_megatron
+from megatron_prune.opening.source import PARAM_DTYPES
 from megatron_prune.runtime.layout import run_layout
+from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.foreign import ForeignOptions, open_megatron
-from megatron_prune.steps.output import PARAM_DTYPES, log
+from megatron_prune.text.contents import summary
+from megatron_prune.text.windows import draw_windows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +14,18 @@ from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.evaluation.model_card import model_card
-from megatron_prune.families.family import FAMILIES, Family
+from megatron_prune.families.choice import choose_family
+from megatron_prune.families.family import Family
 from megatron_prune.files.documents import read_text
+from megatron_prune.opening.foreign import ForeignOptions, noted, told
+from megatron_prune.opening.side_files import say_links
+from megatron_prune.opening.source import Source, commonest
+from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.foreign import ForeignOptions, noted, told
-from megatron_prune.steps.output import Output, Source, commonest, log, say_links, staged, write_huggingface
-from megatron_prune.steps.overwrite import HUGGING_FACE, check_output
-from megatron_prune.steps.written import CheckOptions
+from megatron_prune.writing.check import CheckOptions
+from megatron_prune.writing.huggingface import parse_size, write_huggingface
+from megatron_prune.writing.output import Output, staged
+from megatron_prune.writing.overwrite import HUGGING_FACE, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,32 +108,6 @@ def _write_adapter(options: ExportOptions, adapter: StoredAdapter | None, family
             world.on_main(lambda: adapter.check_peft(partial, family))
             if world.is_main:
                 log.info("checked: %d matrices lie as they were written", 2 * len(adapter.matrices))
-
-
-def choose_family(recorded: str, asked: str | None) -> Family:
-    """The family to write: the recorded one, or another of the same architecture.
-
-    Raises:
-        InputError: if ``asked`` is of another architecture.
-    """
-    family = FAMILIES.get(asked or recorded)
-    if family.name != recorded and family.name not in FAMILIES.get(recorded).kin():
-        raise InputError(
-            f"--target-family {asked}", got=f"a {recorded} model", needed="one of " + ", ".join(FAMILIES.get(recorded).kin())
-        )
-    return family
-
-
-def parse_size(text: str) -> int:
-    """``"5GB"``, ``"500MB"`` → bytes (decimal, as transformers reads them).
-
-    Raises:
-        InputError: if it is not such a size.
-    """
-    match = re.fullmatch(r"([0-9]{1,18})\s*([KMGT]?)B?", text.strip().upper())
-    if not match or int(match[1]) == 0:
-        raise InputError("--max-shard-size", got=repr(text[:40]), needed="a size such as 5GB or 500MB")
-    return int(match[1]) * 10 ** (3 * " KMGT".index(match[2] or " "))
 
 
 def _dtypes(checkpoint: MegatronCheckpoint, asked: str | None) -> dict[TensorId, torch.dtype]:

@@ -12,23 +12,24 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from megatron_prune import __version__
-from megatron_prune.calibration.answers import mask_prefix
-from megatron_prune.calibration.contents import check_read_once, summary
-from megatron_prune.calibration.cutting import checked, cut, part_size
-from megatron_prune.calibration.documents import DocumentReader, check_split, open_begun
-from megatron_prune.calibration.encoder import Encoder, load_tokenizer, tokenizer_digest
-from megatron_prune.calibration.parts import Coding, check_prefix, join_parts, pair_files, place_pairs, write_parts
-from megatron_prune.calibration.reader import TRAIN, stamps
-from megatron_prune.calibration.workers import check_workers, cores
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.manifest import FILE, Manifest
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
+from megatron_prune.opening.side_files import check_side_files
+from megatron_prune.runtime.reporting import log, progress_bar
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.output import log, progress_bar
-from megatron_prune.steps.overwrite import check_pair
-from megatron_prune.steps.written import check_side_files
+from megatron_prune.text.answers import mask_prefix
+from megatron_prune.text.contents import check_read_once, summary
+from megatron_prune.text.cutting import checked, cut, part_size
+from megatron_prune.text.documents import DocumentReader, check_split, open_begun
+from megatron_prune.text.encoder import Encoder, load_tokenizer, tokenizer_digest
+from megatron_prune.text.pair import numpy_dtype
+from megatron_prune.text.parts import Coding, check_prefix, join_parts, pair_files, place_pairs, write_parts
+from megatron_prune.text.reader import TRAIN, stamps
+from megatron_prune.text.workers import check_workers, cores
+from megatron_prune.writing.overwrite import check_pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,13 +160,6 @@ def _tokenizer_facts(options: PreprocessOptions, tokenizer: Any) -> dict[str, An
 def _label(name: str) -> str:
     """What a record calls an input: no folders of this machine."""
     return Path(name).name if os.path.exists(name) else name
-
-
-def numpy_dtype(vocab_size: int) -> Any:
-    """numpy's type of a token in Megatron's files."""
-    from megatron.core.datasets.indexed_dataset import DType
-
-    return DType.optimal_dtype(vocab_size)
 
 
 def _key(facts: dict[str, Any], coding: Coding, folder: Path) -> str:

@@ -8,37 +8,28 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
-from megatron_prune.arch.model import ModelConfig
-from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.arch.tensors import tensor_ids
 from megatron_prune.checkpoint import megatron
-from megatron_prune.checkpoint.manifest import Manifest
-from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
-from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.config import Parser, add_options, option
-from megatron_prune.families.family import Family
+from megatron_prune.families.choice import choose_family
 from megatron_prune.files import staging
-from megatron_prune.planning.plan import Plan, load_plan
+from megatron_prune.opening.foreign import ForeignOptions, open_megatron
+from megatron_prune.opening.side_files import say_links
+from megatron_prune.opening.source import Source, commonest, model_id, run
 from megatron_prune.planning.target import PRUNE_TYPES
+from megatron_prune.pruning.engines.megatron import megatron_subject
+from megatron_prune.pruning.fit import FitOptions, held_metrics, pruned_source, wants_text
+from megatron_prune.pruning.request import TargetOptions, read_request
+from megatron_prune.pruning.tokenizer import kept_vocabulary
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.megatron_flags import add_megatron_flags, check_megatron_flags, megatron_flags
+from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.choose import Request, TargetOptions, read_request
-from megatron_prune.steps.export import choose_family
-from megatron_prune.steps.fit import FitOptions, held_metrics, pruned_source, wants_text
-from megatron_prune.steps.foreign import ForeignOptions, open_megatron
-from megatron_prune.steps.output import Source, commonest, log, run, say_links, write_megatron
-from megatron_prune.steps.overwrite import MEGATRON, check_output
-from megatron_prune.steps.score import megatron_subject, model_id
-from megatron_prune.steps.vocab_choice import trimmed_by
-from megatron_prune.steps.vocab_options import tokenizer_folder
-from megatron_prune.steps.written import CheckOptions
-from megatron_prune.surgery.cut import Cut
-from megatron_prune.vocabulary.trimmed import Trimmed
-from megatron_prune.vocabulary.vocabulary import holds_tokenizer, open_vocabulary
+from megatron_prune.writing.check import CheckOptions
+from megatron_prune.writing.cut import write_megatron_cut
+from megatron_prune.writing.overwrite import MEGATRON, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +98,7 @@ def prune(options: PruneOptions, world: World) -> None:
     subject = megatron_subject(checkpoint, layout, options.tokenizer, world)
     made_by = {"prune_type": options.prune_type, "tensor_parallel": layout.tensor, "pipeline_parallel": layout.pipeline}
     with pruned_source(options, request, subject, made_by, save, world) as (plan, source):
-        write_cut(
+        write_megatron_cut(
             save,
             checkpoint,
             layout,
@@ -125,95 +116,3 @@ def prune(options: PruneOptions, world: World) -> None:
         )
     if world.is_main:
         log.info("pruned to %s: %s", save, plan.summary())
-
-
-def kept_vocabulary(
-    options: TargetOptions, request: Request, config: ModelConfig, tokenizer: str | None, own: Path | None
-) -> Trimmed | None:
-    """The tokenizer that goes with the tokens that stay; ``None`` where all do.
-
-    Args:
-        tokenizer: named by the user.
-        own: directory that the model keeps.
-
-    Raises:
-        InputError: if there is no tokenizer, it is not the model's, or it needs a token that goes.
-    """
-    if request.vocab is None:
-        return None
-    folder = own if own and holds_tokenizer(own) else tokenizer_folder(own, tokenizer)  # --tokenizer may be of the text alone
-    path = options.vocab_plan or options.plan
-    return trimmed_by(load_plan(Path(path)), request.vocab, open_vocabulary(folder, config.vocab_size), path)
-
-
-def write_cut(
-    save: Path,
-    checkpoint: MegatronCheckpoint,
-    layout: ParallelLayout,
-    family: Family,
-    plan: Plan,
-    source: Source,
-    world: World,
-    *,
-    trimmed: Trimmed | None,
-    ckpt_format: str | None,
-    transformer_impl: str = TRANSFORMER_IMPLS[0],
-    beside: Mapping[Path, bytes],
-    overwrite: bool,
-    strict: bool,
-    check: bool,
-) -> None:
-    """Write what a plan leaves of a Megatron checkpoint; every process takes part.
-
-    Args:
-        source: the pruned tensors.
-        trimmed: the tokenizer that goes with them, where the vocabulary is cut.
-        ckpt_format: ``None``: that of the checkpoint.
-        beside: files that appear together with it.
-    """
-    cut = Cut(plan, checkpoint.config)
-    stored = Source(tensors=checkpoint.tensors, origin=cut.origin)
-
-    def manifest(report: StreamReport) -> Manifest:
-        before = checkpoint.manifest
-        kept = [entry.layer for entry in plan.layers]
-        original = [before.kept_layers[layer] for layer in kept] if before.kept_layers else kept
-        return dataclasses.replace(
-            before,
-            family=family.name,
-            model=cut.config,
-            layout=layout,
-            content_id=content_id(report.digests),
-            hf_dtypes=dtypes_after(before.hf_dtypes, cut),
-            tied_head_stored=before.tied_head_stored and cut.config.tie_embeddings,
-            kept_layers=original if before.kept_layers or len(kept) < checkpoint.config.num_layers else None,
-            recipe=[*before.recipe, plan.recipe_entry()],
-        )
-
-    write_megatron(
-        world,
-        save,
-        source,
-        config=cut.config,
-        layout=layout,
-        dtypes=stored.dtypes(cut.config, None),
-        ckpt_format=ckpt_format or checkpoint.format,
-        transformer_impl=transformer_impl,
-        manifest=manifest,
-        side_files=trimmed.vocabulary.folder if trimmed else checkpoint.hf_folder,
-        trimmed=trimmed,
-        sizes=plan.shard_sizes(),
-        plan_text=plan.dumps(),
-        beside=beside,
-        overwrite=overwrite,
-        strict=strict,
-        check=check,
-    )
-
-
-def dtypes_after(recorded: dict[str, str], cut: Cut) -> dict[str, str]:
-    """``hf_dtypes`` with the layers' numbers after the cut."""
-    if not recorded:
-        return {}
-    others = {str(t): recorded[str(cut.origin(t))] for t in tensor_ids(cut.config) if str(cut.origin(t)) in recorded}
-    return {"default": recorded["default"], **others}

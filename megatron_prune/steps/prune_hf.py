@@ -10,33 +10,30 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.checkpoint import huggingface, megatron
-from megatron_prune.checkpoint.huggingface import HuggingFaceModel
-from megatron_prune.checkpoint.manifest import Recipe
+from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.stream import content_id
+from megatron_prune.checkpoint.tied_copy import check_tied_copy
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
-from megatron_prune.evaluation.model_card import model_card
-from megatron_prune.families.family import Family
+from megatron_prune.families.choice import choose_family
 from megatron_prune.files import staging
 from megatron_prune.files.documents import STRICT, read_json
-from megatron_prune.planning.plan import Plan
+from megatron_prune.opening.side_files import say_links
+from megatron_prune.opening.source import Source, commonest, run
+from megatron_prune.pruning.engines.huggingface import HuggingFaceRunner, check_metrics
+from megatron_prune.pruning.fit import FitOptions, held_metrics, pruned_source, wants_text
+from megatron_prune.pruning.measure import Subject, bos_token
+from megatron_prune.pruning.request import TargetOptions, read_request
+from megatron_prune.pruning.tokenizer import kept_vocabulary
+from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.calibrate import Subject, bos_token
-from megatron_prune.steps.choose import TargetOptions, read_request
-from megatron_prune.steps.convert import check_tied_copy
-from megatron_prune.steps.export import choose_family, parse_size
-from megatron_prune.steps.fit import FitOptions, held_metrics, pruned_source, wants_text
-from megatron_prune.steps.huggingface_runner import HuggingFaceRunner, check_metrics
-from megatron_prune.steps.output import Source, commonest, log, run, say_links, write_huggingface
-from megatron_prune.steps.overwrite import HUGGING_FACE, check_output
-from megatron_prune.steps.prune import kept_vocabulary
-from megatron_prune.steps.written import CheckOptions
-from megatron_prune.surgery.cut import Cut
-from megatron_prune.vocabulary.trimmed import Trimmed
+from megatron_prune.writing.check import CheckOptions
+from megatron_prune.writing.cut import write_huggingface_cut
+from megatron_prune.writing.huggingface import parse_size
+from megatron_prune.writing.overwrite import HUGGING_FACE, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +103,7 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
     )
     made_by = {"prune_type": "balance", "tensor_parallel": 1, "pipeline_parallel": 1}
     with pruned_source(options, request, subject, made_by, save, world) as (plan, source):
-        write_cut(
+        write_huggingface_cut(
             save,
             model,
             family,
@@ -122,57 +119,6 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
         )
     if world.is_main:
         log.info("pruned to %s: %s", save, plan.summary())
-
-
-def write_cut(
-    save: Path,
-    model: HuggingFaceModel,
-    family: Family,
-    plan: Plan,
-    source: Source,
-    world: World,
-    *,
-    trimmed: Trimmed | None,
-    max_shard_bytes: int,
-    beside: Mapping[Path, bytes],
-    overwrite: bool,
-    strict: bool,
-    check: bool,
-) -> None:
-    """Write what a plan leaves of a Hugging Face model; every process takes part.
-
-    Args:
-        source: the pruned tensors.
-        trimmed: the tokenizer that goes with them, where the vocabulary is cut.
-        beside: files that appear together with it.
-    """
-    cut = Cut(plan, model.config)
-    template = trimmed.config(model.hf_config) if trimmed else model.hf_config
-    dtypes = Source(tensors=model.tensors, origin=cut.origin).dtypes(cut.config, None)
-    kept = [entry.layer for entry in plan.layers]
-    hf_config = family.hf_config(cut.config, template, kept if len(kept) < model.config.num_layers else None)
-    recipe = [*Recipe.load(model.path).recipe, plan.recipe_entry()]
-    card = model_card(cut.config, recipe, name=save.name, family=family.name)
-    write_huggingface(
-        world,
-        save,
-        source,
-        config=cut.config,
-        family=family,
-        hf_config=hf_config,
-        config_text=None,
-        dtypes=dtypes,
-        max_shard_bytes=max_shard_bytes,
-        side_files=trimmed.vocabulary.folder if trimmed else model.path,
-        trimmed=trimmed,
-        tied_head_stored=model.tied_head_stored,
-        files={megatron.PLAN_FILE: plan.dumps(), "README.md": card},
-        recipe=recipe,
-        beside=beside,
-        overwrite=overwrite,
-        strict=strict,
-        check=check,
-    )
 
 
 def with_sizes(options: PruneHfOptions) -> PruneHfOptions:

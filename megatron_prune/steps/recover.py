@@ -3,120 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
-from megatron_prune.checkpoint.megatron import MegatronCheckpoint
-from megatron_prune.config import Parser, add_options, option, require_positive
+from megatron_prune.config import Parser, add_options
+from megatron_prune.opening.foreign import open_megatron
+from megatron_prune.recovery.options import RecoverOptions, filled_options
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.megatron_flags import add_megatron_flags, megatron_flags, refuse_training_flags
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.foreign import ForeignOptions, open_megatron
-from megatron_prune.steps.training_flags import SEPARATE_DATA, Needs, filled
-from megatron_prune.steps.written import CheckOptions
-
-DECAY_STYLES = ["cosine", "linear", "constant", "inverse-square-root"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecoverOptions(ForeignOptions, CheckOptions):
-    """Win back what pruning cost: train a Megatron checkpoint, plain or distilled from the unpruned model."""
-
-    load: str = option("Megatron checkpoint to start from: its root, or an iteration directory")
-    save: str = option("directory of the run; a run that was interrupted there goes on")
-    train_iters: int = option("steps in all")
-
-    data_path: tuple[str, ...] = option("prefixes of .bin/.idx pairs, each after its weight or all without", ())
-    split: str | None = option("shares of the documents for training, validation, test (default: 969,30,1)", None)
-    train_data_path: tuple[str, ...] = option("blend to train on, instead of --data-path", ())
-    valid_data_path: tuple[str, ...] = option("blend that held-out losses are measured on", ())
-    test_data_path: tuple[str, ...] = option("blend that the end is measured on", ())
-    answers_only: bool = option("count the assistant's tokens alone: pairs of preprocess --answers-only", False)
-    data_cache_path: str | None = option("directory for the indices of the data (default: in --save)", None)
-    seq_length: int | None = option("tokens in a sequence (default: 4096, or the model's context where that is shorter)", None)
-    seed: int = option("seed of the order of the data and of dropout", 1234)
-
-    micro_batch_size: int = option("sequences in a forward pass", 1)
-    global_batch_size: int = option("sequences in a step, over all data-parallel copies", 1024)
-    lr: float = option("learning rate after the warm-up", 2.5e-5)
-    min_lr: float | None = option("learning rate at the end (default: 1e-05)", None)
-    lr_decay_style: str = option("how it falls", "cosine", choices=DECAY_STYLES)
-    lr_decay_iters: int | None = option("steps over which it falls (default: all)", None)
-    lr_warmup_iters: int | None = option("steps over which it rises (default: 50, or a tenth of all where that is less)", None)
-    weight_decay: float = option("decoupled weight decay", 0.01)
-    clip_grad: float = option("norm that the gradient is cut down to; 0 for never", 1.0)
-    adam_beta1: float = option("decay of Adam's first moment", 0.9)
-    adam_beta2: float = option("decay of Adam's second moment", 0.95)
-    adam_eps: float = option("Adam's epsilon", 1e-8)
-    bf16: bool = option("compute in bfloat16, with float32 copies of the weights", False)
-    fp16: bool = option("compute in float16, with float32 copies of the weights and a scaled loss", False)
-    initial_loss_scale: float | None = option("of --fp16 (default: 131072)", None)
-
-    save_interval: int = option("steps between checkpoints; a held-out loss goes with each", 500)
-    keep: int = option("newest checkpoints that stay, beside the best", 2)
-    eval_interval: int | None = option("steps between held-out losses (default: --save-interval)", None)
-    eval_iters: int = option("global batches that a held-out loss is measured on, the same every time", 10)
-    early_stop: int = option("end after so many held-out losses that are no better than the best; 0: never", 0)
-    log_interval: int = option("steps between lines of the log", 10)
-    wandb_project: str | None = option("also log to this project of Weights & Biases", None)
-
-    teacher: str | None = option("unpruned Megatron checkpoint to distil from, at the same TP × PP", None)
-    teacher_logits: str | None = option("distil from answers that megatron-prune teach kept, instead", None)
-    distill_weight: float | None = option(
-        "share of the KL divergence from the teacher, beside cross-entropy (default: 0.5)", None
-    )
-    distill_temperature: float | None = option("temperature of both distributions (default: 1)", None)
-
-    hidden_weight: float = option("count 1 - CKA of layers' outputs and the teacher's so much beside; 0: not at all", 0.0)
-    hidden_layers: tuple[int, ...] = option("student's layers that are compared, 0-based (default: four evenly spread)", ())
-
-    lora_r: int | None = option("train adapters of this rank alone (default: train the model)", None)
-    lora_alpha: float | None = option("an adapter counts this over its rank (default: 16)", None)
-    lora_dropout: float | None = option("share of an adapter's inputs that training drops (default: 0)", None)
-    lora_targets: tuple[str, ...] | None = option(
-        "matrices with an adapter, as Hugging Face (q_proj …) or Megatron (linear_qkv …) calls them (default: all)", None
-    )
-
-    sequence_parallel: bool = option("split activations between the tensor-parallel regions over the ranks too", False)
-    recompute_activations: bool = option("the same as --recompute-granularity selective", False)
-    recompute_granularity: str | None = option(
-        "work out activations again: of attention, or of all", None, choices=["selective", "full"]
-    )
-    recompute_method: str | None = option("which layers with full", None, choices=["uniform", "block"])
-    recompute_num_layers: int | None = option("layers in a unit (uniform) or of a stage (block)", None)
-    tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
-    pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
-    overwrite: bool = option("begin anew, removing what a run left in --save", False)
-    megatron: dict[str, Any] = field(default_factory=dict)
-
-
-FREE = {
-    *("load", "save", "data_cache_path", "micro_batch_size", "save_interval", "keep", "eval_interval", "eval_iters"),
-    *("early_stop", "log_interval", "wandb_project", "sequence_parallel", "tensor_model_parallel_size"),
-    *("pipeline_model_parallel_size", "overwrite", "no_check", "megatron"),
-    *(item.name for item in dataclasses.fields(RecoverOptions) if item.name.startswith("recompute_")),
-    *(item.name for item in dataclasses.fields(ForeignOptions)),
-}
-"""What may change when a run goes on; the rest is what the run is."""
-
-
-_DECAYS = Needs("a --lr-decay-style that falls", lambda o: o.lr_decay_style != "constant", None)
-_TEACHER = Needs("--teacher or --teacher-logits", lambda o: o.teacher or o.teacher_logits, None)
-_LORA = Needs("--lora-r", lambda o: o.lora_r is not None, None)
-RULES = {
-    **SEPARATE_DATA,
-    "min_lr": _DECAYS._replace(default=1e-5),
-    "lr_decay_iters": _DECAYS._replace(default=lambda o: o.train_iters),
-    "initial_loss_scale": Needs("--fp16", lambda o: o.fp16, 2.0**17),
-    "distill_weight": _TEACHER._replace(default=0.5),
-    "distill_temperature": _TEACHER._replace(default=1.0),
-    "hidden_layers": Needs("a --hidden-weight above 0", lambda o: o.hidden_weight, ()),
-    "lora_alpha": _LORA._replace(default=16.0),
-    "lora_dropout": _LORA._replace(default=0.0),
-    "lora_targets": _LORA._replace(default=("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")),
-}
-"""Flags that have an effect beside others alone, and their defaults."""
 
 
 def parse(argv: list[str], prog: str) -> RecoverOptions:
@@ -141,31 +34,11 @@ def recover(options: RecoverOptions, world: World) -> int:
         TrainingError: on a loss that is not finite, or a checkpoint that cannot be written; those before stay.
     """
     checkpoint = open_megatron(options.load, options, world, options.megatron)
-    options = _filled(options, checkpoint)
+    options = filled_options(options, checkpoint)
     layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
 
-    from megatron_prune.steps.recovery_check import check
-    from megatron_prune.steps.recovery_run import train
+    from megatron_prune.recovery.check import check
+    from megatron_prune.recovery.launch import train
 
     check(options, checkpoint, layout, world)
     return train(options, checkpoint, layout, world)
-
-
-def _filled(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> RecoverOptions:
-    """The options with the defaults that depend on others."""
-    require_positive(options, "train_iters", "micro_batch_size", "global_batch_size", "save_interval", "keep", "eval_iters")
-    require_positive(options, "log_interval", "eval_interval", "lr_decay_iters", "seq_length", "recompute_num_layers")
-    options = filled(options, RULES)
-    chosen: dict[str, Any] = {"load": str(Path(options.load).absolute())}
-    if options.seq_length is None:
-        chosen["seq_length"] = min(4096, checkpoint.config.max_position_embeddings)
-    if options.lr_warmup_iters is None:
-        chosen["lr_warmup_iters"] = min(50, options.train_iters // 10)
-    if options.eval_interval is None:
-        chosen["eval_interval"] = options.save_interval
-    if options.recompute_activations and not options.recompute_granularity:
-        chosen["recompute_granularity"] = "selective"
-    if options.recompute_granularity == "full":
-        chosen["recompute_method"] = options.recompute_method or "uniform"
-        chosen["recompute_num_layers"] = options.recompute_num_layers or 1
-    return replace(options, **chosen)

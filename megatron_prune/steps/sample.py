@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prune.calibration.artifact import save_samples
-from megatron_prune.calibration.sources import check_amount, check_seed
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
+from megatron_prune.opening.foreign import ForeignOptions, open_megatron
+from megatron_prune.pruning.engines.megatron import megatron_subject
+from megatron_prune.pruning.measure import CalibrationOptions, own_samples
 from megatron_prune.runtime.layout import run_layout
+from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.calibrate import CalibrationOptions, own_samples
-from megatron_prune.steps.foreign import ForeignOptions, open_megatron
-from megatron_prune.steps.output import log
-from megatron_prune.steps.score import megatron_subject
+from megatron_prune.text.artifact import save_samples
+from megatron_prune.text.sources import check_amount, check_seed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prune.checkpoint import huggingface
-from megatron_prune.checkpoint.megatron import MegatronCheckpoint
-from megatron_prune.checkpoint.stream import content_id
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.importance.artifact import FILE, ScoresManifest, save_scores
 from megatron_prune.importance.metric import METRICS
+from megatron_prune.opening.foreign import ForeignOptions, open_megatron
 from megatron_prune.planning.plan import shape_of
-from megatron_prune.runtime.layout import run_layout
-from megatron_prune.runtime.world import World
-from megatron_prune.steps.calibrate import (
+from megatron_prune.pruning.engines.megatron import megatron_subject
+from megatron_prune.pruning.measure import (
     CalibrationOptions,
-    Subject,
-    bos_token,
     check_dtype,
     measure,
     obtain_calibration,
     request_key,
     scores_of,
 )
-from megatron_prune.steps.choose import BEST
-from megatron_prune.steps.foreign import ForeignOptions, open_megatron
-from megatron_prune.steps.megatron_runner import MegatronRunner
-from megatron_prune.steps.output import Source, log, run
-from megatron_prune.steps.overwrite import SCORES, check_output
+from megatron_prune.pruning.request import BEST
+from megatron_prune.runtime.layout import run_layout
+from megatron_prune.runtime.reporting import log
+from megatron_prune.runtime.world import World
+from megatron_prune.writing.overwrite import SCORES, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,24 +93,3 @@ def metric_names(given: tuple[str, ...]) -> list[str]:
     for name in names:
         METRICS.get(name)
     return names
-
-
-def megatron_subject(checkpoint, layout, tokenizer: str | None, world: World) -> Subject:
-    """A checkpoint as what is measured; reads it where no manifest says its digest."""
-    folder = huggingface.resolve(tokenizer, weights=False) if tokenizer else checkpoint.hf_folder
-    return Subject(
-        tensors=checkpoint.tensors,
-        layout=layout,
-        content_id=model_id(checkpoint, world),
-        tokenizer_dir=folder,
-        bos=bos_token(checkpoint.hf_folder or folder),
-        runner=MegatronRunner(layout, world),
-    )
-
-
-def model_id(checkpoint: MegatronCheckpoint, world: World) -> str:
-    """The checkpoint's content id; computed by reading it where no manifest says it."""
-    if checkpoint.manifest.content_id is None:
-        report = run(world, Source(tensors=checkpoint.tensors), None, label="digesting", strict=False)
-        checkpoint.manifest = dataclasses.replace(checkpoint.manifest, content_id=content_id(report.digests))
-    return checkpoint.manifest.content_id

@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 
-from megatron_prune.calibration.sources import check_seed
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError, PruneError
 from megatron_prune.files import staging
+from megatron_prune.opening.foreign import ForeignOptions, open_megatron
+from megatron_prune.opening.source import PARAM_DTYPES
+from megatron_prune.recovery.flags import SEPARATE_DATA, SHARED, filled
 from megatron_prune.runtime.layout import run_layout
+from megatron_prune.runtime.reporting import log, progress_bar
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.foreign import ForeignOptions, open_megatron
-from megatron_prune.steps.output import PARAM_DTYPES, log, progress_bar
-from megatron_prune.steps.overwrite import TEACHER, check_output
-from megatron_prune.steps.training_flags import SEPARATE_DATA, filled
+from megatron_prune.text.sources import check_seed
+from megatron_prune.writing.overwrite import TEACHER, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +49,6 @@ class TeachOptions(ForeignOptions):
     overwrite: bool = option("replace an existing output directory", False)
 
 
-DATA = ("train_iters", "global_batch_size", "data_path", "split", "train_data_path", "valid_data_path", "test_data_path")
-SHARED = (*DATA, "seq_length", "seed", "eval_iters", "distill_temperature")
-"""What a recovery must have the same."""
-
-
 def teach(options: TeachOptions, world: World) -> None:
     """Run the step; every process takes part. A run that was stopped goes on where it was.
 
@@ -76,8 +72,8 @@ def teach(options: TeachOptions, world: World) -> None:
     check_seed(options.seed)
     options = dataclasses.replace(filled(options, SEPARATE_DATA), seq_length=length)
 
+    from megatron_prune.recovery.check import check_tokenizer
     from megatron_prune.recovery.data import DataOptions, build_datasets, check_data
-    from megatron_prune.steps.recovery_check import check_tokenizer
 
     data = DataOptions(
         **{item.name: getattr(options, item.name) for item in dataclasses.fields(DataOptions) if item.name in SHARED},

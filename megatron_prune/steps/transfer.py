@@ -10,11 +10,13 @@ from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.adapter import open_adapted
 from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.config import option, require_positive
+from megatron_prune.opening.foreign import ForeignOptions, noted, told
+from megatron_prune.opening.side_files import say_links
+from megatron_prune.opening.source import Source
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.foreign import ForeignOptions, noted, told
-from megatron_prune.steps.output import Source, say_links, write_megatron
-from megatron_prune.steps.overwrite import MEGATRON, check_output
-from megatron_prune.steps.written import CheckOptions
+from megatron_prune.writing.check import CheckOptions
+from megatron_prune.writing.megatron import write_megatron
+from megatron_prune.writing.overwrite import MEGATRON, check_output
 
 
 @dataclass(frozen=True, kw_only=True)

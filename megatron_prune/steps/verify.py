@@ -9,19 +9,19 @@ from pathlib import Path
 import torch
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
-from megatron_prune.calibration.encoder import load_tokenizer
-from megatron_prune.calibration.windows import read_windows
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.huggingface import VOCABULARY_FILES
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
+from megatron_prune.checkpoint.tied_copy import check_tied_copy
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
+from megatron_prune.opening.foreign import ForeignOptions, open_megatron
 from megatron_prune.runtime.layout import run_layout
+from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.stock_model import load_stock_model
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.convert import check_tied_copy
-from megatron_prune.steps.foreign import ForeignOptions, open_megatron
-from megatron_prune.steps.output import log
+from megatron_prune.text.encoder import load_tokenizer
+from megatron_prune.text.windows import read_windows
 
 TEXT = "The quick brown fox jumps over the lazy dog. In 1969, people first walked on the Moon; 384,400 km from home."
 

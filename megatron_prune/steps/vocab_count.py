@@ -9,23 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune import __version__
-from megatron_prune.calibration.contents import check_read_once, summary
-from megatron_prune.calibration.documents import DocumentReader, check_split, open_begun
-from megatron_prune.calibration.encoder import Encoder
-from megatron_prune.calibration.pair import open_pair
-from megatron_prune.calibration.reader import TRAIN, reader_kind, stamps
-from megatron_prune.calibration.sources import split_weight
-from megatron_prune.calibration.workers import check_workers, cores
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
+from megatron_prune.runtime.reporting import log, progress_bar
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.output import log, progress_bar
-from megatron_prune.steps.overwrite import check_counts, is_list_of_counts
-from megatron_prune.steps.vocab_options import open_subject
+from megatron_prune.text.contents import check_read_once, summary
+from megatron_prune.text.documents import DocumentReader, check_split, open_begun
+from megatron_prune.text.encoder import Encoder
+from megatron_prune.text.pair import open_pair
+from megatron_prune.text.reader import TRAIN, reader_kind, stamps
+from megatron_prune.text.sources import split_weight
+from megatron_prune.text.workers import check_workers, cores
 from megatron_prune.vocabulary.counting import Tally, count_documents, count_pair
 from megatron_prune.vocabulary.counts import Corpus, Counts, is_counts
+from megatron_prune.vocabulary.opened import open_subject
 from megatron_prune.vocabulary.vocabulary import Vocabulary
+from megatron_prune.writing.overwrite import check_counts, is_list_of_counts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,19 +10,18 @@ from typing import Any
 
 import numpy
 
-from megatron_prune.calibration.answers import has_mask
-from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
-from megatron_prune.calibration.pair import Pair, open_pair, read_record
-from megatron_prune.calibration.parts import check_prefix, pair_files, place_pairs
 from megatron_prune.checkpoint import megatron
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
+from megatron_prune.runtime.reporting import log, progress_bar
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.output import log, progress_bar
-from megatron_prune.steps.overwrite import check_pair
-from megatron_prune.steps.preprocess import numpy_dtype
+from megatron_prune.text.answers import has_mask
+from megatron_prune.text.encoder import load_tokenizer, tokenizer_digest
+from megatron_prune.text.pair import Pair, numpy_dtype, open_pair, read_record
+from megatron_prune.text.parts import check_prefix, pair_files, place_pairs
 from megatron_prune.vocabulary.id_map import MAP_FILE, IdMap, load_map
+from megatron_prune.writing.overwrite import check_pair
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,12 @@ from pathlib import Path
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
+from megatron_prune.opening.foreign import noted, told
+from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.foreign import noted, told
-from megatron_prune.steps.output import log
-from megatron_prune.steps.vocab_choice import choose, files_of, plan_of, show
-from megatron_prune.steps.vocab_options import SelectOptions, check_select, open_subject
+from megatron_prune.vocabulary.choice import choose, files_of, plan_of, show
+from megatron_prune.vocabulary.opened import open_subject
+from megatron_prune.vocabulary.request import SelectOptions, check_select
 
 
 @dataclass(frozen=True, kw_only=True)

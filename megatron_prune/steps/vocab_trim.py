@@ -16,28 +16,32 @@ from megatron_prune.checkpoint import both_versions, huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.stream import content_id
+from megatron_prune.checkpoint.tied_copy import check_tied_copy
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import FAMILIES
 from megatron_prune.files import staging
 from megatron_prune.files.region import Scratch
+from megatron_prune.opening.foreign import noted, told
+from megatron_prune.opening.side_files import check_side_files, say_links
+from megatron_prune.opening.source import PARAM_DTYPES, Source, run
+from megatron_prune.pruning.engines.huggingface import HuggingFaceRunner
+from megatron_prune.pruning.engines.megatron import megatron_subject
+from megatron_prune.pruning.measure import CalibrationOptions, Subject, bos_token, obtain_calibration, request_key
 from megatron_prune.runtime.layout import run_layout
+from megatron_prune.runtime.reporting import log, progress_bar
 from megatron_prune.runtime.world import World
-from megatron_prune.steps import prune, prune_hf
-from megatron_prune.steps.calibrate import CalibrationOptions, Subject, bos_token, obtain_calibration, request_key
-from megatron_prune.steps.convert import check_tied_copy
-from megatron_prune.steps.export import parse_size
-from megatron_prune.steps.foreign import noted, told
-from megatron_prune.steps.huggingface_runner import HuggingFaceRunner
-from megatron_prune.steps.output import PARAM_DTYPES, Output, Source, log, progress_bar, run, say_links, staged
-from megatron_prune.steps.overwrite import HUGGING_FACE, MEGATRON, check_output
-from megatron_prune.steps.score import megatron_subject
-from megatron_prune.steps.vocab_choice import Chosen, choose, files_of, plan_of, show
-from megatron_prune.steps.vocab_options import Model, SelectOptions, check_select, open_subject
-from megatron_prune.steps.written import CheckOptions, check_side_files
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.surgery.fold_tokens import FoldedRows, changing_rows, fold_rows, hidden_states, respelled
+from megatron_prune.vocabulary.choice import Chosen, choose, files_of, plan_of, show
+from megatron_prune.vocabulary.opened import Model, open_subject
+from megatron_prune.vocabulary.request import SelectOptions, check_select
 from megatron_prune.vocabulary.selection import PRIOR
+from megatron_prune.writing.check import CheckOptions
+from megatron_prune.writing.cut import write_huggingface_cut, write_megatron_cut
+from megatron_prune.writing.huggingface import parse_size
+from megatron_prune.writing.output import Output, staged
+from megatron_prune.writing.overwrite import HUGGING_FACE, MEGATRON, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,9 +188,9 @@ def _write_model(
     if isinstance(checkpoint, HuggingFaceModel):
         check_tied_copy(checkpoint)
         shard_bytes = parse_size(options.max_shard_size)
-        prune_hf.write_cut(save, checkpoint, checkpoint.family, plan, source, world, max_shard_bytes=shard_bytes, **common)
+        write_huggingface_cut(save, checkpoint, checkpoint.family, plan, source, world, max_shard_bytes=shard_bytes, **common)
     else:
         check_side_files(world, checkpoint.path, checkpoint.manifest)
         family = FAMILIES.get(checkpoint.manifest.family)
         kind = options.ckpt_format
-        prune.write_cut(save, checkpoint, checkpoint.layout, family, plan, source, world, ckpt_format=kind, **common)
+        write_megatron_cut(save, checkpoint, checkpoint.layout, family, plan, source, world, ckpt_format=kind, **common)

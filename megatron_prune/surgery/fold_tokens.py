@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from megatron_prune.arch.tensors import TensorId
-from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.importance.collect import Samples, check_finite, layer_reader
 from megatron_prune.runtime.stage import Stage
 from megatron_prune.runtime.world import World
 from megatron_prune.surgery.refit import run_layers
+from megatron_prune.text.tokens import Calibration
 from megatron_prune.vocabulary.id_map import IdMap
 
 TOKENS = 32_768

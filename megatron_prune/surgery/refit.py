@@ -33,7 +33,6 @@ import torch
 from torch import Tensor
 
 from megatron_prune.arch.tensors import TensorId, layer_roles
-from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint.role_store import RoleStore
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.files.region import Scratch
@@ -46,6 +45,7 @@ from megatron_prune.surgery.basis import Basis
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.surgery.least_squares import fitted, scale
 from megatron_prune.surgery.reconstruct import Examples, fitted_and_held_out, reconstruct
+from megatron_prune.text.tokens import Calibration
 
 AFTER = 4
 """Layers after a cut block that are fitted with the one before it."""

@@ -11,13 +11,13 @@ from typing import Callable, Iterator, Sequence
 
 import numpy
 
-from megatron_prune.calibration.documents import DocumentReader
-from megatron_prune.calibration.pair import open_pair
-from megatron_prune.calibration.parts import grouped
-from megatron_prune.calibration.workers import in_processes
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.files import staging
 from megatron_prune.files.documents import parse_json, read_bytes
+from megatron_prune.text.documents import DocumentReader
+from megatron_prune.text.pair import open_pair
+from megatron_prune.text.parts import grouped
+from megatron_prune.text.workers import in_processes
 from megatron_prune.vocabulary.counts import Amount
 from megatron_prune.vocabulary.vocabulary import Vocabulary, open_vocabulary
 

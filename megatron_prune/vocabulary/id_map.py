@@ -10,9 +10,9 @@ from zipfile import ZipFile
 
 import numpy
 
-from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_digest
 from megatron_prune.errors import InputError, reason
 from megatron_prune.files.documents import read_bytes
+from megatron_prune.text.encoder import load_tokenizer, tokenizer_digest
 from megatron_prune.vocabulary.vocabulary import Vocabulary
 
 MAP_FILE = "vocab_map.npz"

@@ -17,19 +17,19 @@ from rank_jobs_stage import EVERYTHING, values_inside
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, logits, state_dict
 
-from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.errors import InputError
 from megatron_prune.importance.collect import collect, layer_reader
 from megatron_prune.importance.statistics import LayerStatistics, Statistics
 from megatron_prune.planning.plan import load_plan
+from megatron_prune.pruning.request import BEST
 from megatron_prune.runtime.huggingface_stage import HuggingFaceStage, able_family
 from megatron_prune.runtime.stage import reader
 from megatron_prune.runtime.world import World
-from megatron_prune.steps.choose import BEST
 from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.export import ExportOptions, export
 from megatron_prune.steps.prune_hf import PruneHfOptions, prune_hf
+from megatron_prune.text.tokens import Calibration
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -16,11 +16,11 @@ import tiny as tiny_module
 import torch
 from ranks import RankFailed
 
-from megatron_prune.calibration.hf_samples import sample_hf
 from megatron_prune.errors import InputError
 from megatron_prune.runtime.sampling import Draws, choose
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
+from megatron_prune.text.hf_samples import sample_hf
 
 TOLERANCE = 1e-4
 TOKENS = torch.randint(0, 307, (3, 40), generator=torch.Generator().manual_seed(7))

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.both_versions import rewrite_side_files
-from megatron_prune.steps import output
+from megatron_prune.writing import huggingface as written
 
 TOKENS = torch.randint(0, 307, (1, 20), generator=torch.Generator().manual_seed(2))
 
@@ -159,8 +159,8 @@ def test_nothing_else_looks_at_transformers_while_a_thread_imports_it(model, tmp
         time.sleep(0.2)
         seen.append("imported")
 
-    monkeypatch.setattr(output, "import_stock_class", slow)
-    monkeypatch.setattr(output, "check_huggingface", lambda *_: seen.append("checked"))
+    monkeypatch.setattr(written, "import_stock_class", slow)
+    monkeypatch.setattr(written, "check_huggingface", lambda *_: seen.append("checked"))
     monkeypatch.setattr(
         huggingface, "open_model", lambda path, really=huggingface.open_model: (seen.append("opened"), really(path))[1]
     )

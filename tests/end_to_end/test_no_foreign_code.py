@@ -13,9 +13,9 @@ from tiny import logits
 from transformers import AutoTokenizer
 
 import megatron_prune
-from megatron_prune.calibration.encoder import load_tokenizer
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.runtime.stock_model import load_stock_model
+from megatron_prune.text.encoder import load_tokenizer
 
 TOKENS = torch.randint(0, 307, (1, 20), generator=torch.Generator().manual_seed(2))
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from tiny import build_tiny
 
-from megatron_prune.calibration.pair import open_pair
 from megatron_prune.cli import main
 from megatron_prune.files import atomic
+from megatron_prune.text.pair import open_pair
 
 
 @pytest.fixture(scope="module")

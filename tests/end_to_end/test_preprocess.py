@@ -24,15 +24,15 @@ import torch
 from tiny import build_tiny
 
 from megatron_prune import __version__
-from megatron_prune.calibration.cutting import cut
-from megatron_prune.calibration.documents import open_documents
-from megatron_prune.calibration.encoder import tokenizer_digest
-from megatron_prune.calibration.pair import open_pair
 from megatron_prune.cli import main, run_verb
 from megatron_prune.errors import InputError, PruneError
 from megatron_prune.runtime.world import World
 from megatron_prune.steps import preprocess as step
 from megatron_prune.steps.preprocess import PreprocessOptions, part_size, preprocess
+from megatron_prune.text.cutting import cut
+from megatron_prune.text.documents import open_documents
+from megatron_prune.text.encoder import tokenizer_digest
+from megatron_prune.text.pair import open_pair
 
 FORMATS = {"uint16": (8, "H"), "int32": (4, "i")}
 

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import build_tiny, logits, state_dict
 
-from megatron_prune.calibration.artifact import save_samples
 from megatron_prune.errors import InputError
+from megatron_prune.pruning import fit
 from megatron_prune.runtime.world import World
-from megatron_prune.steps import fit
 from megatron_prune.steps.prune_hf import PruneHfOptions, prune_hf
 from megatron_prune.surgery.reconstruct import RATE
 from megatron_prune.surgery.refit import AFTER, Refit, windows_of
+from megatron_prune.text.artifact import save_samples
 
 RIDGE = 0.05
 SAMPLES = torch.randint(307, (12, 40), generator=torch.Generator().manual_seed(3))
@@ -246,7 +246,7 @@ def test_progress_comes_to_the_work_announced(tmp_path, sizes, rate, monkeypatch
         if label == "re-fitting":
             seen.append((total, sum(found), min(found)))
 
-    monkeypatch.setattr("megatron_prune.steps.fit.progress_bar", bar)
+    monkeypatch.setattr("megatron_prune.pruning.fit.progress_bar", bar)
     monkeypatch.setattr("megatron_prune.surgery.reconstruct.RATE", rate)
     monkeypatch.setattr("megatron_prune.surgery.reconstruct.SLOWEST", 1)
     model = build_tiny(tmp_path / "model", "llama", dtype="float32")
@@ -259,10 +259,10 @@ def test_progress_comes_to_the_work_announced(tmp_path, sizes, rate, monkeypatch
 @pytest.mark.parametrize("sizes", [{"ffn_hidden_size_remain": 8}, {"num_query_groups_remain": 2}])
 def test_where_much_is_lost_both_ways_are_tried_and_the_better_one_stays(tmp_path, monkeypatch, sizes):
     """What they lose is what stock transformers lose on the sample that joint fits hold out."""
-    monkeypatch.setattr("megatron_prune.steps.fit.SEVERE", -math.inf)
+    monkeypatch.setattr("megatron_prune.pruning.fit.SEVERE", -math.inf)
     seen: list[float] = []
     plain = fit.refitted
-    monkeypatch.setattr("megatron_prune.steps.fit.refitted", lambda *a, **k: seen.append(plain(*a, **k)) or seen[-1])
+    monkeypatch.setattr("megatron_prune.pruning.fit.refitted", lambda *a, **k: seen.append(plain(*a, **k)) or seen[-1])
     model = build_tiny(tmp_path / "model", "llama", dtype="float32")
     out = run(model, tmp_path / "out", sizes, ridge=None)
     ways = [run(model, tmp_path / str(way), sizes, ridge=None, sequential=way) for way in (False, True)]
@@ -278,7 +278,7 @@ def test_where_much_is_lost_both_ways_are_tried_and_the_better_one_stays(tmp_pat
 
 def test_a_budget_leaves_out_shapes_whose_rotation_a_tied_head_forbids(tmp_path, monkeypatch):
     """Not found out after other shapes were fitted, and no reason to end."""
-    monkeypatch.setattr("megatron_prune.steps.fit.LARGEST_SPREAD", 0.0)
+    monkeypatch.setattr("megatron_prune.pruning.fit.LARGEST_SPREAD", 0.0)
     model = build_tiny(tmp_path / "model", "mistral", dtype="float32", tie_word_embeddings=True)
     out = run(model, tmp_path / "out", None, ratio=0.3, search=40)
     assert json.loads((out / "config.json").read_text())["hidden_size"] == 48

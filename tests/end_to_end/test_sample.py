@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import build_tiny
 
-from megatron_prune.calibration.artifact import load_samples
 from megatron_prune.cli import main
+from megatron_prune.text.artifact import load_samples
 
 
 @pytest.fixture(scope="module")

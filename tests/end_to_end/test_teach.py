@@ -281,7 +281,7 @@ def test_unsound_answers_are_refused_before_anything_is_written(home, copied, tm
 
 @pytest.mark.parametrize("what", ["other tokens", "a token beyond the vocabulary"])
 def test_answers_that_change_while_a_run_is_under_way_end_it_when_they_are_used(home, copied, tmp_path, monkeypatch, what):
-    from megatron_prune.steps import recovery_check
+    from megatron_prune.recovery import check as recovery_check
 
     monkeypatch.setattr(recovery_check, "check_answers", lambda *_: edit(copied / "part_00001.safetensors", UNSOUND[what][0]))
     with pytest.raises(TrainingError, match="part_00001.safetensors, sample [0-9]+: it "):

@@ -32,12 +32,12 @@ from megatron_prune.steps.preprocess import PreprocessOptions, preprocess
 from megatron_prune.steps.prune_hf import PruneHfOptions, prune_hf
 from megatron_prune.steps.transfer import TransferOptions, transfer
 from megatron_prune.steps.vocab_count import VocabCountOptions, vocab_count
-from megatron_prune.steps.vocab_options import open_subject
 from megatron_prune.steps.vocab_remap import VocabRemapOptions, vocab_remap
 from megatron_prune.steps.vocab_select import VocabSelectOptions, vocab_select
 from megatron_prune.steps.vocab_trim import VocabTrimOptions, vocab_trim
 from megatron_prune.vocabulary.counts import load_counts
 from megatron_prune.vocabulary.id_map import load_map
+from megatron_prune.vocabulary.opened import open_subject
 from megatron_prune.vocabulary.vocabulary import open_vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -339,7 +339,7 @@ def documents(prefix: str) -> list[list[int]]:
 def test_renumbered_documents_are_the_same_text(model, counts, tmp_path, monkeypatch):
     from transformers import AutoTokenizer
 
-    from megatron_prune.calibration import pair
+    from megatron_prune.text import pair
 
     out = trim(model, tmp_path / "t", counts, remain_vocab_size=SIZE)
     lines = tokenised_lines(model, tmp_path)
@@ -620,16 +620,16 @@ def test_outputs_that_would_be_lost(model, counts, corpus, tmp_path):
 
 
 def test_tokens_with_brackets_are_shown_as_they_are(model, counts, tmp_path, capsys):
-    from megatron_prune.steps import vocab_choice
+    from megatron_prune.vocabulary import choice as vocabulary_choice
 
-    chosen = vocab_choice.Chosen(trimmed=None, made_by={}, report={"tokens": {"before": 2, "after": 1}, "must_stay": {}})
+    chosen = vocabulary_choice.Chosen(trimmed=None, made_by={}, report={"tokens": {"before": 2, "after": 1}, "must_stay": {}})
     entry = [
         {"id": 1, "text": "[/", "made": 1.0},
         {"id": 2, "text": "x] [axis", "made": 1.0},
         {"id": 3, "text": "()]", "made": 1.0},
     ]
     chosen.report.update(bytes_without_a_token=[], least_frequent_kept=entry, most_frequent_dropped=[])
-    vocab_choice.show(chosen)
+    vocabulary_choice.show(chosen)
     shown = capsys.readouterr().out
     assert "'[/' 1" in shown and "[axis' 1" in shown and "'()]' 1" in shown
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import tiny_config
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig, RopeScaling
-from megatron_prune.arch.sharding import ParallelLayout, patches, layer_tensors, outer_tensors, rank_ranges, shard
+from megatron_prune.arch.sharding import ParallelLayout, layer_tensors, outer_tensors, patches, rank_ranges, shard
 from megatron_prune.arch.tensors import parameter_count, tensor_ids, tensor_shape
 from megatron_prune.axes.axis import AXES
 from megatron_prune.errors import CheckpointError, InputError

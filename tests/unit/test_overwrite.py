@@ -19,8 +19,8 @@ from megatron_prune.cli import VERBS
 from megatron_prune.config import parse
 from megatron_prune.errors import InputError, PruneError
 from megatron_prune.files import failures, hidden, staging
-from megatron_prune.steps import overwrite as ours
-from megatron_prune.steps.overwrite import HUGGING_FACE, MEGATRON, RUN, SCORES, TEACHER, check_output, check_pair
+from megatron_prune.writing import overwrite as ours
+from megatron_prune.writing.overwrite import HUGGING_FACE, MEGATRON, RUN, SCORES, TEACHER, check_output, check_pair
 
 FILES = {
     "megatron": [

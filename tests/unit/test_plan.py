@@ -15,7 +15,7 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.errors import PlanError
 from megatron_prune.families.family import FAMILIES
 from megatron_prune.planning.plan import LayerPlan, Plan, check_plan, load_plan, shape_of
-from megatron_prune.steps.choose import TargetOptions, read_request
+from megatron_prune.pruning.request import TargetOptions, read_request
 
 UNITS = st.one_of(st.none(), st.lists(st.integers(0, 99), max_size=6))
 SHAPE = st.fixed_dictionaries({name: st.integers(1, 99) for name in shape_of(SMALL)})

@@ -37,8 +37,8 @@ from megatron_prune.checkpoint import legacy, torch_archive, torch_dist
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.recovery import index_cache, reading
-from megatron_prune.steps.vocab_options import read_ids
 from megatron_prune.vocabulary import id_map
+from megatron_prune.vocabulary.request import read_ids
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,9 +54,9 @@ GUARDED = {
     "megatron_prune/registry.py": {"importlib.import_module": OWN_TOOLS},
     "megatron_prune/runtime/world.py": {"dist.all_gather_object": OWN_PROCESSES},
     "megatron_prune/runtime/megatron_stage.py": {"dist.all_gather_object": OWN_PROCESSES},
-    "megatron_prune/calibration/encoder.py": {"AutoTokenizer.from_pretrained": "tokenizers hold no pickles"},
-    "megatron_prune/calibration/parts.py": {"numpy.load": ARRAYS},
-    "megatron_prune/calibration/pair.py": {"IndexedDataset": "reads numbers alone"},
+    "megatron_prune/text/encoder.py": {"AutoTokenizer.from_pretrained": "tokenizers hold no pickles"},
+    "megatron_prune/text/parts.py": {"numpy.load": ARRAYS},
+    "megatron_prune/text/pair.py": {"IndexedDataset": "reads numbers alone"},
     "megatron_prune/checkpoint/torch_archive.py": {"read_pickle": "files/pickled.py"},
     "megatron_prune/checkpoint/torch_dist.py": {"read_pickle": "files/pickled.py", "import pickle": "to write"},
     "megatron_prune/checkpoint/stored_args.py": {"import yaml": "composed into nodes, whose plain values alone are taken"},

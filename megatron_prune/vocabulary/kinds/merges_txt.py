@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
-from megatron_prune.calibration.encoder import load_tokenizer, tokenizer_errors
 from megatron_prune.errors import CheckpointError
 from megatron_prune.files.documents import read_json, read_text
+from megatron_prune.text.encoder import load_tokenizer, tokenizer_errors
 from megatron_prune.vocabulary.kinds.tokenizer_json import TokenizerJson
 from megatron_prune.vocabulary.tokenizer_file import KINDS, TokenizerFile
 

@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
-from megatron_prune.calibration.encoder import tokenizer_errors
 from megatron_prune.errors import CheckpointError, raise_all, reason
 from megatron_prune.files.documents import read_bytes, shorten
+from megatron_prune.text.encoder import tokenizer_errors
 from megatron_prune.vocabulary.joins import Joins
 from megatron_prune.vocabulary.tokenizer_file import KINDS, TokenizerFile, check_lengths
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Callable, Iterator, Mapping, Sequence
 from pydantic import Field
 from typing_extensions import Required, TypedDict
 
-from megatron_prune.calibration.encoder import tokenizer_errors
 from megatron_prune.errors import CheckpointError, raise_all, reason
 from megatron_prune.files.documents import parse_json, read_bytes
+from megatron_prune.text.encoder import tokenizer_errors
 from megatron_prune.vocabulary.joins import Joins
 from megatron_prune.vocabulary.tokenizer_file import (
     KINDS,

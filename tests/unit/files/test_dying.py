@@ -12,9 +12,9 @@ from unittest import mock
 
 import pytest
 
-from megatron_prune.calibration import parts
 from megatron_prune.errors import PruneError
 from megatron_prune.files import hidden, moves, staging
+from megatron_prune.text import parts
 
 OPERATIONS = ("rename", "replace", "unlink", "rmdir", "mkdir", "open", "fsync", "link", "symlink", "truncate")
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from tiny import build_tiny
 
-from megatron_prune.calibration.tokens import Calibration
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.runtime.huggingface_stage import HuggingFaceStage
 from megatron_prune.runtime.world import World
 from megatron_prune.surgery import fold_tokens
 from megatron_prune.surgery.fold_tokens import changing_rows, first_pieces, fold_rows, hidden_states, respelled
+from megatron_prune.text.tokens import Calibration
 
 
 @pytest.fixture(scope="module")

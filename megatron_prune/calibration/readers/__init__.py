@@ -1,1 +1,0 @@
-"""Sources of samples: one file each, found by :data:`megatron_prune.calibration.reader.READERS`."""

@@ -1,0 +1,20 @@
+"""The family that a model is written as."""
+
+from __future__ import annotations
+
+from megatron_prune.errors import InputError
+from megatron_prune.families.family import FAMILIES, Family
+
+
+def choose_family(recorded: str, asked: str | None) -> Family:
+    """The family to write: the recorded one, or another of the same architecture.
+
+    Raises:
+        InputError: if ``asked`` is of another architecture.
+    """
+    family = FAMILIES.get(asked or recorded)
+    if family.name != recorded and family.name not in FAMILIES.get(recorded).kin():
+        raise InputError(
+            f"--target-family {asked}", got=f"a {recorded} model", needed="one of " + ", ".join(FAMILIES.get(recorded).kin())
+        )
+    return family

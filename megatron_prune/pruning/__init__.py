@@ -1,0 +1,1 @@
+"""One pruning: what was asked for, the measuring, the plan, the fit."""

@@ -1,0 +1,255 @@
+"""What ``recover`` refuses before anything is written, on every rank alike."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.arch.adapter import target_roles
+from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.checkpoint import megatron
+from megatron_prune.checkpoint.megatron import MegatronCheckpoint
+from megatron_prune.config import require_positive
+from megatron_prune.errors import CheckpointError, InputError, raise_all
+from megatron_prune.files import staging
+from megatron_prune.files.documents import STRICT, read_json, shorten
+from megatron_prune.recovery.data import build_alone, check_data
+from megatron_prune.recovery.flags import SHARED
+from megatron_prune.recovery.history import HISTORY, read_history
+from megatron_prune.recovery.index_cache import check_place
+from megatron_prune.recovery.options import RecoverOptions
+from megatron_prune.recovery.settings import (
+    batch_sizes,
+    checkpoint_bytes,
+    data_options,
+    hidden_pairs,
+    optimizer_options,
+    run_settings,
+    sample_counts,
+)
+from megatron_prune.recovery.stored_logits import check_answers, check_parts, read_description
+from megatron_prune.runtime.megatron_flags import check_megatron_flags
+from megatron_prune.runtime.reporting import log
+from megatron_prune.runtime.world import World
+from megatron_prune.text.answers import has_mask
+from megatron_prune.text.encoder import load_tokenizer, tokenizer_digest
+from megatron_prune.text.pair import recorded_tokenizer
+from megatron_prune.text.sources import check_seed
+from megatron_prune.writing.overwrite import RUN, check_output
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFile:
+    """What ``run.json`` says of a run: its name among all, and what may not change when it goes on."""
+
+    __pydantic_config__ = STRICT
+
+    id: str
+    settings: dict[str, Any]
+
+
+def check(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: ParallelLayout, world: World) -> None:
+    """Refuse what does not fit, on every rank alike.
+
+    Raises:
+        InputError: on arguments, layout, teacher, data or a directory; nothing is written.
+    """
+    _check_arguments(options, checkpoint, layout, world)
+    error = None
+    if world.is_main:
+        try:
+            data = data_options(options)
+            pairs = check_data(data, checkpoint.config.vocab_size)
+            check_tokenizer(list(pairs), checkpoint)
+            check_place(data.cache)
+            for prefix in filter(has_mask, () if options.answers_only else pairs):
+                log.info("%s says which tokens are answers; all tokens count, for there is no --answers-only", prefix)
+            _check_run(options, checkpoint)
+            if options.teacher_logits:
+                _check_answers(options, checkpoint)
+        except InputError as found:
+            error = found
+    world.agree(error)
+
+
+def _check_arguments(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: ParallelLayout, world: World) -> None:
+    """What can be refused without looking at the data, on every rank alike."""
+    config = checkpoint.config
+    check_megatron_flags(options.megatron, config)
+    layout.check(config)
+    if not 2 <= options.seq_length <= config.max_position_embeddings:
+        raise InputError("--seq-length", got=options.seq_length, needed=f"2 to the model's {config.max_position_embeddings}")
+    if options.sequence_parallel and options.seq_length % layout.tensor:
+        raise InputError(
+            "--sequence-parallel", got=f"{options.seq_length} tokens", needed=f"a multiple of the {layout.tensor} ranks"
+        )
+    if options.sequence_parallel and layout.tensor == 1:
+        raise InputError("--sequence-parallel has no effect at one tensor-parallel rank", do="leave it out")
+    if options.bf16 and options.fp16:
+        raise InputError("--bf16 and --fp16", do="choose one")
+    _check_recompute(options, config.num_layers // layout.pipeline)
+    if options.early_stop < 0:
+        raise InputError("--early-stop", got=options.early_stop, needed="0 or more")
+    check_seed(options.seed)
+    batch_sizes(options).check(world.size // (layout.tensor * layout.pipeline))
+    optimizer_options(options).check()
+    _check_adapter(options)
+    if options.wandb_project and not importlib.util.find_spec("wandb"):
+        raise InputError("--wandb-project needs a package", do="pip install wandb, or leave it out")
+    if options.teacher and options.teacher_logits:
+        raise InputError("--teacher and --teacher-logits", do="choose one")
+    if not 0 <= options.distill_weight <= 1:
+        raise InputError("--distill-weight", got=options.distill_weight, needed="0 to 1")
+    if not 0 < options.distill_temperature < float("inf"):
+        raise InputError("--distill-temperature", got=options.distill_temperature, needed="a positive number")
+    if not 0 <= options.hidden_weight < float("inf"):
+        raise InputError("--hidden-weight", got=options.hidden_weight, needed="0 or more")
+    if options.hidden_weight and not options.teacher:
+        raise InputError("--hidden-weight without --teacher", do="name the unpruned checkpoint")
+    if options.teacher:
+        teacher = check_teacher(options.teacher, checkpoint, layout)
+        if options.hidden_weight:
+            _check_hidden(options, teacher, checkpoint, layout)
+
+
+def check_teacher(path: str, student: MegatronCheckpoint, layout: ParallelLayout) -> MegatronCheckpoint:
+    """Open the teacher and see that it can teach this student.
+
+    Raises:
+        InputError: if its vocabulary is another, or it does not divide over the layout.
+    """
+    try:
+        teacher = megatron.open_checkpoint(Path(path))
+    except CheckpointError as error:
+        do = "--hf-dir is about --load; megatron-prune transfer --hf-dir makes a teacher that says all itself"
+        raise CheckpointError(f"--teacher: {error}", do=do if "--hf-dir" in str(error) else None) from None
+    if teacher.config.vocab_size != student.config.vocab_size:
+        raise InputError(
+            f"--teacher {path} has another vocabulary than the student",
+            got=f"{teacher.config.vocab_size} tokens",
+            needed=f"{student.config.vocab_size}",
+            do="distil before the vocabulary is cut, or from a teacher whose vocabulary was cut alike",
+        )
+    layout.check(teacher.config, "the teacher")
+    return teacher
+
+
+def _check_hidden(
+    options: RecoverOptions, teacher: MegatronCheckpoint, student: MegatronCheckpoint, layout: ParallelLayout
+) -> None:
+    if layout.pipeline > 1:
+        raise InputError("--hidden-weight", got=f"{layout.pipeline} pipeline stages", needed="one: layers are compared on one")
+    if options.recompute_granularity == "full":
+        raise InputError("--hidden-weight and --recompute-granularity full", do="use selective: what is compared must be kept")
+    hidden_pairs(options, teacher, student)
+
+
+def _check_recompute(options: RecoverOptions, layers: int) -> None:
+    """``layers``: of a stage."""
+    if options.recompute_activations and options.recompute_granularity == "full":
+        raise InputError("--recompute-activations and --recompute-granularity full", do="choose one")
+    how = (options.recompute_method, options.recompute_num_layers)
+    if options.recompute_granularity != "full" and how != (None, None):
+        raise InputError("--recompute-method and --recompute-num-layers", do="pass --recompute-granularity full with them")
+    if options.recompute_num_layers and options.recompute_num_layers > layers:
+        raise InputError("--recompute-num-layers", got=options.recompute_num_layers, needed=f"at most a stage's {layers} layers")
+    if options.recompute_method == "uniform" and layers % options.recompute_num_layers:
+        raise InputError(
+            "--recompute-num-layers", got=options.recompute_num_layers, needed=f"a number that divides {layers} layers"
+        )
+
+
+def _check_answers(options: RecoverOptions, student: MegatronCheckpoint) -> None:
+    folder, vocab_size = Path(options.teacher_logits), student.config.vocab_size
+    description = read_description(folder)
+    if description.vocab_size != vocab_size:
+        raise InputError(
+            f"--teacher-logits {options.teacher_logits} are of another vocabulary than the student's",
+            got=f"{description.vocab_size} tokens",
+            needed=f"{vocab_size}",
+        )
+    own = json.loads(json.dumps({name: getattr(options, name) for name in SHARED}))
+    problems = [
+        f"--{name.replace('_', '-')} {value}, taught with {_shown(description.settings.get(name))}"
+        for name, value in own.items()
+        if description.settings.get(name) != value
+    ]
+    raise_all(InputError, f"{folder} was taught for another recovery", problems, do="use the same, or teach again")
+    counts = sample_counts(options)
+    check_parts(folder, counts[0], options.seq_length)
+    with tempfile.TemporaryDirectory() as scratch:  # --save is not made yet
+        train_set = build_alone(replace(data_options(options), cache=Path(scratch), shared=False), counts)[0]
+        check_answers(folder, counts[0], vocab_size, train_set)
+
+
+def _shown(value: Any) -> str:
+    """A setting from a file, for a message."""
+    return shorten(value).strip("'")
+
+
+def _check_adapter(options: RecoverOptions) -> None:
+    if options.lora_r is None:
+        return
+    require_positive(options, "lora_r")
+    target_roles(options.lora_targets)
+    if not 0 < options.lora_alpha < float("inf"):
+        raise InputError("--lora-alpha", got=options.lora_alpha, needed="a positive number")
+    if not 0 <= options.lora_dropout < 1:
+        raise InputError("--lora-dropout", got=options.lora_dropout, needed="from 0 on, below 1")
+
+
+def check_tokenizer(prefixes: list[str], checkpoint: MegatronCheckpoint) -> None:
+    """Refuse pairs that say that another tokenizer made them than the one the checkpoint keeps."""
+    said = {prefix: recorded_tokenizer(prefix) for prefix in prefixes}
+    if checkpoint.hf_folder is None or not any(said.values()):
+        return
+    try:
+        own = tokenizer_digest(load_tokenizer(checkpoint.hf_folder))
+    except InputError:  # it keeps a configuration alone
+        return
+    for prefix, made in said.items():
+        if made and made["digest"] != own:
+            raise InputError(
+                f"{prefix}.bin was made with a tokenizer that is not the model's",
+                got=f"{made['name']} of {made['vocab_size']} tokens",
+                do=f"make it again with this model's: megatron-prune preprocess --tokenizer {checkpoint.path}; or, where the model's "
+                "vocabulary was trimmed, renumber it: megatron-prune vocab remap",
+            )
+
+
+def _check_run(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> None:
+    """Refuse a directory that holds something else than the beginning of this run, or a disk without room for it."""
+    save = Path(options.save)
+    begun = (save / RUN_FILE).is_file()
+    if options.overwrite or not begun and not is_blank(save):
+        read = (options.teacher, options.teacher_logits)
+        check_output(save, RUN, overwrite=options.overwrite, source=Path(options.load), inputs=read)
+    elif begun:
+        staging.check_free(save)
+        before = read_json(save / RUN_FILE, RunFile, error=InputError, do="pass --overwrite to begin anew").settings
+        before = {"answers_only": False, **before}
+        problems = [
+            f"--{name.replace('_', '-')} {value}, begun with {_shown(before.get(name))}"
+            for name, value in run_settings(options, checkpoint).items()
+            if before.get(name) != value
+        ]
+        raise_all(
+            InputError,
+            f"{save} holds a run that was begun with other settings",
+            problems,
+            do="go on with those; or name another --save, and to start from a checkpoint of it --load it",
+        )
+        read_history(save / HISTORY)
+    staging.check_room(save, checkpoint_bytes(options, checkpoint))
+
+
+def is_blank(save: Path) -> bool:
+    """Whether a directory is that of a run that was killed while it began."""
+    return save.is_dir() and not save.is_symlink() and set(os.listdir(save)) == {f".{RUN_FILE}.partial"}

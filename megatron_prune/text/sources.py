@@ -1,0 +1,222 @@
+"""``--data``: what the user writes, and the calibration it becomes."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+import torch
+
+from megatron_prune.errors import InputError
+from megatron_prune.text.contents import check_read_once
+from megatron_prune.text.encoder import Encoder
+from megatron_prune.text.reader import TRAIN, Drawn, Reader, open_reader
+from megatron_prune.text.readers.samples import Self
+from megatron_prune.text.tokens import Calibration, check_samples, tensor_digest
+
+MOST_TOKENS = 1 << 32
+"""Of all samples of a source."""
+
+SELF = "self"
+"""The model's own samples."""
+
+_WEIGHTED = re.compile(r"(?P<name>.*):(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[+-]?inf|[+-]?nan)", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """One source that the user names.
+
+    Attributes:
+        name: a path, a known data set, a hub id, or ``self``.
+        weight: its share of the second moments; the weights of one request add up to 1.
+    """
+
+    name: str
+    weight: float
+
+    @property
+    def is_self(self) -> bool:
+        """Whether it is the model's own samples, to be drawn now or kept in a file."""
+        return self.name == SELF or self.name.endswith(".safetensors")
+
+
+def parse_data(specs: Sequence[str] | None) -> list[DataSpec]:
+    """``["brown.txt:0.5", "self:0.5"]`` → sources whose weights add up to 1.
+
+    Only a number after the last colon is a weight (a file called ``a:1`` is written ``a:1:1``). Without weights all that is
+    named counts the same; but data named without any weight and without own samples is joined by ``self``: half is data, half
+    own samples. To use data alone, give it a weight (``data.txt:1``). Nothing named is ``self`` alone.
+
+    Raises:
+        InputError: if a name is empty or listed twice, a weight is not a positive number, or only some have weights.
+    """
+    if not specs:
+        return [DataSpec(name=SELF, weight=1.0)]
+    parts = [split_weight(spec.strip()) for spec in specs]
+    names = [name for name, _ in parts]
+    for number, name in enumerate(names):
+        if not name:
+            raise InputError("--data", got=repr(specs[number]), needed="NAME or NAME:WEIGHT")
+        if _identity(name) in map(_identity, names[:number]):
+            raise InputError(f"--data lists {name} twice", do="name it once, with the weight it is to have")
+    weighted = [weight is not None for _, weight in parts]
+    if any(weighted) and not all(weighted):
+        bare = names[weighted.index(False)]
+        raise InputError("--data", got=f"{bare} without a weight beside weighted sources", needed="weights for all or for none")
+    if all(weighted):
+        return _normalised(names, [float(weight) for _, weight in parts if weight is not None])
+    if any(DataSpec(name=name, weight=1.0).is_self for name in names):
+        return _normalised(names, [1.0] * len(names))
+    return _normalised([*names, SELF], [1.0] * len(names) + [float(len(names))])
+
+
+def _identity(name: str) -> str:
+    """The same for two spellings of one file or pair of files."""
+    path = Path(name)
+    return name if name == path.stem else os.path.realpath(path.with_suffix("") if path.suffix in (".bin", ".idx") else path)
+
+
+def split_weight(spec: str, flag: str = "--data") -> tuple[str, float | None]:
+    """``"name:weight"`` → (name, weight or ``None``).
+
+    Raises:
+        InputError: if the weight is not a positive number.
+    """
+    match = _WEIGHTED.fullmatch(spec)
+    if match is None:
+        return spec, None
+    weight = float(match["weight"])
+    if not (math.isfinite(weight) and weight > 0):
+        raise InputError(f"{flag}: the weight of {match['name']}", got=match["weight"], needed="a positive number")
+    return match["name"].strip(), weight
+
+
+def _normalised(names: list[str], weights: list[float]) -> list[DataSpec]:
+    scaled = [weight / max(weights) for weight in weights]
+    shares = [weight / math.fsum(scaled) for weight in scaled]
+    if min(shares) <= 0:
+        raise InputError("--data", got=f"weights {weights}", needed="weights that are less far apart")
+    return [DataSpec(name=name, weight=share) for name, share in zip(names, shares)]
+
+
+def load_calibration(
+    specs: Sequence[DataSpec],
+    *,
+    tokenizer_dir: Path | None,
+    seq_length: int,
+    nsamples: int,
+    seed: int,
+    max_position_embeddings: int,
+    vocab_size: int,
+    split: str = TRAIN,
+    field: str = "text",
+    self_samples: Callable[[int], torch.Tensor] | None = None,
+) -> Calibration:
+    """Read every source and mix them: a pure function of its arguments and the files, so alike on every rank.
+
+    What can be refused without reading is refused first, then data is read, and own samples are drawn last.
+
+    Args:
+        specs: as :func:`parse_data` returns them.
+        tokenizer_dir: Hugging Face directory of the tokenizer; ``None`` will do where no text is read.
+        nsamples: samples of each source; how much a source counts is its weight's business.
+        split: of data sets: ``train`` is the one for calibration, whatever its name there.
+        field: name of the text in records.
+        self_samples: count → int64 [count, seq_length], drawn from the unpruned model with the caller's seed.
+
+    Returns:
+        ``nsamples`` samples of each source, source after source.
+
+    Raises:
+        InputError: if the sizes do not fit the model, a source is missing, empty or too short, own samples are asked for
+            and cannot be made, or a token is not in the vocabulary.
+    """
+    _check_sizes(seq_length, nsamples, seed, max_position_embeddings)
+    if not specs:
+        raise InputError("calibration without a source", needed="at least one, such as self")
+    encode = Encoder(tokenizer_dir)
+    readers = [open_reader(spec.name, encode=encode, field=field, split=split) for spec in specs]
+    check_read_once("--data", ((reader.name, reader.files()) for reader in readers))
+    for reader in readers:
+        _prepare(reader, self_samples)
+    drawn: dict[int, Drawn] = {}
+    for number in sorted(range(len(readers)), key=lambda number: isinstance(readers[number], Self)):
+        drawn[number] = readers[number].draw(seq_length=seq_length, count=nsamples, seed=seed)
+        _check_tokens(specs[number].name, drawn[number], vocab_size)
+    weights = [spec.weight for spec in specs]
+    settings = [{"name": reader.label, "seq_length": seq_length, "seed": seed} for reader in readers]
+    return _mix(weights, [drawn[number] for number in range(len(specs))], settings)
+
+
+def _check_sizes(seq_length: int, nsamples: int, seed: int, max_position_embeddings: int) -> None:
+    if seq_length < 2:
+        raise InputError("--seq-length", got=seq_length, needed="at least 2: the first token is never predicted")
+    if seq_length > max_position_embeddings:
+        raise InputError("--seq-length", got=seq_length, needed=f"at most the model's {max_position_embeddings}")
+    check_amount(nsamples, seq_length)
+    check_seed(seed)
+
+
+def check_amount(nsamples: int, seq_length: int) -> None:
+    """Refuse numbers of samples that are none, or that no memory holds.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    most = max(1, MOST_TOKENS // max(seq_length, 1))
+    if not 1 <= nsamples <= most:
+        raise InputError("--nsamples", got=nsamples, needed=f"a positive number, at most {most}")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that not all generators take.
+
+    Raises:
+        InputError: if it is negative or too large.
+    """
+    if not 0 <= seed < 1 << 63:
+        raise InputError("--seed", got=seed, needed="a whole number from 0 on, below 2^63")
+
+
+def _prepare(reader: Reader, self_samples: Callable[[int], torch.Tensor] | None) -> None:
+    """Load the tokenizer, or hand over the sampler, before any source is read."""
+    if isinstance(reader, Self):
+        if self_samples is None:
+            raise InputError("--data self needs a model to draw samples from", do="name data, or a kept .safetensors of samples")
+        reader.sampler = self_samples
+    if reader.needs_tokenizer:
+        reader.encode.load()
+
+
+def _check_tokens(name: str, drawn: Drawn, vocab_size: int) -> None:
+    check_samples(name, drawn.tokens, drawn.lengths)
+    lowest, highest = int(drawn.tokens.min()), int(drawn.tokens.max())
+    if lowest < 0 or highest >= vocab_size:
+        raise InputError(
+            f"{name}: a token is not in the model's vocabulary",
+            got=f"token {lowest if lowest < 0 else highest}",
+            needed=f"0 to {vocab_size - 1}",
+            do="use the tokenizer (or data made with the tokenizer) of this model",
+        )
+
+
+def _mix(weights: list[float], drawn: list[Drawn], settings: list[dict[str, Any]]) -> Calibration:
+    """Every token of a source weighs share × (all tokens) / (the source's tokens)."""
+    counts = [int(each.lengths.sum()) for each in drawn]
+    shares = [weight / math.fsum(weights) for weight in weights]
+    each_token = [share * sum(counts) / count for share, count in zip(shares, counts)]
+    return Calibration(
+        tokens=torch.cat([each.tokens for each in drawn]),
+        lengths=torch.cat([each.lengths for each in drawn]),
+        weights=torch.tensor(each_token, dtype=torch.float64).repeat_interleave(torch.tensor([len(d.tokens) for d in drawn])),
+        provenance=[
+            {**given, **each.facts, "digest": tensor_digest(each.tokens, each.lengths)}
+            | {"samples": len(each.tokens), "tokens": count, "share": share}
+            for given, each, count, share in zip(settings, drawn, counts, shares)
+        ],
+    )

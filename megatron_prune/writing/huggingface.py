@@ -1,0 +1,111 @@
+"""A Hugging Face directory, written by all processes."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Mapping
+
+import torch
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.tensors import TensorId
+from megatron_prune.checkpoint import both_versions, huggingface
+from megatron_prune.checkpoint.manifest import RECIPE_FILE, Recipe
+from megatron_prune.errors import InputError
+from megatron_prune.evaluation.one_layer import import_stock_class
+from megatron_prune.families.family import Family
+from megatron_prune.opening.source import Source, commonest, run
+from megatron_prune.runtime.world import World
+from megatron_prune.vocabulary.trimmed import Trimmed
+from megatron_prune.writing.check import check_huggingface
+from megatron_prune.writing.output import Output, bytes_of, staged
+from megatron_prune.writing.overwrite import HUGGING_FACE
+
+
+def write_huggingface(
+    world: World,
+    save: Path,
+    source: Source,
+    *,
+    config: ModelConfig,
+    family: Family,
+    hf_config: dict,
+    config_text: str | None,
+    dtypes: dict[TensorId, torch.dtype],
+    max_shard_bytes: int,
+    side_files: Path | None,
+    trimmed: Trimmed | None = None,
+    tied_head_stored: bool = False,
+    buffers: dict[str, torch.Tensor] | None = None,
+    files: dict[str, str] | None = None,
+    recipe: list[dict[str, Any]] | None = None,
+    beside: Mapping[Path, bytes] | None = None,
+    overwrite: bool = False,
+    strict: bool = False,
+    check: bool = True,
+) -> None:
+    """Write a Hugging Face directory at ``save``; every process takes part.
+
+    Args:
+        config_text: the exact text of ``config.json``, where the model is one that was read and is written back unchanged;
+            a changed one is described so that transformers 4 and 5 read the same (``checkpoint/both_versions.py``).
+        trimmed: the tokenizer that takes the place of that in ``side_files``.
+        files: further text files by name (model card, plan).
+        recipe: how the model came to be, kept beside it.
+        beside: files that appear together with it.
+        check: reopen it and compare before it is put in place.
+    """
+
+    def lay_out() -> None:
+        if side_files:
+            huggingface.copy_side_files(side_files, partial)
+            for name in (huggingface.BUFFERS_FILE, RECIPE_FILE):  # of the weights that it lies beside
+                (partial / name).unlink(missing_ok=True)
+            if trimmed:
+                trimmed.write(partial)
+        described = hf_config
+        if config_text is None:
+            described = both_versions.describe(hf_config, config, commonest(dtypes))
+            both_versions.rewrite_side_files(partial, config.vocab_size)
+        huggingface.lay_out(
+            partial,
+            config,
+            family,
+            described,
+            dtypes,
+            max_shard_bytes=max_shard_bytes,
+            tied_head_stored=tied_head_stored,
+            buffers=buffers,
+            config_text=config_text,
+        )
+        for name, text in (files or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
+
+    output = Output(save, HUGGING_FACE, needed=bytes_of(config, dtypes, side_files), overwrite=overwrite, beside=beside or {})
+    with staged(world, output) as partial:
+        world.on_main(lay_out)
+        target = huggingface.open_model(partial).tensors
+        # transformers takes two seconds to import; a thread that imports it too before that is over gets half of it.
+        with ThreadPoolExecutor(1) as meanwhile:
+            if check and world.is_main:
+                meanwhile.submit(import_stock_class, family.name)
+            report = run(world, source, target, label="writing", strict=strict)
+        if recipe is not None:
+            text = Recipe(recipe=recipe, digests=report.in_order(config)).dumps()
+            world.on_main(lambda: (partial / RECIPE_FILE).write_text(text, encoding="utf-8"))
+        if check:
+            check_huggingface(world, partial, config, report)
+
+
+def parse_size(text: str) -> int:
+    """``"5GB"``, ``"500MB"`` → bytes (decimal, as transformers reads them).
+
+    Raises:
+        InputError: if it is not such a size.
+    """
+    match = re.fullmatch(r"([0-9]{1,18})\s*([KMGT]?)B?", text.strip().upper())
+    if not match or int(match[1]) == 0:
+        raise InputError("--max-shard-size", got=repr(text[:40]), needed="a size such as 5GB or 500MB")
+    return int(match[1]) * 10 ** (3 * " KMGT".index(match[2] or " "))

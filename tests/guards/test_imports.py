@@ -1,0 +1,42 @@
+"""Rooms stand in one order, and each imports only from those before it; no module is in a circle. Late imports count too."""
+
+from __future__ import annotations
+
+import graphlib
+
+from trees import PACKAGE, ROOT, imports, modules, room
+
+ORDER = (
+    *(PACKAGE, "errors", "registry", "config"),
+    *("files", "arch", "axes", "families", "checkpoint", "planning"),
+    *("runtime", "opening", "text", "vocabulary", "evaluation", "importance", "surgery"),
+    *("writing", "pruning", "recovery", "steps", "cli", "__main__"),
+)
+
+
+def test_every_room_has_its_place():
+    assert {room(module) for module in modules()} == set(ORDER)
+
+
+def test_a_room_imports_only_from_rooms_before_it():
+    upwards = [
+        f"{module}:{line} imports {name}"
+        for module in modules()
+        for name, line in imports(module)
+        if ORDER.index(room(name)) > ORDER.index(room(module))
+    ]
+    assert not upwards, "move what both need into a room below both:\n" + "\n".join(upwards)
+
+
+def test_no_module_is_in_a_circle():
+    graph = {module: {name for name, _ in imports(module)} - {module} for module in modules()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as circle:
+        raise AssertionError(" → ".join(circle.args[1])) from None
+
+
+def test_the_design_names_every_room():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    missing = [name for name in ORDER[1:-1] if f"{name}/" not in text and f"{name}.py" not in text]
+    assert not missing
