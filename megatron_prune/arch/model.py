@@ -7,7 +7,7 @@ import functools
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, Sequence
 
 from megatron_prune.arch.blocks.block import BLOCKS, BlockKind, Role
 from megatron_prune.errors import CheckpointError, InputError, reason
@@ -121,6 +121,11 @@ class ModelConfig:
         Where layers are alike (and outside of them: ``None``) it is the model's own.
         """
         return _of_layer(self, layer) if self.differing and layer is not None else self
+
+    def of_layers(self, layers: Sequence[int]) -> ModelConfig:
+        """The model of these layers alone, in this order."""
+        values = {name: tuple(getattr(self, name)[layer] for layer in layers) for name in self.differing}
+        return dataclasses.replace(self, num_layers=len(layers), **values)
 
     @property
     def differing(self) -> tuple[str, ...]:

@@ -36,6 +36,10 @@ class LayerPlan:
     head: list[int] | None = None
     shards: dict[str, list[int]] = field(default_factory=dict)
 
+    def units(self, axis: str) -> list[int] | None:
+        """Kept units of an axis that is chosen by layer."""
+        return getattr(self, axis)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -148,9 +152,9 @@ class Plan:
         return ", ".join(changes + (["head untied"] if self.untied else [])) or "nothing changed"
 
     def new_config(self, config: ModelConfig) -> ModelConfig:
-        """``config`` (the model's before pruning) with the sizes after it."""
-        tied = config.tie_embeddings and not self.untied
-        return ModelConfig.from_json({**config.to_json(), **self.new, "tie_embeddings": tied})
+        """``config`` (the model's before pruning) with the layers that stay and the sizes after it."""
+        kept = config.of_layers([entry.layer for entry in self.layers])
+        return replace(kept, **self.new, tie_embeddings=config.tie_embeddings and not self.untied)
 
 
 Units = list[int] | Literal["all"]

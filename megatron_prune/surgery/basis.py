@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_prune.surgery.maps import SpaceMap
+
 HIDDEN_METHODS = ["rotate", "select"]
 
 FINAL_SHARE = 3.0
@@ -28,23 +30,34 @@ MASSIVE_CHANNELS = 8
 @dataclass(frozen=True, kw_only=True)
 class Basis:
     """Attributes:
-    encode: P, float64 [hidden, width]; ``None`` where the stream stays as it is.
-    decode: D, float64 [hidden, width].
+    stream: the map of the stream; ``None`` where it stays as it is.
     final_norm: weight of the final norm in the new basis where the head stays tied, float64 [width].
     folds_norms: norms' weights go into the matrices that follow them and become 1.
     """
 
-    encode: Tensor | None = None
-    decode: Tensor | None = None
+    stream: SpaceMap | None = None
     final_norm: Tensor | None = None
     folds_norms: bool = False
 
+    @property
+    def encode(self) -> Tensor | None:
+        """P, float64 [hidden, width]; ``None`` where the stream stays as it is."""
+        return None if self.stream is None else self.stream.write.T
+
+    @property
+    def decode(self) -> Tensor | None:
+        """D, float64 [hidden, width]."""
+        return None if self.stream is None else self.stream.read
+
     def encoded(self, rows: Tensor) -> Tensor:
         """Rows that live in the stream (its tokens, embeddings), [..., hidden] → [..., width] in the same dtype."""
-        return rows if self.encode is None else rows @ self.encode.to(rows)
+        if self.stream is None:
+            return rows
+        elements = self.stream.elements
+        return rows @ self.encode.to(rows) if elements is None else rows[..., elements.to(rows.device)]
 
     def norm(self, weight: Tensor) -> Tensor:
-        """Weight of a norm inside the layers, [hidden] → [width]."""
+        """Factors of a norm inside the layers, [hidden] → [width]."""
         if self.encode is None:
             return weight
         return torch.ones(self.encode.shape[1], dtype=weight.dtype) if self.folds_norms else self.encoded(weight)
@@ -53,7 +66,7 @@ class Basis:
         """The map that a matrix which reads a norm's output is multiplied by, float64 [hidden, width].
 
         Args:
-            norm: that norm's weight before the cut, float64 [hidden].
+            norm: that norm's factors before the cut, float64 [hidden].
         """
         if self.encode is None:
             return torch.eye(len(norm), dtype=torch.float64)
@@ -66,9 +79,7 @@ class Basis:
 
 def selection(units: list[int], hidden: int) -> Basis:
     """The stream's channels ``units`` alone."""
-    chosen = torch.zeros(hidden, len(units), dtype=torch.float64)
-    chosen[units, range(len(units))] = 1.0
-    return Basis(encode=chosen, decode=chosen)
+    return Basis(stream=SpaceMap.select(torch.tensor(units, dtype=torch.long), hidden))
 
 
 def rotation(moment: Tensor, width: int) -> Basis:
@@ -78,7 +89,7 @@ def rotation(moment: Tensor, width: int) -> Basis:
         moment: second moment of the normalised stream, averaged over all norms, float64 [hidden, hidden].
     """
     q = _leading(moment, width)
-    return Basis(encode=q, decode=q, folds_norms=True)
+    return Basis(stream=SpaceMap.linear(q.T, q), folds_norms=True)
 
 
 def tied_rotation(moment: Tensor, final_norm: Tensor, width: int) -> Basis:
@@ -103,7 +114,8 @@ def tied_rotation(moment: Tensor, final_norm: Tensor, width: int) -> Basis:
     q[kept, range(len(kept))] = 1.0
     q[rotated, len(kept) :] = _leading(scaled[rotated][:, rotated], width - len(kept))
     weight = torch.cat([final_norm[kept], gamma.expand(width - len(kept))])
-    return Basis(encode=scale[:, None] * q, decode=q / scale[:, None], final_norm=weight, folds_norms=True)
+    stream = SpaceMap.linear((scale[:, None] * q).T, q / scale[:, None])
+    return Basis(stream=stream, final_norm=weight, folds_norms=True)
 
 
 def tied_scale(final_norm: Tensor, alone: Tensor) -> Tensor:

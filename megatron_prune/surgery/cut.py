@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from math import prod
+from typing import Callable
 
-import numpy as np
 import torch
 
-from megatron_prune.arch.blocks.block import spaces
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.arch.tensors import EMBEDDING, HEAD, TensorId
+from megatron_prune.arch.tensors import EMBEDDING, FINAL_NORM, HEAD, TensorId
+from megatron_prune.axes.axis import AXES
 from megatron_prune.files.region import Scratch
-from megatron_prune.planning.plan import LayerPlan, Plan
+from megatron_prune.planning.plan import Plan
+from megatron_prune.surgery.maps import SpaceMap, carried
 
 
 class Cut:
@@ -23,9 +23,10 @@ class Cut:
 
     def __init__(self, plan: Plan, config: ModelConfig):
         self.config = plan.new_config(config)
-        self._plan = plan
-        self._head_dim = config.size("head_dim")
-        self._hidden, self._vocab = _index(plan.hidden), _index(plan.vocab)
+        self._old, self._plan = config, plan
+        shared = {"hidden": _selection(plan.hidden, config.size("hidden")), "vocab": _selection(plan.vocab, config.size("vocab"))}
+        self._shared = {space: found for space, found in shared.items() if found is not None}
+        self._maps: dict[int, dict[str, SpaceMap]] = {}
 
     def origin(self, tensor: TensorId) -> TensorId:
         """The tensor before pruning that ``tensor`` (numbered as after it) is cut from."""
@@ -37,48 +38,62 @@ class Cut:
         """The kept rows and columns of a full tensor, in the plan's order; in memory of ``scratch``, or ``data`` itself."""
         if self._plan.rotated:
             raise RuntimeError("a rotated stream has no channels that stay: its plan is for surgery/refit.py")
-        return self._keep(tensor, data, scratch, spaces(tensor.role))
+        return self._rescaled(tensor, self._carried(tensor, data, scratch, lambda space: True))
 
     def units(self, tensor: TensorId, data: torch.Tensor, scratch: Scratch) -> torch.Tensor:
         """As :meth:`transform`, with all of the residual stream's channels."""
-        return self._keep(tensor, data, scratch, tuple("" if label == "hidden" else label for label in spaces(tensor.role)))
+        return self._carried(tensor, data, scratch, lambda space: space != "hidden")
 
     def tokens(self, tensor: TensorId, data: torch.Tensor, scratch: Scratch) -> torch.Tensor:
         """The kept tokens' rows alone, of a model that is otherwise cut already."""
-        return self._keep(tensor, data, scratch, tuple(label if label == "vocab" else "" for label in spaces(tensor.role)))
+        return self._carried(tensor, data, scratch, lambda space: space == "vocab")
 
-    def _keep(self, tensor: TensorId, data: torch.Tensor, scratch: Scratch, labels: tuple[str, ...]) -> torch.Tensor:
-        entry = None if tensor.layer is None else self._plan.layers[tensor.layer]
-        for dim, label in enumerate(labels):
-            index = self._elements(label, entry)
-            if index is not None:
-                data = _take(data, dim, index, scratch)
+    def _carried(
+        self, tensor: TensorId, data: torch.Tensor, scratch: Scratch, wanted: Callable[[str], bool]
+    ) -> torch.Tensor:
+        maps = {space: found for space, found in self._of(tensor.layer).items() if wanted(space)}
+        return carried(tensor.role, data, maps, scratch)
+
+    def _of(self, layer: int | None) -> dict[str, SpaceMap]:
+        """The maps of a layer's spaces, numbered as after the cut."""
+        if layer is None:
+            return self._shared
+        if layer not in self._maps:
+            self._maps[layer] = self._shared | self._of_layer(layer)
+        return self._maps[layer]
+
+    def _of_layer(self, layer: int) -> dict[str, SpaceMap]:
+        """An axis that is named after a space says which of its elements stay."""
+        entry, found = self._plan.layers[layer], {}
+        old = self._old.of_layer(entry.layer)
+        for axis in map(AXES.get, AXES.names()):
+            units = entry.units(axis.name) if axis.per_layer else None
+            if units is not None:
+                each = axis.owns(old)[axis.name]
+                elements = (torch.tensor(units, dtype=torch.long)[:, None] * each + torch.arange(each)).flatten()
+                found[axis.name] = SpaceMap.select(elements, old.size(axis.name))
+        return found
+
+    def _rescaled(self, tensor: TensorId, data: torch.Tensor) -> torch.Tensor:
+        """The ends of the stream take up what the class multiplies a narrower embedding by less (:func:`embedding_gain`)."""
+        gain = embedding_gain(self._old, self.config)
+        if gain == 1.0:
+            return data
+        if tensor == EMBEDDING:
+            return (data.double() * gain).to(data.dtype)
+        if tensor == FINAL_NORM and self.config.tie_embeddings:
+            offset = self.config.norm_offset
+            return ((data.double() + offset) / gain - offset).to(data.dtype)
         return data
 
-    def _elements(self, label: str, entry: LayerPlan | None) -> torch.Tensor | None:
-        """Kept elements of a dimension, ``None`` for all of them."""
-        if label == "hidden":
-            return self._hidden
-        if label == "vocab":
-            return self._vocab
-        if entry is None or label not in ("ffn", "head", "kv_head"):
-            return None
-        units = _index(getattr(entry, label))
-        if units is None or label == "ffn":
-            return units
-        return (units[:, None] * self._head_dim + torch.arange(self._head_dim)).flatten()
+
+def embedding_gain(old: ModelConfig, new: ModelConfig) -> float:
+    """What the embedding is multiplied by so that the stream begins as it did: models that scale it do so by √hidden_size.
+
+    A tied head would give logits so much larger; the final norm is divided by it.
+    """
+    return (old.hidden_size / new.hidden_size) ** 0.5 if old.scaled_embedding else 1.0
 
 
-def _take(data: torch.Tensor, dim: int, index: torch.Tensor, scratch: Scratch) -> torch.Tensor:
-    """``data.index_select(dim, index)`` into kept memory. Columns go through numpy, which is three times as fast."""
-    shape = (*data.shape[:dim], len(index), *data.shape[dim + 1 :])
-    out = scratch.take(f"cut {dim}", prod(shape), data.dtype).view(shape)
-    if dim == 0:
-        return torch.index_select(data, 0, index, out=out)
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[data.dtype.itemsize]
-    np.take(data.view(bits).numpy(), index.numpy(), axis=1, out=out.view(bits).numpy(), mode="clip")
-    return out
-
-
-def _index(units: list[int] | None) -> torch.Tensor | None:
-    return None if units is None else torch.tensor(units, dtype=torch.long)
+def _selection(units: list[int] | None, size: int) -> SpaceMap | None:
+    return None if units is None else SpaceMap.select(torch.tensor(units, dtype=torch.long), size)

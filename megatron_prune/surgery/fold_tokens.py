@@ -23,12 +23,12 @@ import numpy
 import torch
 from torch import Tensor
 
-from megatron_prune.arch.tensors import TensorId
+from megatron_prune.arch.tensors import TensorId, head_of
 from megatron_prune.checkpoint.tensor_map import TensorMap
-from megatron_prune.importance.collect import Samples, check_finite, layer_reader
+from megatron_prune.importance.walk import Walk
+from megatron_prune.runtime.ends import final_norm_factors, norm
 from megatron_prune.runtime.stage import Stage
 from megatron_prune.runtime.world import World
-from megatron_prune.surgery.refit import run_layers
 from megatron_prune.text.tokens import Calibration
 from megatron_prune.vocabulary.id_map import IdMap
 
@@ -93,27 +93,19 @@ def hidden_states(
     """Outputs of the final norm at up to :data:`TOKENS` tokens, float32 [tokens, hidden] on the host, the same everywhere.
 
     Args:
-        progress: called with the number of tokens that went through a layer.
+        progress: called with the number of tokens that go through a block.
     """
-    config = tensors.config
-    samples, layer_view = Samples(tensors, calibration, stage, dtype), stage.layer(config)
-    for layer in range(config.num_layers):
-        layer_view.load(layer_reader(tensors, layer))
-        for batch in samples.batches():
-            stream = samples.stream[batch].to(stage.device)
-            samples.stream[batch] = run_layers([layer_view], stream).to(samples.stream)
-            progress(samples.weights[batch].numel())
-        check_finite(samples.stream, f"layer {layer}", world)
+    config, walk = tensors.config, Walk(tensors, calibration, stage, world, dtype=dtype, progress=progress)
+    walk.to_the_end()
     inside = torch.arange(calibration.tokens.shape[1])[None] < calibration.lengths[:, None]
     places = inside.nonzero()
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))
     places = places[order[:TOKENS].sort().values]
     found = torch.zeros(len(places), config.hidden_size, device=stage.device)
-    row, sample = (places[:, :1] == samples.numbers).nonzero(as_tuple=True)
-    found[row.to(stage.device)] = samples.stream[sample, places[row, 1]].float().to(stage.device)
+    row, sample = (places[:, :1] == walk.numbers).nonzero(as_tuple=True)
+    found[row.to(stage.device)] = walk.stream[sample, places[row, 1]].float().to(stage.device)
     found = stage.sum_copies(found).cpu()
-    weight = tensors.read_block(TensorId("final_norm"), range(config.hidden_size)).float()
-    return torch.nn.functional.rms_norm(found, found.shape[-1:], eps=config.norm_epsilon) * weight
+    return norm(found, config) * final_norm_factors(tensors).float()
 
 
 def fold_rows(
@@ -131,7 +123,7 @@ def fold_rows(
         progress: called with the number of rows fitted since, by all processes.
     """
     config, device = tensors.config, stage.device
-    head = TensorId("embedding" if config.tie_embeddings else "output")
+    head = head_of(config)
     first = first_pieces(ids)
     changing = numpy.unique(first[first >= 0])
     members = {int(token): [int(token)] for token in changing}

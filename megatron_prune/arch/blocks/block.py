@@ -38,6 +38,11 @@ def spaces(role: str) -> tuple[str, ...]:
     return _spaces()[role]
 
 
+def reads(role: str, dim: int) -> bool:
+    """Whether a role tensor reads from the space of a dimension; else it writes into it, as the embedding does with both."""
+    return dim == 1 and role != OUTER[0].name
+
+
 @functools.cache
 def _spaces() -> dict[str, tuple[str, ...]]:
     """Of every role that a model can have."""
