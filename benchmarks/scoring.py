@@ -21,10 +21,11 @@ import torch
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import huggingface
-from megatron_prune.importance.collect import Samples, collect, layer_reader
+from megatron_prune.importance.collect import collect
 from megatron_prune.importance.gradients import backward_passes, collect_gradients
 from megatron_prune.importance.metric import METRICS
 from megatron_prune.importance.statistics import Statistics
+from megatron_prune.importance.walk import Walk
 from megatron_prune.runtime.megatron_stage import MegatronStage
 from megatron_prune.runtime.model import build_model, stop_parallel
 from megatron_prune.runtime.world import World
@@ -86,13 +87,7 @@ def main() -> None:
 
 def plain_forward(tensors, calibration: Calibration, stage: MegatronStage) -> None:
     """All samples through all layers, nothing looked at."""
-    samples, layer = Samples(tensors, calibration, stage, torch.float32), stage.layer(tensors.config)
-    for number in range(tensors.config.num_layers):
-        layer.load(layer_reader(tensors, number))
-        for batch in samples.batches():
-            stream = samples.stream[batch].to(stage.device)
-            stream = stream + layer.write_attention(layer.context(layer.norm_attention(stream)))
-            samples.stream[batch] = (stream + layer.write_mlp(layer.channels(layer.norm_mlp(stream)))).cpu()
+    Walk(tensors, calibration, stage, World()).to_the_end()
 
 
 def ratios(jobs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:

@@ -10,9 +10,11 @@ from rank_jobs import forget_groups
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import huggingface
-from megatron_prune.importance.collect import collect, layer_reader
+from megatron_prune.importance.collect import collect
 from megatron_prune.importance.statistics import SITES, STREAM, Statistics
+from megatron_prune.importance.walk import layer_reader
 from megatron_prune.runtime.stage import OpenLayer, Stage
+from megatron_prune.runtime.stage import added as adds
 from megatron_prune.runtime.world import World
 from megatron_prune.surgery.reconstruct import Examples, reconstruct
 from megatron_prune.text.tokens import Calibration
@@ -21,13 +23,14 @@ EVERYTHING = frozenset({*SITES, STREAM, "final_norm"})
 
 
 def values_inside(layer: OpenLayer, stream: torch.Tensor, stage: Stage) -> dict[str, torch.Tensor]:
-    """What a layer's six functions give, parts of ranks joined; each fed with what the one before gave."""
-    found = {"norm_attention": layer.norm_attention(stream)}
-    context = layer.context(found["norm_attention"])
-    found |= {"context": stage.gather(context), "write_attention": layer.write_attention(context)}
-    found["norm_mlp"] = layer.norm_mlp(stream + found["write_attention"])
-    channels = layer.channels(found["norm_mlp"])
-    return found | {"channels": stage.gather(channels), "write_mlp": layer.write_mlp(channels)}
+    """What the functions of a layer's two blocks give, parts of ranks joined; each fed with what the one before gave."""
+    found, names = {}, (("norm_attention", "context", "write_attention"), ("norm_mlp", "channels", "write_mlp"))
+    for block, (norm, inside, write) in zip(layer.blocks, names):
+        found[norm] = block.norm(stream)
+        parts = block.inside(found[norm])
+        found |= {inside: stage.gather(parts), write: block.write(parts)}
+        stream = stream + block.after(found[write])
+    return found
 
 
 def megatron_values(world: World, folder: str, number: int, stream: numpy.ndarray, tp: int, dtype: str) -> dict:
@@ -89,8 +92,7 @@ def reconstructed(
     examples = Examples(
         numbers=numbers, count=len(stream), length=stream.shape[1], at=lambda batch: tuple(part[batch] for part in mine)
     )
-    attention = lambda x: layer.write_attention(layer.context(layer.norm_attention(x)))
-    mlp = lambda x: layer.write_mlp(layer.channels(layer.norm_mlp(x)))
+    block = next(block for block in layer.blocks if block.kind.writer in roles)
     parameters = [(parameter, 0.1) for parameter in layer.matrices(roles).values()]
-    assert reconstruct(parameters, attention if "o" in roles else mlp, examples, stage, passes)
+    assert reconstruct(parameters, lambda x: adds(block, x), examples, stage, passes)
     return layer.full(roles)

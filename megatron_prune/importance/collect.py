@@ -40,7 +40,7 @@ def collect(
     Args:
         moments: sites whose second moments are wanted.
         dtype: what to compute in.
-        progress: called with the number of tokens that go through a block.
+        progress: called with the number of tokens that went through a layer.
 
     Raises:
         InputError: naming the layer whose output is not finite.

@@ -11,7 +11,6 @@ from typing import Callable, Iterable, Iterator, Protocol
 import torch
 from torch import Tensor
 
-from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import InputError
@@ -44,7 +43,7 @@ class Walk:
         count: samples of the whole calibration.
 
     Args:
-        progress: called with the number of tokens that are about to go through a block.
+        progress: called with the number of tokens that went through a layer.
         among: numbers of the samples that are taken along, int64; ``None`` for all.
     """
 
@@ -86,16 +85,17 @@ class Walk:
 
     def opened(self, layer: int) -> OpenLayer:
         """A layer with its weights."""
-        found = self._layers.at(layer)
-        found.load(layer_reader(self._tensors, layer))
-        return found
+        self._open = self._layers.at(layer)
+        self._open.load(layer_reader(self._tensors, layer))
+        return self._open
 
     def take(self, blocks: Iterable[OpenBlock], onlooker: Onlooker | None = None) -> None:
         """Take the samples through some blocks of the opened layer."""
+        blocks = tuple(blocks)
+        leaves = not blocks or blocks[-1] is self._open.blocks[-1]
         for batch in self.batches():
             stream = self.on_device(self.stream[batch])
             for block in blocks:
-                self.progress(self.weights[batch].numel())
                 normed = block.norm(stream)
                 inside = block.inside(normed)
                 after = stream + block.after(block.write(inside))
@@ -103,6 +103,8 @@ class Walk:
                     onlooker.see(block, stream, normed, inside, after, batch)
                 stream = after
             self.stream[batch] = stream.to(self.stream)
+            if leaves:
+                self.progress(self.weights[batch].numel())
 
     def check(self, where: str) -> None:
         """Refuse a stream that is not finite, on every process alike.
@@ -121,11 +123,6 @@ class Walk:
         for layer in range(first, self._tensors.config.num_layers):
             self.take(self.opened(layer).blocks)
             self.check(f"layer {layer}")
-
-
-def blocks_in(config: ModelConfig) -> int:
-    """Blocks in all layers of a model."""
-    return sum(len(config.of_layer(layer).kinds) for layer in range(config.num_layers))
 
 
 def layer_reader(tensors: TensorMap, layer: int) -> Read:

@@ -60,7 +60,7 @@ class Budget:
         config = replace(config, vocab_size=self.vocab_size or config.vocab_size)
         if self.memory is None:
             return parameters(config)
-        cached = 2 * sum(config.of_layer(n).size("kv_head") for n in range(config.num_layers)) * self.seq_length * self.batch
+        cached = 2 * cached_features(config) * self.seq_length * self.batch
         return self.dtype_bytes * (parameters(config) + cached)
 
     def describe(self, cost: int) -> str:
@@ -73,8 +73,15 @@ def parameters(config: ModelConfig) -> int:
     """:func:`parameter_count`, at a cost that does not grow with the number of layers where these are alike."""
     if not config.is_uniform:
         return parameter_count(config)
-    one, two = (parameter_count(replace(config, num_layers=layers)) for layers in (1, 2))
+    one, two = (parameter_count(config.of_layers([0] * layers)) for layers in (1, 2))
     return one + (config.num_layers - 1) * (two - one)
+
+
+def cached_features(config: ModelConfig) -> int:
+    """Features of a key, and of a value, that a token leaves in the cache of all layers together."""
+    if "num_query_groups" not in config.differing:
+        return config.num_layers * config.size("kv_head")
+    return sum(config.of_layer(layer).size("kv_head") for layer in range(config.num_layers))
 
 
 def read_budget(

@@ -222,7 +222,7 @@ def make_plan(
         rotate: cut hidden units are rotated first; they need no scores.
     """
     new = target.config
-    choose = lambda axis, layer, keep: keep_units(axis, scores[axis, layer], keep, config, ranks, prune_type)
+    choose = lambda axis, layer, keep: keep_units(axis, scores[axis, layer], keep, config.of_layer(layer), ranks, prune_type)
     rotated = rotate and new.hidden_size != config.hidden_size
     hidden = choose("hidden", None, new.hidden_size) if new.hidden_size != config.hidden_size and not rotated else None
     if target.drop_layers is None:
@@ -233,11 +233,11 @@ def make_plan(
     for layer in kept:
         ffn = kv_head = head = None
         shards: dict[str, list[int]] = {}
-        if new.ffn_hidden_size != config.ffn_hidden_size:
-            ffn = choose("ffn", layer, new.ffn_hidden_size)
-        groups = list(range(config.num_query_groups))
-        if new.num_query_groups != config.num_query_groups:
-            groups = kv_head = choose("kv_head", layer, new.num_query_groups)
+        if new.units("ffn") != config.units("ffn"):
+            ffn = choose("ffn", layer, new.units("ffn"))
+        groups = list(range(config.units("kv_head")))
+        if new.units("kv_head") != config.units("kv_head"):
+            groups = kv_head = choose("kv_head", layer, new.units("kv_head"))
         if new.heads_per_group != config.heads_per_group:
             head = keep_heads(scores["head", layer], groups, new.heads_per_group, config)
         elif kv_head is not None:
@@ -342,8 +342,8 @@ def _head_problems(entry: LayerPlan, config: ModelConfig, new: dict[str, int]) -
     if new["num_attention_heads"] % new["num_query_groups"]:
         return [f"{new['num_attention_heads']} heads do not divide over {new['num_query_groups']} KV groups"]
     per_group = new["num_attention_heads"] // new["num_query_groups"]
-    heads = entry.head if entry.head is not None else list(range(config.num_attention_heads))
-    groups = entry.kv_head if entry.kv_head is not None else list(range(config.num_query_groups))
+    heads = entry.head if entry.head is not None else list(range(config.units("head")))
+    groups = entry.kv_head if entry.kv_head is not None else list(range(config.units("kv_head")))
     expected = [group for group in groups for _ in range(per_group)]
     if [head // config.heads_per_group for head in heads] != expected:
         return [f"layer {entry.layer}: head must list {per_group} query heads of each KV group in kv_head, in that order"]

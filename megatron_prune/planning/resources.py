@@ -13,10 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from megatron_prune.arch.blocks.block import BlockKind, spaces
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout, layer_tensors
-from megatron_prune.arch.tensors import parameter_count, tensor_ids, tensor_shape
+from megatron_prune.arch.tensors import layer_roles, parameter_count, shape_of, tensor_ids, tensor_shape
 from megatron_prune.checkpoint.stream import WORKERS
+from megatron_prune.planning.budget import cached_features
 
 BUCKET = 40_000_000
 """Parameters in a bucket of megatron-core's gradient buffer (``DistributedDataParallelConfig``)."""
@@ -74,20 +76,31 @@ def streaming_memory(config: ModelConfig, itemsize: int, *, buffers: int = 1) ->
 
     Every thread holds a tensor, and a part of one where a format splits it by columns or changes its dtype.
     """
-    largest = sorted((prod(tensor_shape(t.role, config)) for t in tensor_ids(config)), reverse=True)
-    matrix = max(config.ffn_hidden_size, config.num_attention_heads * config.kv_channels) * config.hidden_size
+    largest = sorted((prod(shape_of(tensor, config)) for tensor in tensor_ids(config)), reverse=True)
+    matrix = widest_inside(config) * config.hidden_size
     return PROCESS_BYTES + itemsize * (buffers * sum(largest[:WORKERS]) + WORKERS * matrix)
 
 
 def rank_parameters(config: ModelConfig, layout: ParallelLayout) -> int:
     """Parameters of the fullest rank: its stage's layers, and the embedding or the output layer with padding."""
-    per_layer = 0
-    for tensor in layer_tensors(config):
-        whole = prod(tensor.full_shape(config, layout))
-        per_layer += whole if tensor.split == "none" else whole // layout.tensor
+    each = [_rank_layer(config.of_layer(layer), layout) for layer in range(config.num_layers)]
+    stages = (layout.stage_layers(stage, config.num_layers) for stage in range(layout.pipeline))
+    fullest = max(sum(each[layer] for layer in layers) for layers in stages)
     vocabulary = layout.padded_vocab(config.vocab_size) * config.hidden_size // layout.tensor
     matrices = 2 if layout.pipeline == 1 and not config.tie_embeddings else 1
-    return per_layer * (config.num_layers // layout.pipeline) + matrices * vocabulary + config.hidden_size
+    return fullest + matrices * vocabulary + config.hidden_size
+
+
+def _rank_layer(config: ModelConfig, layout: ParallelLayout) -> int:
+    """Parameters of a layer on one rank."""
+    sizes = ((tensor.split, prod(tensor.full_shape(config, layout))) for tensor in layer_tensors(config))
+    return sum(whole if split == "none" else whole // layout.tensor for split, whole in sizes)
+
+
+def widest_inside(config: ModelConfig) -> int:
+    """Features inside the widest block of any layer."""
+    layers = map(config.of_layer, range(config.num_layers))
+    return max(layer.size(kind.inside_space) for layer in layers for kind in layer.kinds)
 
 
 def training_memory(config: ModelConfig, layout: ParallelLayout, run: Training) -> dict[str, int]:
@@ -137,19 +150,23 @@ def activation_bytes(config: ModelConfig, layout: ParallelLayout, run: Training)
     """Activations kept for the backward pass on the first stage (which has as many micro-batches in flight as stages)."""
     tokens, ranks = run.seq_length * run.micro_batch_size, layout.tensor
     width = 2 if run.mixed_precision else 4
-    whole = 4 * config.hidden_size / (ranks if run.sequence_parallel else 1)  # two norms' inputs, two linears' inputs
-    heads = (2 * config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels / ranks
-    channels = 3 * config.ffn_hidden_size / ranks
-    per_layer = config.hidden_size / (ranks if run.sequence_parallel else 1) if run.recompute else whole + heads + channels
-    layers = config.num_layers // layout.pipeline
+    stream = config.hidden_size / (ranks if run.sequence_parallel else 1)
+    kept = lambda kind, layer: 2 * stream + sum(map(layer.size, _inside(kind))) / ranks  # the norm's and the linears' inputs
+    layers = map(config.of_layer, range(config.num_layers // layout.pipeline))
+    each = sum(stream if run.recompute else sum(kept(kind, layer) for kind in layer.kinds) for layer in layers)
     logits = 2 * 4 * tokens * layout.padded_vocab(config.vocab_size) // ranks if layout.pipeline == 1 else 0
-    return int(tokens * width * per_layer * layers * layout.pipeline) + logits
+    return int(tokens * width * each * layout.pipeline) + logits
+
+
+def _inside(kind: BlockKind) -> list[str]:
+    """Spaces of what the readers give and the writer takes."""
+    return [*(spaces(role)[0] for role in kind.readers), kind.inside_space]
 
 
 def sampling_memory(config: ModelConfig, layout: ParallelLayout, text: Text) -> int:
     """Peak of the fullest rank while the model samples text: its weights, cached keys and values, logits."""
     batch = min(text.sampled, text.samples)
-    cached = 2 * config.num_query_groups * config.kv_channels * config.num_layers // (layout.tensor * layout.pipeline)
+    cached = 2 * cached_features(config) // (layout.tensor * layout.pipeline)
     logits = 3 * layout.padded_vocab(config.vocab_size)
     return RUNTIME_BYTES + 4 * (rank_parameters(config, layout) + batch * (cached * text.seq_length + logits))
 
@@ -174,11 +191,11 @@ def refit_memory(config: ModelConfig, target: ModelConfig, layout: ParallelLayou
         window: layers that are fitted together.
     """
     hidden, new_hidden, ranks = config.hidden_size, target.hidden_size, layout.tensor
-    features = max(target.ffn_hidden_size, target.num_attention_heads * target.kv_channels, new_hidden)
+    features = max(widest_inside(target), new_hidden)
     dense, new = layer_parameters(config), layer_parameters(target)
     streams = 4 * text.tokens * (hidden + new_hidden * (2 if window > 1 else 1) + features // ranks)
     layers = (4 * dense + 4 * window * new) // ranks + 4 * (window + 1) * new
-    batch = 4 * min(text.tokens, text.batch_tokens) * (3 * config.ffn_hidden_size // ranks + features + 4 * hidden)
+    batch = 4 * min(text.tokens, text.batch_tokens) * (3 * max(config.each("ffn_hidden_size")) // ranks + features + 4 * hidden)
     solving = 8 * (7 * features**2 + 10 * features * max(hidden, new_hidden))
     joint = 4 * 7 * window * new // ranks
     matrices = 1 if target.tie_embeddings else 2
@@ -187,8 +204,9 @@ def refit_memory(config: ModelConfig, target: ModelConfig, layout: ParallelLayou
 
 
 def layer_parameters(config: ModelConfig) -> int:
-    """Of one layer, over all ranks."""
-    return sum(prod(tensor_shape(t.role, config)) for t in tensor_ids(config) if t.layer == 0)
+    """Of the largest layer, over all ranks."""
+    layers = map(config.of_layer, range(config.num_layers))
+    return max(sum(prod(tensor_shape(role, layer)) for role in layer_roles(layer)) for layer in layers)
 
 
 def training_flops(config: ModelConfig, seq_length: int) -> float:
@@ -197,10 +215,12 @@ def training_flops(config: ModelConfig, seq_length: int) -> float:
     Matrix products alone, a multiply-add counted as two, attention over the half of the keys that a causal mask leaves
     (Narayanan et al. 2021, arXiv 2104.04473, appendix, for gated feed-forward and grouped-query attention).
     """
-    heads, groups = config.num_attention_heads, config.num_query_groups
-    attention = 2 * (heads + groups) * config.kv_channels * config.hidden_size + seq_length * heads * config.kv_channels
-    layer = attention + 3 * config.ffn_hidden_size * config.hidden_size
-    return 3.0 * 2.0 * (config.num_layers * layer + config.vocab_size * config.hidden_size)
+    total = config.vocab_size * config.hidden_size
+    for layer in map(config.of_layer, range(config.num_layers)):
+        for kind in layer.kinds:
+            total += sum(prod(tensor_shape(role, layer)) for role in kind.matrices)
+            total += seq_length * layer.size(kind.inside_space) if kind.mixes_tokens else 0
+    return 3.0 * 2.0 * total
 
 
 def training_disk(config: ModelConfig, run: Training) -> int:

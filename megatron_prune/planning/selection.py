@@ -69,9 +69,9 @@ def needed_scores(config: ModelConfig, target: Target) -> list[tuple[str, int | 
     if target.drop_layers is None:
         needed.append(("layer", None))
     layers = [layer for layer in range(config.num_layers) if layer not in (target.drop_layers or ())]
-    if new.ffn_hidden_size != config.ffn_hidden_size:
+    if new.units("ffn") != config.units("ffn"):
         needed += [("ffn", layer) for layer in layers]
-    if new.num_query_groups != config.num_query_groups:
+    if new.units("kv_head") != config.units("kv_head"):
         needed += [("kv_head", layer) for layer in layers]
     if new.heads_per_group != config.heads_per_group:
         needed += [("head", layer) for layer in layers]

@@ -99,7 +99,7 @@ class _Grid:
         groups = self.sizes("kv_head", self.step("kv_head"))
         for kept, each in product(groups, per_group):
             heads = kept * each
-            whole = heads == old.num_attention_heads or heads % self.step("head") == 0
+            whole = heads == old.units("head") or heads % self.step("head") == 0
             if whole and each >= ceil(old.heads_per_group * self.least["head"]):
                 pairs.append((heads, kept))
         return sorted(pairs, key=lambda pair: (sum(pair), pair), reverse=True)
@@ -132,7 +132,7 @@ class _Grid:
             fills = {"ffn": self.sizes("ffn", self.step("ffn")), "hidden": hidden[pair], "layer": layers}[fill]
             for size, count in product(width, depth):
                 base = replace(self.config, num_attention_heads=pair[0], num_query_groups=pair[1])
-                base = replace(base, hidden_size=size, num_layers=count)
+                base = replace(base.of_layers(range(count)), hidden_size=size)
                 columns.append(_Column(base, AXES.get(fill).field, fills))
         return columns
 

@@ -16,7 +16,7 @@ class Target:
     """The shape to reach.
 
     Attributes:
-        config: the model after pruning.
+        config: the model after pruning; where layers differ in numerics, those of the first ones stand for those that will stay.
         drop_layers: layers named to go, ascending; ``None`` where scores choose them.
     """
 
@@ -60,12 +60,11 @@ def resolve_target(
     heads, groups = _heads_and_groups(config, num_attention_heads, num_query_groups)
     layers = num_layers or config.num_layers - len(drop_layers or ())
     new = replace(
-        config,
+        config.of_layers(range(layers)),
         hidden_size=hidden_size or config.hidden_size,
-        ffn_hidden_size=ffn_hidden_size or config.ffn_hidden_size,
+        ffn_hidden_size=ffn_hidden_size or config.units("ffn"),
         num_attention_heads=heads,
         num_query_groups=groups,
-        num_layers=layers,
     )
     named = tuple(sorted(drop_layers)) if drop_layers else (() if layers == config.num_layers else None)
     return Target(config=new, drop_layers=named)
@@ -89,18 +88,18 @@ def _layer_problems(config: ModelConfig, drop: tuple[int, ...] | None, remain: i
 def _heads_and_groups(config: ModelConfig, heads: int | None, groups: int | None) -> tuple[int, int]:
     each = config.heads_per_group
     if heads is None:
-        groups = groups or config.num_query_groups
+        groups = groups or config.units("kv_head")
         return groups * each, groups
     if groups is None:
-        if heads % config.num_query_groups == 0:
-            groups = config.num_query_groups
+        if heads % config.units("kv_head") == 0:
+            groups = config.units("kv_head")
         elif heads % each == 0:
             groups = heads // each
-    legal = [h for h in range(1, config.num_attention_heads + 1) if _legal_heads(config, h, groups)]
+    legal = [h for h in range(1, config.units("head") + 1) if _legal_heads(config, h, groups)]
     if groups is None or not _legal_heads(config, heads, groups):
         raise InputError(
             f"num_attention_heads_remain {heads}" + (f" with num_query_groups_remain {groups}" if groups else ""),
-            got=f"a model with {config.num_attention_heads} heads in {config.num_query_groups} KV groups",
+            got=f"a model with {config.units('head')} heads in {config.units('kv_head')} KV groups",
             needed="the same number of query heads (1 to "
             f"{each}) in each of the KV groups that stay: {legal} heads" + (f" for {groups} groups" if groups else ""),
         )
@@ -108,8 +107,8 @@ def _heads_and_groups(config: ModelConfig, heads: int | None, groups: int | None
 
 
 def _legal_heads(config: ModelConfig, heads: int, groups: int | None) -> bool:
-    options = [groups] if groups else [config.num_query_groups, *([heads // config.heads_per_group] or [])]
-    return any(g and heads % g == 0 and heads // g <= config.heads_per_group and g <= config.num_query_groups for g in options)
+    options = [groups] if groups else [config.units("kv_head"), *([heads // config.heads_per_group] or [])]
+    return any(g and heads % g == 0 and heads // g <= config.heads_per_group and g <= config.units("kv_head") for g in options)
 
 
 def check_parallel(old: ModelConfig, new: ModelConfig, layout: ParallelLayout, prune_type: str) -> None:
@@ -119,20 +118,20 @@ def check_parallel(old: ModelConfig, new: ModelConfig, layout: ParallelLayout, p
         InputError: naming what does not divide, and the legal values.
     """
     ranks, problems = layout.tensor, []
-    heads_change = (old.num_attention_heads, old.num_query_groups) != (new.num_attention_heads, new.num_query_groups)
-    if prune_type != "global" and heads_change and old.num_query_groups % ranks:
+    heads_change = (old.units("head"), old.units("kv_head")) != (new.units("head"), new.units("kv_head"))
+    if prune_type != "global" and heads_change and old.units("kv_head") % ranks:
         problems.append(
-            f"{prune_type}: {old.num_query_groups} KV groups do not divide over {ranks} ranks, so no rank holds whole "
+            f"{prune_type}: {old.units('kv_head')} KV groups do not divide over {ranks} ranks, so no rank holds whole "
             "groups; use --prune_type global, or a smaller tensor-parallel size"
         )
     if prune_type == "balance":
-        problems += _not_divisible("num_query_groups_remain", new.num_query_groups, old.num_query_groups, ranks, heads_change)
+        problems += _not_divisible("num_query_groups_remain", new.units("kv_head"), old.units("kv_head"), ranks, heads_change)
         problems += _not_divisible(
-            "num_attention_heads_remain", new.num_attention_heads, old.num_attention_heads, ranks, heads_change
+            "num_attention_heads_remain", new.units("head"), old.units("head"), ranks, heads_change
         )
     if prune_type == "balance" or prune_type == "global":
-        changed = new.ffn_hidden_size != old.ffn_hidden_size
-        problems += _not_divisible("ffn_hidden_size_remain", new.ffn_hidden_size, old.ffn_hidden_size, ranks, changed)
+        changed = new.units("ffn") != old.units("ffn")
+        problems += _not_divisible("ffn_hidden_size_remain", new.units("ffn"), old.units("ffn"), ranks, changed)
     if new.num_layers % layout.pipeline:
         legal = [n for n in range(1, old.num_layers + 1) if n % layout.pipeline == 0]
         problems.append(f"{new.num_layers} layers do not divide over {layout.pipeline} pipeline stages; legal: {legal}")

@@ -42,8 +42,9 @@ from megatron_prune.surgery.basis import (
     tied_rotation,
     tied_scale,
 )
+from megatron_prune.surgery.block_fit import Fit
 from megatron_prune.surgery.cut import Cut
-from megatron_prune.surgery.refit import Fit, Refit
+from megatron_prune.surgery.refit import Refit
 from megatron_prune.text.sources import check_seed
 from megatron_prune.text.tokens import Calibration
 

@@ -20,7 +20,7 @@ from megatron_prune.checkpoint.description import Told
 from megatron_prune.config import Parser, add_options, nonempty, option, require_positive
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import family_of
-from megatron_prune.importance.collect import BATCH_TOKENS
+from megatron_prune.importance.walk import BATCH_TOKENS
 from megatron_prune.opening.foreign import ForeignOptions, told
 from megatron_prune.planning.resources import (
     Text,

@@ -93,7 +93,7 @@ def hidden_states(
     """Outputs of the final norm at up to :data:`TOKENS` tokens, float32 [tokens, hidden] on the host, the same everywhere.
 
     Args:
-        progress: called with the number of tokens that go through a block.
+        progress: called with the number of tokens that went through a layer.
     """
     config, walk = tensors.config, Walk(tensors, calibration, stage, world, dtype=dtype, progress=progress)
     walk.to_the_end()

@@ -34,7 +34,7 @@ from megatron_prune.checkpoint.role_store import RoleStore
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.files.region import Scratch
 from megatron_prune.importance.text_loss import mean_loss
-from megatron_prune.importance.walk import Walk, blocks_in, check_finite
+from megatron_prune.importance.walk import Walk, check_finite
 from megatron_prune.planning.plan import Plan
 from megatron_prune.runtime.ends import final_norm_factors, norm
 from megatron_prune.runtime.stage import Layers, OpenBlock, OpenLayer, Stage, added, reader, through
@@ -102,9 +102,9 @@ class Refit:
         self._layers = Layers(stage, store.config, max(map(len, self._windows)))
 
     def work(self) -> int:
-        """What :meth:`run` reports in all: tokens × blocks of the dense model, and tokens × blocks × passes of joint fits."""
-        each = map(self._joint_work, self._windows)
-        return self._walk.tokens.numel() * blocks_in(self._old) + sum(each)
+        """What :meth:`run` reports in all: tokens × layers of the dense model, and tokens × blocks × passes of joint fits."""
+        layers, each = {layer for layer, _ in self._walk.places}, map(self._joint_work, self._windows)
+        return self._walk.tokens.numel() * len(layers) + sum(each)
 
     def run(self, progress: Callable[[int], None] = lambda work: None) -> None:
         """Fit every layer that stays, then what is outside the layers; every process takes part.

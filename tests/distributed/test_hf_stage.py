@@ -19,8 +19,9 @@ from tiny import FAMILIES, logits, state_dict
 
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.errors import InputError
-from megatron_prune.importance.collect import collect, layer_reader
+from megatron_prune.importance.collect import collect
 from megatron_prune.importance.statistics import LayerStatistics, Statistics
+from megatron_prune.importance.walk import layer_reader
 from megatron_prune.planning.plan import load_plan
 from megatron_prune.pruning.request import BEST
 from megatron_prune.runtime.huggingface_stage import HuggingFaceStage, able_family

@@ -11,8 +11,9 @@ from rank_jobs_stage import reconstructed
 from tiny import state_dict
 
 from megatron_prune.checkpoint import huggingface
-from megatron_prune.importance.collect import layer_reader
+from megatron_prune.importance.walk import layer_reader
 from megatron_prune.runtime.huggingface_stage import HuggingFaceStage
+from megatron_prune.runtime.stage import added
 from megatron_prune.surgery import reconstruct as module
 from megatron_prune.surgery.reconstruct import HELD_OUT, RATE, Examples, reconstruct
 
@@ -35,7 +36,7 @@ def problem(tiny):
     return (
         folder,
         stream,
-        {"mlp": other.write_mlp(other.channels(other.norm_mlp(stream))), "attention": values["write_attention"]},
+        {"mlp": added(other.blocks[1], stream), "attention": values["write_attention"]},
     )
 
 
