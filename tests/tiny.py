@@ -14,9 +14,8 @@ TEXT = "A small text for a small tokenizer. Zwölf Boxkämpfer jagen Viktor. 012
 
 def tiny_config(family: str, **changes: Any):
     """A configuration of 4 layers, hidden 48, ffn 96, 12 heads in 12, 6 or 4 … KV groups of 8 channels."""
-    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+    from transformers import CONFIG_MAPPING
 
-    kind = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
     sizes = {
         "vocab_size": 307,
         "hidden_size": 48,
@@ -32,7 +31,19 @@ def tiny_config(family: str, **changes: Any):
     }
     if family == "mistral":
         sizes["sliding_window"] = None
-    return kind(**{**sizes, **changes})
+    if family == "gemma3_text":
+        sizes |= _GEMMA3
+    return CONFIG_MAPPING[family](**{**sizes, **changes})
+
+
+_GEMMA3 = {
+    "num_hidden_layers": 7,  # the sixth sees everything, the others a window
+    "sliding_window": 7,
+    "query_pre_attn_scalar": 24,
+    "tie_word_embeddings": True,
+    "pad_token_id": None,  # its default, 0, is <s> here; transformers gives the padding token's row no gradient
+}
+"""Gemma 3 (text): scores are scaled by neither head_dim nor hidden / heads, and the window is shorter than the tests' texts."""
 
 
 def build_tiny(
@@ -44,10 +55,11 @@ def build_tiny(
     config = tiny_config(family, **changes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).float()
+    counted_from = 1.0 if family == "gemma3_text" else 0.0  # a norm of weight w multiplies with 1 + w
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(0.5, 1.5).sub_(counted_from)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
             else:
