@@ -148,13 +148,14 @@ def _folded(options: argparse.Namespace, trimmed: Trimmed, table, head):
     """Embedding and head with the fitted rows, as ``vocab trim --fold`` makes them."""
     import torch
 
-    from megatron_prune.checkpoint import huggingface
-    from megatron_prune.pruning.engines.huggingface import HuggingFaceRunner
+    from megatron_prune.opening.opened import open_huggingface
+    from megatron_prune.pruning.engines.huggingface import HuggingFaceEngine
     from megatron_prune.runtime.world import World
     from megatron_prune.surgery.fold_tokens import fold_rows, hidden_states, respelled
     from megatron_prune.text.sources import load_calibration, parse_data
 
-    model, world = huggingface.open_model(options.model), World()
+    world = World()
+    model = open_huggingface(Path(options.model), world)
     calibration = load_calibration(
         parse_data([f"{options.count}:1"]),
         tokenizer_dir=options.model,
@@ -166,7 +167,7 @@ def _folded(options: argparse.Namespace, trimmed: Trimmed, table, head):
         self_samples=None,
     )
     calibration = respelled(calibration, trimmed.id_map)
-    stage = HuggingFaceRunner(options.model, model.family).stage(model.config, dtype=torch.float32, seq_length=512)
+    stage = HuggingFaceEngine(model).stage(model.config, dtype=torch.float32, seq_length=512)
     hidden = hidden_states(model.tensors, calibration, stage, world, torch.float32, lambda count: None)
     rows = fold_rows(model.tensors, trimmed.id_map, hidden, stage, world)
     outputs = rows.put_into(head.clone())

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.description import Told
-from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
-from megatron_prune.opening.side_files import check_side_files
 from megatron_prune.runtime.megatron_flags import model_fields
-from megatron_prune.runtime.reporting import log
-from megatron_prune.runtime.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +49,3 @@ def told(options: ForeignOptions, flags: dict[str, Any] | None = None) -> Told:
         values={name: value for name, value in said.items() if value is not None},
         ignored=frozenset(name for word in options.ignore_args for name in word.split(",") if name),
     )
-
-
-def open_megatron(path: str, options: ForeignOptions, world: World, flags: dict[str, Any] | None = None) -> MegatronCheckpoint:
-    """Open the checkpoint that a verb is about."""
-    return noted(megatron.open_checkpoint(Path(path), told(options, flags)), world)
-
-
-def noted(checkpoint: MegatronCheckpoint, world: World) -> MegatronCheckpoint:
-    """Say how a checkpoint's model was settled, and what beside its weights was edited, where that is worth knowing."""
-    if checkpoint.hf_folder == checkpoint.path / megatron.HF_FOLDER:
-        check_side_files(world, checkpoint.path, checkpoint.manifest)
-    for note in checkpoint.notes if world.is_main else ():
-        log.warning("%s: %s", checkpoint.path, note)
-    return checkpoint

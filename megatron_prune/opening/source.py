@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 from typing import Callable
@@ -11,7 +10,6 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import TensorId, tensor_ids
-from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.stream import StreamReport, Transform, content_id, share, stream
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError
@@ -96,11 +94,3 @@ def observe(world: World, source: Source, target: TensorMap | None, *, label: st
     for part in world.all_gather(report):
         whole.merge(part)
     return whole
-
-
-def model_id(checkpoint: MegatronCheckpoint, world: World) -> str:
-    """The checkpoint's content id; computed by reading it where no manifest says it."""
-    if checkpoint.manifest.content_id is None:
-        report = run(world, Source(tensors=checkpoint.tensors), None, label="digesting", strict=False)
-        checkpoint.manifest = dataclasses.replace(checkpoint.manifest, content_id=content_id(report.digests))
-    return checkpoint.manifest.content_id

@@ -51,7 +51,9 @@ class Plan:
     untied: the head of a tied model becomes a matrix of its own.
     vocab: kept tokens, ascending, ``None`` for all; which may go is for the tokenizer to say (``vocabulary/trimmed.py``).
     layers: the layers that stay, ascending.
-    made_by: how it was made (metric, prune_type, seed, parallel sizes …).
+    tokenizer: digest of the tokenizer that says what these tokens are; ``None`` fits any. Version 1 of the file keeps it in
+        ``made_by``.
+    made_by: a record of how it was made (metric, prune_type, seed, parallel sizes …); nothing follows from it.
     content_id: digest of the model it was made from; ``None`` fits any model of the old shape.
     """
 
@@ -62,6 +64,7 @@ class Plan:
     rotated: bool = False
     untied: bool = False
     vocab: list[int] | None = None
+    tokenizer: str | None = None
     made_by: dict[str, Any] = field(default_factory=dict)
     content_id: str | None = None
 
@@ -75,7 +78,7 @@ class Plan:
         head = {
             "format": FORMAT,
             "version": VERSION,
-            "made_by": self.made_by,
+            "made_by": self.record(),
             "content_id": self.content_id,
             "old": self.old,
             "new": self.new,
@@ -124,6 +127,7 @@ class Plan:
             rotated=rotated,
             untied=held.untied,
             vocab=units(held.vocab),
+            tokenizer=_tokenizer(held.made_by),
             made_by=held.made_by,
             content_id=held.content_id,
         )
@@ -132,19 +136,30 @@ class Plan:
         """(axis, new layer number) → kept units of every rank, where these differ."""
         return {(axis, new): counts for new, entry in enumerate(self.layers) for axis, counts in entry.shards.items()}
 
+    def record(self) -> dict[str, Any]:
+        """How it was made, as its file and recipes say it."""
+        return self.made_by if self.tokenizer is None else {**self.made_by, "vocab": self.vocab_record()}
+
+    def vocab_record(self) -> dict[str, Any]:
+        """How its tokens were chosen, as its file says it."""
+        chosen = _vocab_record(self.made_by)
+        return chosen if self.tokenizer is None else {**chosen, "tokenizer": self.tokenizer}
+
     def recipe_entry(self) -> dict[str, Any]:
         """What a manifest's recipe says of this cut."""
         untied = {"untied": True} if self.untied else {}
-        return {**self.made_by, "step": "prune", "old": self.old, "new": self.new, **untied}
+        return {**self.record(), "step": "prune", "old": self.old, "new": self.new, **untied}
 
     def without_shards(self) -> Plan:
         """The same cut dealt evenly (one rank holds everything anyway)."""
         return replace(self, layers=[replace(entry, shards={}) for entry in self.layers])
 
-    def with_vocab(self, vocab: list[int] | None) -> Plan:
-        """The same cut of everything else, with these tokens (``None``: all)."""
-        size = self.old["vocab_size"] if vocab is None else len(vocab)
-        return replace(self, vocab=vocab, new={**self.new, "vocab_size": size})
+    def with_tokens_of(self, other: Plan | None) -> Plan:
+        """The same cut of everything else, with the tokens that stay in another plan (``None``: all)."""
+        if other is None or other.vocab is None:
+            return replace(self, vocab=None, tokenizer=None, new={**self.new, "vocab_size": self.old["vocab_size"]})
+        new = {**self.new, "vocab_size": len(other.vocab)}
+        return replace(self, vocab=other.vocab, tokenizer=other.tokenizer, new=new)
 
     def summary(self) -> str:
         """The sizes that change, for a person."""
@@ -155,6 +170,17 @@ class Plan:
         """``config`` (the model's before pruning) with the layers that stay and the sizes after it."""
         kept = config.of_layers([entry.layer for entry in self.layers])
         return replace(kept, **self.new, tie_embeddings=config.tie_embeddings and not self.untied)
+
+
+def _vocab_record(made_by: dict[str, Any]) -> dict[str, Any]:
+    found = made_by.get("vocab", {})
+    return found if isinstance(found, dict) else {}
+
+
+def _tokenizer(made_by: dict[str, Any]) -> str | None:
+    """Where version 1 keeps it."""
+    found = _vocab_record(made_by)
+    return str(found["tokenizer"]) if "tokenizer" in found else None
 
 
 Units = list[int] | Literal["all"]

@@ -55,7 +55,7 @@ def _idle(options, request: Request, config: ModelConfig, text: bool, refit: boo
     if not (text and measured):
         why = "where no text is read: nothing is re-fitted, and no metric that is used measures on it"
         yield (*TEXT, "scores"), why, "leave it out, or ask for what needs text"
-        if request.vocab is None:
+        if request.vocab_plan is None:
             yield ("tokenizer",), why, "leave it out"
     if request.target is None:  # of shapes within a budget nobody knows which axes they cut
         return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Protocol
 
 import torch
 
@@ -14,16 +13,14 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
-from megatron_prune.files.documents import read_json
 from megatron_prune.importance.artifact import load_calibration_file, save_calibration
 from megatron_prune.importance.collect import collect
-from megatron_prune.importance.metric import METRICS, Metric
-from megatron_prune.importance.scoring import all_scores
+from megatron_prune.importance.metric import METRICS
 from megatron_prune.importance.statistics import Statistics
+from megatron_prune.opening.opened import Opened
 from megatron_prune.opening.source import PARAM_DTYPES
-from megatron_prune.planning.selection import Scores
+from megatron_prune.pruning.engines.engine import Engine
 from megatron_prune.runtime.reporting import log, progress_bar
-from megatron_prune.runtime.stage import Stage
 from megatron_prune.runtime.world import World
 from megatron_prune.text.contents import summary
 from megatron_prune.text.reader import stamps
@@ -52,75 +49,42 @@ class CalibrationOptions:
     dtype: str = option("what to compute in", "fp32", choices=["fp32", "bf16", "fp16"])
 
 
-class Runner(Protocol):
-    """What runs the model: megatron-core under TP (``engines/megatron.py``), or transformers (``engines/huggingface.py``)."""
-
-    def stage(self, *shapes: ModelConfig, dtype: torch.dtype, seq_length: int) -> Stage:
-        """Where single layers of these shapes run; to be closed."""
-
-    def sample(
-        self,
-        tensors: TensorMap,
-        dtype: torch.dtype,
-        *,
-        count: int,
-        length: int,
-        seed: int,
-        bos: int | None,
-        progress: Callable[[int], None],
-    ) -> torch.Tensor:
-        """The model's own text, int64 [count, length], the same on every process."""
-
-    def whole_model_passes(
-        self, metrics: list[Metric], subject: Subject, calibration: Calibration, dtype: torch.dtype, world: World
-    ) -> None:
-        """Collect gradients and losses for the metrics that need them.
-
-        Raises:
-            InputError: if this runner cannot, or something is not finite.
-        """
-
-
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """The model that is measured.
 
     Attributes:
-        layout: the parallel layout of this run.
-        runner: what runs it.
-        content_id: its digest.
-        tokenizer_dir: Hugging Face directory of the tokenizer, if there is one.
-        bos: id of its BOS token, if it has one.
+        engine: what runs it.
+        tokenizer: directory of the tokenizer that text is read with, if there is one.
     """
 
-    tensors: TensorMap
-    layout: ParallelLayout
-    content_id: str
-    tokenizer_dir: Path | None
-    bos: int | None
-    runner: Runner
+    model: Opened
+    engine: Engine
+    tokenizer: Path | None
 
     @property
     def config(self) -> ModelConfig:
-        return self.tensors.config
+        return self.model.config
 
+    @property
+    def tensors(self) -> TensorMap:
+        return self.model.tensors
 
-def bos_token(folder: Path | None) -> int | None:
-    """``bos_token_id`` of a Hugging Face directory; ``None`` where it names none.
+    @property
+    def layout(self) -> ParallelLayout:
+        """How this run divides it."""
+        return self.engine.layout
 
-    Raises:
-        CheckpointError: if its ``config.json`` is damaged.
-    """
-    config = folder / "config.json" if folder else None
-    value = read_json(config).get("bos_token_id") if config and config.exists() else None
-    return value if type(value) is int else None
+    @property
+    def world(self) -> World:
+        return self.model.world
 
 
 def request_key(options: CalibrationOptions, subject: Subject, **more: object) -> str:
     """What an interrupted run must have been asked for to be gone on with."""
     fields = {name: getattr(options, name) for name in CalibrationOptions.__dataclass_fields__}
     fields["files"] = [stamps(spec.name) for spec in parse_data(options.data)]
-    return json.dumps({**fields, **more, "content_id": subject.content_id}, sort_keys=True, default=str)
+    return json.dumps({**fields, **more, "content_id": subject.model.identity}, sort_keys=True, default=str)
 
 
 def check_dtype(options: CalibrationOptions, metrics: list[str]) -> None:
@@ -138,26 +102,26 @@ def check_dtype(options: CalibrationOptions, metrics: list[str]) -> None:
         )
 
 
-def obtain_calibration(options: CalibrationOptions, subject: Subject, folder: Path, world: World) -> Calibration:
+def obtain_calibration(options: CalibrationOptions, subject: Subject, folder: Path) -> Calibration:
     """The tokens, from ``folder`` if they are kept there, else read (and sampled) and kept; the same on every process.
 
     Raises:
         InputError: if the data cannot be read, is too short or does not fit the model.
     """
     require_positive(options, "nsamples", "seq_length")
-    kept = load_calibration_file(folder, subject.config)
+    kept, world = load_calibration_file(folder, subject.config), subject.world
     if all(world.all_gather(kept is not None)):
         return kept
     calibration = load_calibration(
         parse_data(options.data),
-        tokenizer_dir=subject.tokenizer_dir,
+        tokenizer_dir=subject.tokenizer,
         seq_length=sample_length(options, subject.config),
         nsamples=options.nsamples,
         seed=options.seed,
         max_position_embeddings=subject.config.max_position_embeddings,
         vocab_size=subject.config.vocab_size,
         field=options.data_field,
-        self_samples=lambda count: own_samples(options, subject, count, world),
+        self_samples=lambda count: own_samples(options, subject, count),
     )
     world.barrier()
     if world.is_main:
@@ -172,23 +136,23 @@ def sample_length(options: CalibrationOptions, config: ModelConfig) -> int:
     return min(SEQ_LENGTH, config.max_position_embeddings) if options.seq_length is None else options.seq_length
 
 
-def own_samples(options: CalibrationOptions, subject: Subject, count: int, world: World) -> torch.Tensor:
+def own_samples(options: CalibrationOptions, subject: Subject, count: int) -> torch.Tensor:
     """Text that the model samples, int64 [count, seq_length]."""
     made, length = 0, sample_length(options, subject.config)
-    with progress_bar("sampling", count * length, shown=world.is_main, unit="tokens") as advance:
+    with progress_bar("sampling", count * length, shown=subject.world.is_main, unit="tokens") as advance:
 
         def progress(total: int) -> None:
             nonlocal made
             advance(total - made)
             made = total
 
-        return subject.runner.sample(
+        return subject.engine.sample(
             subject.tensors,
             PARAM_DTYPES[options.dtype],
             count=count,
             length=length,
             seed=options.seed,
-            bos=subject.bos,
+            bos=subject.model.bos,
             progress=progress,
         )
 
@@ -200,7 +164,6 @@ def measure(
     subject: Subject,
     calibration: Calibration,
     folder: Path,
-    world: World,
 ) -> Statistics:
     """Run the passes that ``metrics`` need, leaving out what ``folder`` holds already.
 
@@ -215,10 +178,10 @@ def measure(
     needs = frozenset().union(*(kind.needs for kind in kinds))
     dtype = PARAM_DTYPES[options.dtype]
     if moments or "activations" in needs:
-        _forward_pass(moments, dtype, subject, calibration, statistics, world)
+        _forward_pass(moments, dtype, subject, calibration, statistics)
     if needs & {"gradients", "losses"}:
         found = [kind(statistics=statistics) for kind in kinds if kind.needs & {"gradients", "losses"}]
-        subject.runner.whole_model_passes(found, subject, calibration, dtype, world)
+        subject.engine.whole_model_passes(found, subject.tensors, calibration, dtype)
     return statistics
 
 
@@ -228,18 +191,9 @@ def _forward_pass(
     subject: Subject,
     calibration: Calibration,
     statistics: Statistics,
-    world: World,
 ) -> None:
-    stage = subject.runner.stage(subject.config, dtype=dtype, seq_length=calibration.tokens.shape[1])
+    stage = subject.engine.stage(subject.config, dtype=dtype, seq_length=calibration.tokens.shape[1])
     total = subject.config.num_layers * calibration.tokens[stage.copy :: stage.copies].numel()
-    with progress_bar("measuring", total, shown=world.is_main, unit="tokens × layers") as advance:
-        collect(subject.tensors, calibration, stage, statistics, moments, world, dtype=dtype, progress=advance)
+    with progress_bar("measuring", total, shown=subject.world.is_main, unit="tokens × layers") as advance:
+        collect(subject.tensors, calibration, stage, statistics, moments, subject.world, dtype=dtype, progress=advance)
     stage.close()
-
-
-def scores_of(metrics: list[str], statistics: Statistics | None, seed: int, subject: Subject, world: World) -> dict[str, Scores]:
-    """Every metric's scores of every axis it can score, full and the same on every process."""
-    return {
-        name: all_scores(METRICS.get(name)(seed=seed, statistics=statistics), subject.tensors, subject.layout, world)
-        for name in metrics
-    }

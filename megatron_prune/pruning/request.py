@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, fields
-from itertools import islice
 from pathlib import Path
-from typing import Callable, ClassVar
+from typing import ClassVar
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
@@ -15,11 +14,12 @@ from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError, PlanError
 from megatron_prune.families.family import Family
 from megatron_prune.importance.metric import METRICS
+from megatron_prune.opening.opened import Opened
 from megatron_prune.planning.budget import Budget, read_budget
-from megatron_prune.planning.loss_estimate import cut_axes, loss_estimate, rank_candidates
+from megatron_prune.planning.loss_estimate import cut_axes
 from megatron_prune.planning.multiples import check_multiples, parse_multiples
-from megatron_prune.planning.plan import Plan, check_plan, kept_tokens, load_plan, make_plan, whole_plan
-from megatron_prune.planning.selection import Scores, needed_scores
+from megatron_prune.planning.plan import Plan, check_plan, kept_tokens, load_plan, whole_plan
+from megatron_prune.planning.selection import needed_scores
 from megatron_prune.planning.shapes import candidates
 from megatron_prune.planning.target import Target, check_parallel, resolve_target
 from megatron_prune.surgery.basis import HIDDEN_METHODS
@@ -27,9 +27,6 @@ from megatron_prune.surgery.basis import HIDDEN_METHODS
 BEST = {"hidden": "activation", "ffn": "fisher", "head": "obs", "kv_head": "obs", "layer": "fold"}
 """Axis → how units are chosen where nothing else is asked for: what measured best before least squares in first trials
 (channels: perplexity 61.2 by ``fisher``, 63.2 by ``activation``, 65.1 by ``obs`` on one protocol)."""
-
-Measure = Callable[[str, list[tuple[str, int | None]]], Scores]
-"""(metric, wanted (axis, layer) pairs) → scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +79,7 @@ class Request:
         target: the exact shape; ``None`` for a budget or a plan.
         shapes: the shapes that meet the budget, largest first.
         plan: the plan that was read, but for its vocabulary.
-        vocab: tokens that stay, ascending; ``None`` for all.
+        vocab_plan: the plan that says which tokens stay; ``None``: all do.
         metric_of: axis → name of the metric that scores it.
         rotate: whether cut hidden units are rotated first.
     """
@@ -90,7 +87,7 @@ class Request:
     target: Target | None = None
     shapes: tuple[ModelConfig, ...] = ()
     plan: Plan | None = None
-    vocab: list[int] | None = None
+    vocab_plan: Plan | None = None
     metric_of: dict[str, str]
     rotate: bool
 
@@ -150,29 +147,29 @@ def _best(axis: str, held: list[str] | None) -> str:
 
 def read_request(
     options: TargetOptions,
-    config: ModelConfig,
+    model: Opened,
     layout: ParallelLayout,
     family: Family,
-    content_id: Callable[[], str],
     *,
     prune_type: str,
     has_text: bool,
     held: list[str] | None = None,
     refit: bool = True,
-    dtype_bytes: int = 2,
 ) -> Request:
     """Check what was asked for.
 
     Args:
-        content_id: tells the model's digest (asked for only when needed: it may have to read the model).
+        model: what is pruned.
+        layout: how the run divides it.
+        family: what the result is written as.
         has_text: whether there is calibration text.
         held: metrics whose scores were made before.
         refit: whether what stays is re-fitted.
-        dtype_bytes: of a weight, for a budget of memory.
 
     Raises:
         InputError: if the request or the plan does not fit the model, the layout or the family.
     """
+    config = model.config
     layout.check(config)
     require_positive(options, "search", "memory_seq_length", "memory_batch")
     rotate = (options.hidden_method or ("rotate" if has_text and refit else "select")) == "rotate"
@@ -180,13 +177,13 @@ def read_request(
         raise InputError("--hidden_method rotate needs text to find the subspace", do="name some with --data, or use select")
     common = {"metric_of": metrics_of(options, has_text=has_text, held=held, refit=refit), "rotate": rotate}
     if options.plan:
-        plan = _read(options, config, layout, family, content_id, prune_type, has_text)
-        return Request(plan=plan.with_vocab(None), vocab=plan.vocab, **common)
+        plan = _read(options, model, layout, family, prune_type, has_text)
+        return Request(plan=plan.with_tokens_of(None), vocab_plan=plan if plan.vocab is not None else None, **common)
     if options.vocab_plan:
-        vocab_plan = load_plan(Path(options.vocab_plan))
-        common["vocab"] = kept_tokens(vocab_plan, config, options.vocab_plan)
+        vocab_plan = common["vocab_plan"] = load_plan(Path(options.vocab_plan))
+        kept_tokens(vocab_plan, config, options.vocab_plan)
         if vocab_alone(options):
-            return Request(plan=whole_plan(config, vocab_plan.made_by, content_id()), **common)
+            return Request(plan=whole_plan(config, vocab_plan.made_by, model.identity), **common)
     multiples = parse_multiples(options.multiple_of) if options.multiple_of else {}
     budget = read_budget(
         params=options.params,
@@ -194,11 +191,11 @@ def read_request(
         memory=options.memory,
         seq_length=options.memory_seq_length,
         batch=options.memory_batch,
-        dtype_bytes=dtype_bytes,
+        dtype_bytes=model.dtype.itemsize,
     )
     sizes = {name: getattr(options, name) for name in TargetOptions.SIZES}
     if budget is not None:
-        budget = dataclasses.replace(budget, vocab_size=len(common["vocab"]) if options.vocab_plan else None)
+        budget = dataclasses.replace(budget, vocab_size=len(vocab_plan.vocab) if options.vocab_plan else None)
         shapes = _budget_shapes(_untied(options, config), budget, multiples, layout, family, prune_type, sizes, common)
         return Request(shapes=tuple(shapes), **common)
     target = resolve_target(config, **{name.removesuffix("_remain"): value for name, value in sizes.items()})
@@ -218,12 +215,12 @@ def vocab_alone(options: TargetOptions) -> bool:
     return bool(options.vocab_plan) and not options.untie and all(getattr(options, name) is None for name in others)
 
 
-def _check_model(plan: Plan, path: str, content_id: Callable[[], str]) -> None:
-    if plan.content_id is not None and plan.content_id != content_id():
+def _check_model(plan: Plan, path: str, model: Opened) -> None:
+    if plan.content_id is not None and plan.content_id != model.identity:
         raise PlanError(
             f"{path} was made from another model of the same shape",
             got=plan.content_id,
-            needed=content_id(),
+            needed=model.identity,
             do='set "content_id" to null in the plan to apply it all the same',
         )
 
@@ -274,75 +271,11 @@ def _check_axes(config: ModelConfig, target: Target, common: dict) -> None:
             raise InputError(f"metric {name} cannot score the axis {axis}", needed="one of " + ", ".join(able))
 
 
-def choose_plans(
-    request: Request,
-    config: ModelConfig,
-    layout: ParallelLayout,
-    content_id: str,
-    measure: Measure,
-    *,
-    count: int,
-    possible: Callable[[ModelConfig], bool],
-    prune_type: str,
-    made_by: dict[str, object],
-) -> list[Plan]:
-    """Make the plan from scores; within a budget, one for each of the ``count`` shapes that look best, the best first.
-
-    The same on every process.
-
-    Args:
-        possible: whether a shape within a budget can be made; if none can, they are as if all could.
-    """
-    if request.plan is not None:
-        return [request.plan]
-    if request.target:
-        targets = [request.target]
-    else:
-        ranked = best_shapes(request, config, measure)
-        targets = list(islice((target for target in ranked if possible(target.config)), count)) or ranked[:count]
-    plans = []
-    for target in targets:
-        needed, scores = needed_scores(config, target), {}
-        for axis in sorted({axis for axis, _ in needed}):  # the same order on every process: scoring communicates
-            if axis == "hidden" and request.rotate:
-                continue
-            found = measure(request.metric_of[axis], [place for place in needed if place[0] == axis])
-            names = ("layer", "block") if axis == "layer" else (axis,)
-            scores |= {place: value for place, value in found.items() if place[0] in names}
-        plans.append(
-            make_plan(
-                config,
-                target,
-                scores,
-                prune_type=prune_type,
-                ranks=layout.tensor,
-                made_by=made_by,
-                content_id=content_id,
-                rotate=request.rotate,
-            )
-        )
-    return plans
-
-
-def best_shapes(request: Request, config: ModelConfig, measure: Measure) -> list[Target]:
-    """The shapes within the budget, those first that the scores expect to lose least."""
-    everywhere = lambda axis: range(config.num_layers) if AXES.get(axis).per_layer else [None]
-    scores: Scores = {}
-    for axis in sorted(request.axes(config)):
-        wanted = [(axis, place) for place in everywhere(axis)]
-        found = measure(request.metric_of[axis], wanted)
-        scores |= {place: found[place] for place in wanted}
-    ranked = rank_candidates(config, list(request.shapes), loss_estimate(config, scores, even=0.5))
-    whole = lambda shape: () if shape.num_layers == config.num_layers else None
-    return [Target(config=shape, drop_layers=whole(shape)) for _, shape in ranked]
-
-
 def _read(
     options: TargetOptions,
-    config: ModelConfig,
+    model: Opened,
     layout: ParallelLayout,
     family: Family,
-    content_id: Callable[[], str],
     prune_type: str,
     has_text: bool,
 ) -> Plan:
@@ -353,7 +286,7 @@ def _read(
         extra.append("--prune_type")
     if extra:
         raise InputError(f"--plan and {', '.join(extra)} both say what stays", do="give one of the two")
-    plan = load_plan(Path(options.plan))
+    plan, config = load_plan(Path(options.plan)), model.config
     check_plan(plan, config, options.plan)
     if plan.rotated and not has_text:
         raise PlanError(f"{options.plan} rotates the stream, which needs text", do="name some with --data (--data self will do)")
@@ -368,5 +301,5 @@ def _read(
     if not uneven:
         layout.check(plan.new_config(config))
     family.check_expressible(plan.new_config(config))
-    _check_model(plan, options.plan, content_id)
+    _check_model(plan, options.plan, model)
     return plan

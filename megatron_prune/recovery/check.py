@@ -13,11 +13,11 @@ from typing import Any
 from megatron_prune.arch.adapter import target_roles
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import megatron
-from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import require_positive
 from megatron_prune.errors import CheckpointError, InputError, raise_all
 from megatron_prune.files import staging
 from megatron_prune.files.documents import STRICT, read_json, shorten
+from megatron_prune.opening.opened import Opened
 from megatron_prune.recovery.data import build_alone, check_data
 from megatron_prune.recovery.flags import SHARED
 from megatron_prune.recovery.history import HISTORY, read_history
@@ -55,33 +55,36 @@ class RunFile:
     settings: dict[str, Any]
 
 
-def check(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: ParallelLayout, world: World) -> None:
+def check(options: RecoverOptions, model: Opened, layout: ParallelLayout, world: World) -> Opened | None:
     """Refuse what does not fit, on every rank alike.
+
+    Returns:
+        The teacher that runs beside the model, if one does.
 
     Raises:
         InputError: on arguments, layout, teacher, data or a directory; nothing is written.
     """
-    _check_arguments(options, checkpoint, layout, world)
-    error = None
+    teacher, error = _check_arguments(options, model, layout, world), None
     if world.is_main:
         try:
             data = data_options(options)
-            pairs = check_data(data, checkpoint.config.vocab_size)
-            check_tokenizer(list(pairs), checkpoint)
+            pairs = check_data(data, model.config.vocab_size)
+            check_tokenizer(list(pairs), model)
             check_place(data.cache)
             for prefix in filter(has_mask, () if options.answers_only else pairs):
                 log.info("%s says which tokens are answers; all tokens count, for there is no --answers-only", prefix)
-            _check_run(options, checkpoint)
+            _check_run(options, model)
             if options.teacher_logits:
-                _check_answers(options, checkpoint)
+                _check_answers(options, model)
         except InputError as found:
             error = found
     world.agree(error)
+    return teacher
 
 
-def _check_arguments(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: ParallelLayout, world: World) -> None:
-    """What can be refused without looking at the data, on every rank alike."""
-    config = checkpoint.config
+def _check_arguments(options: RecoverOptions, model: Opened, layout: ParallelLayout, world: World) -> Opened | None:
+    """What can be refused without looking at the data, on every rank alike; the teacher."""
+    config = model.config
     check_megatron_flags(options.megatron, config)
     layout.check(config)
     if not 2 <= options.seq_length <= config.max_position_embeddings:
@@ -113,23 +116,26 @@ def _check_arguments(options: RecoverOptions, checkpoint: MegatronCheckpoint, la
         raise InputError("--hidden-weight", got=options.hidden_weight, needed="0 or more")
     if options.hidden_weight and not options.teacher:
         raise InputError("--hidden-weight without --teacher", do="name the unpruned checkpoint")
-    if options.teacher:
-        teacher = check_teacher(options.teacher, checkpoint, layout)
-        if options.hidden_weight:
-            _check_hidden(options, teacher, checkpoint, layout)
+    if not options.teacher:
+        return None
+    teacher = open_teacher(options.teacher, model, layout)
+    if options.hidden_weight:
+        _check_hidden(options, teacher, model, layout)
+    return teacher
 
 
-def check_teacher(path: str, student: MegatronCheckpoint, layout: ParallelLayout) -> MegatronCheckpoint:
+def open_teacher(path: str, student: Opened, layout: ParallelLayout) -> Opened:
     """Open the teacher and see that it can teach this student.
 
     Raises:
         InputError: if its vocabulary is another, or it does not divide over the layout.
     """
     try:
-        teacher = megatron.open_checkpoint(Path(path))
+        checkpoint = megatron.open_checkpoint(Path(path))
     except CheckpointError as error:
         do = "--hf-dir is about --load; megatron-prune transfer --hf-dir makes a teacher that says all itself"
         raise CheckpointError(f"--teacher: {error}", do=do if "--hf-dir" in str(error) else None) from None
+    teacher = Opened(path=checkpoint.path, checkpoint=checkpoint, world=student.world)
     if teacher.config.vocab_size != student.config.vocab_size:
         raise InputError(
             f"--teacher {path} has another vocabulary than the student",
@@ -141,9 +147,7 @@ def check_teacher(path: str, student: MegatronCheckpoint, layout: ParallelLayout
     return teacher
 
 
-def _check_hidden(
-    options: RecoverOptions, teacher: MegatronCheckpoint, student: MegatronCheckpoint, layout: ParallelLayout
-) -> None:
+def _check_hidden(options: RecoverOptions, teacher: Opened, student: Opened, layout: ParallelLayout) -> None:
     if layout.pipeline > 1:
         raise InputError("--hidden-weight", got=f"{layout.pipeline} pipeline stages", needed="one: layers are compared on one")
     if options.recompute_granularity == "full":
@@ -166,7 +170,7 @@ def _check_recompute(options: RecoverOptions, layers: int) -> None:
         )
 
 
-def _check_answers(options: RecoverOptions, student: MegatronCheckpoint) -> None:
+def _check_answers(options: RecoverOptions, student: Opened) -> None:
     folder, vocab_size = Path(options.teacher_logits), student.config.vocab_size
     description = read_description(folder)
     if description.vocab_size != vocab_size:
@@ -205,13 +209,13 @@ def _check_adapter(options: RecoverOptions) -> None:
         raise InputError("--lora-dropout", got=options.lora_dropout, needed="from 0 on, below 1")
 
 
-def check_tokenizer(prefixes: list[str], checkpoint: MegatronCheckpoint) -> None:
-    """Refuse pairs that say that another tokenizer made them than the one the checkpoint keeps."""
+def check_tokenizer(prefixes: list[str], model: Opened) -> None:
+    """Refuse pairs that say that another tokenizer made them than the one the model keeps."""
     said = {prefix: recorded_tokenizer(prefix) for prefix in prefixes}
-    if checkpoint.hf_folder is None or not any(said.values()):
+    if model.folder is None or not any(said.values()):
         return
     try:
-        own = tokenizer_digest(load_tokenizer(checkpoint.hf_folder))
+        own = tokenizer_digest(load_tokenizer(model.folder))
     except InputError:  # it keeps a configuration alone
         return
     for prefix, made in said.items():
@@ -219,12 +223,12 @@ def check_tokenizer(prefixes: list[str], checkpoint: MegatronCheckpoint) -> None
             raise InputError(
                 f"{prefix}.bin was made with a tokenizer that is not the model's",
                 got=f"{made['name']} of {made['vocab_size']} tokens",
-                do=f"make it again with this model's: megatron-prune preprocess --tokenizer {checkpoint.path}; or, where the model's "
+                do=f"make it again with this model's: megatron-prune preprocess --tokenizer {model.path}; or, where the model's "
                 "vocabulary was trimmed, renumber it: megatron-prune vocab remap",
             )
 
 
-def _check_run(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> None:
+def _check_run(options: RecoverOptions, model: Opened) -> None:
     """Refuse a directory that holds something else than the beginning of this run, or a disk without room for it."""
     save = Path(options.save)
     begun = (save / RUN_FILE).is_file()
@@ -237,7 +241,7 @@ def _check_run(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> None:
         before = {"answers_only": False, **before}
         problems = [
             f"--{name.replace('_', '-')} {value}, begun with {_shown(before.get(name))}"
-            for name, value in run_settings(options, checkpoint).items()
+            for name, value in run_settings(options, model).items()
             if before.get(name) != value
         ]
         raise_all(
@@ -247,7 +251,7 @@ def _check_run(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> None:
             do="go on with those; or name another --save, and to start from a checkpoint of it --load it",
         )
         read_history(save / HISTORY)
-    staging.check_room(save, checkpoint_bytes(options, checkpoint))
+    staging.check_room(save, checkpoint_bytes(options, model))
 
 
 def is_blank(save: Path) -> bool:

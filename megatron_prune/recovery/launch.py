@@ -17,12 +17,12 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.adapter import read_matrices
 from megatron_prune.checkpoint.manifest import FILE, AdapterOrigin, Manifest
-from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.errors import CheckpointError, InputError, PruneError
 from megatron_prune.files import staging
 from megatron_prune.files.documents import parse_json, read_json
+from megatron_prune.opening.opened import Opened
 from megatron_prune.planning.resources import training_flops
-from megatron_prune.recovery.check import RUN_FILE, RunFile, check_teacher
+from megatron_prune.recovery.check import RUN_FILE, RunFile
 from megatron_prune.recovery.checkpoints import Checkpoints, clean, iteration_name, newest
 from megatron_prune.recovery.data import build_datasets
 from megatron_prune.recovery.distillation import RunningTeacher, Teacher
@@ -54,8 +54,11 @@ from megatron_prune.writing.overwrite import RUN, check_replaceable
 SUMMARY = "summary.json"
 
 
-def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: ParallelLayout, world: World) -> int:
+def train(options: RecoverOptions, model: Opened, teaching: Opened | None, layout: ParallelLayout, world: World) -> int:
     """Begin the run, or go on with it, to its end.
+
+    Args:
+        teaching: the unpruned model that runs beside it, if one does.
 
     Returns:
         0, or 143 if it was asked to stop.
@@ -63,7 +66,7 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
     save = Path(options.save)
     latest = None if options.overwrite else newest(save)
     position = position_of(latest) if latest else Position()
-    tensors = megatron.open_checkpoint(latest).tensors if latest and not options.lora_r else checkpoint.tensors
+    tensors = megatron.open_checkpoint(latest).tensors if latest and not options.lora_r else model.tensors
     if latest and options.lora_r:
         described = Manifest.load(latest / FILE)
         megatron.check_structure(latest, described)
@@ -82,10 +85,9 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
     running = build_model(
         tensors, layout, world, dtype=dtype, seq_length=options.seq_length, local_layers=lora is not None, **further
     )
-    teacher, hidden = _teacher(options, checkpoint, layout, world, dtype), None
+    teacher, hidden = _teacher(options, teaching, model, layout, world, dtype), None
     if options.hidden_weight:
-        pairs = hidden_pairs(options, megatron.open_checkpoint(Path(options.teacher)), checkpoint)
-        hidden = HiddenMatch(running.module, teacher.module, pairs)
+        hidden = HiddenMatch(running.module, teacher.module, hidden_pairs(options, teaching, model))
     trainer = Trainer(
         running=running,
         dtype=dtype,
@@ -105,23 +107,23 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
         world=world,
         trainer=trainer,
         keep=options.keep,
-        side_files=lambda folder: _copy_side_files(checkpoint, folder),
-        tokenizer=checkpoint.hf_folder is not None,
-        needed=checkpoint_bytes(options, checkpoint),
+        side_files=lambda folder: _copy_side_files(model, folder),
+        tokenizer=model.folder is not None,
+        needed=checkpoint_bytes(options, model),
         check=not options.no_check,
     )
     if latest:
         checkpoints.load(latest)
-    _begin(options, checkpoint, world)
+    _begin(options, model, world)
     train_set, valid_set, test_set = build_datasets(data_options(options), sample_counts(options), world)
-    history = _history(options, checkpoint, dtype, world, position)
+    history = _history(options, model, dtype, world, position)
     run = Run(
         trainer=trainer,
         train=train_set,
         valid=valid_set,
         intervals=_intervals(options),
         checkpoints=checkpoints,
-        describe=lambda where, step: describe(options, checkpoint, layout, where, step),
+        describe=lambda where, step: describe(options, model, layout, where, step),
         history=history,
         position=position,
     )
@@ -135,13 +137,13 @@ def train(options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: Paral
             history.close()
     stop_parallel()
     if world.is_main:
-        _sum_up(options, checkpoint, position, run, test_loss, history)
+        _sum_up(options, model, position, run, test_loss, history)
         if not run.stopped and not options.lora_r:
-            say_flags(save, checkpoint.config, layout, dtype, ckpt_format="torch_dist")
+            say_flags(save, model.config, layout, dtype, ckpt_format="torch_dist")
     return 128 + signal.SIGTERM if run.stopped else 0
 
 
-def _begin(options: RecoverOptions, checkpoint: MegatronCheckpoint, world: World) -> None:
+def _begin(options: RecoverOptions, model: Opened, world: World) -> None:
     """Take the run's directory: emptied where asked to, free of what a killed run left, and note what the run is."""
     save, error = Path(options.save), None
     if world.is_main:
@@ -154,7 +156,7 @@ def _begin(options: RecoverOptions, checkpoint: MegatronCheckpoint, world: World
                 staging.empty(save, last=RUN_FILE)
             clean(save)
             if not (save / RUN_FILE).is_file():
-                noted = {"id": uuid.uuid4().hex, "settings": run_settings(options, checkpoint)}
+                noted = {"id": uuid.uuid4().hex, "settings": run_settings(options, model)}
                 staging.write_text(save / RUN_FILE, json.dumps(noted, indent=2) + "\n")
         except OSError as found:
             if not there:
@@ -166,14 +168,18 @@ def _begin(options: RecoverOptions, checkpoint: MegatronCheckpoint, world: World
 
 
 def _teacher(
-    options: RecoverOptions, student: MegatronCheckpoint, layout: ParallelLayout, world: World, dtype: torch.dtype
+    options: RecoverOptions,
+    teaching: Opened | None,
+    student: Opened,
+    layout: ParallelLayout,
+    world: World,
+    dtype: torch.dtype,
 ) -> Teacher | None:
     if options.teacher_logits:
         return StoredTeacher(folder=Path(options.teacher_logits), vocab_size=student.config.vocab_size)
-    if not options.teacher:
+    if teaching is None:
         return None
-    teacher = check_teacher(options.teacher, student, layout)
-    return RunningTeacher(build_model(teacher.tensors, layout, world, dtype=dtype, seq_length=options.seq_length))
+    return RunningTeacher(build_model(teaching.tensors, layout, world, dtype=dtype, seq_length=options.seq_length))
 
 
 def _intervals(options: RecoverOptions) -> Intervals:
@@ -187,51 +193,45 @@ def _intervals(options: RecoverOptions) -> Intervals:
     )
 
 
-def _history(
-    options: RecoverOptions, checkpoint: MegatronCheckpoint, dtype: torch.dtype, world: World, position: Position
-) -> History | None:
+def _history(options: RecoverOptions, model: Opened, dtype: torch.dtype, world: World, position: Position) -> History | None:
     """On the main process; ``None`` elsewhere."""
     history, error = None, None
     if world.is_main:
         try:
-            history = _open_history(options, checkpoint, dtype, world, position)
+            history = _open_history(options, model, dtype, world, position)
         except OSError as found:
             error = PruneError(f"the history cannot be written: {found}")
     world.agree(error)
     return history
 
 
-def _open_history(
-    options: RecoverOptions, checkpoint: MegatronCheckpoint, dtype: torch.dtype, world: World, position: Position
-) -> History:
+def _open_history(options: RecoverOptions, model: Opened, dtype: torch.dtype, world: World, position: Position) -> History:
     history = History(
         folder=Path(options.save),
         identity=read_json(Path(options.save) / RUN_FILE, RunFile).id,
         train_iters=options.train_iters,
         tokens_per_step=options.global_batch_size * options.seq_length,
-        flops_per_token=training_flops(checkpoint.config, options.seq_length),
+        flops_per_token=training_flops(model.config, options.seq_length),
         devices=world.size,
         peak=peak_flops(dtype),
-        wandb=(options.wandb_project, run_settings(options, checkpoint)) if options.wandb_project else None,
+        wandb=(options.wandb_project, run_settings(options, model)) if options.wandb_project else None,
     )
     history.open(-1 if position.start_loss is None else position.iteration)
     return history
 
 
-def _copy_side_files(checkpoint: MegatronCheckpoint, folder: Path) -> None:
-    if checkpoint.hf_folder:
+def _copy_side_files(model: Opened, folder: Path) -> None:
+    if model.folder:
         (folder / megatron.HF_FOLDER).mkdir()
-        huggingface.copy_side_files(checkpoint.hf_folder, folder / megatron.HF_FOLDER)
-    if (plan := checkpoint.plan_text()) is not None:
+        huggingface.copy_side_files(model.folder, folder / megatron.HF_FOLDER)
+    if (plan := model.checkpoint.plan_text()) is not None:
         (folder / megatron.PLAN_FILE).write_text(plan, encoding="utf-8")
 
 
-def describe(
-    options: RecoverOptions, checkpoint: MegatronCheckpoint, layout: ParallelLayout, position: Position, step: Step
-) -> Manifest:
+def describe(options: RecoverOptions, model: Opened, layout: ParallelLayout, position: Position, step: Step) -> Manifest:
     """The manifest of a checkpoint of the run."""
-    before = checkpoint.manifest
-    settings = {name: value for name, value in run_settings(options, checkpoint).items() if value not in (None, [], False)}
+    before = model.checkpoint.manifest
+    settings = {name: value for name, value in run_settings(options, model).items() if value not in (None, [], False)}
     entry = {
         "step": STEP_NAME,
         **dataclasses.asdict(position),
@@ -243,7 +243,7 @@ def describe(
     identity = xxhash.xxh3_128_hexdigest(json.dumps([before.content_id, entry], sort_keys=True).encode())
     lora, adapter = adapter_config(options), None
     if lora:
-        adapter = AdapterOrigin(config=lora, base=str(checkpoint.path.absolute()), base_content_id=before.content_id)
+        adapter = AdapterOrigin(config=lora, base=str(model.path.absolute()), base_content_id=before.content_id)
     return replace(before, layout=layout, content_id=identity, recipe=[*before.recipe, entry], adapter=adapter)
 
 
@@ -264,7 +264,7 @@ def position_of(folder: Path) -> Position:
 
 def _sum_up(
     options: RecoverOptions,
-    checkpoint: MegatronCheckpoint,
+    model: Opened,
     position: Position,
     run: Run,
     test_loss: float | None,
@@ -282,7 +282,7 @@ def _sum_up(
         "test_loss": test_loss,
         "tokens_per_second": sum(record["tokens_per_second"] for record in measured) / len(measured) if measured else None,
         "checkpoint": str(newest(Path(options.save))),
-        "settings": run_settings(options, checkpoint),
+        "settings": run_settings(options, model),
     }
     try:
         staging.write_text(Path(options.save) / SUMMARY, json.dumps(summary, indent=2) + "\n")

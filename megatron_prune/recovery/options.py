@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.checkpoint.megatron import MegatronCheckpoint
+from megatron_prune.arch.model import ModelConfig
 from megatron_prune.config import option, require_positive
 from megatron_prune.opening.foreign import ForeignOptions
 from megatron_prune.recovery.flags import SEPARATE_DATA, Needs, filled
@@ -122,14 +122,14 @@ RULES = {
 """Flags that have an effect beside others alone, and their defaults."""
 
 
-def filled_options(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> RecoverOptions:
+def filled_options(options: RecoverOptions, config: ModelConfig) -> RecoverOptions:
     """The options with the defaults that depend on others."""
     require_positive(options, "train_iters", "micro_batch_size", "global_batch_size", "save_interval", "keep", "eval_iters")
     require_positive(options, "log_interval", "eval_interval", "lr_decay_iters", "seq_length", "recompute_num_layers")
     options = filled(options, RULES)
     chosen: dict[str, Any] = {"load": str(Path(options.load).absolute())}
     if options.seq_length is None:
-        chosen["seq_length"] = min(4096, checkpoint.config.max_position_embeddings)
+        chosen["seq_length"] = min(4096, config.max_position_embeddings)
     if options.lr_warmup_iters is None:
         chosen["lr_warmup_iters"] = min(50, options.train_iters // 10)
     if options.eval_interval is None:

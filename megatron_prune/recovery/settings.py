@@ -11,7 +11,7 @@ import torch
 
 from megatron_prune.arch.adapter import AdapterConfig, target_roles
 from megatron_prune.arch.tensors import tensor_shape
-from megatron_prune.checkpoint.megatron import MegatronCheckpoint
+from megatron_prune.opening.opened import Opened
 from megatron_prune.planning.resources import Training, training_disk
 from megatron_prune.recovery.data import BatchSizes, DataOptions
 from megatron_prune.recovery.hidden_match import layer_pairs
@@ -19,20 +19,20 @@ from megatron_prune.recovery.optimizer import OptimizerOptions
 from megatron_prune.recovery.options import FREE, RecoverOptions
 
 
-def run_settings(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> dict[str, Any]:
+def run_settings(options: RecoverOptions, model: Opened) -> dict[str, Any]:
     """What a run is, JSON-able: it may not change when the run goes on."""
     settings = {item.name: getattr(options, item.name) for item in dataclasses.fields(options) if item.name not in FREE}
-    settings["start"] = checkpoint.manifest.content_id
+    settings["start"] = model.recorded_identity
     return json.loads(json.dumps(settings))
 
 
-def checkpoint_bytes(options: RecoverOptions, checkpoint: MegatronCheckpoint) -> int:
+def checkpoint_bytes(options: RecoverOptions, model: Opened) -> int:
     """Of one checkpoint of the run, at most."""
     if options.lora_r:
         lora = adapter_config(options)
-        each = sum(sum(tensor_shape(role, checkpoint.config)) for role in lora.roles)
-        return 16 * lora.r * each * checkpoint.config.num_layers
-    return training_disk(checkpoint.config, Training(mixed_precision=options.bf16 or options.fp16))
+        each = sum(sum(tensor_shape(role, model.config)) for role in lora.roles)
+        return 16 * lora.r * each * model.config.num_layers
+    return training_disk(model.config, Training(mixed_precision=options.bf16 or options.fp16))
 
 
 def batch_sizes(options: RecoverOptions) -> BatchSizes:
@@ -76,7 +76,7 @@ def compute_dtype(options: RecoverOptions) -> torch.dtype:
     return torch.bfloat16 if options.bf16 else torch.float16 if options.fp16 else torch.float32
 
 
-def hidden_pairs(options: RecoverOptions, teacher: MegatronCheckpoint, student: MegatronCheckpoint) -> list[tuple[int, int]]:
+def hidden_pairs(options: RecoverOptions, teacher: Opened, student: Opened) -> list[tuple[int, int]]:
     """Layers that are compared, (student's, teacher's)."""
-    kept = student.manifest.kept_layers
+    kept = student.checkpoint.manifest.kept_layers
     return layer_pairs(student.config.num_layers, teacher.config.num_layers, kept, options.hidden_layers)

@@ -14,11 +14,13 @@ from rich.text import Text
 from typing_extensions import TypedDict
 
 from megatron_prune.checkpoint import huggingface
+from megatron_prune.checkpoint.description import Told
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError, reason
 from megatron_prune.files import staging
 from megatron_prune.files.documents import read_json
 from megatron_prune.opening.facts import describe
+from megatron_prune.opening.opened import open_either
 from megatron_prune.runtime.stock_model import load_stock_model
 from megatron_prune.runtime.world import World
 from megatron_prune.text.encoder import load_tokenizer
@@ -50,7 +52,7 @@ def compare(options: CompareOptions, world: World) -> None:
     protocols = [{key: e[key] for key in ("text", "windows", "seq_length")} for e in evaluations if e]
     if len(protocols) == 2 and protocols[0] != protocols[1]:
         raise InputError("the two evaluations are not of the same text", got=protocols[0], needed=protocols[1])
-    rows = [_facts(name, options, e) for name, e in zip((options.before, options.after), evaluations)]
+    rows = [_facts(name, options, e, world) for name, e in zip((options.before, options.after), evaluations)]
     if not world.is_main:
         return
     table = Table("", "before", "after", "after / before")
@@ -82,8 +84,8 @@ def _read(path: str | None) -> _Evaluation | None:
     return None if path is None else read_json(Path(path), _Evaluation, error=InputError, do="name a file of evaluate --output")
 
 
-def _facts(name: str, options: CompareOptions, evaluation: dict[str, Any] | None) -> dict[str, Any]:
-    facts, _ = describe(name)
+def _facts(name: str, options: CompareOptions, evaluation: dict[str, Any] | None, world: World) -> dict[str, Any]:
+    facts = describe(open_either(name, world, Told()))
     row = {**facts["shape"], "parameters": facts["parameters"], "weight bytes": facts["weight_bytes"]}
     if evaluation:
         row["perplexity"] = evaluation["perplexity"]

@@ -11,13 +11,13 @@ import torch
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import huggingface, megatron
-from megatron_prune.checkpoint.manifest import Manifest, Recipe
+from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.checkpoint.tied_copy import check_tied_copy
 from megatron_prune.config import option, require_positive
+from megatron_prune.opening.opened import open_huggingface
 from megatron_prune.opening.side_files import say_links
-from megatron_prune.opening.source import Source
 from megatron_prune.runtime.world import World
 from megatron_prune.writing.check import CheckOptions
 from megatron_prune.writing.megatron import write_megatron
@@ -58,10 +58,10 @@ def convert(options: ConvertOptions, world: World) -> None:
     folder = huggingface.resolve(options.load_dir)
     check_output(save, MEGATRON, overwrite=options.overwrite, source=folder)
     say_links(folder, world)
-    model = huggingface.open_model(folder)
+    model = open_huggingface(folder, world)
     layout.check(model.config)
-    check_tied_copy(model)
-    source = Source(tensors=model.tensors)
+    check_tied_copy(model.checkpoint)
+    source = model.source()
 
     def manifest(report: StreamReport) -> Manifest:
         return Manifest(
@@ -69,9 +69,9 @@ def convert(options: ConvertOptions, world: World) -> None:
             model=model.config,
             layout=layout,
             content_id=content_id(report.digests),
-            hf_dtypes=describe_dtypes(megatron.stored_dtypes(model.tensors), model.tied_head_dtype),
-            tied_head_stored=model.tied_head_stored,
-            recipe=[*Recipe.load(model.path).recipe, {"step": "convert", "from": Path(options.load_dir).name}],
+            hf_dtypes=describe_dtypes(megatron.stored_dtypes(model.tensors), model.checkpoint.tied_head_dtype),
+            tied_head_stored=model.checkpoint.tied_head_stored,
+            recipe=[*model.recipe, {"step": "convert", "from": Path(options.load_dir).name}],
         )
 
     write_megatron(
@@ -84,8 +84,8 @@ def convert(options: ConvertOptions, world: World) -> None:
         ckpt_format=options.ckpt_format,
         transformer_impl=options.transformer_impl,
         manifest=manifest,
-        side_files=model.path,
-        buffers_of=model,
+        side_files=model.folder,
+        buffers_of=model.checkpoint,
         overwrite=options.overwrite,
         strict=options.strict,
         check=not options.no_check,

@@ -15,13 +15,14 @@ from rich.table import Table
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.description import Told
 from megatron_prune.config import Parser, add_options, nonempty, option, require_positive
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import family_of
 from megatron_prune.importance.walk import BATCH_TOKENS
 from megatron_prune.opening.foreign import ForeignOptions, told
+from megatron_prune.opening.opened import open_either
 from megatron_prune.planning.resources import (
     Text,
     Training,
@@ -92,7 +93,7 @@ def estimate(options: EstimateOptions, world: World) -> None:
     """
     sizes = ["target_tensor_parallel_size", "target_pipeline_parallel_size", "data_parallel_size"]
     require_positive(options, *sizes, "make_vocab_size_divisible_by", "micro_batch_size", "seq_length", "nsamples")
-    config = read_config(options.path, told(options))
+    config = read_config(options.path, world, told(options))
     layout = ParallelLayout(
         tensor=options.target_tensor_parallel_size,
         pipeline=options.target_pipeline_parallel_size,
@@ -186,11 +187,11 @@ def estimate_steps(config: ModelConfig, target: ModelConfig, layout: ParallelLay
     }
 
 
-def read_config(name_or_path: str, beside: Told = Told()) -> ModelConfig:
+def read_config(name_or_path: str, world: World, beside: Told = Told()) -> ModelConfig:
     """The model's sizes from a directory of either kind, or from a ``config.json`` alone."""
     path = Path(name_or_path)
     if path.is_dir() and not huggingface.is_huggingface(path):
-        return megatron.open_checkpoint(path, beside, incomplete=True).config
+        return open_either(name_or_path, world, beside).config
     hf_config = huggingface.read_config(path if path.exists() else huggingface.fetch_config(name_or_path))
     return family_of(hf_config).model_config(hf_config)
 

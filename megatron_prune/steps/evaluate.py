@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from megatron_prune.arch.tensors import parameter_count
-from megatron_prune.checkpoint import huggingface
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
-from megatron_prune.opening.foreign import ForeignOptions, open_megatron
+from megatron_prune.opening.foreign import ForeignOptions
+from megatron_prune.opening.opened import open_megatron
 from megatron_prune.opening.source import PARAM_DTYPES
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.reporting import log
@@ -54,28 +54,28 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
         raise InputError("--seq-length", got=options.seq_length, needed="at least 2: the first token is never predicted")
     if options.output:
         staging.check_file(Path(options.output))
-    checkpoint = open_megatron(options.load_dir, options, world)
-    layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
-    layout.check(checkpoint.config)
-    if options.seq_length > checkpoint.config.max_position_embeddings:
+    model = open_megatron(options.load_dir, world, options, tokenizer=options.tokenizer)
+    layout = run_layout(model.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
+    layout.check(model.config)
+    if options.seq_length > model.config.max_position_embeddings:
         raise InputError(
-            "--seq-length", got=options.seq_length, needed=f"at most the model's {checkpoint.config.max_position_embeddings}"
+            "--seq-length", got=options.seq_length, needed=f"at most the model's {model.config.max_position_embeddings}"
         )
-    folder = huggingface.resolve(options.tokenizer, weights=False) if options.tokenizer else checkpoint.hf_folder
-    if folder is None:
-        raise InputError(f"{checkpoint.path} keeps no tokenizer", do="name one with --tokenizer")
-    drawn = draw_windows(options.data, folder, seq_length=options.seq_length, count=options.windows, field=options.data_field)
+    if model.tokenizer is None:
+        raise InputError(f"{model.path} keeps no tokenizer", do="name one with --tokenizer")
+    settings = {"seq_length": options.seq_length, "count": options.windows, "field": options.data_field}
+    drawn = draw_windows(options.data, model.tokenizer, **settings)
     windows = drawn.tokens
-    if windows.max() >= checkpoint.config.vocab_size:
+    if windows.max() >= model.config.vocab_size:
         raise InputError(
-            "the tokenizer is not the model's", got=f"token {windows.max()}", needed=f"below {checkpoint.config.vocab_size}"
+            "the tokenizer is not the model's", got=f"token {windows.max()}", needed=f"below {model.config.vocab_size}"
         )
 
     from megatron_prune.evaluation.perplexity import perplexity
     from megatron_prune.runtime.model import build_model, stop_parallel
 
     dtype: torch.dtype = PARAM_DTYPES[options.dtype]
-    running = build_model(checkpoint.tensors, layout, world, dtype=dtype, seq_length=options.seq_length)
+    running = build_model(model.tensors, layout, world, dtype=dtype, seq_length=options.seq_length)
     value = perplexity(running, windows, world, micro_batch_size=options.micro_batch_size)
     stop_parallel()
     if not math.isfinite(value):
@@ -94,7 +94,7 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
             "dtype": options.dtype,
             "tensor_parallel": layout.tensor,
             "pipeline_parallel": layout.pipeline,
-            "parameters": parameter_count(checkpoint.config),
+            "parameters": parameter_count(model.config),
         }
         if line := summary(str(options.data), drawn.facts):
             log.info("%s", line)

@@ -9,7 +9,7 @@ import torch
 
 from megatron_prune.arch.tensors import TensorId, tensor_ids
 from megatron_prune.checkpoint import huggingface, megatron
-from megatron_prune.checkpoint.adapter import StoredAdapter, open_adapted
+from megatron_prune.checkpoint.adapter import StoredAdapter
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
@@ -17,7 +17,8 @@ from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.families.choice import choose_family
 from megatron_prune.families.family import Family
 from megatron_prune.files.documents import read_text
-from megatron_prune.opening.foreign import ForeignOptions, noted, told
+from megatron_prune.opening.foreign import ForeignOptions
+from megatron_prune.opening.opened import open_merged
 from megatron_prune.opening.side_files import say_links
 from megatron_prune.opening.source import Source, commonest
 from megatron_prune.runtime.reporting import log
@@ -55,12 +56,12 @@ def export(options: ExportOptions, world: World) -> None:
     read = (options.hf_dir, options.base)
     check_output(save, HUGGING_FACE, overwrite=options.overwrite, source=Path(options.load_dir), inputs=read)
     shard_bytes = parse_size(options.max_shard_size)
-    checkpoint, adapter = open_adapted(Path(options.load_dir), Path(options.base) if options.base else None, told(options))
-    noted(checkpoint, world)
+    model = open_merged(options.load_dir, options.base, world, options)
+    checkpoint = model.checkpoint
     if options.adapter_only:
-        _write_adapter(options, adapter, choose_family(checkpoint.manifest.family, options.target_family), world)
+        _write_adapter(options, model.adapter, choose_family(checkpoint.manifest.family, options.target_family), world)
         return
-    side = checkpoint.hf_folder
+    side = model.folder
     template = huggingface.read_config(side) if side and huggingface.is_huggingface(side) else None
     family = choose_family(checkpoint.manifest.family, options.target_family)
     config = checkpoint.config
@@ -81,7 +82,7 @@ def export(options: ExportOptions, world: World) -> None:
     write_huggingface(
         world,
         save,
-        Source(tensors=checkpoint.tensors, transform=adapter.merge if adapter else None),
+        model.source(),
         config=config,
         family=family,
         hf_config=hf_config,

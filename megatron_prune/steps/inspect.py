@@ -17,7 +17,8 @@ from megatron_prune.config import Parser, add_options, nonempty
 from megatron_prune.errors import plain
 from megatron_prune.opening.facts import describe
 from megatron_prune.opening.foreign import ForeignOptions, told
-from megatron_prune.opening.source import Source, observe
+from megatron_prune.opening.opened import open_either
+from megatron_prune.opening.source import observe
 from megatron_prune.runtime.world import World
 
 
@@ -53,11 +54,12 @@ def inspect(options: InspectOptions, world: World) -> int:
     Raises:
         CheckpointError: if it is not a whole checkpoint of a kind this project knows.
     """
-    facts, tensors = describe(options.path, told(options))
+    model = open_either(options.path, world, told(options))
+    facts = describe(model)
     if options.weights:
-        report = observe(world, Source(tensors=tensors), None, label="reading")
+        report = observe(world, model.source(), None, label="reading")
         facts["unsound_weights"] = dict(sorted(report.troubled.items()))
-        facts |= compare(report, tensors)
+        facts |= compare(report, model.tensors)
     differs = bool(facts.get("changed_weights") or facts.get("changed_files"))
     if not world.is_main:
         return int(differs)

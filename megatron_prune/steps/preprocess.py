@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from megatron_prune import __version__
-from megatron_prune.checkpoint import huggingface, megatron
-from megatron_prune.checkpoint.manifest import FILE, Manifest
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
-from megatron_prune.opening.side_files import check_side_files
+from megatron_prune.opening.opened import open_tokenizer
 from megatron_prune.runtime.reporting import log, progress_bar
 from megatron_prune.runtime.world import World
 from megatron_prune.text.answers import mask_prefix
@@ -58,7 +56,7 @@ def preprocess(options: PreprocessOptions, world: World) -> None:
         InputError: if an input, the tokenizer or the output does not do; parts that are finished are kept.
     """
     _check(options, world)
-    folder = tokenizer_folder(options.tokenizer)
+    folder = open_tokenizer(options.tokenizer, world)
     tokenizer = load_tokenizer(folder)
     facts = _tokenizer_facts(options, tokenizer)
     coding = Coding(
@@ -104,23 +102,6 @@ def _pairs(options: PreprocessOptions, key: str) -> Iterator[dict[str, Path]]:
     yield files
     if options.answers_only or options.overwrite:
         yield pair_files(mask_prefix(files["bin"].with_suffix("")))
-
-
-def tokenizer_folder(name: str) -> Path:
-    """Directory of the tokenizer that ``name`` means.
-
-    Raises:
-        InputError: if it means none.
-    """
-    path = Path(os.path.expanduser(name))
-    if not (path / megatron.TRACKER).is_file() and not (path / megatron.HF_FOLDER).is_dir():
-        return huggingface.resolve(name, weights=False)
-    folder = megatron.iteration_directory(path) / megatron.HF_FOLDER
-    if not folder.is_dir():
-        raise InputError(f"{path} keeps no tokenizer", do="name its Hugging Face directory with --tokenizer")
-    if (folder.parent / FILE).is_file():
-        check_side_files(World(), folder.parent, Manifest.load(folder.parent / FILE))
-    return folder
 
 
 def _check(options: PreprocessOptions, world: World) -> None:

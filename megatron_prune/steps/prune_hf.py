@@ -7,37 +7,32 @@ on the same text it equals it up to rounding.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import huggingface
-from megatron_prune.checkpoint.stream import content_id
 from megatron_prune.checkpoint.tied_copy import check_tied_copy
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.families.choice import choose_family
 from megatron_prune.files import staging
 from megatron_prune.files.documents import STRICT, read_json
+from megatron_prune.opening.opened import open_huggingface
 from megatron_prune.opening.side_files import say_links
-from megatron_prune.opening.source import Source, commonest, run
-from megatron_prune.pruning.engines.huggingface import HuggingFaceRunner, check_metrics
-from megatron_prune.pruning.fit import FitOptions, held_metrics, pruned_source, wants_text
-from megatron_prune.pruning.measure import Subject, bos_token
-from megatron_prune.pruning.request import TargetOptions, read_request
-from megatron_prune.pruning.tokenizer import kept_vocabulary
-from megatron_prune.runtime.reporting import log
+from megatron_prune.pruning.engines.huggingface import HuggingFaceEngine
+from megatron_prune.pruning.measure import Subject
+from megatron_prune.pruning.options import PruningOptions
+from megatron_prune.pruning.procedure import prune_model
+from megatron_prune.pruning.request import TargetOptions
 from megatron_prune.runtime.world import World
-from megatron_prune.writing.check import CheckOptions
-from megatron_prune.writing.cut import write_huggingface_cut
+from megatron_prune.writing.cut import Form
 from megatron_prune.writing.huggingface import parse_size
 from megatron_prune.writing.overwrite import HUGGING_FACE, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneHfOptions(TargetOptions, FitOptions, CheckOptions):
+class PruneHfOptions(PruningOptions):
     """Prune a Hugging Face model to a smaller shape, by scores or by a plan, and re-fit what stays; single process."""
 
     model_name_or_path: str = option("Hugging Face model: a directory, or a hub id")
@@ -47,12 +42,8 @@ class PruneHfOptions(TargetOptions, FitOptions, CheckOptions):
         "(and num_query_groups_remain, num_layers_remain) (default: prune_config.json, where no size, budget or plan is given)",
         None,
     )
-    scores: str | None = option("use these scores (of megatron-prune score) and their text", None)
-    save_plan: str | None = option("also write the plan here", None)
     target_family: str | None = option("write as another family of the same architecture, such as mistral", None)
     max_shard_size: str = option("split weight files larger than this", "5GB")
-    overwrite: bool = option("replace an existing output directory", False)
-    strict: bool = option("refuse weights that hold NaN or infinity instead of warning", False)
 
 
 def prune_hf(options: PruneHfOptions, world: World) -> None:
@@ -67,58 +58,13 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
     say_links(folder, world)
     if options.save_plan:
         staging.check_file(Path(options.save_plan), beside=save)
-    parse_size(options.max_shard_size)
+    form = Form(max_shard_bytes=parse_size(options.max_shard_size))
     options = with_sizes(options)
-    model = huggingface.open_model(folder)
-    check_tied_copy(model)
+    model = open_huggingface(folder, world)
+    check_tied_copy(model.checkpoint)
     family = choose_family(model.family.name, options.target_family)
-    layout = ParallelLayout()
-
-    @functools.cache
-    def model_id() -> str:
-        return content_id(run(world, Source(tensors=model.tensors), None, label="digesting", strict=options.strict).digests)
-
-    request = read_request(
-        options,
-        model.config,
-        layout,
-        family,
-        model_id,
-        prune_type="balance",
-        has_text=wants_text(options),
-        held=held_metrics(options),
-        refit=options.refit is not False,
-        dtype_bytes=commonest(Source(tensors=model.tensors).dtypes(model.config, None)).itemsize,
-    )
-    trimmed = kept_vocabulary(options, request, model.config, None, model.path)
-    if not options.scores:
-        check_metrics(request.metrics(model.config))
-    subject = Subject(
-        tensors=model.tensors,
-        layout=layout,
-        content_id=model_id(),
-        tokenizer_dir=model.path,
-        bos=bos_token(model.path),
-        runner=HuggingFaceRunner(model.path, model.family),
-    )
-    made_by = {"prune_type": "balance", "tensor_parallel": 1, "pipeline_parallel": 1}
-    with pruned_source(options, request, subject, made_by, save, world) as (plan, source):
-        write_huggingface_cut(
-            save,
-            model,
-            family,
-            plan,
-            source,
-            world,
-            trimmed=trimmed,
-            max_shard_bytes=parse_size(options.max_shard_size),
-            beside={Path(options.save_plan): plan.dumps().encode()} if options.save_plan else {},
-            overwrite=options.overwrite,
-            strict=options.strict,
-            check=not options.no_check,
-        )
-    if world.is_main:
-        log.info("pruned to %s: %s", save, plan.summary())
+    subject = Subject(model=model, engine=HuggingFaceEngine(model), tokenizer=model.tokenizer)
+    prune_model(options, subject, family, form, save, prune_type="balance")
 
 
 def with_sizes(options: PruneHfOptions) -> PruneHfOptions:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from megatron_prune.config import Parser, add_options
-from megatron_prune.opening.foreign import open_megatron
+from megatron_prune.opening.opened import open_megatron
 from megatron_prune.recovery.options import RecoverOptions, filled_options
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.megatron_flags import add_megatron_flags, megatron_flags, refuse_training_flags
@@ -33,12 +33,12 @@ def recover(options: RecoverOptions, world: World) -> int:
         InputError: on arguments, data, a checkpoint or a layout that do not fit; nothing is written.
         TrainingError: on a loss that is not finite, or a checkpoint that cannot be written; those before stay.
     """
-    checkpoint = open_megatron(options.load, options, world, options.megatron)
-    options = filled_options(options, checkpoint)
-    layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
+    model = open_megatron(options.load, world, options, flags=options.megatron)
+    options = filled_options(options, model.config)
+    layout = run_layout(model.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
 
     from megatron_prune.recovery.check import check
     from megatron_prune.recovery.launch import train
 
-    check(options, checkpoint, layout, world)
-    return train(options, checkpoint, layout, world)
+    teacher = check(options, model, layout, world)
+    return train(options, model, teacher, layout, world)

@@ -8,9 +8,10 @@ from pathlib import Path
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
-from megatron_prune.opening.foreign import ForeignOptions, open_megatron
-from megatron_prune.pruning.engines.megatron import megatron_subject
-from megatron_prune.pruning.measure import CalibrationOptions, own_samples
+from megatron_prune.opening.foreign import ForeignOptions
+from megatron_prune.opening.opened import open_megatron
+from megatron_prune.pruning.engines.megatron import MegatronEngine
+from megatron_prune.pruning.measure import CalibrationOptions, Subject, own_samples
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
@@ -45,18 +46,18 @@ def sample(options: SampleOptions, world: World) -> None:
     if not options.save.endswith(".safetensors"):
         raise InputError("--save", got=options.save, needed="a file name that ends in .safetensors")
     staging.check_file(Path(options.save))
-    checkpoint = open_megatron(options.load, options, world)
-    layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
-    layout.check(checkpoint.config)
-    if options.seq_length > checkpoint.config.max_position_embeddings:
+    model = open_megatron(options.load, world, options)
+    layout = run_layout(model.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
+    layout.check(model.config)
+    if options.seq_length > model.config.max_position_embeddings:
         raise InputError(
-            "--seq-length", got=options.seq_length, needed=f"at most the model's {checkpoint.config.max_position_embeddings}"
+            "--seq-length", got=options.seq_length, needed=f"at most the model's {model.config.max_position_embeddings}"
         )
-    subject = megatron_subject(checkpoint, layout, None, world)
+    subject = Subject(model=model, engine=MegatronEngine(layout, world), tokenizer=model.tokenizer)
     shared = ("nsamples", "seq_length", "seed", "dtype")
     wanted = CalibrationOptions(**{name: getattr(options, name) for name in shared})
-    tokens = own_samples(wanted, subject, options.nsamples, world)
-    facts = {name: getattr(options, name) for name in shared} | {"bos": subject.bos, "content_id": subject.content_id}
+    tokens = own_samples(wanted, subject, options.nsamples)
+    facts = {name: getattr(options, name) for name in shared} | {"bos": model.bos, "content_id": model.identity}
     world.on_main(lambda: save_samples(Path(options.save), tokens, facts))
     if world.is_main:
         log.info("%d samples of %d tokens: %s", *tokens.shape, options.save)

@@ -10,16 +10,18 @@ from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.importance.artifact import FILE, ScoresManifest, save_scores
 from megatron_prune.importance.metric import METRICS
-from megatron_prune.opening.foreign import ForeignOptions, open_megatron
+from megatron_prune.importance.scoring import all_scores
+from megatron_prune.opening.foreign import ForeignOptions
+from megatron_prune.opening.opened import open_megatron
 from megatron_prune.planning.plan import shape_of
-from megatron_prune.pruning.engines.megatron import megatron_subject
+from megatron_prune.pruning.engines.megatron import MegatronEngine
 from megatron_prune.pruning.measure import (
     CalibrationOptions,
+    Subject,
     check_dtype,
     measure,
     obtain_calibration,
     request_key,
-    scores_of,
 )
 from megatron_prune.pruning.request import BEST
 from megatron_prune.runtime.layout import run_layout
@@ -49,21 +51,22 @@ def score(options: ScoreOptions, world: World) -> None:
     """
     save, metrics = Path(options.save), metric_names(options.metrics)
     check_output(save, SCORES, overwrite=options.overwrite, source=Path(options.load), inputs=(options.tokenizer,))
-    checkpoint = open_megatron(options.load, options, world)
-    layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
-    layout.check(checkpoint.config)
-    subject = megatron_subject(checkpoint, layout, options.tokenizer, world)
+    model = open_megatron(options.load, world, options, tokenizer=options.tokenizer)
+    layout = run_layout(model.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
+    layout.check(model.config)
+    subject = Subject(model=model, engine=MegatronEngine(layout, world), tokenizer=model.tokenizer)
     check_dtype(options, metrics)
     key = request_key(options, subject, metrics=metrics)
     with staging.work(save, key, main=world.is_main, agree=world.agree) as folder:
-        calibration = obtain_calibration(options, subject, folder, world)
+        calibration = obtain_calibration(options, subject, folder)
         moments = frozenset().union(*(METRICS.get(name).moments.values() for name in metrics))
-        statistics = measure(metrics, moments, options, subject, calibration, folder, world)
-        scores = scores_of(metrics, statistics, options.seed, subject, world)
+        statistics = measure(metrics, moments, options, subject, calibration, folder)
+        metric = lambda name: METRICS.get(name)(seed=options.seed, statistics=statistics)
+        scores = {name: all_scores(metric(name), subject.tensors, layout, world) for name in metrics}
         copies = world.size // (layout.tensor * layout.pipeline)
         manifest = ScoresManifest(
-            content_id=subject.content_id,
-            model=shape_of(checkpoint.config),
+            content_id=model.identity,
+            model=shape_of(model.config),
             metrics=metrics,
             moments=sorted(moments),
             calibration={"digest": calibration.digest, "sources": calibration.provenance},

@@ -14,7 +14,8 @@ import torch
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError, PruneError
 from megatron_prune.files import staging
-from megatron_prune.opening.foreign import ForeignOptions, open_megatron
+from megatron_prune.opening.foreign import ForeignOptions
+from megatron_prune.opening.opened import open_megatron
 from megatron_prune.opening.source import PARAM_DTYPES
 from megatron_prune.recovery.flags import SEPARATE_DATA, SHARED, filled
 from megatron_prune.runtime.layout import run_layout
@@ -58,9 +59,9 @@ def teach(options: TeachOptions, world: World) -> None:
     require_positive(options, "train_iters", "global_batch_size", "top_k", "micro_batch_size", "seq_length", "eval_iters")
     save = Path(options.save)
     check_output(save, TEACHER, overwrite=options.overwrite, source=Path(options.load))
-    checkpoint = open_megatron(options.load, options, world)
-    config = checkpoint.config
-    layout = run_layout(checkpoint.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
+    model = open_megatron(options.load, world, options)
+    config = model.config
+    layout = run_layout(model.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     layout.check(config)
     length = options.seq_length or min(4096, config.max_position_embeddings)
     if not 2 <= length <= config.max_position_embeddings:
@@ -82,16 +83,16 @@ def teach(options: TeachOptions, world: World) -> None:
     error = None
     if world.is_main:
         try:
-            check_tokenizer(list(check_data(data, config.vocab_size)), checkpoint)
+            check_tokenizer(list(check_data(data, config.vocab_size)), model)
             staging.check_room(save, options.train_iters * options.global_batch_size * length * (6 * options.top_k + 4))
         except InputError as found:
             error = found
     world.agree(error)
-    description = describe(options, checkpoint.manifest.content_id, config.vocab_size)
+    description = describe(options, model.recorded_identity, config.vocab_size)
     with staging.work(save, json.dumps(description), main=world.is_main, agree=world.agree) as folder:
         from megatron_prune.runtime.model import build_model, stop_parallel
 
-        running = build_model(checkpoint.tensors, layout, world, dtype=PARAM_DTYPES[options.dtype], seq_length=length)
+        running = build_model(model.tensors, layout, world, dtype=PARAM_DTYPES[options.dtype], seq_length=length)
         samples, held_out = options.train_iters * options.global_batch_size, options.eval_iters * options.global_batch_size
         train_set = build_datasets(data, (samples, held_out, held_out), world)[0]
         _write_parts(options, running, train_set, samples, folder, world)

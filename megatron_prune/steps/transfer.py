@@ -7,12 +7,11 @@ from pathlib import Path
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import megatron
-from megatron_prune.checkpoint.adapter import open_adapted
 from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.config import option, require_positive
-from megatron_prune.opening.foreign import ForeignOptions, noted, told
+from megatron_prune.opening.foreign import ForeignOptions
+from megatron_prune.opening.opened import open_merged
 from megatron_prune.opening.side_files import say_links
-from megatron_prune.opening.source import Source
 from megatron_prune.runtime.world import World
 from megatron_prune.writing.check import CheckOptions
 from megatron_prune.writing.megatron import write_megatron
@@ -49,27 +48,26 @@ def transfer(options: TransferOptions, world: World) -> None:
     require_positive(options, "target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by")
     save = Path(options.save_dir)
     check_output(save, MEGATRON, overwrite=options.overwrite, source=Path(options.load_dir), inputs=(options.base,))
-    checkpoint, adapter = open_adapted(Path(options.load_dir), Path(options.base) if options.base else None, told(options))
-    noted(checkpoint, world)
+    model = open_merged(options.load_dir, options.base, world, options)
     layout = ParallelLayout(
         tensor=options.target_tensor_parallel_size,
         pipeline=options.target_pipeline_parallel_size,
-        vocab_divisible_by=options.make_vocab_size_divisible_by or checkpoint.layout.vocab_divisible_by,
+        vocab_divisible_by=options.make_vocab_size_divisible_by or model.layout.vocab_divisible_by,
     )
-    layout.check(checkpoint.config)
-    say_links(checkpoint.path, world)
-    source = Source(tensors=checkpoint.tensors, transform=adapter.merge if adapter else None)
+    layout.check(model.config)
+    say_links(model.path, world)
+    source, checkpoint = model.source(), model.checkpoint
     write_megatron(
         world,
         save,
         source,
-        config=checkpoint.config,
+        config=model.config,
         layout=layout,
-        dtypes=source.dtypes(checkpoint.config, options.target_params_dtype),
+        dtypes=source.dtypes(model.config, options.target_params_dtype),
         ckpt_format=options.ckpt_format or checkpoint.format,
         transformer_impl=options.transformer_impl,
         manifest=lambda report: replace(checkpoint.manifest, layout=layout),
-        side_files=checkpoint.hf_folder,
+        side_files=model.folder,
         plan_text=checkpoint.plan_text(),
         overwrite=options.overwrite,
         strict=options.strict,

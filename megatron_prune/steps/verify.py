@@ -15,7 +15,8 @@ from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.tied_copy import check_tied_copy
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
-from megatron_prune.opening.foreign import ForeignOptions, open_megatron
+from megatron_prune.opening.foreign import ForeignOptions
+from megatron_prune.opening.opened import open_huggingface, open_megatron
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.stock_model import load_stock_model
@@ -50,9 +51,9 @@ def verify(options: VerifyOptions, world: World) -> int:
     """
     require_positive(options, "seq_length")
     folder = huggingface.resolve(options.hf_dir)
-    model = huggingface.open_model(folder)
-    check_tied_copy(model)
-    checkpoint = open_megatron(options.load_dir, options, world)
+    model = open_huggingface(folder, world)
+    check_tied_copy(model.checkpoint)
+    checkpoint = open_megatron(options.load_dir, world, options).checkpoint
     compared = [item.name for item in fields(ModelConfig)] if checkpoint.own else SHAPE_FIELDS
     differing = [name for name in compared if getattr(model.config, name) != getattr(checkpoint.config, name)]
     if differing:

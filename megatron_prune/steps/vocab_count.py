@@ -12,6 +12,7 @@ from megatron_prune import __version__
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
+from megatron_prune.opening.opened import open_with_vocabulary
 from megatron_prune.runtime.reporting import log, progress_bar
 from megatron_prune.runtime.world import World
 from megatron_prune.text.contents import check_read_once, summary
@@ -23,7 +24,7 @@ from megatron_prune.text.sources import split_weight
 from megatron_prune.text.workers import check_workers, cores
 from megatron_prune.vocabulary.counting import Tally, count_documents, count_pair
 from megatron_prune.vocabulary.counts import Corpus, Counts, is_counts
-from megatron_prune.vocabulary.opened import open_subject
+from megatron_prune.vocabulary.folder import vocabulary_of
 from megatron_prune.vocabulary.vocabulary import Vocabulary
 from megatron_prune.writing.overwrite import check_counts, is_list_of_counts
 
@@ -62,7 +63,7 @@ def vocab_count(options: VocabCountOptions, world: World) -> None:
         raise InputError("--input lists a corpus twice", got=" ".join(options.input), do="give it a weight instead")
     if len({weight is None for _, weight in specs}) > 1:
         raise InputError("--input", got="corpora with and without a weight", needed="weights for all or for none")
-    vocabulary = open_subject(options.tokenizer, None).vocabulary
+    vocabulary = vocabulary_of(open_with_vocabulary(options.tokenizer, world))
     encode = Encoder(vocabulary.folder)
     sources = {name: _open(name, options, encode) for name, _ in specs}
     check_read_once("--input", ((name, _files(name, source)) for name, source in sources.items()))

@@ -8,11 +8,12 @@ from pathlib import Path
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
-from megatron_prune.opening.foreign import noted, told
+from megatron_prune.opening.foreign import told
+from megatron_prune.opening.opened import open_with_vocabulary
 from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
 from megatron_prune.vocabulary.choice import choose, files_of, plan_of, show
-from megatron_prune.vocabulary.opened import open_subject
+from megatron_prune.vocabulary.folder import vocabulary_of
 from megatron_prune.vocabulary.request import SelectOptions, check_select
 
 
@@ -32,12 +33,12 @@ def vocab_select(options: VocabSelectOptions, world: World) -> None:
     if world.size > 1:
         raise InputError("vocab select is started as one process", got=f"{world.size}")
     check_select(options)
-    model = open_subject(options.load_dir, options.tokenizer, told(options))
-    if model.layout:
-        noted(model.checkpoint, world)
+    model = open_with_vocabulary(options.load_dir, world, tokenizer=options.tokenizer, beside=told(options))
+    vocabulary = vocabulary_of(model)
+    model.say_notes()
     if options.save_plan and model.config is None:
         raise InputError("--save-plan", got=f"a tokenizer alone, {model.path}", needed="a model, whose plan it is")
-    chosen = choose(options, model)
+    chosen = choose(options, model, vocabulary)
     show(chosen)
     files = files_of(chosen, options)
     if options.save_plan:

@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterator
-
-import torch
 
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import both_versions, huggingface, megatron
-from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
-from megatron_prune.checkpoint.stream import content_id
 from megatron_prune.checkpoint.tied_copy import check_tied_copy
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
-from megatron_prune.families.family import FAMILIES
 from megatron_prune.files import staging
-from megatron_prune.files.region import Scratch
-from megatron_prune.opening.foreign import noted, told
+from megatron_prune.opening.foreign import told
+from megatron_prune.opening.opened import Opened, open_with_vocabulary
 from megatron_prune.opening.side_files import check_side_files, say_links
-from megatron_prune.opening.source import PARAM_DTYPES, Source, run
-from megatron_prune.pruning.engines.huggingface import HuggingFaceRunner
-from megatron_prune.pruning.engines.megatron import megatron_subject
-from megatron_prune.pruning.measure import CalibrationOptions, Subject, bos_token, obtain_calibration, request_key
+from megatron_prune.pruning.engines.huggingface import HuggingFaceEngine
+from megatron_prune.pruning.engines.megatron import MegatronEngine
+from megatron_prune.pruning.job import Job
+from megatron_prune.pruning.measure import CalibrationOptions, Subject
+from megatron_prune.pruning.procedure import pruned
+from megatron_prune.pruning.request import Request
 from megatron_prune.runtime.layout import run_layout
-from megatron_prune.runtime.reporting import log, progress_bar
+from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
-from megatron_prune.surgery.cut import Cut
-from megatron_prune.surgery.fold_tokens import FoldedRows, changing_rows, fold_rows, hidden_states, respelled
 from megatron_prune.vocabulary.choice import Chosen, choose, files_of, plan_of, show
-from megatron_prune.vocabulary.opened import Model, open_subject
+from megatron_prune.vocabulary.folder import vocabulary_of
 from megatron_prune.vocabulary.request import SelectOptions, check_select
 from megatron_prune.vocabulary.selection import PRIOR
 from megatron_prune.writing.check import CheckOptions
-from megatron_prune.writing.cut import write_huggingface_cut, write_megatron_cut
+from megatron_prune.writing.cut import Form, write_cut
 from megatron_prune.writing.huggingface import parse_size
 from megatron_prune.writing.output import Output, staged
 from megatron_prune.writing.overwrite import HUGGING_FACE, MEGATRON, check_output
@@ -81,22 +72,19 @@ def vocab_trim(options: VocabTrimOptions, world: World) -> None:
         staging.check_output(save, overwrite=options.overwrite, source=Path(options.tokenizer))
     check_output(save, kind, overwrite=options.overwrite, source=source)
     _check_written(options, kind is MEGATRON)
-    model = open_subject(options.load_dir, options.tokenizer, told(options))
-    huggingface.side_files(model.vocabulary.folder)
-    if model.layout:
-        noted(model.checkpoint, world)
+    model = open_with_vocabulary(options.load_dir, world, tokenizer=options.tokenizer, beside=told(options))
+    vocabulary = vocabulary_of(model)
+    huggingface.side_files(vocabulary.folder)
+    model.say_notes()
     if model.checkpoint is not None:
-        say_links(model.checkpoint.path, world)
-    chosen = choose(options, model, options.plan)
+        say_links(model.path, world)
+    chosen = choose(options, model, vocabulary, options.plan)
     if world.is_main:
         show(chosen)
     if model.checkpoint is None or options.tokenizer_only:
         _write_tokenizer(save, chosen, options, world)
-    elif options.fold:
-        with _folded(save, model, chosen, options, world) as rows:
-            _write_model(save, model, chosen, options, world, rows)
     else:
-        _write_model(save, model, chosen, options, world, None)
+        _write_model(save, model, chosen, options, world)
     if world.is_main:
         log.info("%d of %d tokens: %s", len(chosen.trimmed.rows), chosen.trimmed.vocabulary.rows, save)
 
@@ -131,66 +119,49 @@ def _check_fold(options: VocabTrimOptions) -> None:
         raise InputError("--fold and --tokenizer-only", do="give one of the two")
 
 
-@contextlib.contextmanager
-def _folded(save: Path, model: Model, chosen: Chosen, options: VocabTrimOptions, world: World) -> Iterator[FoldedRows]:
-    """The head's fitted rows; the text is kept beside ``save`` until that is written."""
-    subject, dtype = _subject(model, options, world), PARAM_DTYPES[options.dtype]
-    ids = chosen.trimmed.id_map
-    key = request_key(options, subject, rows=hashlib.sha256(ids.new_to_old.tobytes()).hexdigest())
-    with staging.work(save, key, main=world.is_main, agree=world.agree) as folder:
-        calibration = respelled(obtain_calibration(options, subject, folder, world), ids)
-        stage = subject.runner.stage(model.config, dtype=dtype, seq_length=calibration.tokens.shape[1])
-        total = model.config.num_layers * calibration.tokens[stage.copy :: stage.copies].numel()
-        with progress_bar("measuring", total, shown=world.is_main, unit="tokens × layers") as advance:
-            hidden = hidden_states(subject.tensors, calibration, stage, world, dtype, advance)
-        with progress_bar("folding", changing_rows(ids), shown=world.is_main, unit="rows") as advance:
-            rows = fold_rows(subject.tensors, ids, hidden, stage, world, advance)
-        stage.close()
-        chosen.made_by["fold"] = {"rows": len(rows.tokens), "calibration": calibration.provenance}
-        yield rows
+def _write_model(save: Path, model: Opened, chosen: Chosen, options: VocabTrimOptions, world: World) -> None:
+    layout, megatron_core = _layout(model, options, world), isinstance(model.checkpoint, MegatronCheckpoint)
+    if megatron_core:
+        check_side_files(world, model.path, model.checkpoint.manifest)
+    else:
+        check_tied_copy(model.checkpoint)
+    engine = MegatronEngine(layout, world) if megatron_core else HuggingFaceEngine(model)
+    plan = plan_of(chosen, model.config)
+    job = Job(
+        subject=Subject(model=model, engine=engine, tokenizer=chosen.trimmed.vocabulary.folder),
+        request=Request(plan=plan.with_tokens_of(None), vocab_plan=plan, metric_of={}, rotate=False),
+        options=options,
+        measured=options.fold,
+        fold=options.fold,
+        trimmed=chosen.trimmed,
+    )
+    with pruned(job, save) as (plan, source):
+        write_cut(
+            save,
+            model,
+            plan,
+            source,
+            Form(ckpt_format=options.ckpt_format, max_shard_bytes=parse_size(options.max_shard_size)),
+            layout=layout,
+            family=model.family,
+            trimmed=chosen.trimmed,
+            beside=files_of(replace(chosen, made_by=plan.vocab_record()), options),
+            overwrite=options.overwrite,
+            strict=options.strict,
+            check=not options.no_check,
+        )
 
 
-def _subject(model: Model, options: VocabTrimOptions, world: World) -> Subject:
-    """The model as what is measured."""
-    folder, checkpoint = model.vocabulary.folder, model.checkpoint
-    if isinstance(checkpoint, MegatronCheckpoint):
-        layout = run_layout(checkpoint.layout, world, None, None)
-        return megatron_subject(checkpoint, layout, options.tokenizer, world)
-    if world.size > 1:
+def _layout(model: Opened, options: VocabTrimOptions, world: World) -> ParallelLayout:
+    """How the model is divided: while it runs, if it does, and as it is written.
+
+    Raises:
+        InputError: if it cannot run on these processes.
+    """
+    if model.layout:
+        return run_layout(model.layout, world, None, None) if options.fold else model.layout
+    if options.fold and world.size > 1:
         raise InputError(
             "--fold of a Hugging Face model runs in one process", got=world.size, do="convert it, and trim the checkpoint"
         )
-    runner = HuggingFaceRunner(checkpoint.path, checkpoint.family)
-    digest = content_id(run(world, Source(tensors=checkpoint.tensors), None, label="digesting", strict=False).digests)
-    return Subject(
-        tensors=checkpoint.tensors,
-        layout=ParallelLayout(),
-        content_id=digest,
-        tokenizer_dir=folder,
-        bos=bos_token(checkpoint.path),
-        runner=runner,
-    )
-
-
-def _write_model(
-    save: Path, model: Model, chosen: Chosen, options: VocabTrimOptions, world: World, rows: FoldedRows | None
-) -> None:
-    plan, checkpoint = plan_of(chosen, model.config), model.checkpoint
-    cut = Cut(plan, model.config)
-    head = TensorId("embedding" if model.config.tie_embeddings else "output")  # tied: at both ends, so that it stays tied
-
-    def transform(tensor: TensorId, data: torch.Tensor, scratch: Scratch) -> torch.Tensor:
-        return cut.transform(tensor, rows.put_into(data) if rows and tensor == head else data, scratch)
-
-    source = Source(tensors=checkpoint.tensors, origin=cut.origin, transform=transform)
-    common = {"trimmed": chosen.trimmed, "overwrite": options.overwrite, "strict": options.strict, "check": not options.no_check}
-    common["beside"] = files_of(chosen, options)
-    if isinstance(checkpoint, HuggingFaceModel):
-        check_tied_copy(checkpoint)
-        shard_bytes = parse_size(options.max_shard_size)
-        write_huggingface_cut(save, checkpoint, checkpoint.family, plan, source, world, max_shard_bytes=shard_bytes, **common)
-    else:
-        check_side_files(world, checkpoint.path, checkpoint.manifest)
-        family = FAMILIES.get(checkpoint.manifest.family)
-        kind = options.ckpt_format
-        write_megatron_cut(save, checkpoint, checkpoint.layout, family, plan, source, world, ckpt_format=kind, **common)
+    return ParallelLayout()

@@ -18,9 +18,9 @@ from rich.text import Text
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import TensorId, parameter_count
 from megatron_prune.errors import InputError, PlanError
+from megatron_prune.opening.opened import Opened
 from megatron_prune.planning.plan import Plan, kept_tokens, load_plan, whole_plan
 from megatron_prune.vocabulary import report as reports
-from megatron_prune.vocabulary.opened import Model
 from megatron_prune.vocabulary.request import SelectOptions, held_out_lines, read_counts, wanted_tokens
 from megatron_prune.vocabulary.selection import Selection, select
 from megatron_prune.vocabulary.trimmed import Trimmed
@@ -40,21 +40,20 @@ class Chosen:
     made_by: dict[str, Any]
 
 
-def choose(options: SelectOptions, model: Model, plan_path: str | None = None) -> Chosen:
+def choose(options: SelectOptions, model: Opened, vocabulary: Vocabulary, plan_path: str | None = None) -> Chosen:
     """Choose tokens, or take those of a plan, and report.
 
     Raises:
         InputError: if that cannot be done.
     """
-    vocabulary = model.vocabulary
     texts = held_out_lines(options)
     counts = read_counts(options.counts, vocabulary)
     total = None if counts is None else _of_rows(counts.total(), vocabulary.rows)
     selection: Selection | None = None
     if plan_path:
-        trimmed, made_by = _of_plan(plan_path, model)
+        trimmed, made_by = _of_plan(plan_path, model, vocabulary)
     else:
-        selection = select(vocabulary, total, wanted_tokens(options, model))
+        selection = select(vocabulary, total, wanted_tokens(options, vocabulary, model.layout))
         trimmed = Trimmed(vocabulary=vocabulary, rows=selection.rows)
         asked = {name: getattr(options, name) for name in (*SelectOptions.CRITERIA, "multiple_of")}
         made_by = {name: value for name, value in asked.items() if value is not None}
@@ -70,45 +69,38 @@ def _of_rows(total: numpy.ndarray, rows: int) -> numpy.ndarray:
     return numpy.pad(total[:rows], (0, max(0, rows - len(total))))
 
 
-def _of_plan(path: str, model: Model) -> tuple[Trimmed, dict[str, Any]]:
+def _of_plan(path: str, model: Opened, vocabulary: Vocabulary) -> tuple[Trimmed, dict[str, Any]]:
     if model.config is None:
         raise InputError(f"--plan {path}", got=f"a tokenizer alone, {model.path}", needed="a model")
     plan = load_plan(Path(path))
-    rows = kept_tokens(plan, model.config, path)
-    return trimmed_by(plan, rows, model.vocabulary, path), vocab_made_by(plan)
+    kept_tokens(plan, model.config, path)
+    return trimmed_by(plan, vocabulary, path), plan.vocab_record()
 
 
-def vocab_made_by(plan: Plan) -> dict[str, Any]:
-    """How the vocabulary of a plan was chosen."""
-    made_by = plan.made_by.get("vocab", {})
-    return made_by if isinstance(made_by, dict) else {}
-
-
-def trimmed_by(plan: Plan, rows: list[int], vocabulary: Vocabulary, where: object) -> Trimmed:
+def trimmed_by(plan: Plan, vocabulary: Vocabulary, where: object) -> Trimmed:
     """The vocabulary that a plan leaves.
 
     Raises:
         PlanError: if it was made for another tokenizer, or drops what must stay.
     """
-    digest = vocab_made_by(plan).get("tokenizer", vocabulary.digest)
-    if digest != vocabulary.digest:
+    if plan.tokenizer not in (None, vocabulary.digest):
         raise PlanError(
             f"{where} was made for another tokenizer than the one in {vocabulary.folder}",
-            got=digest,
+            got=plan.tokenizer,
             needed=vocabulary.digest,
             do="choose again with megatron-prune vocab select",
         )
-    trimmed = Trimmed(vocabulary=vocabulary, rows=numpy.array(rows, dtype=numpy.int64))
+    trimmed = Trimmed(vocabulary=vocabulary, rows=numpy.array(plan.vocab, dtype=numpy.int64))
     trimmed.check(where)
     return trimmed
 
 
-def _savings(trimmed: Trimmed, model: Model) -> dict[str, Any]:
+def _savings(trimmed: Trimmed, model: Opened) -> dict[str, Any]:
     if model.config is None:
         return {}
     new = dataclasses.replace(model.config, vocab_size=len(trimmed.rows))
     before, after = parameter_count(model.config), parameter_count(new)
-    size = model.checkpoint.tensors.dtype(TensorId("embedding")).itemsize
+    size = model.tensors.dtype(TensorId("embedding")).itemsize
     found = {"parameters": {"before": before, "after": after, "bytes_saved": (before - after) * size}}
     return found | ({"padded": model.layout.padded_vocab(new.vocab_size)} if model.layout else {})
 
@@ -136,5 +128,6 @@ def files_of(chosen: Chosen, options: SelectOptions) -> dict[Path, bytes]:
 
 def plan_of(chosen: Chosen, config: ModelConfig) -> Plan:
     """The plan that cuts the vocabulary alone; it fits any model with this tokenizer."""
-    plan = whole_plan(config, {"vocab": chosen.made_by}, None)
-    return plan.with_vocab(chosen.trimmed.rows.tolist())
+    whole, rows = whole_plan(config, {"vocab": chosen.made_by}, None), chosen.trimmed.rows.tolist()
+    new = {**whole.new, "vocab_size": len(rows)}
+    return dataclasses.replace(whole, new=new, vocab=rows, tokenizer=chosen.trimmed.vocabulary.digest)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import torch_archive
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError, reason
@@ -20,7 +21,6 @@ from megatron_prune.text.documents import open_documents
 from megatron_prune.text.reader import TRAIN
 from megatron_prune.text.sources import split_weight
 from megatron_prune.vocabulary.counts import Counts, load_counts, merged
-from megatron_prune.vocabulary.opened import Model
 from megatron_prune.vocabulary.selection import PRIOR, Wanted, tokens_of_scripts, tokens_of_texts
 from megatron_prune.vocabulary.vocabulary import Vocabulary
 
@@ -168,8 +168,11 @@ def held_out_lines(options: SelectOptions) -> list[str]:
     return found[:LINES]
 
 
-def wanted_tokens(options: SelectOptions, model: Model) -> Wanted:
+def wanted_tokens(options: SelectOptions, vocabulary: Vocabulary, layout: ParallelLayout | None) -> Wanted:
     """What the options ask for.
+
+    Args:
+        layout: of a Megatron checkpoint, which pads the vocabulary.
 
     Raises:
         InputError: if they ask for nothing, or a file or script is not what it should be.
@@ -180,18 +183,18 @@ def wanted_tokens(options: SelectOptions, model: Model) -> Wanted:
     keep: dict[int, str] = {}
     if options.keep_script:
         scripts = [name.strip() for name in options.keep_script.split(",") if name.strip()]
-        keep |= dict.fromkeys(tokens_of_scripts(model.vocabulary, scripts), "script")
+        keep |= dict.fromkeys(tokens_of_scripts(vocabulary, scripts), "script")
     if options.keep_ids:
         ids = read_ids(options.keep_ids)
-        wrong = sorted(token for token in ids if not 0 <= token < model.vocabulary.rows)
+        wrong = sorted(token for token in ids if not 0 <= token < vocabulary.rows)
         if wrong:
-            raise InputError(f"--keep-ids {options.keep_ids}", got=f"ids {wrong[:5]}", needed=f"0 to {model.vocabulary.rows - 1}")
+            raise InputError(f"--keep-ids {options.keep_ids}", got=f"ids {wrong[:5]}", needed=f"0 to {vocabulary.rows - 1}")
         keep |= dict.fromkeys(ids, "kept id")
     if options.keep:
-        keep |= dict.fromkeys(tokens_of_texts(model.vocabulary, read_lines(options.keep)), "kept text")
+        keep |= dict.fromkeys(tokens_of_texts(vocabulary, read_lines(options.keep)), "kept text")
     multiple = options.multiple_of
     if multiple is None:
-        padding = model.layout.vocab_divisible_by * model.layout.tensor if model.layout else 1
+        padding = layout.vocab_divisible_by * layout.tensor if layout else 1
         multiple = padding if options.remain_vocab_size is None else 1
     return Wanted(
         size=options.remain_vocab_size,

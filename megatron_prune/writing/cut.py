@@ -3,142 +3,128 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Mapping
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import tensor_ids
 from megatron_prune.checkpoint import megatron
-from megatron_prune.checkpoint.huggingface import HuggingFaceModel
-from megatron_prune.checkpoint.manifest import Manifest, Recipe
+from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.families.family import Family
+from megatron_prune.opening.opened import Opened
 from megatron_prune.opening.source import Source
 from megatron_prune.planning.plan import Plan
-from megatron_prune.runtime.world import World
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.vocabulary.trimmed import Trimmed
 from megatron_prune.writing.huggingface import write_huggingface
 from megatron_prune.writing.megatron import write_megatron
 
 
-def write_megatron_cut(
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What the files of a result are like.
+
+    Attributes:
+        ckpt_format, transformer_impl: of a Megatron checkpoint; the format is that of the source where none is said.
+        max_shard_bytes: of a Hugging Face directory's weight files, at most.
+    """
+
+    ckpt_format: str | None = None
+    transformer_impl: str = TRANSFORMER_IMPLS[0]
+    max_shard_bytes: int = 5 * 10**9
+
+
+def write_cut(
     save: Path,
-    checkpoint: MegatronCheckpoint,
+    model: Opened,
+    plan: Plan,
+    source: Source,
+    form: Form,
+    *,
     layout: ParallelLayout,
     family: Family,
-    plan: Plan,
-    source: Source,
-    world: World,
-    *,
     trimmed: Trimmed | None,
-    ckpt_format: str | None,
-    transformer_impl: str = TRANSFORMER_IMPLS[0],
     beside: Mapping[Path, bytes],
     overwrite: bool,
     strict: bool,
     check: bool,
 ) -> None:
-    """Write what a plan leaves of a Megatron checkpoint; every process takes part.
+    """Write what a plan leaves of a model as a checkpoint of the model's kind; every process takes part.
 
     Args:
         source: the pruned tensors.
-        trimmed: the tokenizer that goes with them, where the vocabulary is cut.
-        ckpt_format: ``None``: that of the checkpoint.
-        beside: files that appear together with it.
-    """
-    cut = Cut(plan, checkpoint.config)
-    stored = Source(tensors=checkpoint.tensors, origin=cut.origin)
-
-    def manifest(report: StreamReport) -> Manifest:
-        before = checkpoint.manifest
-        kept = [entry.layer for entry in plan.layers]
-        original = [before.kept_layers[layer] for layer in kept] if before.kept_layers else kept
-        return dataclasses.replace(
-            before,
-            family=family.name,
-            model=cut.config,
-            layout=layout,
-            content_id=content_id(report.digests),
-            hf_dtypes=dtypes_after(before.hf_dtypes, cut),
-            tied_head_stored=before.tied_head_stored and cut.config.tie_embeddings,
-            kept_layers=original if before.kept_layers or len(kept) < checkpoint.config.num_layers else None,
-            recipe=[*before.recipe, plan.recipe_entry()],
-        )
-
-    write_megatron(
-        world,
-        save,
-        source,
-        config=cut.config,
-        layout=layout,
-        dtypes=stored.dtypes(cut.config, None),
-        ckpt_format=ckpt_format or checkpoint.format,
-        transformer_impl=transformer_impl,
-        manifest=manifest,
-        side_files=trimmed.vocabulary.folder if trimmed else checkpoint.hf_folder,
-        trimmed=trimmed,
-        sizes=plan.shard_sizes(),
-        plan_text=plan.dumps(),
-        beside=beside,
-        overwrite=overwrite,
-        strict=strict,
-        check=check,
-    )
-
-
-def write_huggingface_cut(
-    save: Path,
-    model: HuggingFaceModel,
-    family: Family,
-    plan: Plan,
-    source: Source,
-    world: World,
-    *,
-    trimmed: Trimmed | None,
-    max_shard_bytes: int,
-    beside: Mapping[Path, bytes],
-    overwrite: bool,
-    strict: bool,
-    check: bool,
-) -> None:
-    """Write what a plan leaves of a Hugging Face model; every process takes part.
-
-    Args:
-        source: the pruned tensors.
+        layout: how a Megatron checkpoint is divided.
+        family: what the result is written as, or exported as later.
         trimmed: the tokenizer that goes with them, where the vocabulary is cut.
         beside: files that appear together with it.
     """
     cut = Cut(plan, model.config)
-    template = trimmed.config(model.hf_config) if trimmed else model.hf_config
-    dtypes = Source(tensors=model.tensors, origin=cut.origin).dtypes(cut.config, None)
-    kept = [entry.layer for entry in plan.layers]
-    hf_config = family.hf_config(cut.config, template, kept if len(kept) < model.config.num_layers else None)
-    recipe = [*Recipe.load(model.path).recipe, plan.recipe_entry()]
+    common = {
+        "config": cut.config,
+        "dtypes": Source(tensors=model.tensors, origin=cut.origin).dtypes(cut.config, None),
+        "side_files": trimmed.vocabulary.folder if trimmed else model.folder,
+        "trimmed": trimmed,
+        "beside": beside,
+        "overwrite": overwrite,
+        "strict": strict,
+        "check": check,
+    }
+    if isinstance(model.checkpoint, MegatronCheckpoint):
+        write_megatron(
+            model.world,
+            save,
+            source,
+            layout=layout,
+            ckpt_format=form.ckpt_format or model.checkpoint.format,
+            transformer_impl=form.transformer_impl,
+            manifest=lambda report: _manifest(model.checkpoint.manifest, plan, cut, layout, family, report),
+            sizes=plan.shard_sizes(),
+            plan_text=plan.dumps(),
+            **common,
+        )
+        return
+    hf_config = model.checkpoint.hf_config
+    recipe = [*model.recipe, plan.recipe_entry()]
     card = model_card(cut.config, recipe, name=save.name, family=family.name)
     write_huggingface(
-        world,
+        model.world,
         save,
         source,
-        config=cut.config,
         family=family,
-        hf_config=hf_config,
+        hf_config=family.hf_config(cut.config, trimmed.config(hf_config) if trimmed else hf_config, _kept_layers(plan)),
         config_text=None,
-        dtypes=dtypes,
-        max_shard_bytes=max_shard_bytes,
-        side_files=trimmed.vocabulary.folder if trimmed else model.path,
-        trimmed=trimmed,
-        tied_head_stored=model.tied_head_stored,
+        max_shard_bytes=form.max_shard_bytes,
+        tied_head_stored=model.checkpoint.tied_head_stored,
         files={megatron.PLAN_FILE: plan.dumps(), "README.md": card},
         recipe=recipe,
-        beside=beside,
-        overwrite=overwrite,
-        strict=strict,
-        check=check,
+        **common,
     )
+
+
+def _manifest(before: Manifest, plan: Plan, cut: Cut, layout: ParallelLayout, family: Family, report: StreamReport) -> Manifest:
+    kept = [entry.layer for entry in plan.layers]
+    return dataclasses.replace(
+        before,
+        family=family.name,
+        model=cut.config,
+        layout=layout,
+        content_id=content_id(report.digests),
+        hf_dtypes=dtypes_after(before.hf_dtypes, cut),
+        tied_head_stored=before.tied_head_stored and cut.config.tie_embeddings,
+        kept_layers=[before.kept_layers[layer] for layer in kept] if before.kept_layers else _kept_layers(plan),
+        recipe=[*before.recipe, plan.recipe_entry()],
+    )
+
+
+def _kept_layers(plan: Plan) -> list[int] | None:
+    """Numbers of the layers that stay; ``None``: all do."""
+    kept = [entry.layer for entry in plan.layers]
+    return kept if len(kept) < plan.old["num_layers"] else None
 
 
 def dtypes_after(recorded: dict[str, str], cut: Cut) -> dict[str, str]:

@@ -73,8 +73,14 @@ def test_flags_of_a_pruning_that_change_nothing(refused, flags, said):
     ("command", "said"),
     [
         ("vocab select --load-dir {hf} --remain-vocab-size 300 --prior 0.5", "--prior without --counts"),
-        ("vocab trim --load-dir {hf} --save-dir {out} --remain-vocab-size 300 --ckpt-format torch", "--ckpt-format has no effect"),
-        ("vocab trim --load-dir {m} --save-dir {out} --remain-vocab-size 300 --max-shard-size 1MB", "--max-shard-size has no effect"),
+        (
+            "vocab trim --load-dir {hf} --save-dir {out} --remain-vocab-size 300 --ckpt-format torch",
+            "--ckpt-format has no effect",
+        ),
+        (
+            "vocab trim --load-dir {m} --save-dir {out} --remain-vocab-size 300 --max-shard-size 1MB",
+            "--max-shard-size has no effect",
+        ),
         ("export --load-dir {m} --save-dir {out} --base {m}", "--base .* has no effect.*not an adapter"),
         ("transfer --load-dir {m} --save-dir {out} --base {m}", "--base .* has no effect.*not an adapter"),
     ],

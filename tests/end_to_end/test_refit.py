@@ -278,7 +278,7 @@ def test_where_much_is_lost_both_ways_are_tried_and_the_better_one_stays(tmp_pat
 
 def test_a_budget_leaves_out_shapes_whose_rotation_a_tied_head_forbids(tmp_path, monkeypatch):
     """Not found out after other shapes were fitted, and no reason to end."""
-    monkeypatch.setattr("megatron_prune.pruning.fit.LARGEST_SPREAD", 0.0)
+    monkeypatch.setattr("megatron_prune.pruning.stream.LARGEST_SPREAD", 0.0)
     model = build_tiny(tmp_path / "model", "mistral", dtype="float32", tie_word_embeddings=True)
     out = run(model, tmp_path / "out", None, ratio=0.3, search=40)
     assert json.loads((out / "config.json").read_text())["hidden_size"] == 48

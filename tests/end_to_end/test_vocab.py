@@ -24,6 +24,7 @@ from tokenizer_kinds import byte_level, gpt2_files, llama2, rank_file, text
 from megatron_prune.checkpoint import megatron
 from megatron_prune.cli import main
 from megatron_prune.errors import CheckpointError, InputError, PlanError
+from megatron_prune.opening.opened import open_with_vocabulary
 from megatron_prune.planning.plan import load_plan
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
@@ -36,8 +37,8 @@ from megatron_prune.steps.vocab_remap import VocabRemapOptions, vocab_remap
 from megatron_prune.steps.vocab_select import VocabSelectOptions, vocab_select
 from megatron_prune.steps.vocab_trim import VocabTrimOptions, vocab_trim
 from megatron_prune.vocabulary.counts import load_counts
+from megatron_prune.vocabulary.folder import vocabulary_of
 from megatron_prune.vocabulary.id_map import load_map
-from megatron_prune.vocabulary.opened import open_subject
 from megatron_prune.vocabulary.vocabulary import open_vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -266,7 +267,7 @@ def test_a_vocabulary_goes_in_one_run_with_other_axes(ranks, model, plan, tmp_pa
     ranks(size).run(rank_jobs.run_steps, ("prune", options))
     export(ExportOptions(load_dir=str(tmp_path / "p"), save_dir=str(tmp_path / "one")), World())
     alone = trim(model, tmp_path / "alone", plan=str(plan))
-    oracle = load_plan(tmp_path / "all.json").with_vocab(None)
+    oracle = load_plan(tmp_path / "all.json").with_tokens_of(None)
     assert oracle.made_by["vocab"] == load_plan(plan).made_by["vocab"]
     (tmp_path / "ffn.json").write_text(oracle.dumps())
     both = by_prune_hf(model, tmp_path / "ffn", plan=str(tmp_path / "ffn.json"))
@@ -527,14 +528,14 @@ def test_the_verbs_on_the_command_line(model, counts, tmp_path, capsys):
 
 
 def test_a_subject_of_either_kind(model, tmp_path):
-    assert open_subject(str(model), None).layout is None
+    assert open_with_vocabulary(str(model), World()).layout is None
     convert(ConvertOptions(load_dir=str(model), save_dir=str(tmp_path / "m"), target_tensor_parallel_size=2), World())
-    found = open_subject(str(tmp_path / "m"), None)
-    assert found.layout.tensor == 2 and found.vocabulary.rows == ROWS
+    found = open_with_vocabulary(str(tmp_path / "m"), World())
+    assert found.layout.tensor == 2 and vocabulary_of(found).rows == ROWS
     shutil.rmtree(tmp_path / "m/release/hf")
     with pytest.raises(InputError, match="keeps no tokenizer"):
-        open_subject(str(tmp_path / "m"), None)
-    assert open_subject(str(tmp_path / "m"), str(model)).vocabulary.rows == ROWS
+        vocabulary_of(open_with_vocabulary(str(tmp_path / "m"), World()))
+    assert vocabulary_of(open_with_vocabulary(str(tmp_path / "m"), World(), tokenizer=str(model))).rows == ROWS
 
 
 # ------------------------------------------------------------------------------------------------------------------- fold

@@ -1,4 +1,4 @@
-"""A warning list: files and functions that are long, by name. What is new on it has to say why; what is no longer long leaves it."""
+"""A warning list: files and functions that are long, by name. What is new on it says why; what is no longer long leaves it."""
 
 from __future__ import annotations
 

@@ -9,30 +9,33 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout, legal_tensor_sizes
-from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.importance.metric import GradientMetric, Metric
-from megatron_prune.opening.source import model_id
-from megatron_prune.pruning.measure import (
-    Subject,
-    bos_token,
-)
 from megatron_prune.runtime.reporting import progress_bar
 from megatron_prune.runtime.stage import Stage
 from megatron_prune.runtime.world import World
 from megatron_prune.text.tokens import Calibration
 
 
-class MegatronRunner:
-    """``pruning/measure.py:Runner`` on this run's processes. megatron-core is imported when it is first needed."""
+class MegatronEngine:
+    """An :class:`~megatron_prune.pruning.engines.engine.Engine` on this run's processes.
+
+    megatron-core is imported when it is first needed.
+
+    Args:
+        layout: how the run divides the model.
+    """
 
     def __init__(self, layout: ParallelLayout, world: World):
-        self._layout, self._world = layout, world
+        self.layout, self._world = layout, world
+
+    def check_metrics(self, names: list[str]) -> None:
+        """All can be measured."""
 
     def stage(self, *shapes: ModelConfig, dtype: torch.dtype, seq_length: int) -> Stage:
         from megatron_prune.runtime.megatron_stage import MegatronStage
 
-        layout = self._layout
+        layout = self.layout
         if any(layout.tensor not in legal_tensor_sizes(shape) for shape in shapes):  # unbalance: ranks run whole layers
             layout = replace(layout, tensor=1)
         return MegatronStage(layout, self._world, dtype=dtype, seq_length=seq_length)
@@ -51,28 +54,26 @@ class MegatronRunner:
         from megatron_prune.runtime.model import build_model, stop_parallel
         from megatron_prune.runtime.sampling import sample
 
-        model = build_model(tensors, self._layout, self._world, dtype=dtype, seq_length=length)
+        model = build_model(tensors, self.layout, self._world, dtype=dtype, seq_length=length)
         tokens = sample(model, count=count, length=length, seed=seed, bos=bos, batch_size=SAMPLED_TOGETHER, progress=progress)
         stop_parallel()
         return tokens
 
-    def whole_model_passes(
-        self, metrics: list[Metric], subject: Subject, calibration: Calibration, dtype: torch.dtype, world: World
-    ) -> None:
+    def whole_model_passes(self, metrics: list[Metric], tensors: TensorMap, calibration: Calibration, dtype: torch.dtype) -> None:
         from megatron_prune.importance.gradients import collect_gradients
         from megatron_prune.importance.losses import collect_losses
         from megatron_prune.runtime.model import build_model, stop_parallel
 
-        length, tokens = calibration.tokens.shape[1], calibration.tokens.numel()
-        model = build_model(subject.tensors, self._layout, world, dtype=dtype, seq_length=length)
+        world, length, tokens = self._world, calibration.tokens.shape[1], calibration.tokens.numel()
+        model = build_model(tensors, self.layout, world, dtype=dtype, seq_length=length)
         statistics = metrics[0].statistics
         gradient = [metric for metric in metrics if isinstance(metric, GradientMetric)]
         if gradient:
-            copies = world.size // (self._layout.tensor * self._layout.pipeline)
+            copies = world.size // (self.layout.tensor * self.layout.pipeline)
             with progress_bar("gradients", tokens // copies, shown=world.is_main, unit="tokens") as advance:
-                collect_gradients(gradient, subject.tensors, model, calibration, statistics, world, progress=advance)
+                collect_gradients(gradient, tensors, model, calibration, statistics, world, progress=advance)
         if any("losses" in metric.needs for metric in metrics):
-            total = tokens * (subject.config.num_layers + 1)
+            total = tokens * (tensors.config.num_layers + 1)
             with progress_bar("without each layer", total, shown=world.is_main, unit="tokens") as advance:
                 collect_losses(model, calibration, statistics, world, progress=advance)
         stop_parallel()
@@ -80,16 +81,3 @@ class MegatronRunner:
 
 SAMPLED_TOGETHER = 96
 """Samples made in a batch: a token costs half of what it does 32 at a time (weights are read once for all)."""
-
-
-def megatron_subject(checkpoint, layout, tokenizer: str | None, world: World) -> Subject:
-    """A checkpoint as what is measured; reads it where no manifest says its digest."""
-    folder = huggingface.resolve(tokenizer, weights=False) if tokenizer else checkpoint.hf_folder
-    return Subject(
-        tensors=checkpoint.tensors,
-        layout=layout,
-        content_id=model_id(checkpoint, world),
-        tokenizer_dir=folder,
-        bos=bos_token(checkpoint.hf_folder or folder),
-        runner=MegatronRunner(layout, world),
-    )

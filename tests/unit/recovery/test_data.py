@@ -299,7 +299,9 @@ def test_each_split_may_have_a_blend_of_its_own(tmp_path):
     assert {whole(train[number])[0] // 100_000 for number in range(20)} == {0, 1}
     assert {token // 1000 for number in range(len(valid)) for token in whole(valid[number])} == set(range(200, 212))
     with_test = options(tmp_path, **{**vars(separate), "test_data_path": (names["d"],)})
-    assert {whole(item)[0] // 100_000 for item in map(build_datasets(with_test, (20, 10, 10), World())[2].__getitem__, range(10))} == {3}
+    assert {
+        whole(item)[0] // 100_000 for item in map(build_datasets(with_test, (20, 10, 10), World())[2].__getitem__, range(10))
+    } == {3}
 
 
 def marked(folder: Path, name: str, count: int, *, first: int = 0) -> str:

@@ -1,0 +1,111 @@
+"""One pruning, settled before anything is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.errors import InputError
+from megatron_prune.families.family import Family
+from megatron_prune.importance.artifact import scores_digest
+from megatron_prune.pruning.fit import FitOptions
+from megatron_prune.pruning.flags import check_effect
+from megatron_prune.pruning.measure import CalibrationOptions, Subject, check_dtype, request_key
+from megatron_prune.pruning.options import PruningOptions
+from megatron_prune.pruning.request import Request, TargetOptions, read_request
+from megatron_prune.pruning.scored import check_scores
+from megatron_prune.pruning.tokens import kept_vocabulary
+from megatron_prune.text.sources import check_seed
+from megatron_prune.vocabulary.trimmed import Trimmed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is cut of which model, how that is chosen and how what stays is fitted.
+
+    Attributes:
+        options: the text, and what is computed in.
+        measured: whether that text is read.
+        kept_scores: directory of scores that take the place of measuring.
+        prune_type: which units each tensor-parallel rank keeps.
+        search: shapes within a budget that are fitted and compared.
+        fit: how what stays is re-fitted; ``None``: not at all.
+        trimmed: the tokenizer that goes with the tokens that stay; ``None``: all do.
+        fold: whether the head's rows are fitted to take over what dropped tokens said.
+        made_by: the record of all that, for the plan.
+        asked: further options that a stopped run must have been given to be gone on with.
+    """
+
+    subject: Subject
+    request: Request
+    options: CalibrationOptions
+    measured: bool = False
+    kept_scores: Path | None = None
+    prune_type: str = "balance"
+    search: int = 1
+    fit: FitOptions | None = None
+    trimmed: Trimmed | None = None
+    fold: bool = False
+    made_by: dict[str, Any] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)
+
+    def key(self) -> str:
+        """What a stopped run must have been to be gone on with."""
+        plan = self.request.plan.with_tokens_of(self.request.vocab_plan).dumps() if self.request.plan else None
+        scores = scores_digest(self.kept_scores) if self.kept_scores else None
+        return request_key(self.options, self.subject, **{**self.asked, "plan": plan, "scores": scores, "made_by": self.made_by})
+
+
+def settle(options: PruningOptions, subject: Subject, family: Family, *, prune_type: str) -> Job:
+    """Check all that can be checked before anything is measured.
+
+    Args:
+        family: what the result is written as.
+
+    Raises:
+        InputError: on options, a plan, scores or a tokenizer that do not fit the model or each other.
+    """
+    config, layout, text = subject.config, subject.layout, options.wants_text()
+    refit = text and options.refit is not False
+    request = read_request(
+        options,
+        subject.model,
+        layout,
+        family,
+        prune_type=prune_type,
+        has_text=text,
+        held=options.kept_metrics(),
+        refit=options.refit is not False,
+    )
+    trimmed = kept_vocabulary(options, request, subject.model)
+    kept_scores = Path(options.scores) if options.scores else None
+    if kept_scores is None:
+        subject.engine.check_metrics(request.metrics(config))
+    options.fit()
+    check_seed(options.seed)
+    check_effect(options, request, config, text=text, refit=refit)
+    if text and kept_scores:
+        check_scores(kept_scores, request, subject)
+    elif text:
+        check_dtype(options, request.metrics(config))
+    if text and not refit and request.rotates(config):
+        raise InputError("--no-refit with rotated hidden units", do="use --hidden_method select, or re-fit")
+    used = {axis: request.metric_of[axis] for axis in sorted(request.axes(config))}
+    made_by = {"metric": options.metric or used, "seed": options.seed, "prune_type": prune_type}
+    made_by |= {"tensor_parallel": layout.tensor, "pipeline_parallel": layout.pipeline}
+    if options.vocab_plan:
+        made_by["vocab"] = request.vocab_plan.vocab_record()
+    return Job(
+        subject=subject,
+        request=request,
+        options=options,
+        measured=text,
+        kept_scores=kept_scores,
+        prune_type=prune_type,
+        search=options.search,
+        fit=options if refit else None,
+        trimmed=trimmed,
+        made_by=made_by,
+        asked={name: getattr(options, name) for kind in (TargetOptions, FitOptions) for name in kind.__dataclass_fields__},
+    )

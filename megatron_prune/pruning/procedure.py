@@ -1,0 +1,120 @@
+"""One pruning at work: measure, plan, fit, write. Which engine runs the model makes no difference here."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Iterator
+
+from megatron_prune.families.family import Family
+from megatron_prune.files import staging
+from megatron_prune.importance.artifact import load_calibration_file
+from megatron_prune.importance.statistics import STREAM, Statistics
+from megatron_prune.opening.source import Source
+from megatron_prune.planning.plan import Plan
+from megatron_prune.pruning.fit import best_fit
+from megatron_prune.pruning.job import Job, settle
+from megatron_prune.pruning.measure import Subject, measure, obtain_calibration
+from megatron_prune.pruning.options import PruningOptions
+from megatron_prune.pruning.plans import make_plans
+from megatron_prune.pruning.scored import Scored
+from megatron_prune.pruning.tokens import folded
+from megatron_prune.runtime.reporting import log
+from megatron_prune.surgery.cut import Cut
+from megatron_prune.text.tokens import Calibration
+from megatron_prune.writing.cut import Form, write_cut
+
+
+def prune_model(options: PruningOptions, subject: Subject, family: Family, form: Form, save: Path, *, prune_type: str) -> None:
+    """Prune a model of either kind and write it at ``save``; every process takes part.
+
+    Args:
+        family: what the result is written as.
+
+    Raises:
+        InputError: on a request, plan, scores or data that do not fit; nothing is written.
+    """
+    job, model = settle(options, subject, family, prune_type=prune_type), subject.model
+    if options.strict and (job.measured or model.recorded_identity is None):  # before long work, not while its result is written
+        model.check_values()
+    with pruned(job, save) as (plan, source):
+        write_cut(
+            save,
+            model,
+            plan,
+            source,
+            form,
+            layout=subject.layout,
+            family=family,
+            trimmed=job.trimmed,
+            beside={Path(options.save_plan): plan.dumps().encode()} if options.save_plan else {},
+            overwrite=options.overwrite,
+            strict=options.strict,
+            check=not options.no_check,
+        )
+    if subject.world.is_main:
+        log.info("pruned to %s: %s", save, plan.summary())
+
+
+@contextlib.contextmanager
+def pruned(job: Job, save: Path) -> Iterator[tuple[Plan, Source]]:
+    """The plan, and the pruned model's tensors, to be written to ``save``; every process takes part.
+
+    What is measured and fitted is kept beside ``save`` until that is written, so that a stopped run goes on.
+
+    Raises:
+        InputError: if data does not fit, or something that is measured is not finite.
+    """
+    world, config, tokens = job.subject.world, job.subject.config, job.request.vocab_plan
+    if not job.measured:
+        yield _cut(_plans(job, None, None)[0].with_tokens_of(tokens), job.subject)
+        return
+    with staging.work(save, job.key(), main=world.is_main, agree=world.agree) as folder:
+        calibration = _calibration(job, folder)
+        if job.fold:
+            plan = job.request.plan.with_tokens_of(tokens)
+            yield folded(plan, job.trimmed.id_map, job.subject, calibration, job.options)
+            return
+        statistics = _statistics(job, calibration, folder)
+        plans = _plans(job, statistics, calibration)
+        if job.fit is None:
+            yield _cut(plans[0].with_tokens_of(tokens), job.subject)
+            return
+        plan, source = best_fit(job.fit, plans, job.subject, calibration, statistics, folder)
+        if tokens is not None:  # last: what is fitted speaks the whole vocabulary, as its text does
+            plan = plan.with_tokens_of(tokens)
+            source = dataclasses.replace(source, transform=Cut(plan, config).tokens)
+        yield plan, source
+
+
+def _calibration(job: Job, folder: Path) -> Calibration:
+    """The text: that of the scores, where no other was named."""
+    if job.kept_scores and job.options.data is None:
+        if known := load_calibration_file(job.kept_scores, job.subject.config):
+            return known
+    return obtain_calibration(job.options, job.subject, folder)
+
+
+def _statistics(job: Job, calibration: Calibration, folder: Path) -> Statistics | None:
+    """What the plan and its basis need of the text; ``None`` where that is nothing."""
+    config, names, moments = job.subject.config, [], frozenset()
+    if job.kept_scores is None:
+        names, moments = job.request.metrics(config), job.request.moments(config)
+    if job.request.rotates(config):
+        moments |= {STREAM}
+    return measure(names, moments, job.options, job.subject, calibration, folder) if names or moments else None
+
+
+def _plans(job: Job, statistics: Statistics | None, calibration: Calibration | None) -> list[Plan]:
+    made_by = job.made_by
+    if calibration is not None:
+        made_by = {**made_by, "calibration": {"digest": calibration.digest, "sources": calibration.provenance}}
+    scored = Scored(subject=job.subject, seed=job.options.seed, kept=job.kept_scores, statistics=statistics)
+    return make_plans(job.request, scored, count=job.search, prune_type=job.prune_type, made_by=made_by)
+
+
+def _cut(plan: Plan, subject: Subject) -> tuple[Plan, Source]:
+    """A plan, and what it leaves of the tensors as they are."""
+    cut = Cut(plan, subject.config)
+    return plan, Source(tensors=subject.tensors, origin=cut.origin, transform=cut.transform)

@@ -1,0 +1,64 @@
+"""What units are scored by: scores that were kept, or what was measured on text, and the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prune.arch.tensors import tensor_ids
+from megatron_prune.errors import InputError
+from megatron_prune.importance.artifact import ScoresManifest, load_scores
+from megatron_prune.importance.metric import METRICS
+from megatron_prune.importance.scoring import score
+from megatron_prune.importance.statistics import Statistics
+from megatron_prune.planning.selection import Scores
+from megatron_prune.pruning.measure import Subject
+from megatron_prune.pruning.request import Request
+from megatron_prune.runtime.reporting import progress_bar
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scored:
+    """A model whose units can be scored.
+
+    Attributes:
+        seed: of the random metric.
+        kept: directory of scores of metrics that measure, made before; ``None``: they are made of the statistics.
+        statistics: of the text; ``None`` where nothing was measured.
+    """
+
+    subject: Subject
+    seed: int
+    kept: Path | None = None
+    statistics: Statistics | None = None
+
+    def scores(self, name: str, wanted: list[tuple[str, int | None]], dropped: list[int]) -> Scores:
+        """A metric's scores of (axis, layer) pairs, full; every process takes part.
+
+        Args:
+            dropped: numbers of layers that may go as one block: a metric that judges blocks scores these too.
+        """
+        metric, subject = METRICS.get(name), self.subject
+        if self.kept is not None and metric.needs:
+            return load_scores(self.kept, name)
+        total = sum(subject.tensors.nbytes(tensor) for tensor in tensor_ids(subject.config))
+        found = metric(seed=self.seed, statistics=self.statistics)
+        shown = subject.world.is_main and metric.reads_weights
+        with progress_bar("scoring", total // (subject.layout.tensor * subject.layout.pipeline), shown=shown) as advance:
+            scores = score(found, subject.tensors, subject.layout, wanted, subject.world, advance)
+        return scores | {("block", count): found.block_scores(count) for count in (dropped if metric.block_wise else ())}
+
+
+def check_scores(kept: Path, request: Request, subject: Subject) -> None:
+    """Refuse scores of another model, or without a metric that is needed.
+
+    Raises:
+        InputError: saying which.
+    """
+    manifest = ScoresManifest.load(kept)
+    manifest.check(subject.config, subject.model.identity, kept)
+    for name in request.metrics(subject.config):
+        if METRICS.get(name).needs and name not in manifest.metrics:
+            raise InputError(
+                f"{kept} holds no scores of {name}", got=", ".join(manifest.metrics), do=f"score with --metrics {name}"
+            )
