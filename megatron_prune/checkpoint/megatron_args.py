@@ -13,6 +13,7 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.checkpoint import heterogeneous
 
 TRANSFORMER_IMPLS = ["transformer_engine", "local"]
 """Megatron-LM's words for whose modules its layers are made of; the first is its default."""
@@ -30,14 +31,15 @@ def megatron_args(
     Args:
         tokenizer: directory of the tokenizer, where there is one.
     """
-    scaling = config.rope_scaling
+    scaling, most = config.rope_scaling, lambda field: max(config.each(field))
     return Namespace(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
-        ffn_hidden_size=config.ffn_hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        group_query_attention=config.num_query_groups != config.num_attention_heads,
-        num_query_groups=config.num_query_groups,
+        ffn_hidden_size=most("ffn_hidden_size"),
+        num_attention_heads=most("num_attention_heads"),
+        group_query_attention=config.each("num_query_groups") != config.each("num_attention_heads"),
+        num_query_groups=most("num_query_groups"),
+        heterogeneous_layers_config_encoded_json=heterogeneous.encoded(config),
         kv_channels=config.kv_channels,
         seq_length=config.max_position_embeddings,
         max_position_embeddings=config.max_position_embeddings,
