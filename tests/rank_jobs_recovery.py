@@ -24,7 +24,7 @@ from megatron_prune.runtime.world import World
 
 
 def losses(world: World, tp: int, vocab_size: int, cases: list[dict[str, Any]]) -> list[tuple[numpy.ndarray, numpy.ndarray]]:
-    """``vocab_parallel_losses`` on this rank's columns → of each case: losses [3, tokens, batch], gradient of the logits' columns.
+    """``vocab_parallel_losses`` on this rank's columns → by case: losses [3, tokens, batch], the columns' gradient.
 
     Args:
         cases: ``logits`` [tokens, batch, padded vocabulary], ``labels``, ``upstream`` [tokens, batch], ``dtype``, and
