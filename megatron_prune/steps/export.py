@@ -81,7 +81,7 @@ def export(options: ExportOptions, world: World) -> None:
         files["README.md"] = model_card(config, checkpoint.manifest.recipe, name=save.name, family=family.name)
     write_huggingface(
         world,
-        save,
+        Output(save=save, overwrite=options.overwrite, strict=options.strict, check=not options.no_check),
         model.source(),
         config=config,
         family=family,
@@ -94,16 +94,13 @@ def export(options: ExportOptions, world: World) -> None:
         buffers={} if pruned else huggingface.load_buffers(checkpoint.path / megatron.HF_FOLDER),
         files=files,
         recipe=checkpoint.manifest.recipe if pruned else None,
-        overwrite=options.overwrite,
-        strict=options.strict,
-        check=not options.no_check,
     )
 
 
 def _write_adapter(options: ExportOptions, adapter: StoredAdapter | None, family: Family, world: World) -> None:
     if adapter is None:
         raise InputError(f"--adapter-only: {options.load_dir} is no adapter", do="leave it out")
-    with staged(world, Output(Path(options.save_dir), HUGGING_FACE, overwrite=options.overwrite)) as partial:
+    with staged(world, Output(save=Path(options.save_dir), overwrite=options.overwrite), HUGGING_FACE) as partial:
         world.on_main(lambda: adapter.write_peft(partial, family, options.base or ""))
         if not options.no_check:
             world.on_main(lambda: adapter.check_peft(partial, family))
