@@ -90,7 +90,8 @@ def _statistics(job: Job, calibration: Calibration, folder: Path) -> Statistics 
     """What the plan and its basis need of the text; ``None`` where that is nothing."""
     config, names, moments = job.subject.config, [], frozenset()
     if job.kept_scores is None:
-        names, moments = job.request.metrics(config), job.request.moments(config)
+        names = sorted({*job.request.metrics(config), *job.request.fallback_metrics(config)})
+        moments = job.request.moments(config)
     if job.request.rotates(config):
         moments |= {STREAM}
     return measure(names, moments, job.options, job.subject, calibration, folder) if names or moments else None
