@@ -32,6 +32,7 @@ SAMPLES = {
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (3, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (2, 1, 2), (1, 2, 2)]
 """TP, PP, DP."""
 MODELS = {
+    "gemma3, norms after blocks": ("gemma3_text", {}, [(1, 1, 1), (2, 1, 1), (1, 2, 1)]),
     "llama, untied": ("llama", {}, LAYOUTS),
     "llama, tied": ("llama", {"tie_word_embeddings": True}, [*LAYOUTS, (1, 4, 1)]),
     "mistral, window of 7": ("mistral", {"sliding_window": 7}, [(1, 1, 1), (3, 1, 1), (1, 2, 1)]),
@@ -117,7 +118,7 @@ def reference(source) -> dict[str, torch.Tensor]:
             q, k, v = (mine[f"self_attn.{role}_proj.weight"] for role in "qkv")
             o, down = mine["self_attn.o_proj.weight"], mine["mlp.down_proj.weight"]
             gate, up = mine["mlp.gate_proj.weight"], mine["mlp.up_proj.weight"]
-            norms = mine["input_layernorm.weight"] + mine["post_attention_layernorm.weight"]
+            norms = sum(value for name, value in mine.items() if name.endswith("layernorm.weight"))
             hidden = hidden + norms + sum(m.sum(0) for m in (q, k, v, gate, up)) + o.sum(1) + down.sum(1)
             rows = {role: m.sum(1) for role, m in zip("qkv", (q, k, v))}
             for role in "qkv":
