@@ -107,7 +107,8 @@ def reference(source) -> dict[str, torch.Tensor]:
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     out: dict[str, torch.Tensor] = {}
     for metric in ("taylor", "taylor_2nd", "snip"):
-        part = {name: _weight_scores(metric, p.detach(), grads[name]) for name, p in model.named_parameters()}
+        offset = lambda name: 1.0 if "norm" in name and config.model_type == "gemma3_text" else 0.0  # without it nothing is left
+        part = {name: _weight_scores(metric, p.detach() + offset(name), grads[name]) for name, p in model.named_parameters()}
         hidden = part["model.embed_tokens.weight"].sum(0) + part["model.norm.weight"]
         if "lm_head.weight" in part:
             hidden = hidden + part["lm_head.weight"].sum(0)
