@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, fields
-from typing import Any, Callable
+from typing import Any
 
 from megatron_prune.arch.model import ModelConfig, check_value, value_kinds
 from megatron_prune.arch.tensors import TensorId

@@ -2,7 +2,7 @@
 
 ``scores.json`` says what the directory holds and is written last; without it the directory is unfinished.
 ``scores.safetensors`` holds one float64 vector by global unit id per metric, axis and layer (``activation.ffn.7``,
-``activation.hidden.all``; ``angular.block.6`` scores every 6 consecutive layers). The statistics they were computed from
+``activation.hidden.all``, ``obs:damping=0.1.ffn.7``; ``angular.block.6`` scores every 6 consecutive layers). The statistics they were computed from
 (``importance/statistics.py``) and the tokens (``calibration.safetensors``) lie beside them.
 """
 
@@ -23,7 +23,7 @@ from megatron_prune.errors import InputError, raise_all
 from megatron_prune.files import staging
 from megatron_prune.files.documents import STRICT, parse_versioned, read_bytes, read_json, shorten
 from megatron_prune.files.tensor_file import TensorFile, open_tensors
-from megatron_prune.importance.metric import METRICS
+from megatron_prune.importance.metric import metric_named
 from megatron_prune.importance.statistics import replace_file
 from megatron_prune.planning.selection import Scores
 from megatron_prune.text.tokens import Calibration
@@ -49,7 +49,7 @@ class ScoresManifest:
     Attributes:
         content_id: digest of the model that was measured.
         model: its sizes.
-        metrics: names of the metrics whose scores are there.
+        metrics: spellings of the metrics whose scores are there.
         moments: sites whose second moments were collected.
         calibration: the text.
         dtype: what was computed in.
@@ -85,7 +85,7 @@ class ScoresManifest:
         if set(found.model) != set(SHAPE_FIELDS) or min(found.model.values()) < 1:
             raise InputError(f"{file}: model", got=shorten(found.model), needed="sizes of " + ", ".join(SHAPE_FIELDS), do=_AGAIN)
         for name in found.metrics:
-            METRICS.get(name)
+            metric_named(name)
         return found
 
     def check(self, config: ModelConfig, content_id: str, where: object) -> None:
@@ -121,7 +121,7 @@ def load_scores(folder: Path, metric: str) -> Scores:
         InputError: if the directory has none of that metric, or they are not one finite number for each unit (nor one below
             zero, but of a metric that gives such).
     """
-    sizes, kind = ScoresManifest.load(folder).model, METRICS.get(metric)
+    sizes, kind = ScoresManifest.load(folder).model, metric_named(metric)
     with open_tensors(folder / SCORES_FILE, error=InputError, do="score again") as file:
         places = [_place(file, key, sizes) for key in file.names]
         if metric not in {name for name, _, _ in places}:
@@ -145,8 +145,8 @@ _ROUNDING = 1e-6
 
 def _place(file: TensorFile, key: str, sizes: dict[str, int]) -> tuple[str, str, int | None]:
     """(metric, axis, layer or number of layers) of a tensor's name."""
-    metric, _, rest = key.partition(".")
-    axis, _, place = rest.rpartition(".")
+    rest, _, place = key.rpartition(".")
+    metric, _, axis = rest.rpartition(".")  # from the right: a parameter of the metric may have a point in it
     number = None if place == "all" else int(place) if place.isdecimal() and len(place) < 7 else -1
     legal = range(1, sizes["num_layers"] + 1) if axis == "block" else _places(axis, sizes) if axis in AXES.names() else []
     if number not in legal:

@@ -32,15 +32,15 @@ class GateSums:
     Args:
         width: consecutive features under one gate.
         weights: of the samples.
-        predicted: tokens in each sample's mean loss.
+        terms: of how many each sample's functional is the mean (``Objective.terms``).
 
     Attributes:
         total: float64 [units of this rank]; ``None`` before the first sample.
     """
 
-    def __init__(self, width: int, weights: list[float], predicted: list[int]):
+    def __init__(self, width: int, weights: list[float], terms: list[int]):
         self.total: Tensor | None = None
-        self._width, self._samples = width, iter(zip(weights, predicted))
+        self._width, self._samples = width, iter(zip(weights, terms))
 
     def watch(self, module: nn.Module, given: tuple[Tensor, ...]) -> None:
         """Forward pre-hook: wait for the gradient of the input, [tokens, 1, features]."""
@@ -49,11 +49,11 @@ class GateSums:
             self.total = torch.zeros(value.shape[-1] // self._width, dtype=torch.float64, device=value.device)
         value.register_hook(partial(self._add, value.detach(), *next(self._samples)))
 
-    def _add(self, value: Tensor, weight: float, predicted: int, gradient: Tensor) -> None:
+    def _add(self, value: Tensor, weight: float, terms: int, gradient: Tensor) -> None:
         product = value.float() * gradient
         if self._width > 1:
             product = product.unflatten(-1, (-1, self._width)).sum(dim=-1)
-        self.total.add_(product.mul_(predicted).square_().sum(dim=(0, 1)), alpha=weight)
+        self.total.add_(product.mul_(terms).square_().sum(dim=(0, 1)), alpha=weight)
 
 
 def collect_gates(
@@ -86,11 +86,11 @@ def collect_gates(
         sorted(name for name, parameter in model.named_parameters() if not parameter.isfinite().all()),
         do="mend the checkpoint, or use a metric of weights only",
     )
-    weights, predicted = calibration.weights.tolist(), (calibration.lengths - 1).tolist()
+    weights, terms = calibration.weights.tolist(), (calibration.lengths - 1).tolist()
     family, gates = family_of(read_config(folder)), {}
     for layer in range(config.num_layers):
         for kind in config.of_layer(layer).kinds:
-            gates[kind, layer] = GateSums(owned(kind.axes[0], kind, config.of_layer(layer)), weights, predicted)
+            gates[kind, layer] = GateSums(owned(kind.axes[0], kind, config.of_layer(layer)), weights, terms)
             writer = family.tensor_name(TensorId(kind.writer, layer)).rpartition(".")[0]
             model.get_submodule(writer).register_forward_pre_hook(gates[kind, layer].watch)
     for tokens, length in zip(calibration.tokens, calibration.lengths.tolist()):

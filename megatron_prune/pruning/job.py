@@ -9,9 +9,10 @@ from typing import Any
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import Family
 from megatron_prune.importance.artifact import scores_digest
+from megatron_prune.importance.metric import metric_named
 from megatron_prune.pruning.fit import FitOptions
 from megatron_prune.pruning.flags import check_effect
-from megatron_prune.pruning.measure import CalibrationOptions, Subject, check_dtype, request_key
+from megatron_prune.pruning.measure import CalibrationOptions, Subject, check_measurable, request_key
 from megatron_prune.pruning.options import PruningOptions
 from megatron_prune.pruning.request import Request, TargetOptions, read_request
 from megatron_prune.pruning.scored import check_scores
@@ -90,11 +91,15 @@ def settle(options: PruningOptions, subject: Subject, family: Family, *, prune_t
     if text and kept_scores:
         check_scores(kept_scores, request, subject)
     elif text:
-        check_dtype(options, request.metrics(config))
+        check_measurable(options, request.metrics(config), config, layout)
     if text and not refit and request.rotates(config):
         raise InputError("--no-refit with rotated hidden units", do="use --hidden_method select, or re-fit")
     used = {axis: request.metric_of[axis] for axis in sorted(request.axes(config))}
-    made_by = {"metric": options.metric or used, "seed": options.seed, "prune_type": prune_type}
+    made_by = {
+        "metric": metric_named(options.metric).spelling if options.metric else used,
+        "seed": options.seed,
+        "prune_type": prune_type,
+    }
     made_by |= {"tensor_parallel": layout.tensor, "pipeline_parallel": layout.pipeline}
     if refit and config.after_norms and "hidden" in used and options.hidden_method is None:
         made_by["hidden_method"] = f"select: {NO_ROTATION}"

@@ -22,7 +22,6 @@ from megatron_prune.surgery.basis import (
     tied_scale,
 )
 
-
 TOO_VARIED = "the final norm varies too much"
 
 
