@@ -17,7 +17,7 @@ import torch
 from megatron_prune.arch.blocks.block import kind_of, spaces
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.arch.tensors import TensorId, tensor_ids
+from megatron_prune.arch.tensors import TensorId, offset_of, tensor_ids
 from megatron_prune.axes.axis import AXES
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import InputError
@@ -151,6 +151,8 @@ def _partial_sums(
             continue  # fewer KV groups than ranks: this one has none
         for rows in _row_chunks(held[0], labels[0], len(held[1]) if len(held) > 1 else 1, described):
             weight = tensors.read_block(tensor, rows, *held[1:])
+            if offset := offset_of(tensor.role, config):
+                weight = weight.double() + offset
             for key in keys:
                 values = metric.per_weight(key[0], tensor, weight, held[1] if len(held) > 1 else range(1))
                 if key[0] == "layer":

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_prune.arch.blocks.block import spaces
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Patch
-from megatron_prune.arch.tensors import TensorId
+from megatron_prune.arch.tensors import TensorId, offset_of
 from megatron_prune.axes.axis import AXES
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.files.region import close_files
@@ -108,7 +108,7 @@ def _add_piece(
     stored = slice(patch.stored_row, patch.stored_row + patch.rows)
     held = {name: value.view(len(value), -1)[stored] for name, value in sums.values.items()}
     weight = tensors.read_block(TensorId(patch.role, part.layer), rows, cols).reshape(len(rows), len(cols))
-    weight = weight.to(part.parameter.device, torch.float32)
+    weight = weight.to(part.parameter.device, torch.float32) + offset_of(patch.role, tensors.config)
     for metric in metrics:
         values = metric.per_gradient(weight, {name: held[name] for name in metric.sums - {GATES}}, samples)
         lines = [values.sum(dim=1, dtype=torch.float64).cpu(), values.sum(dim=0, dtype=torch.float64).cpu()]

@@ -32,6 +32,7 @@ LAYERS = 4
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (3, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2)]
 """TP, PP, DP."""
 MODELS = {
+    "gemma3, norms after blocks, a window of 7 in most layers": ("gemma3_text", {}, [(1, 1, 1), (2, 1, 1)]),
     "llama": ("llama", {}, LAYOUTS),
     "mistral, window of 7": ("mistral", {"sliding_window": 7}, [(1, 1, 1), (3, 1, 1)]),
     "qwen2, biases, tied": ("qwen2", {"tie_word_embeddings": True}, [(1, 1, 1), (3, 1, 1), (1, 2, 2)]),
@@ -63,13 +64,14 @@ def dense(source: Path) -> list[dict]:
 
         module.register_forward_hook(keep)
 
+    after_norms = hasattr(model.model.layers[0], "pre_feedforward_layernorm")
     for number, layer in enumerate(model.model.layers):
         watch(layer.self_attn.q_proj, "input_norm", number)
         watch(layer.self_attn.o_proj, "context", number)
         watch(layer.mlp.gate_proj, "post_norm", number)
         watch(layer.mlp.down_proj, "channels", number)
         watch(layer.input_layernorm, "before", number)
-        watch(layer.post_attention_layernorm, "middle", number)
+        watch(layer.pre_feedforward_layernorm if after_norms else layer.post_attention_layernorm, "middle", number)
         watch(layer, "after", number, output=True)
     watch(model.model.norm, "before", None)
     watch(model.model.norm, "final_norm", None, output=True)
