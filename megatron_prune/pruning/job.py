@@ -17,6 +17,8 @@ from megatron_prune.pruning.options import PruningOptions
 from megatron_prune.pruning.request import Request, TargetOptions, read_request
 from megatron_prune.pruning.scored import check_scores
 from megatron_prune.pruning.tokens import kept_vocabulary
+from megatron_prune.runtime.reporting import log
+from megatron_prune.surgery.basis import NO_ROTATION
 from megatron_prune.text.sources import check_seed
 from megatron_prune.vocabulary.trimmed import Trimmed
 
@@ -82,7 +84,7 @@ def settle(options: PruningOptions, subject: Subject, family: Family, *, prune_t
     trimmed = kept_vocabulary(options, request, subject.model)
     kept_scores = Path(options.scores) if options.scores else None
     if kept_scores is None:
-        subject.engine.check_metrics(request.metrics(config))
+        subject.engine.check_metrics(sorted({*request.metrics(config), *request.fallback_metrics(config)}))
     options.fit()
     check_seed(options.seed)
     check_effect(options, request, config, text=text, refit=refit)
@@ -99,6 +101,10 @@ def settle(options: PruningOptions, subject: Subject, family: Family, *, prune_t
         "prune_type": prune_type,
     }
     made_by |= {"tensor_parallel": layout.tensor, "pipeline_parallel": layout.pipeline}
+    if refit and config.after_norms and "hidden" in used and options.hidden_method is None:
+        made_by["hidden_method"] = f"select: {NO_ROTATION}"
+        if subject.world.is_main:
+            log.info("hidden channels are selected, not rotated: this is %s", NO_ROTATION)
     if options.vocab_plan:
         made_by["vocab"] = request.vocab_plan.vocab_record()
     return Job(

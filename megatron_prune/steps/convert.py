@@ -21,6 +21,7 @@ from megatron_prune.opening.side_files import say_links
 from megatron_prune.runtime.world import World
 from megatron_prune.writing.check import CheckOptions
 from megatron_prune.writing.megatron import write_megatron
+from megatron_prune.writing.output import Output
 from megatron_prune.writing.overwrite import MEGATRON, check_output
 
 
@@ -76,7 +77,7 @@ def convert(options: ConvertOptions, world: World) -> None:
 
     write_megatron(
         world,
-        save,
+        Output(save=save, overwrite=options.overwrite, strict=options.strict, check=not options.no_check),
         source,
         config=model.config,
         layout=layout,
@@ -86,9 +87,6 @@ def convert(options: ConvertOptions, world: World) -> None:
         manifest=manifest,
         side_files=model.folder,
         buffers_of=model.checkpoint,
-        overwrite=options.overwrite,
-        strict=options.strict,
-        check=not options.no_check,
     )
 
 

@@ -33,11 +33,11 @@ LAYOUTS = [(1, 1, 1), (2, 1, 1), (3, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (2,
 """TP, PP, DP."""
 MODELS = {
     "llama, untied": ("llama", {}, LAYOUTS),
-    "llama, tied": ("llama", {"tie_word_embeddings": True}, [*LAYOUTS, (1, 4, 1)]),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}, [(1, 2, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1)]),
     "mistral, window of 7": ("mistral", {"sliding_window": 7}, [(1, 1, 1), (3, 1, 1), (1, 2, 1)]),
     "qwen2, biases, tied": ("qwen2", {"tie_word_embeddings": True}, LAYOUTS),
     "qwen2, 2 KV groups on 4 ranks": ("qwen2", {"num_key_value_heads": 2}, [(4, 1, 1), (2, 2, 1)]),
-    "qwen3, q and k norms, wide heads": ("qwen3", {"head_dim": 16}, LAYOUTS),
+    "qwen3, q and k norms, wide heads": ("qwen3", {"head_dim": 16}, [(1, 1, 1), (3, 1, 1), (2, 2, 1), (2, 1, 2)]),
     "qwen3, 1 KV group on 4 ranks": ("qwen3", {"num_key_value_heads": 1}, [(1, 1, 1), (2, 1, 1), (4, 1, 1)]),
 }
 CASES = [

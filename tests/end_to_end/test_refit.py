@@ -283,7 +283,19 @@ def test_a_budget_leaves_out_shapes_whose_rotation_a_tied_head_forbids(tmp_path,
     out = run(model, tmp_path / "out", None, ratio=0.3, search=40)
     assert json.loads((out / "config.json").read_text())["hidden_size"] == 48
     with pytest.raises(InputError, match="varies too much(.|\n)*--untie(.|\n)*select"):
-        run(model, tmp_path / "exact", None, hidden_size_remain=36)
+        run(model, tmp_path / "exact", None, hidden_size_remain=36, hidden_method="rotate")
+
+
+def test_channels_are_selected_where_a_tied_head_forbids_a_rotation_that_nobody_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_prune.pruning.stream.LARGEST_SPREAD", 0.0)
+    model = build_tiny(tmp_path / "model", "mistral", dtype="float32", tie_word_embeddings=True)
+    found = run(model, tmp_path / "out", None, hidden_size_remain=36)
+    asked = run(model, tmp_path / "asked", None, hidden_size_remain=36, hidden_method="select")
+    ours, theirs = state_dict(found), state_dict(asked)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    plan, other = (json.loads((folder / "plan.json").read_text()) for folder in (found, asked))
+    assert plan["hidden"] == other["hidden"] and len(plan["hidden"]) == 36
+    assert "the final norm varies too much" in plan["made_by"]["hidden_method"] and "hidden_method" not in other["made_by"]
 
 
 @pytest.mark.parametrize(
