@@ -34,7 +34,8 @@ def _common(model: Opened, unsaid: tuple[str, ...] = ()) -> dict[str, Any]:
     config, tensors = model.config, model.tensors
     dtypes = Counter(str(tensors.dtype(tensor)).removeprefix("torch.") for tensor in tensor_ids(config))
     return {
-        "shape": {field: _said(config, field, unsaid) for field in SHAPE_FIELDS},
+        "shape": {field: _said(config, field, unsaid) for field in SHAPE_FIELDS if field not in config.differing},
+        **({} if config.is_uniform else {"layers": {field: list(config.each(field)) for field in _differing_sizes(config)}}),
         "rotary_base": _said(config, "rotary_base", unsaid),
         "rope_scaling": _by_layer([asdict(scaling) if scaling else None for scaling in config.each("rope_scaling")]),
         "sliding_window": _by_layer(list(config.each("sliding_window"))),
@@ -46,6 +47,10 @@ def _common(model: Opened, unsaid: tuple[str, ...] = ()) -> dict[str, Any]:
         "dtype": dict(dtypes),
         "tensor_parallel_sizes": legal_tensor_sizes(config),
     }
+
+
+def _differing_sizes(config: ModelConfig) -> list[str]:
+    return [field for field in SHAPE_FIELDS if field in config.differing]
 
 
 def _by_layer(values: list[Any]) -> Any:
