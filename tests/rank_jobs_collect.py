@@ -12,7 +12,8 @@ from rank_jobs import forget_groups, run_steps
 
 from megatron_prune.checkpoint import megatron
 from megatron_prune.files.hidden import CONTENT
-from megatron_prune.importance import collect as module
+from megatron_prune.importance import walk as module
+from megatron_prune.importance.collect import collect as measure
 from megatron_prune.importance.statistics import LayerStatistics, Statistics
 from megatron_prune.runtime.world import World
 from megatron_prune.text.tokens import Calibration
@@ -53,7 +54,7 @@ def collect(
     module.BATCH_TOKENS = batch_tokens
     stage = MegatronStage(layout, world, dtype=torch.float32, seq_length=calibration.tokens.shape[1])
     try:
-        module.collect(opened.tensors, calibration, stage, statistics, frozenset(moments), world, progress=progress)
+        measure(opened.tensors, calibration, stage, statistics, frozenset(moments), world, progress=progress)
     finally:
         module.BATCH_TOKENS = before
         stage.close()

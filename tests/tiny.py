@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 TEXT = "A small text for a small tokenizer. Zwölf Boxkämpfer jagen Viktor. 0123456789 — the end.\n"
 

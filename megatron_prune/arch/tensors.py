@@ -54,11 +54,11 @@ def tensor_shape(role: str, config: ModelConfig) -> tuple[int, ...]:
     return tuple(config.size(space) for space in spaces(role))
 
 
-def shape_of(tensor: TensorId, config: ModelConfig) -> tuple[int, ...]:
+def full_shape(tensor: TensorId, config: ModelConfig) -> tuple[int, ...]:
     """Full shape of a tensor of the model, in elements."""
     return tensor_shape(tensor.role, config.of_layer(tensor.layer))
 
 
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of the model as stored: tied embeddings once, no vocabulary padding."""
-    return sum(prod(shape_of(tensor, config)) for tensor in tensor_ids(config))
+    return sum(prod(full_shape(tensor, config)) for tensor in tensor_ids(config))

@@ -217,7 +217,7 @@ def settle(description: Description, told: Told, padded: int, where: object, *, 
         )
     if theirs and "vocab_size" not in {**said, **told.values}:
         _check_padding(padded - config.vocab_size, description, told)
-    same = family is not None and (family.qkv_bias, family.qk_norm) == (config.qkv_bias, config.qk_norm)
+    same = family is not None and family.fits(config)
     return Settled(config=config, family=family if same else None, unsaid=missing, notes=tuple(notes))
 
 

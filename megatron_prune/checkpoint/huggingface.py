@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Patch
-from megatron_prune.arch.tensors import TensorId, shape_of, tensor_ids
+from megatron_prune.arch.tensors import TensorId, full_shape, tensor_ids
 from megatron_prune.checkpoint import safetensors_file, weight_files
 from megatron_prune.checkpoint.manifest import RECIPE_FILE, Recipe
 from megatron_prune.checkpoint.tensor_map import FLOATS, TensorMap
@@ -122,7 +122,7 @@ def open_model(path: Path) -> HuggingFaceModel:
 
 
 def _add(tensors: TensorMap, tensor: TensorId, name: str, region: Region, shape: tuple[int, ...], *, replica: bool) -> list[str]:
-    needed = shape_of(tensor, tensors.config)
+    needed = full_shape(tensor, tensors.config)
     if shape != needed:
         return [f"{name}: shape {shape}, needed {needed}"]
     if region.dtype not in FLOATS:
@@ -156,7 +156,7 @@ def lay_out(
         buffers: small tensors to store as they are (see :func:`load_buffers`); they are written at once.
         config_text: the file's exact text, where ``hf_config`` is unchanged from one that was read.
     """
-    tensors = {family.tensor_name(tensor): (dtypes[tensor], shape_of(tensor, config)) for tensor in tensor_ids(config)}
+    tensors = {family.tensor_name(tensor): (dtypes[tensor], full_shape(tensor, config)) for tensor in tensor_ids(config)}
     if tied_head_stored and config.tie_embeddings:
         dtype, shape = tensors[family.names["embedding"]]
         tensors[family.names["output"]] = dtypes.get(TensorId("output"), dtype), shape

@@ -33,8 +33,8 @@ class RecipeEntry(TypedDict):
 
     __pydantic_config__ = {"extra": "allow"}
     step: str
-    old: NotRequired[dict[str, int]]
-    new: NotRequired[dict[str, int]]
+    old: NotRequired[dict[str, int | list[int]]]
+    new: NotRequired[dict[str, int | list[int]]]
 
 
 @dataclass(frozen=True, kw_only=True)

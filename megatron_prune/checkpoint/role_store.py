@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Patch
-from megatron_prune.arch.tensors import TensorId, layer_roles, shape_of, tensor_ids
+from megatron_prune.arch.tensors import TensorId, full_shape, layer_roles, tensor_ids
 from megatron_prune.checkpoint.safetensors_file import read_header
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError
@@ -49,7 +49,7 @@ class RoleStore:
             CheckpointError: if one is missing, damaged or of another shape.
         """
         with open_tensors(self.path(layer), do=_AGAIN) as file:
-            shape = lambda role: shape_of(TensorId(role, layer), self.config)
+            shape = lambda role: full_shape(TensorId(role, layer), self.config)
             return {role: file.read(role, torch.float32, shape(role)) for role in self._roles(layer)}
 
     def _roles(self, layer: int | None) -> list[str]:

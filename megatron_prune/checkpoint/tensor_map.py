@@ -11,7 +11,7 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Patch
-from megatron_prune.arch.tensors import TensorId, shape_of, tensor_ids
+from megatron_prune.arch.tensors import TensorId, full_shape, tensor_ids
 from megatron_prune.checkpoint import digests
 from megatron_prune.errors import CheckpointError, raise_all
 from megatron_prune.files.region import Region, Scratch
@@ -78,7 +78,7 @@ class TensorMap:
 
     def shape(self, tensor: TensorId) -> tuple[int, ...]:
         """Full shape of a tensor."""
-        return shape_of(tensor, self.config)
+        return full_shape(tensor, self.config)
 
     def nbytes(self, tensor: TensorId) -> int:
         """Bytes of a tensor as stored, copies and padding not counted."""

@@ -9,15 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
-from megatron_prune.errors import PlanError, raise_all
+from megatron_prune.arch.blocks.block import BLOCKS
+from megatron_prune.arch.model import FIELDS, SHAPE_FIELDS, ModelConfig
+from megatron_prune.errors import PlanError
 from megatron_prune.files.documents import STRICT, parse_versioned, read_bytes, shorten
-from megatron_prune.planning.selection import Scores, keep_heads, keep_layers, keep_units, shard_counts
-from megatron_prune.planning.target import Target
 
-FORMAT, VERSION = "megatron-prune plan", 1
-ALL, ROTATED = "all", "rotated"
-_LAYER_AXES = {"ffn": "ffn_hidden_size", "kv_head": "num_query_groups", "head": "num_attention_heads"}
+FORMAT, VERSION = "megatron-prune plan", 2
+ALL, ROTATED, NONE = "all", "rotated", "none"
+LAYER_AXES = ("ffn", "kv_head", "head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +25,8 @@ class LayerPlan:
 
     Attributes:
         layer: its 0-based number before pruning.
-        ffn, kv_head, head: kept units. ``head`` lists query heads, grouped as ``kv_head`` lists their groups.
+        ffn, kv_head, head: kept units; none at all of a block that goes alone. ``head`` lists query heads, grouped as
+            ``kv_head`` lists their groups.
         shards: axis → kept units of every tensor-parallel rank, only where these differ (``unbalance``).
     """
 
@@ -44,7 +44,7 @@ class LayerPlan:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Attributes:
-    old, new: the sizes in :data:`SHAPE_FIELDS` before and after.
+    old, new: the sizes in :data:`SHAPE_FIELDS` before and after: a number, or a list of one for each layer where these differ.
     hidden: kept channels of the residual stream, ``None`` for all.
     rotated: the stream is rotated before it is cut (``surgery/basis.py``), so that no channel stays as it was; the
         rotation comes from the calibration text, not from the plan.
@@ -57,8 +57,8 @@ class Plan:
     content_id: digest of the model it was made from; ``None`` fits any model of the old shape.
     """
 
-    old: dict[str, int]
-    new: dict[str, int]
+    old: Shape
+    new: Shape
     hidden: list[int] | None
     layers: list[LayerPlan]
     rotated: bool = False
@@ -73,7 +73,9 @@ class Plan:
         keep = lambda units: ALL if units is None else units
         layers = []
         for entry in self.layers:
-            body = {"layer": entry.layer, **{axis: keep(getattr(entry, axis)) for axis in _LAYER_AXES}}
+            gone = {half: axes for half, axes in _halves().items() if all(entry.units(axis) == [] for axis in axes)}
+            there = [axis for axis in LAYER_AXES if not any(axis in axes for axes in gone.values())]
+            body = {"layer": entry.layer, **dict.fromkeys(gone, NONE), **{axis: keep(entry.units(axis)) for axis in there}}
             layers.append({**body, **({"shards": entry.shards} if entry.shards else {})})
         head = {
             "format": FORMAT,
@@ -105,23 +107,19 @@ class Plan:
         if len({len(counts) for entry in held.layers for counts in entry.shards.values()}) > 1:
             raise PlanError(f"{where}: shards are of different numbers of ranks")
         for key, shape in (("old", held.old), ("new", held.new)):
-            if set(shape) != set(SHAPE_FIELDS):
+            if shape is not None and set(shape) != set(SHAPE_FIELDS):
                 raise PlanError(f"{where}: {key}", got=shorten(list(shape)), needed="exactly " + ", ".join(SHAPE_FIELDS))
         units = lambda value: None if value == ALL else value
         rotated = held.hidden == ROTATED
-        layers = [
-            LayerPlan(
-                layer=entry.layer,
-                ffn=units(entry.ffn),
-                kv_head=units(entry.kv_head),
-                head=units(entry.head),
-                shards=entry.shards,
-            )
-            for entry in held.layers
-        ]
+        layers = [entry.read(where) for entry in held.layers]
+        new = held.new
+        if new is None:
+            if rotated:
+                raise PlanError(f"{where} rotates the stream and does not say how wide it becomes", needed='"new"')
+            new = sizes_after(held.old, units(held.hidden), layers, units(held.vocab))
         return cls(
             old=held.old,
-            new=held.new,
+            new=new,
             hidden=None if rotated else units(held.hidden),
             layers=layers,
             rotated=rotated,
@@ -131,6 +129,11 @@ class Plan:
             made_by=held.made_by,
             content_id=held.content_id,
         )
+
+    def size(self, axis: str, number: int) -> int:
+        """Units of an axis in layer ``number`` of those that stay; of a list that is too short none."""
+        size = self.new[FIELDS[axis]]
+        return size if isinstance(size, int) else size[number] if number < len(size) else 0
 
     def shard_sizes(self) -> dict[tuple[str, int], list[int]]:
         """(axis, new layer number) → kept units of every rank, where these differ."""
@@ -163,13 +166,16 @@ class Plan:
 
     def summary(self) -> str:
         """The sizes that change, for a person."""
-        changes = [f"{name} {self.old[name]} → {self.new[name]}" for name in SHAPE_FIELDS if self.old[name] != self.new[name]]
+        shown = {name: (_shown(self.old[name]), _shown(self.new[name])) for name in SHAPE_FIELDS}
+        changes = [f"{name} {old} → {new}" for name, (old, new) in shown.items() if self.old[name] != self.new[name]]
         return ", ".join(changes + (["head untied"] if self.untied else [])) or "nothing changed"
 
     def new_config(self, config: ModelConfig) -> ModelConfig:
         """``config`` (the model's before pruning) with the layers that stay and the sizes after it."""
         kept = config.of_layers([entry.layer for entry in self.layers])
-        return replace(kept, **self.new, tie_embeddings=config.tie_embeddings and not self.untied)
+        sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in self.new.items()}
+        blocks = tuple(kind for kind in kept.blocks if not _is_empty(sizes[FIELDS[BLOCKS.get(kind).axes[0]]]))
+        return replace(kept, **sizes, blocks=blocks, tie_embeddings=config.tie_embeddings and not self.untied)
 
 
 def _vocab_record(made_by: dict[str, Any]) -> dict[str, Any]:
@@ -183,19 +189,68 @@ def _tokenizer(made_by: dict[str, Any]) -> str | None:
     return str(found["tokenizer"]) if "tokenizer" in found else None
 
 
+def _is_empty(size: int | tuple[int, ...]) -> bool:
+    return not any(size) if isinstance(size, tuple) else size == 0
+
+
+def _shown(size: int | list[int]) -> str:
+    """A size, or those of the layers."""
+    return str(size) if isinstance(size, int) else f"{min(size)} to {max(size)} by layer (mean {sum(size) / len(size):.1f})"
+
+
+def _halves() -> dict[str, tuple[str, ...]]:
+    """Half of a layer → the axes that its block is cut along."""
+    kinds = [BLOCKS.get(name) for name in BLOCKS.names()]
+    return {kind.half: kind.axes for kind in kinds}
+
+
+def sizes_after(old: Shape, hidden: list[int] | None, layers: list[LayerPlan], vocab: list[int] | None) -> Shape:
+    """What is left of ``old``: numbers follow from the lists."""
+    new = {**old, "num_layers": len(layers)}
+    new |= {} if hidden is None else {"hidden_size": len(hidden)}
+    new |= {} if vocab is None else {"vocab_size": len(vocab)}
+    for axis in LAYER_AXES:
+        before, counts = old[FIELDS[axis]], []
+        for entry in layers:
+            whole = before if isinstance(before, int) else before[entry.layer] if entry.layer < len(before) else 0
+            units = entry.units(axis)
+            counts.append(whole if units is None else len(units))
+        new[FIELDS[axis]] = counts[0] if len(set(counts)) == 1 else counts
+    return new
+
+
+Shape = dict[str, int | list[int]]
 Units = list[int] | Literal["all"]
-Sizes = dict[str, Annotated[int, Field(ge=1)]]
+Size = Annotated[int, Field(ge=0)]
+Sizes = dict[str, Size | list[Size]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _LayerEntry:
-    """One layer as the file says it: see :class:`LayerPlan`."""
+    """One layer as the file says it: see :class:`LayerPlan`. A block that goes alone is ``"none"``, and its axes are left out."""
 
     layer: int
-    ffn: Units
-    kv_head: Units
-    head: Units
+    ffn: Units | None = None
+    kv_head: Units | None = None
+    head: Units | None = None
+    attention: Literal["none"] | None = None
+    mlp: Literal["none"] | None = None
     shards: dict[str, list[int]] = field(default_factory=dict)
+
+    def read(self, where: object) -> LayerPlan:
+        """The layer.
+
+        Raises:
+            PlanError: if it does not say what stays along an axis, or says two things.
+        """
+        found, gone = {}, {axis for half, axes in _halves().items() if getattr(self, half) == NONE for axis in axes}
+        for axis in LAYER_AXES:
+            units = getattr(self, axis)
+            if (units is None) != (axis in gone):
+                got = "nothing" if units is None else f"units, and a block that is {NONE}"
+                raise PlanError(f"{where}: layer {self.layer}: {axis}", got=got, needed=f'a list of units, or "{ALL}"')
+            found[axis] = [] if axis in gone else None if units == ALL else units
+        return LayerPlan(layer=self.layer, shards=self.shards, **found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +262,7 @@ class _PlanFile:
     made_by: dict[str, Any]
     content_id: str | None = None
     old: Sizes
-    new: Sizes
+    new: Sizes | None = None
     hidden: list[int] | Literal["all", "rotated"]
     layers: list[_LayerEntry]
     untied: bool = False
@@ -223,164 +278,7 @@ def load_plan(path: Path) -> Plan:
     return Plan.loads(read_bytes(path, error=PlanError), path)
 
 
-def shape_of(config: ModelConfig) -> dict[str, int]:
-    """The sizes that a plan records."""
-    return {name: getattr(config, name) for name in SHAPE_FIELDS}
-
-
-def make_plan(
-    config: ModelConfig,
-    target: Target,
-    scores: Scores,
-    *,
-    prune_type: str,
-    ranks: int,
-    made_by: dict[str, Any],
-    content_id: str | None,
-    rotate: bool = False,
-) -> Plan:
-    """Choose units by their scores.
-
-    Args:
-        scores: for every pair of :func:`selection.needed_scores`; ``("block", n)`` instead of ``("layer", None)`` where
-            the n layers that go are one block.
-        ranks: tensor-parallel ranks that hold the model.
-        rotate: cut hidden units are rotated first; they need no scores.
-    """
-    new = target.config
-    choose = lambda axis, layer, keep: keep_units(axis, scores[axis, layer], keep, config.of_layer(layer), ranks, prune_type)
-    rotated = rotate and new.hidden_size != config.hidden_size
-    hidden = choose("hidden", None, new.hidden_size) if new.hidden_size != config.hidden_size and not rotated else None
-    if target.drop_layers is None:
-        kept = keep_layers(scores, config.num_layers, new.num_layers)
-    else:
-        kept = [layer for layer in range(config.num_layers) if layer not in target.drop_layers]
-    layers = []
-    for layer in kept:
-        ffn = kv_head = head = None
-        shards: dict[str, list[int]] = {}
-        if new.units("ffn") != config.units("ffn"):
-            ffn = choose("ffn", layer, new.units("ffn"))
-        groups = list(range(config.units("kv_head")))
-        if new.units("kv_head") != config.units("kv_head"):
-            groups = kv_head = choose("kv_head", layer, new.units("kv_head"))
-        if new.heads_per_group != config.heads_per_group:
-            head = keep_heads(scores["head", layer], groups, new.heads_per_group, config)
-        elif kv_head is not None:
-            n = config.heads_per_group
-            head = [group * n + position for group in kv_head for position in range(n)]
-        if prune_type == "unbalance":
-            for axis, units in (("ffn", ffn), ("kv_head", kv_head)):
-                if units is not None:
-                    shards[axis] = shard_counts(axis, units, config, ranks)
-        layers.append(LayerPlan(layer=layer, ffn=ffn, kv_head=kv_head, head=head, shards=shards))
-    return Plan(
-        old=shape_of(config),
-        new=shape_of(new),
-        hidden=hidden,
-        rotated=rotated,
-        untied=config.tie_embeddings and not new.tie_embeddings,
-        layers=layers,
-        made_by=made_by,
-        content_id=content_id,
-    )
-
-
-def whole_plan(config: ModelConfig, made_by: dict[str, Any], content_id: str | None) -> Plan:
-    """The plan that changes nothing: what a cut of the vocabulary alone starts from."""
-    layers = [LayerPlan(layer=layer) for layer in range(config.num_layers)]
-    shape = shape_of(config)
-    return Plan(old=shape, new=shape, hidden=None, layers=layers, made_by=made_by, content_id=content_id)
-
-
-def check_plan(plan: Plan, config: ModelConfig, where: object) -> None:
-    """Refuse a plan that does not fit a model of shape ``config``.
-
-    Raises:
-        PlanError: naming everything that does not fit.
-    """
-    problems = []
-    for name, value in shape_of(config).items():
-        if plan.old.get(name) != value:
-            problems.append(f"it was made for {name} {plan.old.get(name)}, the checkpoint has {value}")
-    raise_all(PlanError, f"{where} does not fit the checkpoint", problems)
-    new = plan.new
-    if new["kv_channels"] != config.kv_channels:
-        problems.append("kv_channels cannot change")
-    problems += _vocab_problems(plan, config)
-    if plan.untied and not config.tie_embeddings:
-        problems.append("it makes the head a matrix of its own, which it is already")
-    if plan.rotated and not 0 < new["hidden_size"] < config.hidden_size:
-        problems.append(f"it rotates the stream and keeps {new['hidden_size']} channels of {config.hidden_size}")
-    if not plan.rotated:
-        problems += _unit_problems("hidden", plan.hidden, config.hidden_size, new["hidden_size"])
-    numbers = [entry.layer for entry in plan.layers]
-    problems += _unit_problems("layers", numbers, config.num_layers, new["num_layers"])
-    if numbers != sorted(numbers):
-        problems.append("layers must stand in ascending order")
-    for entry in plan.layers:
-        for axis, size in _LAYER_AXES.items():
-            units = getattr(entry, axis)
-            problems += _unit_problems(f"layer {entry.layer}: {axis}", units, getattr(config, size), new[size])
-        problems += _head_problems(entry, config, new)
-        problems += _shard_problems(entry, new)
-    raise_all(PlanError, f"{where} does not fit the checkpoint", problems)
-    plan.new_config(config)
-
-
-def kept_tokens(plan: Plan, config: ModelConfig, where: object) -> list[int]:
-    """The vocabulary of a plan, for any model with as many tokens as the one that it was made for.
-
-    Raises:
-        PlanError: if it does not fit the model, or keeps them all.
-    """
-    if plan.vocab is None:
-        raise PlanError(f"{where} keeps the whole vocabulary", do="make one with megatron-prune vocab select")
-    problems = []
-    if plan.old["vocab_size"] != config.vocab_size:
-        problems.append(f"it was made for vocab_size {plan.old['vocab_size']}, the checkpoint has {config.vocab_size}")
-    problems += _vocab_problems(plan, config)
-    raise_all(PlanError, f"{where} does not fit the checkpoint", problems)
-    return plan.vocab
-
-
-def _vocab_problems(plan: Plan, config: ModelConfig) -> list[str]:
-    ascending = plan.vocab is None or plan.vocab == sorted(plan.vocab)
-    problems = _unit_problems("vocab", plan.vocab, config.vocab_size, plan.new["vocab_size"])
-    return problems + ([] if ascending else ["vocab must stand in ascending order"])
-
-
-def _unit_problems(what: str, units: list[int] | None, count: int, keep: int) -> list[str]:
-    if units is None:
-        return [] if count == keep else [f'{what}: "{ALL}" keeps {count} units, the new shape says {keep}']
-    problems = []
-    if len(units) != keep:
-        problems.append(f"{what}: {len(units)} units, the new shape says {keep}")
-    outside = [unit for unit in units if not 0 <= unit < count]
-    if outside:
-        problems.append(f"{what}: {outside[:5]} out of range 0 to {count - 1}")
-    if len(set(units)) != len(units):
-        problems.append(f"{what}: a unit stands twice")
-    return problems
-
-
-def _head_problems(entry: LayerPlan, config: ModelConfig, new: dict[str, int]) -> list[str]:
-    if new["num_attention_heads"] % new["num_query_groups"]:
-        return [f"{new['num_attention_heads']} heads do not divide over {new['num_query_groups']} KV groups"]
-    per_group = new["num_attention_heads"] // new["num_query_groups"]
-    heads = entry.head if entry.head is not None else list(range(config.units("head")))
-    groups = entry.kv_head if entry.kv_head is not None else list(range(config.units("kv_head")))
-    expected = [group for group in groups for _ in range(per_group)]
-    if [head // config.heads_per_group for head in heads] != expected:
-        return [f"layer {entry.layer}: head must list {per_group} query heads of each KV group in kv_head, in that order"]
-    return []
-
-
-def _shard_problems(entry: LayerPlan, new: dict[str, int]) -> list[str]:
-    problems = []
-    for axis, counts in entry.shards.items():
-        if axis not in ("ffn", "kv_head"):
-            problems.append(f"layer {entry.layer}: shards of {axis}: only ffn and kv_head have shards")
-        elif min(counts, default=-1) < 0 or sum(counts) != new[_LAYER_AXES[axis]]:
-            problems.append(f"layer {entry.layer}: shards of {axis} {counts} do not add up to {new[_LAYER_AXES[axis]]}")
-    return problems
+def shape_of(config: ModelConfig) -> dict[str, int | list[int]]:
+    """A model's sizes as files say them: a number, or a list of one for each layer where these differ."""
+    sizes = {name: getattr(config, name) for name in SHAPE_FIELDS}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in sizes.items()}

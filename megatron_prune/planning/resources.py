@@ -16,7 +16,7 @@ from math import prod
 from megatron_prune.arch.blocks.block import BlockKind, spaces
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout, layer_tensors
-from megatron_prune.arch.tensors import layer_roles, parameter_count, shape_of, tensor_ids, tensor_shape
+from megatron_prune.arch.tensors import full_shape, layer_roles, parameter_count, tensor_ids, tensor_shape
 from megatron_prune.checkpoint.stream import WORKERS
 from megatron_prune.planning.budget import cached_features
 
@@ -76,7 +76,7 @@ def streaming_memory(config: ModelConfig, itemsize: int, *, buffers: int = 1) ->
 
     Every thread holds a tensor, and a part of one where a format splits it by columns or changes its dtype.
     """
-    largest = sorted((prod(shape_of(tensor, config)) for tensor in tensor_ids(config)), reverse=True)
+    largest = sorted((prod(full_shape(tensor, config)) for tensor in tensor_ids(config)), reverse=True)
     matrix = widest_inside(config) * config.hidden_size
     return PROCESS_BYTES + itemsize * (buffers * sum(largest[:WORKERS]) + WORKERS * matrix)
 

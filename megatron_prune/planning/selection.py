@@ -69,10 +69,13 @@ def needed_scores(config: ModelConfig, target: Target) -> list[tuple[str, int | 
     if target.drop_layers is None:
         needed.append(("layer", None))
     layers = [layer for layer in range(config.num_layers) if layer not in (target.drop_layers or ())]
-    if new.units("ffn") != config.units("ffn"):
-        needed += [("ffn", layer) for layer in layers]
-    if new.units("kv_head") != config.units("kv_head"):
-        needed += [("kv_head", layer) for layer in layers]
-    if new.heads_per_group != config.heads_per_group:
-        needed += [("head", layer) for layer in layers]
-    return needed
+    for axis in ("ffn", "kv_head"):
+        units = lambda layer: target.units(axis, layer, config)
+        needed += [(axis, layer) for layer in layers if 0 < units(layer) < AXES.get(axis).count(config.of_layer(layer))]
+    return needed + [("head", layer) for layer in layers if _narrows_groups(target, layer, config)]
+
+
+def _narrows_groups(target: Target, layer: int, config: ModelConfig) -> bool:
+    """Whether KV groups of a layer lose query heads."""
+    groups = target.units("kv_head", layer, config)
+    return bool(groups) and target.units("head", layer, config) // groups != config.of_layer(layer).heads_per_group

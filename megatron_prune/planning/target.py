@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Mapping
 
-from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.model import FIELDS, ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.errors import InputError, raise_all
 
@@ -18,10 +19,23 @@ class Target:
     Attributes:
         config: the model after pruning; where layers differ in numerics, those of the first ones stand for those that will stay.
         drop_layers: layers named to go, ascending; ``None`` where scores choose them.
+        by_layer: (axis, layer before pruning) → units that stay, where the request tells layers apart; 0 drops the block.
     """
 
     config: ModelConfig
     drop_layers: tuple[int, ...] | None = None
+    by_layer: Mapping[tuple[str, int], int] = field(default_factory=dict)
+
+    def units(self, axis: str, layer: int, config: ModelConfig) -> int:
+        """Units that stay in a layer, if it stays.
+
+        Args:
+            layer: its number before pruning.
+            config: of the model before pruning.
+        """
+        if (axis, layer) in self.by_layer:
+            return self.by_layer[axis, layer]
+        return config.of_layer(layer).units(axis) if FIELDS[axis] in config.differing else self.config.units(axis)
 
 
 def resolve_target(
@@ -53,20 +67,18 @@ def resolve_target(
     for name, value in asked.items():
         if value is not None and value < 1:
             problems.append(f"{name}_remain {value} is not a positive number")
-        elif value is not None and value > getattr(config, name):
-            problems.append(f"{name}_remain {value} is larger than the model's {getattr(config, name)}")
+        elif value is not None and value > config.uniform(name):
+            problems.append(f"{name}_remain {value} is larger than the model's {config.uniform(name)}")
     problems += _layer_problems(config, drop_layers, num_layers)
     raise_all(InputError, "the requested shape does not fit the model", problems)
-    heads, groups = _heads_and_groups(config, num_attention_heads, num_query_groups)
     layers = num_layers or config.num_layers - len(drop_layers or ())
-    new = replace(
-        config.of_layers(range(layers)),
-        hidden_size=hidden_size or config.hidden_size,
-        ffn_hidden_size=ffn_hidden_size or config.units("ffn"),
-        num_attention_heads=heads,
-        num_query_groups=groups,
-    )
     named = tuple(sorted(drop_layers)) if drop_layers else (() if layers == config.num_layers else None)
+    kept = range(layers) if named is None else [layer for layer in range(config.num_layers) if layer not in named]
+    asked = {"hidden_size": hidden_size, "ffn_hidden_size": ffn_hidden_size}
+    if num_attention_heads or num_query_groups:
+        heads, groups = _heads_and_groups(config, num_attention_heads, num_query_groups)
+        asked |= {"num_attention_heads": heads, "num_query_groups": groups}
+    new = replace(config.of_layers(kept), **{name: size for name, size in asked.items() if size})
     return Target(config=new, drop_layers=named)
 
 

@@ -8,7 +8,8 @@ from typing import Any, Iterator
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.axes.axis import AXES
 from megatron_prune.planning.loss_estimate import loss_estimate, rank_candidates
-from megatron_prune.planning.plan import Plan, make_plan
+from megatron_prune.planning.make import make_plan
+from megatron_prune.planning.plan import Plan
 from megatron_prune.planning.selection import Scores, needed_scores
 from megatron_prune.planning.target import Target
 from megatron_prune.pruning.request import Request

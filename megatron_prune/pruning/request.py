@@ -16,9 +16,11 @@ from megatron_prune.families.family import Family
 from megatron_prune.importance.metric import METRICS
 from megatron_prune.opening.opened import Opened
 from megatron_prune.planning.budget import Budget, read_budget
+from megatron_prune.planning.check import check_plan, kept_tokens
 from megatron_prune.planning.loss_estimate import cut_axes
+from megatron_prune.planning.make import whole_plan
 from megatron_prune.planning.multiples import check_multiples, parse_multiples
-from megatron_prune.planning.plan import Plan, check_plan, kept_tokens, load_plan, whole_plan
+from megatron_prune.planning.plan import Plan, load_plan
 from megatron_prune.planning.selection import needed_scores
 from megatron_prune.planning.shapes import candidates
 from megatron_prune.planning.target import Target, check_parallel, resolve_target

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_prune.arch.tensors import TensorId
 from megatron_prune.errors import InputError
 from megatron_prune.importance.statistics import Statistics
 from megatron_prune.planning.plan import Plan
 from megatron_prune.pruning.measure import Subject
+from megatron_prune.runtime.ends import final_norm_factors
 from megatron_prune.surgery.basis import (
     FINAL_SHARE,
     LARGEST_SPREAD,
@@ -66,4 +66,4 @@ def tied_spread(subject: Subject, statistics: Statistics, moment: Tensor, width:
 
 
 def _final_norm(subject: Subject) -> Tensor:
-    return subject.tensors.read_block(TensorId("final_norm"), range(subject.config.hidden_size)).double()
+    return final_norm_factors(subject.tensors).double()

@@ -19,7 +19,8 @@ from megatron_prune.checkpoint import megatron
 from megatron_prune.cli import main
 from megatron_prune.importance.artifact import ScoresManifest, load_calibration_file, load_scores
 from megatron_prune.importance.metric import METRICS
-from megatron_prune.planning.plan import load_plan, make_plan, shape_of
+from megatron_prune.planning.make import make_plan
+from megatron_prune.planning.plan import load_plan, shape_of
 from megatron_prune.planning.selection import needed_scores
 from megatron_prune.planning.target import resolve_target
 from megatron_prune.pruning.request import BEST

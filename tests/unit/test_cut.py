@@ -17,7 +17,8 @@ from megatron_prune.checkpoint import legacy, torch_dist
 from megatron_prune.checkpoint.megatron_args import megatron_args
 from megatron_prune.checkpoint.stream import stream
 from megatron_prune.files.region import Scratch
-from megatron_prune.planning.plan import LayerPlan, Plan, check_plan, shape_of
+from megatron_prune.planning.check import check_plan
+from megatron_prune.planning.plan import LayerPlan, Plan, shape_of
 from megatron_prune.surgery.cut import Cut
 
 ALL = None

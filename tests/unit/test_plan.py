@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.errors import PlanError
 from megatron_prune.families.family import FAMILIES
-from megatron_prune.planning.plan import LayerPlan, Plan, check_plan, load_plan, shape_of
+from megatron_prune.planning.check import check_plan
+from megatron_prune.planning.plan import LayerPlan, Plan, load_plan, shape_of
 from megatron_prune.pruning.request import TargetOptions, read_request
 
 UNITS = st.one_of(st.none(), st.lists(st.integers(0, 99), max_size=6))
@@ -54,7 +55,7 @@ def test_any_plan_comes_back_from_its_text(plan):
     text = plan.dumps()
     assert Plan.loads(text, "here") == plan
     assert Plan.loads(text, "here").dumps() == text
-    assert json.loads(text)["version"] == 1
+    assert json.loads(text)["version"] == 2
 
 
 def good() -> dict:
@@ -164,14 +165,13 @@ CORRUPTIONS = {
     "an unknown old size": set_in("old", "num_experts", 1),
     "another format": set_in("format", "another plan"),
     "no format": drop("format"),
-    "a later version": set_in("version", 2),
+    "a later version": set_in("version", 3),
     "a version as text": set_in("version", "1"),
     "no version": drop("version"),
     "no old shape": drop("old"),
     "an old shape that is not an object": set_in("old", [1, 2]),
     "an old size missing": drop("old", "hidden_size"),
     "an old size that is another": set_in("old", "ffn_hidden_size", 25),
-    "no new shape": drop("new"),
     "a new shape that is not an object": set_in("new", 5),
     "a new size missing": drop("new", "vocab_size"),
     "another vocabulary": set_in("new", "vocab_size", 28),
@@ -240,7 +240,7 @@ def test_a_plan_dealt_over_two_ranks_is_evened_out_on_one(tmp_path):
     """The shards of a plan are for its own number of ranks; one rank cannot hold only the first of them."""
     (tmp_path / "p.json").write_text(json.dumps(good()))
     options = TargetOptions(plan=str(tmp_path / "p.json"))
-    family = dataclasses.replace(FAMILIES.get("qwen3"), qkv_bias=True)  # no family has all that SMALL has
+    family = dataclasses.replace(FAMILIES.get("qwen3"), traits={"qkv_bias": True, "qk_norm": True})  # no family has all that SMALL has
     given = {"prune_type": "balance", "has_text": False}
     plan = read_request(options, SimpleNamespace(config=SMALL, dtype=torch.float32, identity="id"), ParallelLayout(), family, **given).plan
     assert plan.shard_sizes() == {} and plan.layers[1].ffn == [23, 0, 7]
@@ -264,6 +264,6 @@ def test_the_summary_names_what_changes_and_nothing_else():
 def test_only_the_second_moments_of_what_is_cut_are_asked_for(sizes, wanted):
     given = {"prune_type": "global", "has_text": True, "held": None, "refit": True}
     options = TargetOptions(**sizes)
-    family = dataclasses.replace(FAMILIES.get("qwen3"), qkv_bias=True)  # no family has all that SMALL has
+    family = dataclasses.replace(FAMILIES.get("qwen3"), traits={"qkv_bias": True, "qk_norm": True})  # no family has all that SMALL has
     request = read_request(options, SimpleNamespace(config=SMALL, dtype=torch.float32), ParallelLayout(), family, **given)
     assert request.moments(SMALL) == wanted

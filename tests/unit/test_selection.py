@@ -11,7 +11,8 @@ from dense import SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_prune.planning.plan import check_plan, make_plan
+from megatron_prune.planning.check import check_plan
+from megatron_prune.planning.make import make_plan
 from megatron_prune.planning.selection import best, keep_heads, keep_units, needed_scores, shard_counts
 from megatron_prune.planning.target import resolve_target
 

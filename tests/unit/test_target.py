@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.errors import InputError
-from megatron_prune.planning.plan import make_plan
+from megatron_prune.planning.make import make_plan
 from megatron_prune.planning.selection import needed_scores
 from megatron_prune.planning.target import check_parallel, resolve_target
 

@@ -17,6 +17,7 @@ def _fused(kind: str, *roles: str) -> MegatronTensor:
 BLOCKS.register("attention")(
     BlockKind(
         name="attention",
+        half="attention",
         roles=(
             Role("input_norm", ("hidden",)),
             Role("q", ("head", "hidden")),

@@ -146,6 +146,7 @@ class MegatronTensor:
 @dataclass(frozen=True, kw_only=True)
 class BlockKind:
     """Attributes:
+    half: which half of a layer it is: ``"attention"`` (what comes first) or ``"mlp"``; what files and options call it.
     roles: in the order in which a model lists them.
     norm: role of the norm before it; its output is the input of the readers.
     readers: roles of the matrices that read the norm's output.
@@ -159,6 +160,7 @@ class BlockKind:
     """
 
     name: str
+    half: Literal["attention", "mlp"]
     roles: tuple[Role, ...]
     norm: str
     readers: tuple[str, ...]

@@ -10,6 +10,7 @@ _FC1, _FC2 = "mlp.linear_fc1.", "mlp.linear_fc2."
 BLOCKS.register("gated")(
     BlockKind(
         name="gated",
+        half="mlp",
         roles=(
             Role("post_norm", ("hidden",)),
             Role("gate", ("ffn", "hidden")),
