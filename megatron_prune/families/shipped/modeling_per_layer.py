@@ -13,6 +13,7 @@ import copy
 
 import torch
 from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3ForCausalLM, Gemma3TextModel
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM, MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Model
@@ -26,9 +27,9 @@ class NoAttention(nn.Module):
     asks a single layer, often the first, how many tokens a cache holds.
     """
 
-    def __init__(self, layer_idx):
+    def __init__(self, replaced):
         super().__init__()
-        self.layer_idx = layer_idx
+        self.layer_idx, self.is_sliding = replaced.layer_idx, getattr(replaced, "is_sliding", False)
 
     def forward(self, hidden_states, **kwargs):
         cache = kwargs.get("past_key_values", kwargs.get("cache"))
@@ -65,7 +66,7 @@ def own_layer(kind, config, layer_idx, changes):
     layer = kind(own, layer_idx)
     sandwich = hasattr(layer, "pre_feedforward_layernorm")  # norms before and after each block
     if "attention" in skip:
-        layer.self_attn = NoAttention(layer_idx)
+        layer.self_attn = NoAttention(layer.self_attn)
         remove(layer, "input_layernorm", *(["post_attention_layernorm"] if sandwich else []))
     if "mlp" in skip:
         layer.mlp = NoMLP()
@@ -108,8 +109,17 @@ class PerLayerForCausalLM:
         with alike(config):
             self.post_init()
 
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        """Every layer reads the model's configuration; transformers looks for that in this file, and would not find it."""
+        return True
+
     def _get_static_cache_init_shape(self):
-        """A static cache takes each layer's shape when it is first filled."""
+        """``None``: a static cache takes each layer's shape when it is first filled."""
+
+
+class PerLayerGemma3TextModel(PerLayerModel, Gemma3TextModel):
+    pass
 
 
 class PerLayerLlamaModel(PerLayerModel, LlamaModel):
@@ -126,6 +136,10 @@ class PerLayerQwen2Model(PerLayerModel, Qwen2Model):
 
 class PerLayerQwen3Model(PerLayerModel, Qwen3Model):
     pass
+
+
+class PerLayerGemma3ForCausalLM(PerLayerForCausalLM, Gemma3ForCausalLM):
+    decoder = PerLayerGemma3TextModel
 
 
 class PerLayerLlamaForCausalLM(PerLayerForCausalLM, LlamaForCausalLM):
