@@ -8,7 +8,8 @@ is refused unless it says nothing (``None``, false, zero, empty) or the user kno
 
 from __future__ import annotations
 
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Mapping
 
 from megatron_prune.files.documents import shorten
 from megatron_prune.files.pickled import Inert
@@ -47,6 +48,8 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "no_rope_freq": _NONE,
     "mrope_section": _NONE,
     "window_attn_skip_freq": _NONE,
+    "interleaved_attn_pattern": _NONE,
+    "is_vision_language": _OFF,
     "attention_chunk_size": _NONE,
     "nope_layer_interval": _NONE,
     "attention_output_gate": _OFF,
@@ -163,20 +166,26 @@ tensorboard tiktoken timing tokenizer tp_comm train use_megatron_fsdp valid vali
 )
 
 
-def refused_arguments(stored: dict[str, Any], ignored: frozenset[str]) -> list[str]:
+def refused_arguments(
+    stored: dict[str, Any],
+    ignored: frozenset[str],
+    fixed: Mapping[str, tuple[Any, ...]] = MappingProxyType({}),
+    understood: frozenset[str] = frozenset(),
+) -> list[str]:
     """What is said in words of every stored argument that changes the model in a way not carried here, or is not known.
 
     Args:
         ignored: arguments that the user knows to be harmless.
+        fixed, understood: what a family says otherwise than :data:`FIXED`, and reads beside :data:`UNDERSTOOD`.
     """
-    problems = []
+    problems, expected = [], {**FIXED, **fixed}
     windowed = stored.get("window_size") is not None
     for name, value in stored.items():
-        if name in ignored or name in UNDERSTOOD:
+        if name in ignored or name in understood or (name in UNDERSTOOD and name not in fixed):
             continue
-        if name in FIXED:
-            if not _is_one_of(value, FIXED[name]) and (windowed or name != "window_attn_skip_freq"):
-                problems.append(f"{name} = {shown(value)}, needed {FIXED[name][0]!r}")
+        if name in expected:
+            if not _is_one_of(value, expected[name]) and (windowed or name != "window_attn_skip_freq"):
+                problems.append(f"{name} = {shown(value)}, needed {expected[name][0]!r}")
         elif name not in _NO_EFFECT and not name.startswith(_NO_EFFECT_GROUPS) and not _says_nothing(value):
             problems.append(f"{shorten(name)[1:-1]} = {shown(value)}: not an argument that is known here")
     return problems

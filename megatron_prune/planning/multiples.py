@@ -43,11 +43,13 @@ def check_multiples(config: ModelConfig, new: ModelConfig, multiple_of: dict[str
     problems = []
     for name, step in multiple_of.items():
         field = AXES.get(name).field
-        old, asked = getattr(config, field), getattr(new, field)
-        if asked != old and asked % step:
-            below = asked - asked % step
-            near = [size for size in (below, min(below + step, old)) if size]
-            problems.append(f"{field}_remain {asked} is not a multiple of {step}; nearest: {' or '.join(map(str, near))}")
+        old, by_layer = max(config.each(field)), len(new.each(field)) > 1
+        for asked in sorted(set(new.each(field)) - set(config.each(field))):
+            if asked % step:
+                below = asked - asked % step
+                near = [size for size in (below, min(below + step, old)) if size]
+                what = f"{field} {asked} of a layer" if by_layer else f"{field}_remain {asked}"
+                problems.append(f"{what} is not a multiple of {step}; nearest: {' or '.join(map(str, near))}")
     raise_all(InputError, "the requested shape is not of the multiples asked for", problems)
 
 
@@ -58,6 +60,6 @@ def step_problems(multiple_of: dict[str, int], config: ModelConfig | None = None
             problems.append(f"unknown axis {name!r}, needed one of {', '.join(VARIED)}")
         elif step < 1:
             problems.append(f"{name}={step} is not a positive number")
-        elif config is not None and step > (size := getattr(config, AXES.get(name).field)):
+        elif config is not None and step > (size := max(config.each(AXES.get(name).field))):
             problems.append(f"{name}={step} is larger than the model's {size}")
     return problems

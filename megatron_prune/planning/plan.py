@@ -13,6 +13,7 @@ from megatron_prune.arch.blocks.block import BLOCKS
 from megatron_prune.arch.model import FIELDS, SHAPE_FIELDS, ModelConfig
 from megatron_prune.errors import PlanError
 from megatron_prune.files.documents import STRICT, parse_versioned, read_bytes, shorten
+from megatron_prune.planning.layer_sizes import halves
 
 FORMAT, VERSION = "megatron-prune plan", 2
 ALL, ROTATED, NONE = "all", "rotated", "none"
@@ -73,7 +74,7 @@ class Plan:
         keep = lambda units: ALL if units is None else units
         layers = []
         for entry in self.layers:
-            gone = {half: axes for half, axes in _halves().items() if all(entry.units(axis) == [] for axis in axes)}
+            gone = {half: axes for half, axes in halves().items() if all(entry.units(axis) == [] for axis in axes)}
             there = [axis for axis in LAYER_AXES if not any(axis in axes for axes in gone.values())]
             body = {"layer": entry.layer, **dict.fromkeys(gone, NONE), **{axis: keep(entry.units(axis)) for axis in there}}
             layers.append({**body, **({"shards": entry.shards} if entry.shards else {})})
@@ -198,12 +199,6 @@ def _shown(size: int | list[int]) -> str:
     return str(size) if isinstance(size, int) else f"{min(size)} to {max(size)} by layer (mean {sum(size) / len(size):.1f})"
 
 
-def _halves() -> dict[str, tuple[str, ...]]:
-    """Half of a layer → the axes that its block is cut along."""
-    kinds = [BLOCKS.get(name) for name in BLOCKS.names()]
-    return {kind.half: kind.axes for kind in kinds}
-
-
 def sizes_after(old: Shape, hidden: list[int] | None, layers: list[LayerPlan], vocab: list[int] | None) -> Shape:
     """What is left of ``old``: numbers follow from the lists."""
     new = {**old, "num_layers": len(layers)}
@@ -243,7 +238,7 @@ class _LayerEntry:
         Raises:
             PlanError: if it does not say what stays along an axis, or says two things.
         """
-        found, gone = {}, {axis for half, axes in _halves().items() if getattr(self, half) == NONE for axis in axes}
+        found, gone = {}, {axis for half, axes in halves().items() if getattr(self, half) == NONE for axis in axes}
         for axis in LAYER_AXES:
             units = getattr(self, axis)
             if (units is None) != (axis in gone):

@@ -7,9 +7,13 @@ from typing import Mapping
 
 from megatron_prune.arch.model import FIELDS, ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.axes.axis import AXES
 from megatron_prune.errors import InputError, raise_all
+from megatron_prune.planning.layer_sizes import Sizes, completed
 
 PRUNE_TYPES = ["balance", "global", "unbalance"]
+CHOSEN_BY_LAYER = ("ffn", "kv_head", "head")
+"""Axes whose units are chosen, and may be counted, layer by layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +51,19 @@ def resolve_target(
     num_query_groups: int | None = None,
     num_layers: int | None = None,
     drop_layers: tuple[int, ...] | None = None,
+    by_layer: Sizes | None = None,
 ) -> Target:
     """Complete a request from the model's own shape (``None``: as it is) and check it.
 
     Query heads alone: cut inside every KV group where they divide over the groups, else by whole groups. KV groups
-    alone: each takes its query heads along.
+    alone: each takes its query heads along. A layer that loses all its blocks is one that goes.
+
+    Args:
+        by_layer: sizes of single layers, before those for all.
 
     Raises:
-        InputError: naming every size that is not positive, larger than the model's, or does not divide.
+        InputError: naming every size that is not positive, larger than the model's, or does not divide; the layers, where
+            these differ and one size for all is asked for.
     """
     problems = []
     asked = {
@@ -71,6 +80,12 @@ def resolve_target(
             problems.append(f"{name}_remain {value} is larger than the model's {config.uniform(name)}")
     problems += _layer_problems(config, drop_layers, num_layers)
     raise_all(InputError, "the requested shape does not fit the model", problems)
+    by_layer = completed(by_layer or {}, config, drop_layers or ())
+    if by_layer and num_layers is not None and drop_layers is None and num_layers < config.num_layers:
+        raise InputError("sizes by layer, and layers that scores choose", do="name the layers that go with --drop_layers")
+    drop_layers = tuple(drop_layers or ()) + _emptied(config, by_layer) or None
+    if len(drop_layers or ()) == config.num_layers:
+        raise InputError("the request empties every block of the model", needed="at least one block that stays")
     layers = num_layers or config.num_layers - len(drop_layers or ())
     named = tuple(sorted(drop_layers)) if drop_layers else (() if layers == config.num_layers else None)
     kept = range(layers) if named is None else [layer for layer in range(config.num_layers) if layer not in named]
@@ -78,8 +93,21 @@ def resolve_target(
     if num_attention_heads or num_query_groups:
         heads, groups = _heads_and_groups(config, num_attention_heads, num_query_groups)
         asked |= {"num_attention_heads": heads, "num_query_groups": groups}
-    new = replace(config.of_layers(kept), **{name: size for name, size in asked.items() if size})
-    return Target(config=new, drop_layers=named)
+    target = Target(
+        config=replace(config.of_layers(kept), **{name: size for name, size in asked.items() if size}),
+        drop_layers=named,
+        by_layer=by_layer,
+    )
+    if not by_layer:
+        return target
+    sizes = {AXES.get(axis).field: tuple(target.units(axis, layer, config) for layer in kept) for axis in CHOSEN_BY_LAYER}
+    return replace(target, config=replace(target.config, **sizes))
+
+
+def _emptied(config: ModelConfig, by_layer: Sizes) -> tuple[int, ...]:
+    """Layers that lose every block that they have."""
+    axes = lambda layer: [kind.axes[0] for kind in config.of_layer(layer).kinds]
+    return tuple(n for n in range(config.num_layers) if axes(n) and all(by_layer.get((axis, n)) == 0 for axis in axes(n)))
 
 
 def _layer_problems(config: ModelConfig, drop: tuple[int, ...] | None, remain: int | None) -> list[str]:
@@ -124,32 +152,65 @@ def _legal_heads(config: ModelConfig, heads: int, groups: int | None) -> bool:
 
 
 def check_parallel(old: ModelConfig, new: ModelConfig, layout: ParallelLayout, prune_type: str) -> None:
-    """Refuse a target that ``prune_type`` cannot reach on this layout.
+    """Refuse a shape whose layers are alike and that ``prune_type`` cannot reach on this layout.
 
     Raises:
         InputError: naming what does not divide, and the legal values.
     """
+    sizes = {axis: new.units(axis) for axis in CHOSEN_BY_LAYER}
+    _check_divides(_division_problems(old, sizes, layout, prune_type, "{}_remain"), old, new, layout, prune_type)
+
+
+def check_target(config: ModelConfig, target: Target, layout: ParallelLayout, prune_type: str) -> None:
+    """The same of a target, whose layers may differ.
+
+    Raises:
+        InputError: naming the layers too.
+    """
+    if not target.by_layer and config.is_uniform:
+        return check_parallel(config, target.config, layout, prune_type)
+    problems = []
+    for layer in range(config.num_layers):
+        if layer not in (target.drop_layers or ()):
+            sizes = {axis: target.units(axis, layer, config) for axis in CHOSEN_BY_LAYER}
+            problems += _division_problems(config.of_layer(layer), sizes, layout, prune_type, f"layer {layer}: {{}}")
+    _check_divides(problems, config, target.config, layout, prune_type)
+
+
+def _check_divides(problems: list[str], old: ModelConfig, new: ModelConfig, layout: ParallelLayout, prune_type: str) -> None:
+    if new.num_layers % layout.pipeline:
+        legal = [n for n in range(1, old.num_layers + 1) if n % layout.pipeline == 0]
+        problems.append(f"{new.num_layers} layers do not divide over {layout.pipeline} pipeline stages; legal: {legal}")
+    over = f"TP {layout.tensor} × PP {layout.pipeline}"
+    raise_all(InputError, f"the requested shape does not divide over {over}", problems)
+    if prune_type != "unbalance":
+        layout.check(new, "the requested shape")
+
+
+def _division_problems(
+    old: ModelConfig, sizes: dict[str, int], layout: ParallelLayout, prune_type: str, name: str
+) -> list[str]:
+    """What of a layer does not divide.
+
+    Args:
+        old: the layer before pruning.
+        sizes: its units after it.
+        name: form of what a size is called.
+    """
     ranks, problems = layout.tensor, []
-    heads_change = (old.units("head"), old.units("kv_head")) != (new.units("head"), new.units("kv_head"))
-    if prune_type != "global" and heads_change and old.units("kv_head") % ranks:
+    heads_change = any(old.units(axis) != sizes[axis] for axis in ("head", "kv_head"))
+    if prune_type != "global" and heads_change and sizes["kv_head"] and old.units("kv_head") % ranks:
         problems.append(
             f"{prune_type}: {old.units('kv_head')} KV groups do not divide over {ranks} ranks, so no rank holds whole "
             "groups; use --prune_type global, or a smaller tensor-parallel size"
         )
     if prune_type == "balance":
-        problems += _not_divisible("num_query_groups_remain", new.units("kv_head"), old.units("kv_head"), ranks, heads_change)
-        problems += _not_divisible(
-            "num_attention_heads_remain", new.units("head"), old.units("head"), ranks, heads_change
-        )
-    if prune_type == "balance" or prune_type == "global":
-        changed = new.units("ffn") != old.units("ffn")
-        problems += _not_divisible("ffn_hidden_size_remain", new.units("ffn"), old.units("ffn"), ranks, changed)
-    if new.num_layers % layout.pipeline:
-        legal = [n for n in range(1, old.num_layers + 1) if n % layout.pipeline == 0]
-        problems.append(f"{new.num_layers} layers do not divide over {layout.pipeline} pipeline stages; legal: {legal}")
-    raise_all(InputError, f"the requested shape does not divide over TP {ranks} × PP {layout.pipeline}", problems)
-    if prune_type != "unbalance":
-        layout.check(new, "the requested shape")
+        for axis in ("kv_head", "head"):
+            problems += _not_divisible(name.format(FIELDS[axis]), sizes[axis], old.units(axis), ranks, heads_change)
+    if prune_type in ("balance", "global"):
+        changed = sizes["ffn"] != old.units("ffn")
+        problems += _not_divisible(name.format(FIELDS["ffn"]), sizes["ffn"], old.units("ffn"), ranks, changed)
+    return problems
 
 
 def _not_divisible(name: str, value: int, largest: int, ranks: int, changed: bool) -> list[str]:

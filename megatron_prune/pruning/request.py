@@ -9,21 +9,23 @@ from typing import ClassVar
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.axes.axis import AXES
 from megatron_prune.config import option, require_positive
-from megatron_prune.errors import InputError, PlanError
+from megatron_prune.errors import InputError, PlanError, raise_all
 from megatron_prune.families.family import Family
 from megatron_prune.importance.metric import METRICS
 from megatron_prune.opening.opened import Opened
 from megatron_prune.planning.budget import Budget, read_budget
 from megatron_prune.planning.check import check_plan, kept_tokens
+from megatron_prune.planning.layer_sizes import Sizes, dropped, read_layer_sizes
 from megatron_prune.planning.loss_estimate import cut_axes
 from megatron_prune.planning.make import whole_plan
 from megatron_prune.planning.multiples import check_multiples, parse_multiples
 from megatron_prune.planning.plan import Plan, load_plan
 from megatron_prune.planning.selection import needed_scores
 from megatron_prune.planning.shapes import candidates
-from megatron_prune.planning.target import Target, check_parallel, resolve_target
+from megatron_prune.planning.target import Target, check_target, resolve_target
 from megatron_prune.surgery.basis import HIDDEN_METHODS
 
 BEST = {"hidden": "activation", "ffn": "fisher", "head": "obs", "kv_head": "obs", "layer": "fold"}
@@ -41,6 +43,14 @@ class TargetOptions:
     num_query_groups_remain: int | None = option("KV groups that stay in every layer", None)
     num_layers_remain: int | None = option("layers that stay, chosen by the depth metric", None)
     drop_layers: tuple[int, ...] | None = option("layers that go, 0-based, such as 7,13", None)
+    drop_attention: tuple[int, ...] | None = option("layers whose attention goes alone, 0-based, such as 3,7", None)
+    drop_mlp: tuple[int, ...] | None = option("layers whose feed-forward block goes alone, 0-based", None)
+    layer_sizes: str | None = option(
+        'JSON file of sizes by layer, such as {"3": {"ffn_hidden_size": 800, "num_query_groups": 2}, "5": {"mlp": "none"}}', None
+    )
+    uniform: bool = option(
+        "turn a plan whose layers differ (--plan) into the shape with layers alike and as many parameters", False
+    )
     params: str | None = option("budget: at most this many parameters as stored, such as 90M", None)
     ratio: float | None = option("budget: share of all parameters to remove, such as 0.25", None)
     memory: str | None = option("budget: weights and KV cache of an inference, such as 2GiB", None)
@@ -71,6 +81,7 @@ class TargetOptions:
         "num_layers_remain",
         "drop_layers",
     )
+    BY_LAYER: ClassVar[tuple[str, ...]] = ("drop_attention", "drop_mlp", "layer_sizes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +189,9 @@ def read_request(
     if rotate and not has_text:
         raise InputError("--hidden_method rotate needs text to find the subspace", do="name some with --data, or use select")
     common = {"metric_of": metrics_of(options, has_text=has_text, held=held, refit=refit), "rotate": rotate}
-    if options.plan:
+    if options.uniform and not options.plan:
+        raise InputError("--uniform without --plan", do="name the plan whose layers differ")
+    if options.plan and not options.uniform:
         plan = _read(options, model, layout, family, prune_type, has_text)
         return Request(plan=plan.with_tokens_of(None), vocab_plan=plan if plan.vocab is not None else None, **common)
     if options.vocab_plan:
@@ -188,32 +201,66 @@ def read_request(
             return Request(plan=whole_plan(config, vocab_plan.made_by, model.identity), **common)
     multiples = parse_multiples(options.multiple_of) if options.multiple_of else {}
     budget = read_budget(
-        params=options.params,
+        params=_as_large_as(options, model) if options.uniform else options.params,
         ratio=options.ratio,
         memory=options.memory,
         seq_length=options.memory_seq_length,
         batch=options.memory_batch,
         dtype_bytes=model.dtype.itemsize,
     )
-    sizes = {name: getattr(options, name) for name in TargetOptions.SIZES}
+    sizes = {name: getattr(options, name) for name in (*TargetOptions.SIZES, *TargetOptions.BY_LAYER)}
     if budget is not None:
         budget = dataclasses.replace(budget, vocab_size=len(vocab_plan.vocab) if options.vocab_plan else None)
         shapes = _budget_shapes(_untied(options, config), budget, multiples, layout, family, prune_type, sizes, common)
         return Request(shapes=tuple(shapes), **common)
-    target = resolve_target(config, **{name.removesuffix("_remain"): value for name, value in sizes.items()})
+    uniform = {name.removesuffix("_remain"): getattr(options, name) for name in TargetOptions.SIZES}
+    target = resolve_target(config, **uniform, by_layer=_by_layer(options))
     target = dataclasses.replace(target, config=_untied(options, target.config))
     if target.config == config and not target.drop_layers:
         raise InputError("nothing to prune", got="no size smaller than the model's", do="ask for a smaller size, or drop layers")
     check_multiples(config, target.config, multiples)
-    check_parallel(config, target.config, layout, prune_type)
+    check_target(config, target, layout, prune_type)
     family.check_expressible(target.config)
     _check_axes(config, target, common)
     return Request(target=target, **common)
 
 
+def _by_layer(options: TargetOptions) -> Sizes:
+    """Sizes of single layers.
+
+    Raises:
+        InputError: if two options say the same layer's.
+    """
+    parts = [
+        dropped(options.drop_attention, "attention", "--drop_attention"),
+        dropped(options.drop_mlp, "mlp", "--drop_mlp"),
+        read_layer_sizes(Path(options.layer_sizes)) if options.layer_sizes else {},
+    ]
+    found: Sizes = {}
+    for part in parts:
+        twice = sorted({layer for axis, layer in part if (axis, layer) in found})
+        raise_all(InputError, "sizes by layer", [f"layer {layer} is named by two options" for layer in twice])
+        found |= part
+    return found
+
+
+def _as_large_as(options: TargetOptions, model: Opened) -> str:
+    """The parameters of the model that a plan leaves.
+
+    Raises:
+        PlanError: if its layers are alike.
+    """
+    plan = load_plan(Path(options.plan))
+    check_plan(plan, model.config, options.plan)
+    new = plan.new_config(model.config)
+    if new.is_uniform:
+        raise PlanError(f"--uniform: the layers of {options.plan} are alike", do="leave --uniform out")
+    return str(parameter_count(new))
+
+
 def vocab_alone(options: TargetOptions) -> bool:
     """Whether nothing but the vocabulary is to be cut."""
-    others = (*TargetOptions.SIZES, "params", "ratio", "memory", "plan")
+    others = (*TargetOptions.SIZES, *TargetOptions.BY_LAYER, "params", "ratio", "memory", "plan")
     return bool(options.vocab_plan) and not options.untie and all(getattr(options, name) is None for name in others)
 
 

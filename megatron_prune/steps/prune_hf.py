@@ -73,7 +73,8 @@ def with_sizes(options: PruneHfOptions) -> PruneHfOptions:
     Raises:
         InputError: if the file is not one of sizes, or is named beside something that says the shape too.
     """
-    said = [f"--{name}" for name in (*TargetOptions.SIZES, *BUDGETS, "plan", "vocab_plan") if getattr(options, name) is not None]
+    shape = (*TargetOptions.SIZES, *TargetOptions.BY_LAYER, *BUDGETS, "plan", "vocab_plan")
+    said = [f"--{name}" for name in shape if getattr(options, name) is not None]
     if not said:
         return dataclasses.replace(options, **read_prune_config(Path(options.prune_config_path or DEFAULT_CONFIG)))
     if options.prune_config_path:

@@ -90,7 +90,7 @@ def write_huggingface(
         # transformers takes two seconds to import; a thread that imports it too before that is over gets half of it.
         with ThreadPoolExecutor(1) as meanwhile:
             if check and world.is_main:
-                meanwhile.submit(import_stock_class, family.name)
+                meanwhile.submit(import_stock_class, family.architecture)
             report = run(world, source, target, label="writing", strict=strict)
         if recipe is not None:
             text = Recipe(recipe=recipe, digests=report.in_order(config)).dumps()

@@ -1,0 +1,104 @@
+"""Sizes named layer by layer: ``--drop_attention``, ``--drop_mlp`` and the file of ``--layer_sizes``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_prune.arch.blocks.block import BLOCKS
+from megatron_prune.arch.model import FIELDS, ModelConfig
+from megatron_prune.axes.axis import AXES
+from megatron_prune.errors import InputError, raise_all
+from megatron_prune.files.documents import STRICT, read_json
+
+Sizes = dict[tuple[str, int], int]
+"""(axis, layer before pruning) → units that stay; 0 drops the block."""
+
+_Size = Annotated[int, Field(ge=1)] | None
+_DO = (
+    'name a JSON file of sizes by layer, such as {"3": {"ffn_hidden_size": 800, "num_query_groups": 2}, "5": {"mlp": "none"}}'
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LayerSizes:
+    """What stays of a layer, as the file says it: see :data:`FIELDS`."""
+
+    __pydantic_config__ = STRICT
+
+    ffn_hidden_size: _Size = None
+    num_query_groups: _Size = None
+    num_attention_heads: _Size = None
+    attention: Literal["none"] | None = None
+    mlp: Literal["none"] | None = None
+
+
+def read_layer_sizes(path: Path) -> Sizes:
+    """The file of ``--layer_sizes``: layer before pruning → sizes in Megatron's names, or ``"none"`` for a block that goes.
+
+    Raises:
+        InputError: if it is not such a file, or says two things of a block.
+    """
+    found: Sizes = {}
+    for word, entry in read_json(path, dict[str, _LayerSizes], error=InputError, do=_DO).items():
+        if not word.isdecimal() or len(word) > 6:
+            raise InputError(f"{path}", got=f"{word[:20]!r}", needed="numbers of layers, such as \"3\"", do=_DO)
+        layer, said = int(word), {axis: getattr(entry, field) for axis, field in FIELDS.items() if hasattr(entry, field)}
+        for half, axes in halves().items():
+            gone = getattr(entry, half) == "none"
+            if gone and any(said[axis] for axis in axes):
+                raise InputError(f"{path}: layer {layer}", got=f'sizes of a block, and "{half}": "none"', needed="one of the two")
+            found |= {(axis, layer): 0 if gone else said[axis] for axis in axes if gone or said[axis]}
+    if not found:
+        raise InputError(f"{path} names no size", do=_DO)
+    return found
+
+
+def dropped(layers: tuple[int, ...] | None, half: str, flag: str) -> Sizes:
+    """The blocks of one half that go alone, from these layers.
+
+    Raises:
+        InputError: if a layer stands twice.
+    """
+    twice = sorted({layer for layer in layers or () if layers.count(layer) > 1})
+    raise_all(InputError, flag, [f"layer {layer} stands twice" for layer in twice])
+    return {(axis, layer): 0 for layer in layers or () for axis in halves()[half]}
+
+
+def halves() -> dict[str, tuple[str, ...]]:
+    """Half of a layer → the axes that its block is cut along."""
+    kinds = [BLOCKS.get(name) for name in BLOCKS.names()]
+    return {kind.half: kind.axes for kind in kinds}
+
+
+def completed(sizes: Sizes, config: ModelConfig, gone: tuple[int, ...]) -> Sizes:
+    """``sizes`` with what follows from them: KV groups take their query heads along.
+
+    Args:
+        config: of the model before pruning.
+        gone: layers that go.
+
+    Raises:
+        InputError: naming every layer that is not there or goes, and every size that is too large or does not divide.
+    """
+    found, problems = dict(sizes), []
+    for axis, layer in sizes:
+        if not 0 <= layer < config.num_layers:
+            problems.append(f"layer {layer}: needed 0 to {config.num_layers - 1}")
+        elif layer in gone:
+            problems.append(f"layer {layer} goes, and has a size of its own")
+        elif sizes[axis, layer] > (whole := AXES.get(axis).count(config.of_layer(layer))):
+            problems.append(f"layer {layer}: {FIELDS[axis]} {sizes[axis, layer]} is larger than the layer's {whole}")
+    raise_all(InputError, "the sizes by layer do not fit the model", sorted(set(problems)))
+    for layer in sorted({layer for axis, layer in sizes if axis in ("head", "kv_head")}):
+        old = config.of_layer(layer)
+        groups = found.setdefault(("kv_head", layer), old.units("kv_head"))
+        heads = found.setdefault(("head", layer), groups * old.heads_per_group)
+        if groups and (heads % groups or heads // groups > old.heads_per_group):
+            per = f"1 to {old.heads_per_group} query heads in each KV group"
+            problems.append(f"layer {layer}: {heads} heads in {groups} KV groups; needed {per}, the same in all")
+    raise_all(InputError, "the sizes by layer do not fit the model", problems)
+    return found
