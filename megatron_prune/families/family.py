@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Callable
+from typing import Any
 
 from megatron_prune.arch.model import ModelConfig, check_value, value_kinds
 from megatron_prune.arch.tensors import TensorId
@@ -211,7 +211,9 @@ class Family:
             return
         if not is_plain(config):
             raise InputError(
-                f"transformers' {self.architecture} has layers that are alike", got=differences(config), do=able + self._able(config)
+                f"transformers' {self.architecture} has layers that are alike",
+                got=differences(config),
+                do=able + self._able(config),
             )
         if lost := self._unsaid(config):
             raise InputError(

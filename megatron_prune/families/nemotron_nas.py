@@ -83,6 +83,8 @@ def _blocks(hf: dict[str, Any]) -> list[dict[str, Any]]:
             raise CheckpointError(what, got=", ".join(map(shorten, more)), needed=f"{' and '.join(_MEANT)} alone")
         for part, meant in _MEANT.items():
             _check_block(block[part], meant, f"{what}: {part}")
+        if all(block[part].get("no_op", False) for part in _MEANT):
+            raise CheckpointError(what, got="no_op in both blocks", needed="a layer with one of them, or no such layer")
     return blocks
 
 
@@ -186,5 +188,11 @@ def _block(layer: ModelConfig) -> dict[str, Any]:
 
 
 NEMOTRON_NAS = Form(
-    name=TYPE, said_in=_said_in, plain=_plain, sizes=_sizes, unsaid=_unsaid, write=_write, whole=lambda hf: bool(hf.get("auto_map"))
+    name=TYPE,
+    said_in=_said_in,
+    plain=_plain,
+    sizes=_sizes,
+    unsaid=_unsaid,
+    write=_write,
+    whole=lambda hf: bool(hf.get("auto_map")),
 )

@@ -74,6 +74,8 @@ def _check_layer(own: Any, what: str) -> None:
     skip = own.get(SKIP, [])
     if not isinstance(skip, list) or any(word not in list(_BLOCKS) for word in skip):
         raise CheckpointError(f"{what}: {SKIP}", got=shorten(skip), needed=f"a list of {' or '.join(_BLOCKS)}")
+    if set(skip) == set(_BLOCKS):
+        raise CheckpointError(f"{what}: {SKIP}", got="both blocks", needed="a layer with one of them, or no such layer")
     for key in set(own) - {SKIP}:
         check_value("int", own[key], f"{what}: {key}")
 
@@ -112,10 +114,15 @@ def _write(hf: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     return {
         **hf,
         **({} if differ else {_WIDTH: 0}),
-        "architectures": [_PREFIX + stock],
-        "auto_map": {auto: f"{_MODULE}.{_PREFIX}{name}" for auto, name in classes.items()},
+        "architectures": [class_name(stock)],
+        "auto_map": {auto: f"{_MODULE}.{class_name(name)}" for auto, name in classes.items()},
         FIELD: found,
     }
+
+
+def class_name(stock: str) -> str:
+    """The class of ``shipped/modeling_per_layer.py`` that a class of transformers becomes."""
+    return _PREFIX + stock
 
 
 def _base_of(architecture: str) -> str:
@@ -124,5 +131,11 @@ def _base_of(architecture: str) -> str:
 
 
 PER_LAYER = Form(
-    name="per-layer", said_in=_said_in, plain=_plain, sizes=_sizes, unsaid=lambda config: "", write=_write, whole=lambda hf: bool(code_of(hf))
+    name="per-layer",
+    said_in=_said_in,
+    plain=_plain,
+    sizes=_sizes,
+    unsaid=lambda config: "",
+    write=_write,
+    whole=lambda hf: bool(code_of(hf)),
 )

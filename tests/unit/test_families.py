@@ -13,7 +13,7 @@ from tiny import tiny_config
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from megatron_prune.arch.model import ModelConfig, RopeScaling
-from megatron_prune.arch.tensors import shape_of, tensor_ids
+from megatron_prune.arch.tensors import full_shape, tensor_ids
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.families.family import FAMILIES, family_for, family_of
 
@@ -226,7 +226,7 @@ def test_names_and_shapes_of_all_tensors_are_those_of_transformers_own_model(fam
         model = AutoModelForCausalLM.from_config(hf)
     room = FAMILIES.get(family)
     config = room.model_config(hf.to_dict())
-    ours = {room.tensor_name(t): shape_of(t, config) for t in tensor_ids(config)}
+    ours = {room.tensor_name(t): full_shape(t, config) for t in tensor_ids(config)}
     assert ours == {name: tuple(data.shape) for name, data in model.named_parameters()}
     assert room.architecture == type(model).__name__
 

@@ -70,7 +70,9 @@ def own_layer(kind, config, layer_idx, changes):
         remove(layer, "input_layernorm", *(["post_attention_layernorm"] if sandwich else []))
     if "mlp" in skip:
         layer.mlp = NoMLP()
-        remove(layer, *(["pre_feedforward_layernorm", "post_feedforward_layernorm"] if sandwich else ["post_attention_layernorm"]))
+        remove(
+            layer, *(["pre_feedforward_layernorm", "post_feedforward_layernorm"] if sandwich else ["post_attention_layernorm"])
+        )
     for part in layer.modules():
         if hasattr(part, "config"):
             part.config = config  # the model's, so that a change of the attention's implementation reaches every layer
