@@ -1,4 +1,4 @@
-"""Sums of squared gate gradients (``metrics/fisher.py``) that hooks fill, and the passes that fill them with transformers."""
+"""Sums of squared gate gradients that hooks fill, and the passes that fill them with transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from megatron_prune.axes.axis import AXES
 from megatron_prune.checkpoint.huggingface import read_config
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.families.family import family_of
-from megatron_prune.importance.statistics import Statistics, read_all, replace_file
+from megatron_prune.importance.metric import GradientMetric
+from megatron_prune.importance.statistics import CROSS_ENTROPY, Statistics, gradient_key, read_all, replace_file
 from megatron_prune.runtime.stock_model import load_stock_model
 from megatron_prune.text.tokens import Calibration
 
@@ -57,6 +58,7 @@ class GateSums:
 
 
 def collect_gates(
+    metrics: list[GradientMetric],
     folder: Path,
     config: ModelConfig,
     calibration: Calibration,
@@ -65,9 +67,10 @@ def collect_gates(
     dtype: torch.dtype,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Add ``fisher`` to ``gradients.safetensors`` if it is not there: backward passes of a Hugging Face model, one process.
+    """Add to ``gradients.safetensors`` what it lacks of ``metrics``: backward passes of a Hugging Face model, one process.
 
     Args:
+        metrics: of gates, and of cross-entropy.
         folder: Hugging Face directory of the model.
         progress: called with the number of tokens of every sample.
 
@@ -76,7 +79,9 @@ def collect_gates(
     """
     path = statistics.folder / "gradients.safetensors"
     found = read_all(path)
-    if any(key.startswith("fisher.") for key in found):
+    there = {key.rsplit(".", 2)[0] for key in found}
+    metrics = [metric for metric in metrics if metric.spelling not in there]
+    if not metrics:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_stock_model(folder, dtype=dtype).to(device).requires_grad_(False)
@@ -104,5 +109,6 @@ def collect_gates(
             raise InputError(f"gradients of layer {layer} are not finite", do="compute with --dtype fp32")
         for axis in kind.axes:
             units = AXES.get(axis).count(config.of_layer(layer))
-            found[f"fisher.{axis}.{layer}"] = gate.total.view(units, -1).sum(dim=1).cpu()
+            total = gate.total.view(units, -1).sum(dim=1).cpu()
+            found |= {gradient_key(m.spelling, CROSS_ENTROPY, axis, layer): total for m in metrics if axis in m.axes}
     replace_file(path, found)

@@ -17,7 +17,7 @@ import torch
 from megatron_prune.arch.blocks.block import kind_of, spaces
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.arch.tensors import TensorId, offset_of, tensor_ids
+from megatron_prune.arch.tensors import EMBEDDING, TensorId, offset_of, tensor_ids
 from megatron_prune.axes.axis import AXES
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import InputError
@@ -220,7 +220,7 @@ def local_elements(label: str, config: ModelConfig, rank: int, ranks: int) -> ra
 def _holds(tensor: TensorId, layout: ParallelLayout, config: ModelConfig, place: Place) -> bool:
     """Whether this process scores a tensor: its stage's layers, dealt over data-parallel copies."""
     if tensor.layer is None:
-        stage = 0 if tensor.role == "embedding" else layout.pipeline - 1
+        stage = 0 if tensor == EMBEDDING else layout.pipeline - 1
         return place.stage == stage and place.copy == 0
     return _holds_layer(tensor.layer, layout, config, place)
 

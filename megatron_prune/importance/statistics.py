@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_prune.arch.blocks.block import BLOCKS, BlockKind, kind_of
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.arch.tensors import HEAD
+from megatron_prune.arch.tensors import FINAL_NORM, HEAD
 from megatron_prune.files.tensor_file import TensorFile, open_tensors
 
 STREAM = "stream"
@@ -29,7 +29,7 @@ ROWS = "rows"
 CROSS_ENTROPY = "cross_entropy"
 """The objective that sums of gradients are of where none is named beside the metric."""
 
-FINAL_SITE = "final_norm"
+FINAL_SITE = FINAL_NORM.role
 """The final norm's output, which the head reads."""
 
 

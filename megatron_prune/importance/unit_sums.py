@@ -62,7 +62,7 @@ def add_gates(
         units, kind = torch.arange(len(mine)) + rank * len(mine), config.block_of(finest)
         for axis in kind.axes:
             each = owned(axis, kind, config) // owned(finest, kind, config)
-            for metric in metrics:
+            for metric in (metric for metric in metrics if axis in metric.axes):
                 totals.of(metric, axis, layer).index_add_(0, units // each, mine)
 
 

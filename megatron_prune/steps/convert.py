@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.arch.tensors import TensorId
+from megatron_prune.arch.tensors import HEAD, TensorId
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
@@ -95,5 +95,5 @@ def describe_dtypes(dtypes: dict[TensorId, torch.dtype], tied_head: torch.dtype 
     names = {tensor: str(dtype).removeprefix("torch.") for tensor, dtype in dtypes.items()}
     default = Counter(names.values()).most_common(1)[0][0]
     others = {str(tensor): name for tensor, name in names.items() if name != default}
-    copied = {str(TensorId("output")): str(tied_head).removeprefix("torch.")} if tied_head else {}
+    copied = {str(HEAD): str(tied_head).removeprefix("torch.")} if tied_head else {}
     return {"default": default, **others, **copied}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_prune.arch.tensors import TensorId, tensor_ids
+from megatron_prune.arch.tensors import EMBEDDING, HEAD, TensorId, tensor_ids
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.adapter import StoredAdapter
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
@@ -114,5 +114,5 @@ def _dtypes(checkpoint: MegatronCheckpoint, asked: str | None) -> dict[TensorId,
     recorded = checkpoint.manifest.hf_dtypes
     names = {tensor: recorded.get(str(tensor), recorded["default"]) for tensor in tensor_ids(checkpoint.config)}
     if checkpoint.manifest.tied_head_stored:
-        names[TensorId("output")] = recorded.get(str(TensorId("output")), names[TensorId("embedding")])
+        names[HEAD] = recorded.get(str(HEAD), names[EMBEDDING])
     return {tensor: getattr(torch, name) for tensor, name in names.items()}

@@ -10,7 +10,7 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.arch.tensors import TensorId
+from megatron_prune.arch.tensors import EMBEDDING, TensorId
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.manifest import Manifest
@@ -84,5 +84,5 @@ def write_megatron(
         if output.check:
             check_megatron(world, partial, config)
     if world.is_main and not (sizes and ckpt_format == "torch"):  # Megatron-LM reads no rank files of unequal size
-        dtype = dtypes[TensorId("embedding")]
+        dtype = dtypes[EMBEDDING]
         say_flags(output.save, config, layout, dtype, ckpt_format=ckpt_format, transformer_impl=transformer_impl)

@@ -11,7 +11,7 @@ from typing import Iterator, Mapping
 import torch
 
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.arch.tensors import TensorId, tensor_ids, tensor_shape
+from megatron_prune.arch.tensors import TensorId, full_shape, tensor_ids
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.files import staging
 from megatron_prune.files.failures import explained
@@ -74,5 +74,5 @@ def staged(world: World, output: Output, kind: Kind, needed: int = 0) -> Iterato
 
 
 def bytes_of(config: ModelConfig, dtypes: dict[TensorId, torch.dtype], side_files: Path | None) -> int:
-    weights = sum(prod(tensor_shape(tensor.role, config)) * dtypes[tensor].itemsize for tensor in tensor_ids(config))
+    weights = sum(prod(full_shape(tensor, config)) * dtypes[tensor].itemsize for tensor in tensor_ids(config))
     return weights + sum(file.stat().st_size for file in huggingface.side_files(side_files).values()) if side_files else weights

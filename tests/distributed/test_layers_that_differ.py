@@ -14,6 +14,7 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout, legal_tensor_sizes
+from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import megatron
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.transfer import TransferOptions, transfer
@@ -96,3 +97,51 @@ def test_weights_travel_through_layouts_bit_for_bit(model, tmp_path, name, ckpt_
     assert opened.config == MODELS[name]
     for tensor, data in weights.items():
         assert torch.equal(opened.tensors.read_block(tensor, range(len(data))), data), tensor
+
+
+def rank_state(config: ModelConfig, model: oracle.Model, tp: int, pp: int, number: int) -> dict[str, torch.Tensor]:
+    """Parameters of one rank under the local layers' names, cut by Megatron's rules."""
+    rank, stage, each = number % tp, number // tp, config.num_layers // pp
+    rows = lambda tensor: tensor.chunk(tp)[rank]
+    table = lambda role: rows(torch.nn.functional.pad(model[TensorId(role)], (0, 0, 0, 128 * tp - config.vocab_size)))
+    state = {"embedding.word_embeddings.weight": table("embedding")} if stage == 0 else {}
+    if stage == pp - 1:
+        state |= {"decoder.final_layernorm.weight": model[TensorId("final_norm")], "output_layer.weight": table("output")}
+    for local in range(each):
+        at, here = (lambda role: model[TensorId(role, stage * each + local)]), f"decoder.layers.{local}."
+        own = config.of_layer(stage * each + local)
+        if own.num_query_groups:
+            state[here + "input_layernorm.weight"] = at("input_norm")
+            for kind, ending in (("weight", ""), ("bias", "_bias")) if own.qkv_bias else (("weight", ""),):
+                parts = [at(role + ending).unflatten(0, (own.num_query_groups, -1)) for role in "qkv"]
+                state[f"{here}self_attention.linear_qkv.{kind}"] = rows(torch.cat(parts, dim=1).flatten(0, 1))
+            state[here + "self_attention.linear_proj.weight"] = at("o").chunk(tp, dim=1)[rank]
+        if own.ffn_hidden_size:
+            state[here + "pre_mlp_layernorm.weight"] = at("post_norm")
+            state[here + "mlp.linear_fc1.weight"] = torch.cat([rows(at("gate")), rows(at("up"))])
+            state[here + "mlp.linear_fc2.weight"] = at("down").chunk(tp, dim=1)[rank]
+    return state
+
+
+CORE = {
+    "widths": MODELS["widths"],
+    "groups alone": change(BASE, num_query_groups=(6, 3, 6, 6), num_attention_heads=12),
+    "no attention, no mlp": change(
+        BASE, num_attention_heads=(12, 0, 12, 12), num_query_groups=(6, 0, 3, 6), ffn_hidden_size=(0, 48, 24, 48), qkv_bias=True
+    ),
+}
+
+
+@pytest.mark.parametrize("tp, pp", [(1, 1), (3, 1), (1, 2)])
+@pytest.mark.parametrize("name", CORE)
+def test_megatron_cores_own_loader_reads_what_its_heterogeneous_configuration_can_say(ranks, tmp_path, name, tp, pp):
+    config = CORE[name]
+    weights = oracle.random_model(config)
+    layout = ParallelLayout(tensor=tp, pipeline=pp)
+    checkpoint = oracle.write_checkpoint(tmp_path / "m", config, weights, layout, family="qwen2") / "release"
+    args = ranks(1).run(rank_jobs.load_common, str(checkpoint))[0]
+    loaded = ranks(tp * pp).run(rank_jobs.load_stock, str(checkpoint), args, tp, pp)
+    for number, found in enumerate(loaded):
+        expected = rank_state(config, weights, tp, pp, number)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(torch.from_numpy(found[key]), value) for key, value in expected.items())

@@ -8,7 +8,6 @@ import dataclasses
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from test_families import SIZES, TRAITS, meant, models, read
 
 from megatron_prune.arch.model import RopeScaling

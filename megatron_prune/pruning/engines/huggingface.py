@@ -68,7 +68,8 @@ class HuggingFaceEngine:
         """Gates of cross-entropy only: :meth:`check_metrics` has refused all else."""
         tokens = int(calibration.lengths.sum())
         with progress_bar("gradients", tokens, shown=self._model.world.is_main, unit="tokens") as advance:
-            collect_gates(self._model.path, tensors.config, calibration, metrics[0].statistics, dtype=dtype, progress=advance)
+            found = metrics[0].statistics
+            collect_gates(metrics, self._model.path, tensors.config, calibration, found, dtype=dtype, progress=advance)
 
 
 def _lacking(metric: Metric) -> str | None:
