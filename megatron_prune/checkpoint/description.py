@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig, RopeScaling
-from megatron_prune.checkpoint import gemma3_args, huggingface
+from megatron_prune.checkpoint import gemma3_args, heterogeneous, huggingface
 from megatron_prune.checkpoint.known_args import refused_arguments, shown
 from megatron_prune.errors import CheckpointError, raise_all
 from megatron_prune.families.family import Family, family_of
@@ -106,6 +106,11 @@ def describe(stored: dict[str, Any], where: object, ignored: frozenset[str] = fr
     model["tie_embeddings"] = read.switch("share_embeddings_and_output_weights") if untied is None else not untied
     said = {name: value for name, value in model.items() if value is not None}
     said |= _gemma3(read, model["num_layers"] or 0) if gemma3 else _positions(read)
+    by_layer = stored.get(heterogeneous.ARGUMENT)
+    if stored.get("heterogeneous_layers_config_path") and not by_layer:
+        problems.append(f"sizes by layer in a file elsewhere, needed {heterogeneous.ARGUMENT}")
+    if by_layer and not problems:
+        said |= heterogeneous.sizes(by_layer, said.get("num_attention_heads", 0), where)
     described = Description(
         model=said,
         tensor=read.integer("tensor_model_parallel_size", _MANY["num_layers"]),

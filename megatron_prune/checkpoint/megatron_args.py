@@ -13,7 +13,7 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.checkpoint import gemma3_args
+from megatron_prune.checkpoint import gemma3_args, heterogeneous
 
 TRANSFORMER_IMPLS = ["transformer_engine", "local"]
 """Megatron-LM's words for whose modules its layers are made of; the first is its default."""
@@ -35,15 +35,17 @@ def megatron_args(
 
 
 def _common(config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype, tokenizer: str | None, transformer_impl: str) -> dict:
+    most = lambda field: max(config.each(field))
     scaling, base = config.each("rope_scaling")[0], config.each("rotary_base")[0]
     window = config.each("sliding_window")[0]
     return dict(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
-        ffn_hidden_size=config.ffn_hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        group_query_attention=config.num_query_groups != config.num_attention_heads,
-        num_query_groups=config.num_query_groups,
+        ffn_hidden_size=most("ffn_hidden_size"),
+        num_attention_heads=most("num_attention_heads"),
+        group_query_attention=config.each("num_query_groups") != config.each("num_attention_heads"),
+        num_query_groups=most("num_query_groups"),
+        heterogeneous_layers_config_encoded_json=heterogeneous.encoded(config),
         kv_channels=config.kv_channels,
         seq_length=config.max_position_embeddings,
         max_position_embeddings=config.max_position_embeddings,

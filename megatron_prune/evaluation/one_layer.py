@@ -9,7 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.arch.tensors import tensor_ids
+from megatron_prune.arch.tensors import EMBEDDING, HEAD, tensor_ids
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.families.family import form_of
 from megatron_prune.families.form import code_of
@@ -113,7 +113,7 @@ def _run(kind: type, config: Any, model: HuggingFaceModel, layers: list[int]) ->
     for tensor in tensor_ids(model.config):
         if tensor.layer is None or tensor.layer in places:
             rows = model.tensors.shape(tensor)[0]
-            rows = min(rows, config.vocab_size) if tensor.role in ("embedding", "output") else rows
+            rows = min(rows, config.vocab_size) if tensor in (EMBEDDING, HEAD) else rows
             name = model.family.tensor_name(tensor._replace(layer=places.get(tensor.layer)))
             weights[name] = model.tensors.read_block(tensor, range(rows)).float()
     small.load_state_dict(weights, strict=False, assign=True)

@@ -10,7 +10,7 @@ from megatron_prune.families.nemotron_nas import NEMOTRON_NAS
 from megatron_prune.families.per_layer import PER_LAYER
 
 
-def choose_family(recorded: str, asked: str | None) -> Family:
+def choose_family(recorded: Family, asked: str | None) -> Family:
     """The family to write: the recorded one in the form that the model needs, or what was asked for.
 
     Args:
@@ -21,13 +21,12 @@ def choose_family(recorded: str, asked: str | None) -> Family:
         InputError: if ``asked`` is of another architecture.
     """
     if asked is None:
-        return FAMILIES.get(recorded)
+        return recorded
     if asked == NEMOTRON_NAS.name:
-        return replace(FAMILIES.get(recorded), form=asked)
+        return replace(recorded, form=asked)
     suffix = f"-{PER_LAYER.name}"
-    family = FAMILIES.get(asked.removesuffix(suffix))
-    if family.name not in FAMILIES.get(recorded).kin():
-        kin = FAMILIES.get(recorded).kin()
+    family, kin = FAMILIES.get(asked.removesuffix(suffix)), recorded.kin()
+    if family.name not in (recorded.name, *kin):
         forms = [*(name + suffix for name in kin), NEMOTRON_NAS.name]
-        raise InputError(f"--target-family {asked}", got=f"a {recorded} model", needed="one of " + ", ".join((*kin, *forms)))
+        raise InputError(f"--target-family {asked}", got=f"a {recorded.name} model", needed="one of " + ", ".join((*kin, *forms)))
     return replace(family, form=PER_LAYER.name if asked.endswith(suffix) else "plain")

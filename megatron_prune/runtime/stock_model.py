@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_prune.arch.tensors import TensorId, tensor_ids
+from megatron_prune.arch.tensors import EMBEDDING, HEAD, tensor_ids
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.errors import InputError, reason
@@ -35,7 +35,7 @@ def load_stock_model(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
             safe = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
             return kind.from_pretrained(folder, config=config, dtype=dtype or "auto", attn_implementation="sdpa", **safe).eval()
         # transformers would unpickle a .bin; its bytes are read here instead.
-        stock = kind(config).to(dtype or config.dtype or model.tensors.dtype(TensorId("embedding")))
+        stock = kind(config).to(dtype or config.dtype or model.tensors.dtype(EMBEDDING))
         stock.load_state_dict(_state_dict(model))
         return stock.eval()
     except InputError:
@@ -51,5 +51,5 @@ def _state_dict(model: HuggingFaceModel) -> dict[str, torch.Tensor]:
         for tensor in tensor_ids(model.config):
             found[model.family.tensor_name(tensor)] = model.tensors.read(tensor, Scratch())
     if model.config.tie_embeddings:
-        found[model.family.names["output"]] = found[model.family.tensor_name(TensorId("embedding"))]
+        found[model.family.tensor_name(HEAD)] = found[model.family.tensor_name(EMBEDDING)]
     return found

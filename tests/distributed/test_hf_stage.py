@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -209,6 +210,7 @@ def by_hf(source: Path, save: Path, **options) -> Path:
     return save
 
 
+FIT = {"nsamples": 24, "seq_length": 48, "ridge": 0.03, "reader_ridge": 0.03}
 # in sequence a block starts from what rounding made of the ones before, and Adam's steps do not forget it: least squares alone there
 CUTS = {
     "ffn": ("qwen2", {}, {"ffn_hidden_size_remain": 60}),
@@ -228,18 +230,31 @@ CUTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def by_hf_alone(megatron, text, tmp_path_factory):
+    """``by_hf_alone(cut)`` → (what ``prune_hf`` makes of it, its plan), once."""
+
+    def make(cut: str) -> tuple[Path, Path]:
+        family, changes, asked = CUTS[cut]
+        home = tmp_path_factory.mktemp("cut")
+        plan = home / "plan.json"
+        options = {**FIT, **asked, "data": (f"{text}:1",), "save_plan": str(plan)}
+        return by_hf(megatron(family, **changes)[0], home / "hf", **options), plan
+
+    return functools.cache(make)
+
+
 @pytest.mark.parametrize("tp", [1, 3])
 @pytest.mark.parametrize("cut", CUTS)
-def test_a_refitted_model_is_that_of_the_megatron_route(megatron, ranks, text, tmp_path, cut, tp):
+def test_a_refitted_model_is_that_of_the_megatron_route(megatron, by_hf_alone, ranks, text, tmp_path, cut, tp):
     family, changes, asked = CUTS[cut]
-    source, checkpoint = megatron(family, **changes)
-    common = {"data": (f"{text}:1",), "nsamples": 24, "seq_length": 48, "ridge": 0.03, "reader_ridge": 0.03}
-    common |= {key: asked[key] for key in ("sequential", "reconstruct", "target_family") if key in asked}
-    plan = str(tmp_path / "plan.json")
-    ours = by_hf(source, tmp_path / "hf", **{**common, **asked}, save_plan=plan)
-    recorded = load_plan(Path(plan))
+    _, checkpoint = megatron(family, **changes)
+    ours, plan = by_hf_alone(cut)
+    recorded = load_plan(plan)
     assert recorded.rotated == ("rotate" in cut or "class" in cut or "sequential" in cut) and recorded.made_by["refit"]
-    options = {"load": str(checkpoint), "save": str(tmp_path / "cut"), "plan": plan, "tensor_model_parallel_size": tp, **common}
+    options = {"load": str(checkpoint), "save": str(tmp_path / "cut"), "plan": str(plan), "tensor_model_parallel_size": tp}
+    options |= {**FIT, "data": (f"{text}:1",)}
+    options |= {key: asked[key] for key in ("sequential", "reconstruct", "target_family") if key in asked}
     ranks(tp).run(rank_jobs.run_steps, ("prune", options))
     theirs = tmp_path / "exported"
     aim = {"target_family": asked["target_family"]} if "target_family" in asked else {}

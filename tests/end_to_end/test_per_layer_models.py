@@ -221,7 +221,7 @@ def with_attention_first(family: str):
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_nemotron_nas_there_and_back_and_into_the_other_form(tiny, tmp_path, family):
     config = with_attention_first(family)
-    source = write_model(tmp_path / "hf", config, choose_family(family, "nemotron-nas"), beside=tiny(family))
+    source = write_model(tmp_path / "hf", config, choose_family(FAMILIES.get(family), "nemotron-nas"), beside=tiny(family))
     assert check_in_transformers(huggingface.open_model(source))[1] == []
     assert run("convert", "--load-dir", source, "--save-dir", tmp_path / "m", "--target-tensor-parallel-size", 2) == 0
     export = ("export", "--load-dir", tmp_path / "m", "--save-dir")
@@ -254,7 +254,7 @@ def test_the_configuration_that_leaves_is_read_as_attributes(tiny, tmp_path, ver
     if python is None:
         pytest.skip("TRANSFORMERS_4_PYTHON names no Python with transformers 4")
     config = with_attention_first("llama")
-    folder = write_model(tmp_path / "hf", config, choose_family("llama", "nemotron-nas"), beside=tiny("llama"))
+    folder = write_model(tmp_path / "hf", config, choose_family(FAMILIES.get("llama"), "nemotron-nas"), beside=tiny("llama"))
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "home")}
     done = subprocess.run([python, "-c", _AS_VLLM_READS, str(folder)], env=env, check=True, capture_output=True, text=True)
     assert done.stdout.split("\n")[:2] == [str(list(config.num_query_groups)), str(list(config.ffn_hidden_size))]
@@ -262,7 +262,7 @@ def test_the_configuration_that_leaves_is_read_as_attributes(tiny, tmp_path, ver
 
 def test_the_code_of_others_is_never_run(tiny, tmp_path):
     """NVIDIA's own checkpoints name theirs; they are read, moved and run without it."""
-    folder = write_model(tmp_path / "hf", with_attention_first("llama"), choose_family("llama", "nemotron-nas"), beside=tiny("llama"))
+    folder = write_model(tmp_path / "hf", with_attention_first("llama"), choose_family(FAMILIES.get("llama"), "nemotron-nas"), beside=tiny("llama"))
     (folder / "configuration_nemotron_nas.py").unlink()
     for name in ("configuration_decilm.py", "modeling_decilm.py"):
         (folder / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")

@@ -109,7 +109,7 @@ def test_query_heads_that_differ_make_a_llama_a_mistral_since_llamas_configurati
     assert (hf["model_type"], hf["architectures"]) == ("mistral", ["PerLayerMistralForCausalLM"])
     assert family_of(hf).model_config(hf) == config
     with pytest.raises(InputError, match="(?s)6, 12 attention heads.*--target-family mistral-per-layer$"):
-        choose_family("llama", "llama-per-layer").hf_config(config, None)
+        choose_family(FAMILIES.get("llama"), "llama-per-layer").hf_config(config, None)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def nas_models(draw, name: str) -> ModelConfig:
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
 @given(st.data())
 def test_block_configs_are_read_back_the_same_by_us_and_by_the_class_that_goes_along(name, data):
-    config, family = data.draw(nas_models(name)), choose_family(name, "nemotron-nas")
+    config, family = data.draw(nas_models(name)), choose_family(FAMILIES.get(name), "nemotron-nas")
     hf = json.loads(json.dumps(family.hf_config(config, None)))
     assert (hf["model_type"], hf["architectures"]) == ("nemotron-nas", ["DeciLMForCausalLM"])
     assert family_of(hf).model_config(hf) == config
@@ -250,7 +250,7 @@ def test_nvidias_own_file_is_read_and_written_back_as_it_is():
     written = family.hf_config(cut, hf)
     assert form_of(written) is NEMOTRON_NAS and family.model_config(written) == cut
     assert [block["ffn"]["ffn_mult"] for block in written["block_configs"]] == [2.625, 2.625, 5.25, 3.28125, 1.3125]
-    assert form_of(choose_family("llama", "llama-per-layer").hf_config(config, hf)) is PER_LAYER
+    assert form_of(choose_family(FAMILIES.get("llama"), "llama-per-layer").hf_config(config, hf)) is PER_LAYER
 
 
 def damaged(part: str, **changes) -> dict:
@@ -297,7 +297,7 @@ def test_what_is_not_carried_is_refused_by_layer_and_name(hf, words):
 def test_a_stock_class_is_refused_with_the_layers_and_with_what_can_say_them(name):
     config = mixed(name, heads=False)
     with pytest.raises(InputError) as refused:
-        choose_family(name, name).check_expressible(config)
+        choose_family(FAMILIES.get(name), name).check_expressible(config)
     said = str(refused.value)
     assert "no attention in layer 0" in said and "no feed-forward block in layer 2" in said
     assert "40 in layer 1, 64 in layer 3" in said and f"--target-family {name}-per-layer" in said
@@ -317,20 +317,20 @@ def test_a_stock_class_is_refused_with_the_layers_and_with_what_can_say_them(nam
 def test_nemotron_nas_is_refused_for_what_it_cannot_say(name, changes, word):
     config = dataclasses.replace(like_tiny(name), **changes)
     with pytest.raises(InputError, match=f"(?s)nemotron-nas cannot say.*{word}.*--target-family"):
-        choose_family(name, "nemotron-nas").check_expressible(config)
+        choose_family(FAMILIES.get(name), "nemotron-nas").check_expressible(config)
 
 
 def test_what_is_asked_for_is_of_the_same_architecture():
-    assert choose_family("llama", "mistral-per-layer").name == "mistral"
+    assert choose_family(FAMILIES.get("llama"), "mistral-per-layer").name == "mistral"
     for asked in ("qwen2", "qwen2-per-layer"):
         with pytest.raises(InputError, match="llama, mistral, llama-per-layer, mistral-per-layer, nemotron-nas"):
-            choose_family("llama", asked)
+            choose_family(FAMILIES.get("llama"), asked)
 
 
 def test_layers_that_are_alike_are_written_for_the_stock_class_whatever_form_is_asked_for():
     config = like_tiny("qwen2")
-    assert choose_family("qwen2", "qwen2-per-layer").hf_config(config, None) == FAMILIES.get("qwen2").hf_config(config, None)
-    assert form_of(choose_family("qwen2", "nemotron-nas").hf_config(config, None)) is NEMOTRON_NAS
+    assert choose_family(FAMILIES.get("qwen2"), "qwen2-per-layer").hf_config(config, None) == FAMILIES.get("qwen2").hf_config(config, None)
+    assert form_of(choose_family(FAMILIES.get("qwen2"), "nemotron-nas").hf_config(config, None)) is NEMOTRON_NAS
 
 
 def test_a_nameless_model_whose_layers_differ_gets_a_family_too():

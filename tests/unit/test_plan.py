@@ -242,7 +242,9 @@ def test_a_plan_dealt_over_two_ranks_is_evened_out_on_one(tmp_path):
     options = TargetOptions(plan=str(tmp_path / "p.json"))
     family = dataclasses.replace(FAMILIES.get("qwen3"), traits={"qkv_bias": True, "qk_norm": True})  # no family has all that SMALL has
     given = {"prune_type": "balance", "has_text": False}
-    plan = read_request(options, SimpleNamespace(config=SMALL, dtype=torch.float32, identity="id"), ParallelLayout(), family, **given).plan
+    plan = read_request(
+        options, SimpleNamespace(config=SMALL, dtype=torch.float32, identity="id"), ParallelLayout(), family, **given
+    ).plan
     assert plan.shard_sizes() == {} and plan.layers[1].ffn == [23, 0, 7]
 
 
