@@ -25,8 +25,7 @@ def choose_family(recorded: Family, asked: str | None) -> Family:
     if asked == NEMOTRON_NAS.name:
         return replace(recorded, form=asked)
     suffix = f"-{PER_LAYER.name}"
-    family = FAMILIES.get(asked.removesuffix(suffix))
-    kin = recorded.kin()
+    family, kin = FAMILIES.get(asked.removesuffix(suffix)), recorded.kin()
     if family.name not in (recorded.name, *kin):
         forms = [*(name + suffix for name in kin), NEMOTRON_NAS.name]
         raise InputError(f"--target-family {asked}", got=f"a {recorded.name} model", needed="one of " + ", ".join((*kin, *forms)))

@@ -152,7 +152,7 @@ def _partial_sums(
         for rows in _row_chunks(held[0], labels[0], len(held[1]) if len(held) > 1 else 1, config, tensor.layer):
             weight = tensors.read_block(tensor, rows, *held[1:])
             if offset := offset_of(tensor.role, config):
-                weight = weight.double() + offset
+                weight = weight.float() + offset
             for key in keys:
                 values = metric.per_weight(key[0], tensor, weight, held[1] if len(held) > 1 else range(1))
                 if key[0] == "layer":

@@ -118,6 +118,12 @@ def check_weights(save: Path, source: Path, wanted: reference.Course, hf: Path) 
 
 
 CASES = {
+    "gemma3, TP 2 PP 2 sequence parallel": (
+        "gemma3_text",
+        {},
+        (2, 2, 1),
+        {"micro_batch_size": 3, "sequence_parallel": True},
+    ),
     "llama, untied": ("llama", {}, (1, 1, 1), {"micro_batch_size": 2}),
     "llama, tied, TP 3 sequence parallel": (
         "llama",

@@ -33,6 +33,7 @@ MODELS = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "one KV group": ("qwen2", {"num_key_value_heads": 1}),
     "qwen3": ("qwen3", {"head_dim": 16}),
+    "gemma3": ("gemma3_text", {}),
 }
 LAYOUTS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)]
 ONE_BY_ONE = [2] + [1] * 38
@@ -41,6 +42,8 @@ CACHED = [
     *[(name, 1, 1, ONE_BY_ONE) for name in ("window of one", "one KV group")],
     *[(name, tp, pp, ONE_BY_ONE) for name in ("window", "qwen2", "qwen3") for tp, pp in [(1, 1), (3, 1), (2, 2)]],
     ("one KV group", 4, 1, ONE_BY_ONE),
+    ("gemma3", 2, 2, ONE_BY_ONE),
+    ("gemma3", 1, 1, [7, 3, 1, 16, 1, 12]),
     *[(name, 1, 1, pieces) for name in ("llama", "window") for pieces in ([1] * 40, [7, 3, 1, 16, 1, 12], [20, 20])],
     ("window", 1, 2, [7, 3, 1, 16, 1, 12]),
 ]

@@ -167,7 +167,6 @@ def layouts(draw, max_tensor: int = 6) -> tuple[ModelConfig, int]:
             tie_embeddings=draw(st.booleans()),
             qkv_bias=draw(st.booleans()),
             qk_norm=draw(st.booleans()),
-            after_norms=draw(st.booleans()),
         ),
         tensor,
     )

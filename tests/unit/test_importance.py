@@ -31,7 +31,7 @@ def dense_magnitude(config, model) -> dict:
     """Norm of everything a unit owns, unit by unit, in float64."""
     d, n = config.kv_channels, config.num_attention_heads // config.num_query_groups
     offset = lambda role: 1.0 if config.zero_centered_norms and "norm" in role else 0.0
-    square = {tensor: (data.double() + offset(tensor.role)) ** 2 for tensor, data in model.items()}
+    square = {tensor: (data.float() + offset(tensor.role)).double() ** 2 for tensor, data in model.items()}
     result = {}
     channels = torch.zeros(config.hidden_size, dtype=torch.float64)
     for (role, _), data in square.items():
