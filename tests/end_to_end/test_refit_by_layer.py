@@ -13,8 +13,7 @@ from torch.nn.functional import silu
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.arch.tensors import EMBEDDING, TensorId, tensor_ids
-from megatron_prune.checkpoint import megatron
+from megatron_prune.arch.tensors import EMBEDDING, TensorId
 from megatron_prune.planning.plan import load_plan
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.prune import PruneOptions, prune
@@ -82,11 +81,6 @@ def closed_form(inputs: torch.Tensor, wanted: torch.Tensor, stream: torch.Tensor
     return torch.linalg.lstsq(rows, torch.cat([t, root * start.double().T])).solution.T
 
 
-def weights_of(checkpoint: Path) -> oracle.Model:
-    tensors = megatron.open_checkpoint(checkpoint).tensors
-    return {tensor: tensors.read_block(tensor, range(tensors.shape(tensor)[0])) for tensor in tensor_ids(tensors.config)}
-
-
 @pytest.mark.parametrize(
     "cut, writer, starts, ends",
     [
@@ -100,7 +94,7 @@ def test_a_block_that_goes_alone_is_folded_into_the_matrix_before_it(model, tmp_
     """That matrix predicts, by ridge regression, what both blocks added; all others stay as they were."""
     load, config, weights = model
     prune(PruneOptions(**options(load, tmp_path / "out", **cut)), World())
-    found, seen = weights_of(tmp_path / "out"), walked(config, weights)
+    found, seen = oracle.model_of(tmp_path / "out")[1], walked(config, weights)
     expected = closed_form(seen[writer.role, writer.layer], seen[ends] - seen[starts], seen[ends], weights[writer])
     assert (found[writer].double() - expected).abs().max() <= 2e-4 * expected.abs().max()
     assert found.keys() < weights.keys()
@@ -114,14 +108,14 @@ def test_under_ranks_every_layer_of_its_own_width_is_fitted_as_in_one_process(mo
     (tmp_path / "sizes.json").write_text(sizes)
     one = options(load, tmp_path / "one", save_plan=str(tmp_path / "plan.json"), prune_type="global", **given)
     prune(PruneOptions(**one), World())
-    plan, seen, found = load_plan(tmp_path / "plan.json"), walked(config, weights), weights_of(tmp_path / "one")
+    plan, seen, found = load_plan(tmp_path / "plan.json"), walked(config, weights), oracle.model_of(tmp_path / "one")[1]
     kept, down = plan.layers[0].ffn, TensorId("down", 0)
     wanted = seen["before", 1] - seen["middle", 0]
     expected = closed_form(seen["down", 0][:, kept], wanted, seen["before", 1], weights[down][:, kept])
     assert (found[down].double() - expected).abs().max() <= 2e-4 * expected.abs().max()
     again = options(load, tmp_path / "two", plan=str(tmp_path / "plan.json"), tensor_model_parallel_size=3)
     ranks(3).run(rank_jobs.run_steps, ("prune", again))
-    other = weights_of(tmp_path / "two")
+    other = oracle.model_of(tmp_path / "two")[1]
     assert found.keys() == other.keys()
     for tensor, data in found.items():
         assert (other[tensor] - data).abs().max() <= 1e-4 * data.abs().max(), tensor

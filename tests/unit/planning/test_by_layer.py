@@ -105,7 +105,7 @@ def read(said: dict) -> Plan:
 def test_blocks_that_go_alone_are_layers_without_them():
     new = read(dropping()).new_config(SMALL)
     assert new.ffn_hidden_size == (24, 2, 0) and new.num_query_groups == (6, 0, 1) and new.num_attention_heads == (12, 0, 2)
-    assert [kind.half for kind in new.of_layer(1).kinds] == ["mlp"] and [kind.half for kind in new.of_layer(2).kinds] == ["attention"]
+    assert [[kind.half for kind in new.of_layer(layer).kinds] for layer in (1, 2)] == [["mlp"], ["attention"]]
 
 
 def layer(number: int, **changes):
@@ -189,7 +189,7 @@ def test_a_file_of_sizes_is_read_by_layer_and_axis(tmp_path):
 )
 def test_a_file_that_says_no_sizes_is_refused(tmp_path, text, words):
     (tmp_path / "sizes.json").write_text(text)
-    with pytest.raises(InputError, match=f"(?s){words}.*what to do: name a JSON file" if "layer" not in words else f"(?s){words}"):
+    with pytest.raises(InputError, match=f"(?s){words}"):
         read_layer_sizes(tmp_path / "sizes.json")
 
 
@@ -296,8 +296,9 @@ def test_every_layer_keeps_the_best_of_its_own_units(prune_type, data):
     assert plan.new_config(DIFFERS) == target.config
     for (axis, number), values in scores.items():
         keep, half = sizes[axis, number], len(values) // 2
-        parts = [(0, values, keep)] if prune_type != "balance" else [(0, values[:half], keep // 2), (half, values[half:], keep // 2)]
-        best = sorted(start + int(unit) for start, part, number_of in parts for unit in part.topk(number_of).indices)
+        halves = [(0, values[:half], keep // 2), (half, values[half:], keep // 2)]
+        parts = halves if prune_type == "balance" else [(0, values, keep)]
+        best = sorted(start + int(unit) for start, part, stay in parts for unit in part.topk(stay).indices)
         entry = plan.layers[number]
         assert entry.units(axis) == best
         shards = [sum(unit < half for unit in best), sum(unit >= half for unit in best)]
@@ -348,7 +349,8 @@ def test_a_shape_alike_is_told_by_its_option_and_layers_count_over_stages(prune_
 
 
 def request(config: ModelConfig, **options):
-    family = dataclasses.replace(FAMILIES.get("qwen3"), traits={"qkv_bias": True, "qk_norm": True})  # no family has all that SMALL has
+    traits = {"qkv_bias": True, "qk_norm": True}  # no family has all that SMALL has
+    family = dataclasses.replace(FAMILIES.get("qwen3"), traits=traits)
     model = SimpleNamespace(config=config, dtype=torch.float32, identity="id")
     return read_request(TargetOptions(**options), model, ParallelLayout(), family, prune_type="balance", has_text=False)
 
