@@ -12,7 +12,7 @@ from tiny import tiny_config
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import full_shape, tensor_ids
-from megatron_prune.checkpoint import huggingface
+from megatron_prune.checkpoint import both_versions, huggingface
 from megatron_prune.families.choice import choose_family
 from megatron_prune.families.family import FAMILIES, Family
 from megatron_prune.files.region import Scratch
@@ -85,6 +85,7 @@ def write_model(folder: Path, config: ModelConfig, family: Family, *, beside: Pa
     folder.mkdir(parents=True)
     for file in beside.glob("tokenizer*") if beside else ():
         shutil.copyfile(file, folder / file.name)
+    both_versions.rewrite_side_files(folder)
     described = {**family.hf_config(config, None), "bos_token_id": 0, "eos_token_id": 1, "dtype": "bfloat16"}
     dtypes = dict.fromkeys(tensor_ids(config), torch.bfloat16)
     huggingface.lay_out(folder, config, family, described, dtypes, max_shard_bytes=10**9)
