@@ -74,10 +74,11 @@ def test_one_layer_at_a_time_gives_the_same(model, family):
 
 
 _IN_TRANSFORMERS = """
-import json, sys, torch, transformers
+import sys
 from pathlib import Path
 
 sys.modules["datasets"] = None  # not needed; one that is installed beside transformers 4 may be too new for it
+import torch, transformers
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 folder, saved, tokens, found = Path(sys.argv[1]), Path(sys.argv[2]), torch.load(sys.argv[3]), {}
