@@ -139,8 +139,8 @@ class Family:
             InputError: if this family's class cannot express the model.
             CheckpointError: if the template is one of no model that is carried.
         """
-        self.check_expressible(config)
         form = self._form(config, template)
+        self._check(form, config)
         if form is None:
             return self._written(config, _plain(template), kept_layers)
         if template and form_of(template) is form and family_of(template).model_config(template) == config:
@@ -204,7 +204,10 @@ class Family:
         Raises:
             InputError: naming what cannot be said, and the families and forms that can say it.
         """
-        form, able = self._form(config, None), "write the model as what can say it: "
+        self._check(self._form(config, None), config)
+
+    def _check(self, form: Form | None, config: ModelConfig) -> None:
+        able = "write the model as what can say it: "
         if form is not None:
             if why := self._form_unsaid(form, config):
                 raise InputError(f"{self._named(form)} cannot say this model", got=why, do=able + self._able(config))
@@ -213,7 +216,7 @@ class Family:
             raise InputError(
                 f"transformers' {self.architecture} has layers that are alike",
                 got=differences(config),
-                do=able + self._able(config),
+                do=able + self._able(config) + "; or prune it to the uniform shape (--uniform)",
             )
         if lost := self._unsaid(config):
             raise InputError(

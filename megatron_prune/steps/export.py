@@ -38,7 +38,11 @@ class ExportOptions(ForeignOptions, CheckOptions):
     target_params_dtype: str | None = option(
         "element type (default: that of the Hugging Face model it came from)", None, choices=["fp32", "bf16", "fp16"]
     )
-    target_family: str | None = option("write as another family of the same architecture, such as mistral", None)
+    target_family: str | None = option(
+        "write as another family of the same architecture, such as mistral; or layers that differ as llama-per-layer "
+        "(transformers, with a file of code) or nemotron-nas (vLLM and others)",
+        None,
+    )
     max_shard_size: str = option("split weight files larger than this", "5GB")
     adapter_only: bool = option("write an adapter as a directory that peft loads, not merged", False)
     base: str | None = option("model that an adapter belongs on (default: where it was when it was trained)", None)

@@ -42,7 +42,11 @@ class PruneHfOptions(PruningOptions):
         "(and num_query_groups_remain, num_layers_remain) (default: prune_config.json, where no size, budget or plan is given)",
         None,
     )
-    target_family: str | None = option("write as another family of the same architecture, such as mistral", None)
+    target_family: str | None = option(
+        "write as another family of the same architecture, such as mistral; or layers that differ as llama-per-layer "
+        "(transformers, with a file of code) or nemotron-nas (vLLM and others)",
+        None,
+    )
     max_shard_size: str = option("split weight files larger than this", "5GB")
 
 
