@@ -173,6 +173,8 @@ def candidates(
         raise InputError("axes to cut", got=", ".join(axes) or "none", needed="some of " + ", ".join(VARIED))
     raise_all(InputError, "--multiple_of", step_problems(multiple_of, config))
     layout.check(config)
+    for field in (AXES.get(axis).field for axis in VARIED):
+        config.uniform(field)
     limit = budget.limit(config)
     if budget.cost(config) <= limit:
         raise InputError(

@@ -266,11 +266,16 @@ def _as_large_as(options: TargetOptions, model: Opened) -> str:
     """The parameters of the model that a plan leaves.
 
     Raises:
-        PlanError: if its layers are alike.
+        InputError: if a budget is named too, its layers are alike, or its tokens are not named.
     """
+    if several := [f"--{name}" for name in ("params", "ratio", "memory") if getattr(options, name) is not None]:
+        raise InputError(f"--uniform and {', '.join(several)} both say how large the model becomes", do="give one of the two")
     plan = load_plan(Path(options.plan))
     check_plan(plan, model.config, options.plan)
-    new = plan.new_config(model.config)
+    if plan.vocab is not None and not options.vocab_plan:
+        raise PlanError(f"--uniform: {options.plan} cuts the vocabulary too", do=f"name its tokens with --vocab_plan {options.plan}")
+    tokens = load_plan(Path(options.vocab_plan)) if options.vocab_plan else None
+    new = plan.with_tokens_of(tokens).new_config(model.config)
     if new.is_uniform:
         raise PlanError(f"--uniform: the layers of {options.plan} are alike", do="leave --uniform out")
     return str(parameter_count(new))
