@@ -75,26 +75,33 @@ EVERY = [
 """Every (channels, groups, heads) that a layer of ``MODEL`` can keep in steps of 4 channels."""
 
 
+def stored(ffn: int, groups: int, heads: int) -> int:
+    """Parameters of a layer of ``MODEL``: 12 channels of the stream, heads of 2."""
+    return (12 + 3 * 12 * ffn if ffn else 0) + (12 + 2 * 12 * 2 * (heads + groups) if groups else 0)
+
+
 @given(st.integers(0, 10**6), st.integers(500, 3500))
-@settings(max_examples=25)
+@settings(max_examples=20)
 def test_no_shape_within_the_budget_is_expected_to_lose_less(seed, params):
     costs = random_costs(seed)
     found = allocated(bounds(Budget(params=params)), costs, AXES, may_go=True)
-    losses = {}
-    for layers in product(EVERY, EVERY):
-        if any(map(any, layers)) and parameter_count(shape(MODEL, layers)) <= params:
-            sizes = [({"ffn": ffn}, {"head": heads, "kv_head": groups}) for ffn, groups, heads in layers]
-            parts = (costs.of(n, MLP, mlp) + costs.of(n, ATTENTION, attention) for n, (mlp, attention) in enumerate(sizes))
-            losses[layers] = sum(parts)
-    if not losses:
+    cost = lambda layer, ffn, groups, heads: sum(
+        [costs.of(layer, MLP, {"ffn": ffn}), costs.of(layer, ATTENTION, {"head": heads, "kv_head": groups})]
+    )
+    first, second = (np.array([cost(layer, *sizes) for sizes in EVERY]) for layer in range(2))
+    each = np.array([stored(*sizes) for sizes in EVERY])
+    counts = 40 * 12 + 12 + each[:, None] + each
+    within = (counts <= params) & (each[:, None] + each > 0)
+    if not within.any():
         assert found is None
     else:
         assert parameter_count(found.config) <= params
-        assert loss(costs, found) == pytest.approx(min(losses.values()), abs=1e-9)
+        assert loss(costs, found) == pytest.approx((first[:, None] + second)[within].min(), abs=1e-9)
 
 
 @pytest.mark.parametrize("axes, may_go", [(("ffn",), False), (("ffn",), True), (AXES, False)])
 @given(seed=st.integers(0, 10**6), ratio=st.floats(0.1, 0.4))
+@settings(max_examples=10)
 def test_what_is_not_to_be_cut_stays_whole(axes, may_go, seed, ratio):
     found = allocated(bounds(Budget(ratio=ratio), FOUR), random_costs(seed, FOUR), axes, may_go=may_go)
     if found is None:
@@ -107,6 +114,7 @@ def test_what_is_not_to_be_cut_stays_whole(axes, may_go, seed, ratio):
 
 
 @given(st.integers(0, 10**6), st.floats(0.15, 0.45), st.sampled_from([1, 2, 4]), st.sampled_from(["balance", "global", "unbalance"]))
+@settings(max_examples=10)
 def test_ranks_can_share_every_layer(seed, ratio, ranks, prune_type):
     layout = ParallelLayout(tensor=ranks, pipeline=2)
     kept = bounds(Budget(ratio=ratio), FOUR, multiple_of={"ffn": 2}, layout=layout, prune_type=prune_type)
@@ -132,6 +140,7 @@ def targets(kept: Bounds, costs: Costs) -> list[Target]:
 
 
 @given(st.integers(0, 10**6), st.floats(0.1, 0.45))
+@settings(max_examples=10)
 def test_limits_hold_where_a_block_stays(seed, ratio):
     kept = bounds(Budget(ratio=ratio), FOUR, least=0.5, most=0.75)
     for target in targets(kept, random_costs(seed, FOUR)):
@@ -140,6 +149,7 @@ def test_limits_hold_where_a_block_stays(seed, ratio):
 
 
 @given(st.integers(0, 10**6), st.integers(5000, 9000))
+@settings(max_examples=10)
 def test_memory_counts_what_every_layer_caches(seed, memory):
     budget = Budget(memory=memory, seq_length=20, batch=3)
     for target in targets(bounds(budget, FOUR), random_costs(seed, FOUR)):
