@@ -23,8 +23,9 @@ $(VENV)/.installed: setup.py Makefile
 demo: install
 	@PYTHON=$(BIN)/python bash scripts/demo.sh
 
+# Files are handed out as they are found, those with long tests first: by their number of tests the longest would come last
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(if $(ORDER),--order $(ORDER))
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(ORDER),--order $(ORDER))
 
 test-wheel:
 	@PYTHON=$(PYTHON) TORCH='$(TORCH)' bash tests/wheel.sh

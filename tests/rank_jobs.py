@@ -6,6 +6,7 @@ import importlib
 import multiprocessing
 from argparse import Namespace
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, Iterator
@@ -139,11 +140,17 @@ def stock_model(world: World, args: Namespace, tp: int, pp: int, impl: str = "lo
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
+    from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     world.connect(always=True)
     parallel_state.initialize_model_parallel(tp, pp)
-    config = TransformerConfig(
+    by_layer = getattr(args, "heterogeneous_layers_config_encoded_json", None)
+    kind = TransformerConfig
+    if by_layer:
+        kind = partial(HeterogeneousTransformerConfig, heterogeneous_layers_config_encoded_json=by_layer)
+    config = kind(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
         ffn_hidden_size=args.ffn_hidden_size,
@@ -172,6 +179,8 @@ def stock_model(world: World, args: Namespace, tp: int, pp: int, impl: str = "lo
     try:
         with cpu.stand_in():
             spec = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization="RMSNorm")
+            if by_layer:
+                spec = get_gpt_heterogeneous_layer_spec(config, use_te=False)
             if impl != "local":
                 import te_layers
 

@@ -29,12 +29,12 @@ def collect(
     moments: list[str],
     *,
     batch_tokens: int = 4096,
-    stop_after: int | None = None,
+    stop_after: list[int] | None = None,
 ) -> int:
     """Run ``collect`` into ``folder`` → tokens × layers that were reported.
 
     Args:
-        stop_after: stop this process as Ctrl-C would once so many tokens × layers are reported.
+        stop_after: by rank: stop as Ctrl-C would once so many tokens × layers are reported.
     """
     from megatron_prune.runtime.megatron_stage import MegatronStage
 
@@ -48,7 +48,7 @@ def collect(
     def progress(count: int) -> None:
         nonlocal counted
         counted += count
-        if stop_after is not None and counted >= stop_after:
+        if stop_after is not None and counted >= stop_after[world.rank]:
             raise KeyboardInterrupt
 
     module.BATCH_TOKENS = batch_tokens

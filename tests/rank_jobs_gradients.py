@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_prune.checkpoint import megatron
-from megatron_prune.importance.metric import METRICS
+from megatron_prune.importance.metric import metric_named
 from megatron_prune.importance.statistics import Statistics
 from megatron_prune.runtime.model import build_model, stop_parallel
 from megatron_prune.runtime.world import World
@@ -44,13 +44,21 @@ def gradients(world: World, checkpoint: str, folder: str, samples: dict, tp: int
         counted[0] += tokens
 
     def collect(model, tensors, calibration, statistics):
-        wanted = [METRICS.get(name)(statistics=statistics) for name in metrics]
+        wanted = [metric_named(name, statistics=statistics) for name in metrics]
         collect_gradients(wanted, tensors, model, calibration, statistics, world, progress=count)
         left = [name for name, parameter in model.module.named_parameters() if parameter.grad is not None]
         assert not left, f"gradients left on {left}"
 
     _run(world, checkpoint, folder, samples, tp, pp, dtype, collect)
     return counted[0]
+
+
+def trial_gradients(world: World, *args: Any) -> int:
+    """``gradients`` with the metrics and the objective of ``trial_metrics`` beside those that are shipped."""
+    from trial_metrics import registered
+
+    with registered(objective=True):
+        return gradients(world, *args)
 
 
 def losses(world: World, checkpoint: str, folder: str, samples: dict, tp: int, pp: int) -> int:

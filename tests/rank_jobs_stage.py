@@ -24,12 +24,13 @@ EVERYTHING = frozenset({*SITES, STREAM, "final_norm"})
 
 def values_inside(layer: OpenLayer, stream: torch.Tensor, stage: Stage) -> dict[str, torch.Tensor]:
     """What the functions of a layer's two blocks give, parts of ranks joined; each fed with what the one before gave."""
-    found, names = {}, (("norm_attention", "context", "write_attention"), ("norm_mlp", "channels", "write_mlp"))
-    for block, (norm, inside, write) in zip(layer.blocks, names):
+    found, names = {}, (("norm_attention", "context", "write_attention", "attention"), ("norm_mlp", "channels", "write_mlp", "mlp"))
+    for block, (norm, inside, write, after) in zip(layer.blocks, names):
         found[norm] = block.norm(stream)
         parts = block.inside(found[norm])
         found |= {inside: stage.gather(parts), write: block.write(parts)}
-        stream = stream + block.after(found[write])
+        found[after] = block.after(found[write])
+        stream = stream + found[after]
     return found
 
 
@@ -40,7 +41,7 @@ def megatron_values(world: World, folder: str, number: int, stream: numpy.ndarra
     tensors, kind = huggingface.open_model(Path(folder)).tensors, getattr(torch, dtype)
     stage = MegatronStage(ParallelLayout(tensor=tp), world, dtype=kind, seq_length=stream.shape[1])
     try:
-        layer = stage.layer(tensors.config)
+        layer = stage.layer(tensors.config.of_layer(number))
         layer.load(layer_reader(tensors, number))
         found = values_inside(layer, torch.from_numpy(stream).to(kind), stage)
         return {name: value.float().numpy() for name, value in found.items()}
@@ -73,7 +74,7 @@ def megatron_reconstruct(
     tensors = huggingface.open_model(Path(folder)).tensors
     stage = MegatronStage(ParallelLayout(tensor=tp), world, dtype=torch.float32, seq_length=stream.shape[1])
     try:
-        layer = stage.layer(tensors.config)
+        layer = stage.layer(tensors.config.of_layer(number))
         layer.load(layer_reader(tensors, number))
         found = reconstructed(layer, stage, torch.from_numpy(stream), torch.from_numpy(added), set(roles), passes)
         return {role: value.numpy() for role, value in found.items()}

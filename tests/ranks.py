@@ -12,9 +12,15 @@ import traceback
 from typing import Any, Callable
 
 import torch.multiprocessing as mp
+from tiny import FAMILIES
 
 TIMEOUT_S = 240
-PRELOAD = ["megatron_prune.recovery.launch", "megatron_prune.runtime.megatron_stage", "megatron_prune.steps.prune"]
+PRELOAD = [
+    "megatron_prune.recovery.launch",
+    "megatron_prune.runtime.megatron_stage",
+    "megatron_prune.steps.prune",
+    *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES),
+]
 
 
 def forking_context():

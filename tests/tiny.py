@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 TEXT = "A small text for a small tokenizer. Zwölf Boxkämpfer jagen Viktor. 0123456789 — the end.\n"
 
@@ -33,17 +33,19 @@ def tiny_config(family: str, **changes: Any):
         sizes["sliding_window"] = None
     if family == "gemma3_text":
         sizes |= _GEMMA3
+        layers = range(changes.get("num_hidden_layers", sizes["num_hidden_layers"]))
+        sizes["layer_types"] = [f"{'full' if layer % 3 == 2 else 'sliding'}_attention" for layer in layers]
     return CONFIG_MAPPING[family](**{**sizes, **changes})
 
 
 _GEMMA3 = {
-    "num_hidden_layers": 7,  # the sixth sees everything, the others a window
     "sliding_window": 7,
     "query_pre_attn_scalar": 24,
     "tie_word_embeddings": True,
     "pad_token_id": None,  # its default, 0, is <s> here; transformers gives the padding token's row no gradient
 }
-"""Gemma 3 (text): scores are scaled by neither head_dim nor hidden / heads, and the window is shorter than the tests' texts."""
+"""Gemma 3 (text): every third layer sees everything, the others a window that is shorter than the tests' texts; scores are
+scaled by neither head_dim nor hidden / heads."""
 
 
 def build_tiny(

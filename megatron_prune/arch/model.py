@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
@@ -62,7 +63,7 @@ class ModelConfig:
         qkv_bias, qk_norm, after_norms: whether the roles with that trait are there.
         zero_centered_norms: a norm multiplies with one plus its weight (Megatron's ``layernorm_zero_centered_gamma``).
         activation: between gate and up: ``"silu"``, or ``"gelu_tanh"``.
-        softmax_scale: of attention; ``None`` is 1 / √kv_channels.
+        softmax_scale: of attention; ``None`` is 1 / √kv_channels, and that number becomes ``None``.
         scaled_embedding: the embedding's output is multiplied by √hidden_size, rounded to the dtype of the model.
         sliding_window: tokens that a token sees, itself among them; ``None`` for all before it.
     """
@@ -98,6 +99,8 @@ class ModelConfig:
             values = getattr(self, name)
             if isinstance(values, tuple) and len(set(values)) == 1:
                 object.__setattr__(self, name, values[0])
+        if self.softmax_scale is not None and math.isclose(self.softmax_scale, self.kv_channels**-0.5, rel_tol=1e-9):
+            object.__setattr__(self, "softmax_scale", None)
         object.__setattr__(self, "blocks", tuple(kind for kind in self.blocks if any(self.each(_size_field(kind)))))
         for layers, heads, groups in _distinct(self.num_layers, self.num_attention_heads, self.num_query_groups):
             if bool(heads) != bool(groups) or (groups and heads % groups):

@@ -23,7 +23,7 @@ from typing import Iterator, NamedTuple
 
 from megatron_prune.arch.blocks.block import MegatronTensor, spaces
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.arch.tensors import layer_roles
+from megatron_prune.arch.tensors import EMBEDDING, FINAL_NORM, HEAD, TensorId, layer_roles
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.files.documents import shorten
 
@@ -110,14 +110,14 @@ def _layer_problems(config: ModelConfig, tensor: int) -> list[str]:
     return problems
 
 
-def _outer(name: str, role: str, split: str) -> MegatronTensor:
+def _outer(name: str, tensor: TensorId, split: str) -> MegatronTensor:
     axis = "" if split == "none" else "vocab"
-    return MegatronTensor(name=name, local_name=name, roles=(role,), split=split, axis=axis)
+    return MegatronTensor(name=name, local_name=name, roles=(tensor.role,), split=split, axis=axis)
 
 
-WORD_EMBEDDINGS = _outer("embedding.word_embeddings.weight", "embedding", "rows")
-FINAL_LAYERNORM = _outer("decoder.final_layernorm.weight", "final_norm", "none")
-OUTPUT_LAYER = _outer("output_layer.weight", "output", "rows")
+WORD_EMBEDDINGS = _outer("embedding.word_embeddings.weight", EMBEDDING, "rows")
+FINAL_LAYERNORM = _outer("decoder.final_layernorm.weight", FINAL_NORM, "none")
+OUTPUT_LAYER = _outer("output_layer.weight", HEAD, "rows")
 
 
 def layer_tensors(config: ModelConfig) -> list[MegatronTensor]:

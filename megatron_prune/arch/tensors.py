@@ -59,6 +59,11 @@ def full_shape(tensor: TensorId, config: ModelConfig) -> tuple[int, ...]:
     return tensor_shape(tensor.role, config.of_layer(tensor.layer))
 
 
+def offset_of(role: str, config: ModelConfig) -> float:
+    """What is added to a role tensor's values before they multiply: 1 of norms that count from one, else 0."""
+    return config.norm_offset if spaces(role) in (("hidden",), ("head_dim",)) else 0.0
+
+
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of the model as stored: tied embeddings once, no vocabulary padding."""
     return sum(prod(full_shape(tensor, config)) for tensor in tensor_ids(config))

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_prune.arch.adapter import AdapterConfig
-from megatron_prune.arch.tensors import TensorId
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.tensors import TensorId, tensor_ids
 from megatron_prune.checkpoint import megatron, torch_dist
 from megatron_prune.checkpoint.description import Told
 from megatron_prune.checkpoint.digests import digest
@@ -118,7 +119,7 @@ def open_adapted(path: Path, base: Path | None = None, told: Told = Told()) -> t
         )
     megatron.check_structure(folder, described)
     config = described.adapter.config
-    adapter = StoredAdapter(config=config, matrices=_read(folder, config, checkpoint.config.num_layers, described.digests))
+    adapter = StoredAdapter(config=config, matrices=_read(folder, config, checkpoint.config, described.digests))
     base_manifest = checkpoint.manifest  # the digests are of what lies at ``checkpoint.path``
     told = replace(described, adapter=None, digests=base_manifest.digests, files=base_manifest.files)
     return replace(checkpoint, manifest=told), adapter
@@ -143,14 +144,14 @@ def read_matrices(folder: Path, digests: dict[str, str]) -> dict[str, torch.Tens
 
 
 def _read(
-    folder: Path, config: AdapterConfig, layers: int, digests: dict[str, str]
+    folder: Path, config: AdapterConfig, model: ModelConfig, digests: dict[str, str]
 ) -> dict[TensorId, tuple[torch.Tensor, torch.Tensor]]:
     stored, found = read_matrices(folder, digests), {}
-    for layer in range(layers):
-        for role in config.roles:
-            names = [KEY.format(layer=layer, role=role, part=part) for part in "ab"]
+    for tensor in tensor_ids(model):
+        if tensor.role in config.roles:
+            names = [KEY.format(layer=tensor.layer, role=tensor.role, part=part) for part in "ab"]
             missing = [name for name in names if name not in stored]
             if missing:
                 raise CheckpointError(f"{folder} lacks {missing[0]}")
-            found[TensorId(role, layer)] = stored[names[0]], stored[names[1]]
+            found[tensor] = stored[names[0]], stored[names[1]]
     return found

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.families.rope import rope_entries, rope_parameters
+from megatron_prune.families.family import family_of
 from megatron_prune.files.documents import read_json
 
 log = logging.getLogger("megatron_prune")
@@ -32,10 +32,9 @@ def describe(hf_config: dict[str, Any], config: ModelConfig, dtype: torch.dtype)
         dtype: element type of most weights.
     """
     found = dict(hf_config)
-    found.pop("original_max_position_embeddings", None)  # the rotary entries say it
-    found |= rope_entries(config.rotary_base, config.rope_scaling)
-    if "rope_parameters" in found:
-        found["rope_parameters"] = rope_parameters(config.rotary_base, config.rope_scaling)
+    for entries in family_of(hf_config).entries:
+        if entries.renamed(config):
+            found = entries.rewritten(found, config)
     found["dtype"] = found["torch_dtype"] = str(dtype).removeprefix("torch.")
     return _without_absent(found, config.vocab_size, "config.json")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig, RopeScaling
-from megatron_prune.checkpoint import huggingface
+from megatron_prune.checkpoint import gemma3_args, heterogeneous, huggingface
 from megatron_prune.checkpoint.known_args import refused_arguments, shown
 from megatron_prune.errors import CheckpointError, raise_all
 from megatron_prune.families.family import Family, family_of
@@ -89,7 +89,9 @@ def describe(stored: dict[str, Any], where: object, ignored: frozenset[str] = fr
     Raises:
         CheckpointError: naming every argument that describes a model which is not carried here, or is not of its type.
     """
-    problems = refused_arguments(stored, ignored)
+    gemma3 = gemma3_args.is_gemma3(stored)
+    further = (gemma3_args.FIXED, gemma3_args.UNDERSTOOD) if gemma3 else ()
+    problems = refused_arguments(stored, ignored, *further)
     read = _Reader({name: value for name, value in stored.items() if name not in ignored}, problems)
     model: dict[str, Any] = {}
     for name in (*_ALWAYS_SAID, "kv_channels", "max_position_embeddings", "vocab_size"):
@@ -99,12 +101,16 @@ def describe(stored: dict[str, Any], where: object, ignored: frozenset[str] = fr
     if "group_query_attention" in stored and not read.switch("group_query_attention"):
         model["num_query_groups"] = model["num_attention_heads"]
     model["norm_epsilon"] = read.number("norm_epsilon", "layernorm_epsilon")
-    model["rotary_base"] = read.number("rotary_base")
     model["qkv_bias"], model["qk_norm"] = read.switch("add_qkv_bias"), read.switch("qk_layernorm")
     untied = read.switch("untie_embeddings_and_output_weights")
     model["tie_embeddings"] = read.switch("share_embeddings_and_output_weights") if untied is None else not untied
     said = {name: value for name, value in model.items() if value is not None}
-    said |= _rope_scaling(read) | _window(read)
+    said |= _gemma3(read, model["num_layers"] or 0) if gemma3 else _positions(read)
+    by_layer = stored.get(heterogeneous.ARGUMENT)
+    if stored.get("heterogeneous_layers_config_path") and not by_layer:
+        problems.append(f"sizes by layer in a file elsewhere, needed {heterogeneous.ARGUMENT}")
+    if by_layer and not problems:
+        said |= heterogeneous.sizes(by_layer, said.get("num_attention_heads", 0), where)
     described = Description(
         model=said,
         tensor=read.integer("tensor_model_parallel_size", _MANY["num_layers"]),
@@ -145,11 +151,25 @@ class _Reader:
     def switch(self, *names: str) -> bool | None:
         return self._typed(names, (bool,), "true or false")
 
-    def window(self) -> Any:
-        return self._stored.get("window_size")
+    @property
+    def stored(self) -> dict[str, Any]:
+        return self._stored
 
     def refuse(self, problem: str) -> None:
         self._problems.append(problem)
+
+
+def _gemma3(read: _Reader, layers: int) -> dict[str, Any]:
+    found, problems = gemma3_args.read(read.stored, layers)
+    for problem in problems:
+        read.refuse(problem)
+    return found
+
+
+def _positions(read: _Reader) -> dict[str, Any]:
+    """The same in every layer."""
+    base = read.number("rotary_base")
+    return ({} if base is None else {"rotary_base": base}) | _rope_scaling(read) | _window(read)
 
 
 def _rope_scaling(read: _Reader) -> dict[str, Any]:
@@ -167,9 +187,9 @@ def _rope_scaling(read: _Reader) -> dict[str, Any]:
 
 def _window(read: _Reader) -> dict[str, Any]:
     """megatron-core's window counts the tokens before the current one; below zero is no limit. What comes after is masked anyway."""
-    window = read.window()
+    window = read.stored.get("window_size")
     if window is None:
-        return {"sliding_window": None} if "window_size" in read._stored else {}
+        return {"sliding_window": None} if "window_size" in read.stored else {}
     parts = list(window) if isinstance(window, (list, tuple)) and len(window) == 2 else [window]
     if not all(type(part) is int and -1 <= part < 1 << 40 for part in parts):
         read.refuse(f"window_size = {shown(window)}, needed (tokens before, tokens after)")
@@ -217,7 +237,7 @@ def settle(description: Description, told: Told, padded: int, where: object, *, 
         )
     if theirs and "vocab_size" not in {**said, **told.values}:
         _check_padding(padded - config.vocab_size, description, told)
-    same = family is not None and (family.qkv_bias, family.qk_norm) == (config.qkv_bias, config.qk_norm)
+    same = family is not None and family.fits(config)
     return Settled(config=config, family=family if same else None, unsaid=missing, notes=tuple(notes))
 
 
@@ -321,6 +341,12 @@ def check_goes_back_to(config: ModelConfig, family: Family, hf_dir: Path, *, pru
 
 
 def _same(left: Any, right: Any, *, tolerance: float = 1e-6) -> bool:
+    if isinstance(left, tuple) or isinstance(right, tuple):  # one value for each layer; a single one is of all
+        layers = max(len(value) for value in (left, right) if isinstance(value, tuple))
+        each = [value if isinstance(value, tuple) else (value,) * layers for value in (left, right)]
+        return len(each[0]) == len(each[1]) and all(_same(*pair, tolerance=tolerance) for pair in zip(*each))
+    if left is None or right is None:
+        return left is right
     if isinstance(left, float) or isinstance(right, float):
         return math.isclose(left, right, rel_tol=tolerance)
     if isinstance(left, RopeScaling) and isinstance(right, RopeScaling):
@@ -329,4 +355,6 @@ def _same(left: Any, right: Any, *, tolerance: float = 1e-6) -> bool:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(dict.fromkeys(map(_shown, value))) + " by layer"
     return f"{value.kind} × {value.factor:g}" if isinstance(value, RopeScaling) else f"{value}"

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Patch
-from megatron_prune.arch.tensors import TensorId, full_shape, tensor_ids
+from megatron_prune.arch.tensors import EMBEDDING, HEAD, TensorId, full_shape, tensor_ids
 from megatron_prune.checkpoint import safetensors_file, weight_files
 from megatron_prune.checkpoint.manifest import RECIPE_FILE, Recipe
 from megatron_prune.checkpoint.tensor_map import FLOATS, TensorMap
@@ -63,7 +63,7 @@ class HuggingFaceModel:
     @property
     def tied_head_dtype(self) -> torch.dtype | None:
         """Element type of a stored copy of a tied output layer."""
-        copies = self.tensors.replicas.get(TensorId("embedding"))
+        copies = self.tensors.replicas.get(EMBEDDING)
         return copies[0].region.dtype if copies else None
 
     @property
@@ -107,10 +107,10 @@ def open_model(path: Path) -> HuggingFaceModel:
             continue
         region, shape = stored.pop(name)
         problems += _add(tensors, tensor, name, region, shape, replica=False)
-    head = family.names["output"]
+    head = family.tensor_name(HEAD)
     if config.tie_embeddings and head in stored:
         region, shape = stored.pop(head)
-        problems += _add(tensors, TensorId("embedding"), head, region, shape, replica=True)
+        problems += _add(tensors, EMBEDDING, head, region, shape, replica=True)
     for name in sorted(stored):
         if _BUFFERS.fullmatch(name):
             buffers[name] = stored[name]
@@ -158,8 +158,8 @@ def lay_out(
     """
     tensors = {family.tensor_name(tensor): (dtypes[tensor], full_shape(tensor, config)) for tensor in tensor_ids(config)}
     if tied_head_stored and config.tie_embeddings:
-        dtype, shape = tensors[family.names["embedding"]]
-        tensors[family.names["output"]] = dtypes.get(TensorId("output"), dtype), shape
+        dtype, shape = tensors[family.tensor_name(EMBEDDING)]
+        tensors[family.tensor_name(HEAD)] = dtypes.get(HEAD, dtype), shape
     tensors.update({name: (buffer.dtype, tuple(buffer.shape)) for name, buffer in (buffers or {}).items()})
     shards: list[dict] = [{}]
     used = 0

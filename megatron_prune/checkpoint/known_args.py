@@ -8,7 +8,8 @@ is refused unless it says nothing (``None``, false, zero, empty) or the user kno
 
 from __future__ import annotations
 
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Mapping
 
 from megatron_prune.files.documents import shorten
 from megatron_prune.files.pickled import Inert
@@ -19,7 +20,7 @@ num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention
 padded_vocab_size make_vocab_size_divisible_by untie_embeddings_and_output_weights share_embeddings_and_output_weights add_qkv_bias
 qk_layernorm norm_epsilon layernorm_epsilon rotary_base use_rope_scaling rope_scaling rope_scaling_factor
 rotary_seq_len_interpolation_factor seq_len_interpolation_factor max_position_embeddings window_size tensor_model_parallel_size
-pipeline_model_parallel_size
+heterogeneous_layers_config_encoded_json pipeline_model_parallel_size
 """.split()
 )
 
@@ -47,6 +48,8 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "no_rope_freq": _NONE,
     "mrope_section": _NONE,
     "window_attn_skip_freq": _NONE,
+    "interleaved_attn_pattern": _NONE,
+    "is_vision_language": _OFF,
     "attention_chunk_size": _NONE,
     "nope_layer_interval": _NONE,
     "attention_output_gate": _OFF,
@@ -66,9 +69,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "hybrid_mlp_ratio": _NONE,
     "hybrid_override_pattern": _NONE,
     "hybrid_layer_pattern": _NONE,
-    "heterogeneous_layers_config_path": _NONE,
-    "heterogeneous_layers_config_encoded_json": _NONE,
-    "heterogeneous_block_specs": _OFF,
     "enable_mhc_connections": _OFF,
     "retro_add_retriever": _OFF,
     "use_mup": _OFF,
@@ -107,7 +107,8 @@ expert_tensor_parallel_num_weight_shards expert_tensor_parallel_size external_cu
 finalize_model_grads_func fine_grained_activation_offloading finetune first_last_layers_bf16 flash_attention_version
 flash_decode fp16 fp32_residual_connection fp4 fp8 freeze_all_layers ft_num_warmup_iters full_validation
 fused_residual_rmsnorm fused_single_qkv_rope generation_config global_batch_size gpu_sniff_test_interval
-gradient_accumulation_fusion gradient_reduce_div_fusion head_lr_mult hetereogenous_dist_checkpoint hf_model_id
+gradient_accumulation_fusion gradient_reduce_div_fusion head_lr_mult hetereogenous_dist_checkpoint heterogeneous_block_specs
+heterogeneous_layers_config_path hf_model_id
 hf_model_revision hidden_dropout high_priority_a2a_comm_stream high_priority_stream_groups hybrid_context_parallel hysteresis
 img_h img_w init_method init_method_std init_method_xavier_uniform init_model_with_meta_device initial_loss_scale
 iter_per_epoch iteration iterations_to_skip keep_fp8_transpose_cache keep_fp8_transpose_cache_when_using_custom_fsdp
@@ -163,20 +164,26 @@ tensorboard tiktoken timing tokenizer tp_comm train use_megatron_fsdp valid vali
 )
 
 
-def refused_arguments(stored: dict[str, Any], ignored: frozenset[str]) -> list[str]:
+def refused_arguments(
+    stored: dict[str, Any],
+    ignored: frozenset[str],
+    fixed: Mapping[str, tuple[Any, ...]] = MappingProxyType({}),
+    understood: frozenset[str] = frozenset(),
+) -> list[str]:
     """What is said in words of every stored argument that changes the model in a way not carried here, or is not known.
 
     Args:
         ignored: arguments that the user knows to be harmless.
+        fixed, understood: what a family says otherwise than :data:`FIXED`, and reads beside :data:`UNDERSTOOD`.
     """
-    problems = []
+    problems, expected = [], {**FIXED, **fixed}
     windowed = stored.get("window_size") is not None
     for name, value in stored.items():
-        if name in ignored or name in UNDERSTOOD:
+        if name in ignored or name in understood or (name in UNDERSTOOD and name not in fixed):
             continue
-        if name in FIXED:
-            if not _is_one_of(value, FIXED[name]) and (windowed or name != "window_attn_skip_freq"):
-                problems.append(f"{name} = {shown(value)}, needed {FIXED[name][0]!r}")
+        if name in expected:
+            if not _is_one_of(value, expected[name]) and (windowed or name != "window_attn_skip_freq"):
+                problems.append(f"{name} = {shown(value)}, needed {expected[name][0]!r}")
         elif name not in _NO_EFFECT and not name.startswith(_NO_EFFECT_GROUPS) and not _says_nothing(value):
             problems.append(f"{shorten(name)[1:-1]} = {shown(value)}: not an argument that is known here")
     return problems

@@ -18,7 +18,7 @@ import torch
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.arch.tensors import TensorId, tensor_ids
+from megatron_prune.arch.tensors import EMBEDDING, TensorId, tensor_ids
 from megatron_prune.checkpoint import legacy, manifest, torch_dist
 from megatron_prune.checkpoint.description import Description, Told, check_flags, check_goes_back_to, describe, settle
 from megatron_prune.checkpoint.digests import digest_file
@@ -227,7 +227,7 @@ def lay_out(
     folder = root / RELEASE
     folder.mkdir()
     place = str(final_root.absolute() / RELEASE / HF_FOLDER) if tokenizer else None
-    args: Namespace = megatron_args(config, layout, dtypes[TensorId("embedding")], place, transformer_impl)
+    args: Namespace = megatron_args(config, layout, dtypes[EMBEDDING], place, transformer_impl)
     _FORMATS[ckpt_format].lay_out(folder, config, layout, dtypes, args, sizes or {})
     return folder
 

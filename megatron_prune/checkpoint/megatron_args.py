@@ -13,6 +13,7 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.checkpoint import gemma3_args, heterogeneous
 
 TRANSFORMER_IMPLS = ["transformer_engine", "local"]
 """Megatron-LM's words for whose modules its layers are made of; the first is its default."""
@@ -30,27 +31,34 @@ def megatron_args(
     Args:
         tokenizer: directory of the tokenizer, where there is one.
     """
-    scaling = config.rope_scaling
-    return Namespace(
+    return Namespace(**_common(config, layout, dtype, tokenizer, transformer_impl) | gemma3_args.write(config))
+
+
+def _common(config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype, tokenizer: str | None, transformer_impl: str) -> dict:
+    most = lambda field: max(config.each(field))
+    scaling, base = config.each("rope_scaling")[0], config.each("rotary_base")[0]
+    window = config.each("sliding_window")[0]
+    return dict(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
-        ffn_hidden_size=config.ffn_hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        group_query_attention=config.num_query_groups != config.num_attention_heads,
-        num_query_groups=config.num_query_groups,
+        ffn_hidden_size=most("ffn_hidden_size"),
+        num_attention_heads=most("num_attention_heads"),
+        group_query_attention=config.each("num_query_groups") != config.each("num_attention_heads"),
+        num_query_groups=most("num_query_groups"),
+        heterogeneous_layers_config_encoded_json=heterogeneous.encoded(config),
         kv_channels=config.kv_channels,
         seq_length=config.max_position_embeddings,
         max_position_embeddings=config.max_position_embeddings,
         position_embedding_type="rope",
         add_position_embedding=False,
         use_rotary_position_embeddings=True,
-        rotary_base=int(config.rotary_base) if float(config.rotary_base).is_integer() else config.rotary_base,
+        rotary_base=int(base) if float(base).is_integer() else base,
         rotary_percent=1.0,
         rotary_interleaved=False,
         rotary_seq_len_interpolation_factor=scaling.factor if scaling and scaling.kind == "linear" else None,
         use_rope_scaling=bool(scaling and scaling.kind == "llama3"),
         rope_scaling_factor=scaling.factor if scaling and scaling.kind == "llama3" else 8.0,
-        window_size=None if config.sliding_window is None else (config.sliding_window - 1, 0),
+        window_size=None if window is None else (window - 1, 0),
         normalization="RMSNorm",
         norm_epsilon=config.norm_epsilon,
         layernorm_epsilon=config.norm_epsilon,

@@ -45,8 +45,20 @@ def megatron_lm_flags(
     return flags
 
 
+def unknown_there(config: ModelConfig) -> list[str]:
+    """What a model is made of that Megatron-LM's ``pretrain_gpt.py`` has not, up to core 0.20: it cannot run it at all."""
+    found = {
+        "norms after its blocks": config.after_norms,
+        "a gated tanh GELU": config.activation == "gelu_tanh",
+        "an embedding times √hidden_size": config.scaled_embedding,
+        "rotary positions that differ by layer": bool({"rotary_base", "rope_scaling"} & set(config.differing)),
+        "layers of different sizes": not config.is_uniform,
+    }
+    return [what for what, there in found.items() if there]
+
+
 def contradictions(config: ModelConfig) -> list[str]:
-    """Where Megatron-LM computes something else than the model, whatever it is told; a sentence each."""
+    """Where Megatron-LM computes something else than a model that it can run, whatever it is told; a sentence each."""
     found, scaling = [], config.rope_scaling
     if scaling and scaling.kind == "llama3":
         constants = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_prune.arch.tensors import TensorId
+from megatron_prune.arch.tensors import EMBEDDING
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.errors import CheckpointError
 from megatron_prune.files.region import Scratch
@@ -16,7 +16,7 @@ def check_tied_copy(model: HuggingFaceModel) -> None:
     Raises:
         CheckpointError: if it does: one of the two would be lost.
     """
-    embedding = TensorId("embedding")
+    embedding = EMBEDDING
     for (copy, _, _), (original, _, _) in zip(model.tensors.replicas.get(embedding, ()), model.tensors.tiles[embedding]):
         step = max(1, (64 << 20) // original.row_bytes)
         first, second = Scratch(), Scratch()

@@ -356,7 +356,7 @@ def _layer_prefix(config: ModelConfig, layer: int) -> str:
 
 
 def _outer_stage(tensor: MegatronTensor, layout: ParallelLayout) -> int:
-    return 0 if tensor.roles[0] == "embedding" else layout.pipeline - 1
+    return 0 if tensor is WORD_EMBEDDINGS else layout.pipeline - 1
 
 
 def _entry(size: tuple[int, ...], dtype: torch.dtype) -> dcp.TensorStorageMetadata:

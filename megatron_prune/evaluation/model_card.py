@@ -20,7 +20,9 @@ def model_card(config: ModelConfig, recipe: list[dict[str, Any]], *, name: str, 
     lines = ["---", "library_name: transformers", "tags: [pruned, megatron-prune]", "---", "", f"# {name}", ""]
     lines += [f"A {family} model of {parameter_count(config):,} parameters, pruned with megatron-prune.", ""]
     lines += ["| size | |", "|---|---|"]
-    lines += [f"| {field} | {getattr(config, field)} |" for field in SHAPE_FIELDS]
+    for field in SHAPE_FIELDS:
+        sizes = config.each(field)
+        lines.append(f"| {field} | {sizes[0] if len(sizes) == 1 else ', '.join(map(str, sizes))} |")
     lines += ["", "## Recipe", ""]
     for number, entry in enumerate(recipe, 1):
         rest = {key: value for key, value in entry.items() if key != "step"}

@@ -6,15 +6,13 @@ from megatron_prune.errors import InputError
 from megatron_prune.families.family import FAMILIES, Family
 
 
-def choose_family(recorded: str, asked: str | None) -> Family:
+def choose_family(recorded: Family, asked: str | None) -> Family:
     """The family to write: the recorded one, or another of the same architecture.
 
     Raises:
         InputError: if ``asked`` is of another architecture.
     """
-    family = FAMILIES.get(asked or recorded)
-    if family.name != recorded and family.name not in FAMILIES.get(recorded).kin():
-        raise InputError(
-            f"--target-family {asked}", got=f"a {recorded} model", needed="one of " + ", ".join(FAMILIES.get(recorded).kin())
-        )
+    family = FAMILIES.get(asked) if asked else recorded
+    if family.name not in (recorded.name, *recorded.kin()):
+        raise InputError(f"--target-family {asked}", got=f"a {recorded.name} model", needed="one of " + ", ".join(recorded.kin()))
     return family

@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
 from megatron_prune.errors import CheckpointError
 from megatron_prune.files.documents import shorten
 
-READ = {
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "pad_token_id"),
-    *("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings", "partial_rotary_factor"),
-    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
-    *("model_type", "architectures", "auto_map", "quantization_config", "dtype", "torch_dtype"),
-}
-"""Keys that a description of a model is made from."""
+READ = {"model_type", "architectures", "auto_map", "quantization_config", "dtype", "torch_dtype", "pad_token_id"}
+"""Keys that are looked at in every family, beside those of its sizes and of its ``entries``."""
 
 FIXED: dict[str, tuple] = {
     "hidden_act": ("silu", "swish"),
@@ -61,10 +56,27 @@ IDLE: dict[str, tuple[type, ...]] = {
 }
 """Keys that change no logits → the types that transformers takes for them."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class Keys:
+    """Every key that a family knows: what a model is read from; key → the values that are carried; key → types, of no effect."""
+
+    read: frozenset[str]
+    fixed: dict[str, tuple]
+    idle: dict[str, tuple[type, ...]]
+
+
+def keys_of(read: set[str], fixed: dict[str, tuple], idle: dict[str, tuple[type, ...]]) -> Keys:
+    """Those of a family, with the keys that all have; what the family says of a key goes before."""
+    mine = read | set(fixed) | set(idle)
+    others = lambda table: {key: values for key, values in table.items() if key not in mine}
+    return Keys(read=frozenset(read | READ), fixed=others(FIXED) | fixed, idle=others(IDLE) | idle)
+
+
 _DTYPES = (None, "float32", "bfloat16", "float16", "float64")
 
 
-def check_keys(hf: dict[str, Any], model_type: str, architecture: str) -> None:
+def check_keys(hf: dict[str, Any], model_type: str, architecture: str, keys: Keys) -> None:
     """Refuse a ``config.json`` of a model that is not what a family's class in transformers computes.
 
     Raises:
@@ -87,18 +99,18 @@ def check_keys(hf: dict[str, Any], model_type: str, architecture: str) -> None:
             needed=architecture,
             do="give a model for causal language modelling; if these weights are one, correct the entry",
         )
-    for key, allowed in FIXED.items():
+    for key, allowed in keys.fixed.items():
         if key in hf and not any(type(hf[key]) is type(value) and hf[key] == value for value in allowed):
             needed = "nothing" if allowed[0] is None else f"one of {list(allowed)}"
             raise CheckpointError(f"config.json of a {model_type} model: {key}", got=shorten(hf[key]), needed=needed)
-    for key, kinds in IDLE.items():
+    for key, kinds in keys.idle.items():
         if key in hf and (type(hf[key]) not in kinds or hf[key] != hf[key] or not _whole_list(hf[key])):
             needed = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
             raise CheckpointError(f"config.json of a {model_type} model: {key}", got=shorten(hf[key]), needed=needed)
     for key in ("dtype", "torch_dtype"):
         if isinstance(hf.get(key), (list, dict)) or hf.get(key) not in _DTYPES:
             raise CheckpointError(f"config.json: {key}", got=shorten(hf[key]), needed=f"one of {list(_DTYPES[1:])}, or null")
-    for key in sorted(set(hf) - READ - set(FIXED) - set(IDLE)):
+    for key in sorted(set(hf) - keys.read - set(keys.fixed) - set(keys.idle)):
         if key in (fields := class_fields(model_type)) and hf[key] != fields[key]:
             raise CheckpointError(
                 f"config.json of a {model_type} model: {key}",

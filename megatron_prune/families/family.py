@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, fields
-from typing import Any, Callable
+from typing import Any
 
 from megatron_prune.arch.model import ModelConfig, check_value, value_kinds
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.errors import CheckpointError, InputError
-from megatron_prune.families.config_keys import check_keys
-from megatron_prune.families.rope import read_rope, rope_entries
-from megatron_prune.families.windows import kept_types, no_window
+from megatron_prune.families import config_keys
+from megatron_prune.families.entries import Entries
+from megatron_prune.families.rope import ROTARY
+from megatron_prune.families.windows import NO_WINDOW, kept_types
 from megatron_prune.files.documents import shorten
 from megatron_prune.registry import Registry
 
@@ -44,7 +46,7 @@ FIELDS = {
     "max_position_embeddings": "max_position_embeddings",
     "tie_embeddings": "tie_word_embeddings",
 }
-"""Our field of :class:`ModelConfig` ↔ the key in ``config.json``, the same in all families so far."""
+"""Field of :class:`ModelConfig` ↔ the key in ``config.json`` that says it alone, the same in all families so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,19 +58,30 @@ class Family:
         architecture: its class for causal language modelling in transformers.
         names: role → tensor name, ``{layer}`` standing for the 0-based layer.
         defaults: values transformers assumes for keys that ``config.json`` leaves out.
-        qkv_bias, qk_norm: what its attention always has (a key of the configuration cannot say).
+        traits: fields of :class:`ModelConfig` that every model of the family has alike and no key says, where they are not the
+            default.
+        entries: what is said by more than one key, or in other words: rotary positions, windows, …
+        fixed, idle: keys of its class beside those of ``config_keys.py`` → the values carried; the types taken.
+        stated: keys that a ``config.json`` made from nothing begins with.
         heads_divide_hidden: transformers' class refuses ``hidden_size % num_attention_heads != 0``.
-        window: ``config.json`` (with what it leaves out) → the sliding window in tokens, ``None`` for full attention.
     """
 
     name: str
     architecture: str
     names: dict[str, str] = field(default_factory=lambda: dict(NAMES))
     defaults: dict[str, Any] = field(default_factory=dict)
-    qkv_bias: bool = False
-    qk_norm: bool = False
+    traits: dict[str, Any] = field(default_factory=dict)
+    entries: tuple[Entries, ...] = (ROTARY, NO_WINDOW)
+    fixed: dict[str, tuple] = field(default_factory=dict)
+    idle: dict[str, tuple[type, ...]] = field(default_factory=dict)
+    stated: dict[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})
     heads_divide_hidden: bool = False
-    window: Callable[[dict[str, Any]], int | None] = no_window
+
+    @functools.cached_property
+    def keys(self) -> config_keys.Keys:
+        """What every key of its ``config.json`` is."""
+        looked_at = {*FIELDS.values(), *(key for entries in self.entries for key in entries.keys)}
+        return config_keys.keys_of(looked_at, self.fixed, self.idle)
 
     def tensor_name(self, tensor: TensorId) -> str:
         """Hugging Face's name of a tensor."""
@@ -80,7 +93,7 @@ class Family:
         Raises:
             CheckpointError: on a missing key, a value that no model has, or a feature that this project does not carry.
         """
-        check_keys(hf, self.name, self.architecture)
+        config_keys.check_keys(hf, self.name, self.architecture, self.keys)
         missing = [key for key in _NEEDED if hf.get(key) is None]
         if missing:
             raise CheckpointError("config.json lacks " + ", ".join(missing), do="is this a model's config.json?")
@@ -94,15 +107,10 @@ class Family:
                 "config.json: head_dim", got=merged["head_dim"], needed="an even number: positions rotate pairs"
             )
         _check_padding(merged.get("pad_token_id"), merged["vocab_size"])
-        base, scaling = read_rope(merged)
-        return ModelConfig(
-            **{ours: merged[theirs] for ours, theirs in FIELDS.items()},
-            qkv_bias=self.qkv_bias,
-            qk_norm=self.qk_norm,
-            rotary_base=base,
-            rope_scaling=scaling,
-            sliding_window=self.window(merged),
-        )
+        said = {ours: merged[theirs] for ours, theirs in FIELDS.items()}
+        for entries in self.entries:
+            said |= entries.read(merged)
+        return ModelConfig(**said, **self.traits)
 
     def hf_config(self, config: ModelConfig, template: dict[str, Any] | None, kept_layers: list[int] | None = None) -> dict:
         """``config.json`` for a model of this family.
@@ -120,10 +128,12 @@ class Family:
         hf = dict(template) if template else self._fresh(config)
         family_of(hf).model_config(hf)
         if template and template.get("model_type") != self.name:
-            hf.update(model_type=self.name, architectures=[self.architecture], sliding_window=config.sliding_window)
+            hf.update(model_type=self.name, architectures=[self.architecture])
         if "layer_types" in hf and hf.get("num_hidden_layers") != config.num_layers:
             hf.update(num_hidden_layers=config.num_layers)
-            hf.update(layer_types=kept_types(hf["layer_types"], config.num_layers, kept_layers))
+            said = {key: value for entries in self.entries for key, value in entries.write(config).items()}
+            types = said.get("layer_types") or kept_types(hf["layer_types"], config.num_layers, kept_layers)
+            hf.update(layer_types=types)
         # Only what would be read otherwise is written, so that an unchanged model keeps its file as it was.
         # Keys that are left out follow from others, so the file is read again until nothing differs.
         for _ in FIELDS:
@@ -131,12 +141,9 @@ class Family:
                 break
             hf.update({FIELDS[ours]: getattr(config, ours) for ours in wrong})
         read = self.model_config(hf)
-        if (read.rotary_base, read.rope_scaling) != (config.rotary_base, config.rope_scaling):
-            for key in ("rope_parameters", "original_max_position_embeddings"):
-                hf.pop(key, None)
-            hf.update(rope_entries(config.rotary_base, config.rope_scaling))
-        if read.sliding_window != config.sliding_window:
-            hf["sliding_window"] = config.sliding_window
+        for entries in self.entries:
+            if any(getattr(read, name) != getattr(config, name) for name in entries.fields):
+                hf = entries.rewritten(hf, config)
         self._check_written(hf, config, "the config.json that the model descends from")
         return hf
 
@@ -168,44 +175,58 @@ class Family:
         """Refuse a model that transformers' configuration class of this family refuses or cannot describe.
 
         Raises:
-            InputError: naming the families whose class can say it.
+            InputError: naming what it cannot say, and the families whose class can.
         """
+        if lost := self._unsaid(config):
+            raise InputError(
+                f"transformers' {self.architecture} cannot express this model's {', '.join(lost)}",
+                do="write it as a family whose class can: " + self._able(config),
+            )
         heads, hidden = config.num_attention_heads, config.hidden_size
-        if self.heads_divide_hidden and hidden % heads:
+        if not self._divides(config):
             below = hidden - hidden % heads
             raise InputError(
                 f"transformers' {self.architecture} cannot express hidden_size {hidden} with {heads} attention heads",
                 needed=f"a hidden size that is a multiple of {heads} ({below} or {below + heads})",
                 do="choose such a size, or write the model as a family whose class can say it: " + self._able(config),
             )
-        if (read := self.model_config(self._fresh(config))) != config:
-            lost = [f.name for f in fields(config) if getattr(read, f.name) != getattr(config, f.name)]
-            raise InputError(
-                f"transformers' {self.architecture} cannot express this model's {', '.join(lost)}",
-                do="write it as a family whose class can: " + self._able(config),
-            )
 
-    def _able(self, config: ModelConfig) -> str:
-        """Flags that name the families of this architecture which can describe ``config``."""
-        able = []
-        for name in self.kin():
-            family = FAMILIES.get(name)
-            divides = not family.heads_divide_hidden or config.hidden_size % config.num_attention_heads == 0
-            if divides and family.model_config(family._fresh(config)) == config:
-                able.append(f"--target-family {name}")
-        return ", ".join(able) or "there is none"
+    def fits(self, config: ModelConfig) -> bool:
+        """Whether a model has this family's traits: the same tensors, computed with in the same way."""
+        said = {*FIELDS, *(name for entries in self.entries for name in entries.fields)}
+        free = (item for item in fields(config) if item.name not in said)
+        return all(getattr(config, item.name) == self.traits.get(item.name, item.default) for item in free)
 
     def kin(self) -> list[str]:
         """Families of the same architecture (tensors, biases, norms), to which a model can be moved."""
-        same = lambda other: (other.names, other.qkv_bias, other.qk_norm) == (self.names, self.qkv_bias, self.qk_norm)
+        same = lambda other: (other.names, other.traits) == (self.names, self.traits)
         return [name for name in FAMILIES.names() if same(FAMILIES.get(name))]
 
+    def says(self, config: ModelConfig) -> bool:
+        """Whether this family's class can express a model."""
+        return not self._unsaid(config) and self._divides(config)
+
+    def _unsaid(self, config: ModelConfig) -> list[str]:
+        """Fields that no ``config.json`` of this family can say."""
+        by_layer = {name for entries in self.entries if entries.by_layer for name in entries.fields}
+        if lost := [name for name in config.differing if name not in by_layer]:
+            return [f"{name}, which differs by layer" for name in lost]
+        read = self.model_config(self._fresh(config))
+        return [item.name for item in fields(config) if getattr(read, item.name) != getattr(config, item.name)]
+
+    def _divides(self, config: ModelConfig) -> bool:
+        return not self.heads_divide_hidden or config.hidden_size % config.num_attention_heads == 0
+
+    def _able(self, config: ModelConfig) -> str:
+        """Flags that name the families of this architecture which can describe ``config``."""
+        able = [f"--target-family {name}" for name in self.kin() if FAMILIES.get(name).says(config)]
+        return ", ".join(able) or "there is none"
+
     def _fresh(self, config: ModelConfig) -> dict[str, Any]:
-        hf: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name, "hidden_act": "silu"}
+        hf: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name, **self.stated}
         hf.update({theirs: getattr(config, ours) for ours, theirs in FIELDS.items()})
-        hf.update(rope_entries(config.rotary_base, config.rope_scaling))
-        if config.sliding_window is not None or self.name == "mistral":
-            hf["sliding_window"] = config.sliding_window
+        for entries in self.entries:
+            hf.update(entries.write(config))
         return hf
 
 
@@ -240,11 +261,9 @@ def family_of(hf: dict[str, Any]) -> Family:
 
 
 def family_for(config: ModelConfig) -> Family:
-    """The plainest family that can hold ``config``: for Megatron checkpoints that do not name theirs."""
-    for name in ("llama", "mistral", "qwen2", "qwen3"):
+    """The first family, by name, that can hold ``config``: for Megatron checkpoints that do not name theirs."""
+    for name in FAMILIES.names():
         family = FAMILIES.get(name)
-        fits = (family.qkv_bias, family.qk_norm) == (config.qkv_bias, config.qk_norm)
-        if fits and not (family.heads_divide_hidden and config.hidden_size % config.num_attention_heads):
-            if config.sliding_window is None or name == "mistral":
-                return family
+        if family.fits(config) and family.says(config):
+            return family
     raise CheckpointError("no supported Hugging Face family has this architecture", got=config)

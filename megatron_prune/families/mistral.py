@@ -1,7 +1,8 @@
 """Mistral (arXiv 2310.06825): Llama's architecture with an optional sliding window and a free head dimension."""
 
 from megatron_prune.families.family import FAMILIES, Family
-from megatron_prune.families.windows import one_window
+from megatron_prune.families.rope import ROTARY
+from megatron_prune.families.windows import ONE_WINDOW
 
 FAMILIES.register("mistral")(
     Family(
@@ -13,6 +14,6 @@ FAMILIES.register("mistral")(
             "tie_word_embeddings": False,
             "num_key_value_heads": 8,
         },
-        window=one_window,
+        entries=(ROTARY, ONE_WINDOW),
     )
 )

@@ -1,7 +1,8 @@
 """Qwen2 and Qwen2.5 (arXiv 2407.10671, 2412.15115): Llama with biases on the query, key and value projections."""
 
 from megatron_prune.families.family import FAMILIES, NAMES, Family
-from megatron_prune.families.windows import windows_of_some
+from megatron_prune.families.rope import ROTARY
+from megatron_prune.families.windows import WINDOWS_OF_SOME
 
 _ATTENTION = "model.layers.{layer}.self_attn."
 
@@ -21,7 +22,7 @@ FAMILIES.register("qwen2")(
             "tie_word_embeddings": False,
             "num_key_value_heads": 32,
         },
-        qkv_bias=True,
-        window=windows_of_some,
+        traits={"qkv_bias": True},
+        entries=(ROTARY, WINDOWS_OF_SOME),
     )
 )

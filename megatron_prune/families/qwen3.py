@@ -1,7 +1,8 @@
 """Qwen3 dense (arXiv 2505.09388): no QKV bias, an RMSNorm on every query and key head, a free head dimension."""
 
 from megatron_prune.families.family import FAMILIES, NAMES, Family
-from megatron_prune.families.windows import windows_of_some
+from megatron_prune.families.rope import ROTARY
+from megatron_prune.families.windows import WINDOWS_OF_SOME
 
 FAMILIES.register("qwen3")(
     Family(
@@ -19,7 +20,7 @@ FAMILIES.register("qwen3")(
             "num_key_value_heads": 32,
             "head_dim": 128,
         },
-        qk_norm=True,
-        window=windows_of_some,
+        traits={"qk_norm": True},
+        entries=(ROTARY, WINDOWS_OF_SOME),
     )
 )

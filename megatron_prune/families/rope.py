@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_prune.arch.model import RopeScaling, check_value
 from megatron_prune.errors import CheckpointError
+from megatron_prune.families.entries import Entries
 from megatron_prune.files.documents import shorten
 
 DEFAULT_BASE = 10000.0
@@ -13,7 +14,7 @@ DEFAULT_BASE = 10000.0
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
 
 
-def read_rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+def _read(hf: dict[str, Any]) -> dict[str, Any]:
     """Rotary base and scaling.
 
     transformers 5 takes ``rope_scaling`` where it says anything, else ``rope_parameters``; a base that the one it takes does
@@ -27,23 +28,34 @@ def read_rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if not isinstance(rope, dict):
         raise CheckpointError(f"config.json: {name}", got=shorten(rope), needed="a JSON object, or null")
     base = rope["rope_theta"] if "rope_theta" in rope else hf.get("rope_theta", DEFAULT_BASE)
-    check_value("float", base, "config.json: rope_theta")
+    # As transformers 5: a key beside the object wins, and without any the model's own length counts.
+    length = rope.get("original_max_position_embeddings", hf.get("max_position_embeddings"))
+    length = hf.get("original_max_position_embeddings", length)
     part = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    check_base(base, part)
+    return {"rotary_base": float(base), "rope_scaling": read_scaling(rope, name, length)}
+
+
+def check_base(base: Any, part: Any, name: str = "rope_theta") -> None:
+    """Refuse a base that is no number, or a head that rotates in part."""
+    check_value("float", base, f"config.json: {name}")
     if part not in (None, 1, 1.0) or isinstance(part, bool):
         raise CheckpointError("config.json: partial_rotary_factor", got=shorten(part), needed="1.0: the whole head rotates")
-    return float(base), _scaling(rope, name, hf)
 
 
-def _scaling(rope: dict[str, Any], name: str, hf: dict[str, Any]) -> RopeScaling | None:
+def read_scaling(rope: dict[str, Any], name: str, length: Any) -> RopeScaling | None:
+    """The scaling that an entry says.
+
+    Args:
+        name: of the entry, for messages.
+        length: the context that ``llama3`` counts from.
+    """
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default" and not any(isinstance(value, dict) for value in rope.values()):
         return None
     if kind == "linear":
         return RopeScaling(kind="linear", factor=_number(rope, "factor", name))
     if kind == "llama3":
-        # As transformers 5: a key beside the object wins, and without any the model's own length counts.
-        length = rope.get("original_max_position_embeddings", hf.get("max_position_embeddings"))
-        length = hf.get("original_max_position_embeddings", length)
         length = int(length) if isinstance(length, float) and length.is_integer() else length
         check_value("int", length, f"config.json: {name}: original_max_position_embeddings")
         numbers = {key: _number(rope, key, name) for key in _LLAMA3}
@@ -58,19 +70,29 @@ def _number(rope: dict[str, Any], key: str, name: str) -> float:
     return float(value)
 
 
-def rope_entries(base: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """``rope_theta`` and ``rope_scaling``, which every version of transformers reads, with both names of the kind."""
+def scaling_entry(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """``rope_scaling``, with both names of the kind."""
     if scaling is None:
-        return {"rope_theta": base, "rope_scaling": None}
+        return None
     entry: dict[str, Any] = {"rope_type": scaling.kind, "type": scaling.kind, "factor": scaling.factor}
     if scaling.kind == "llama3":
         names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         entry |= {name: getattr(scaling, name) for name in names}
-    return {"rope_theta": base, "rope_scaling": entry}
+    return entry
 
 
-def rope_parameters(base: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """The same as transformers 5 writes it."""
-    entry = dict(rope_entries(base, scaling)["rope_scaling"] or {"rope_type": "default"})
+def parameters_entry(base: float, scaling: RopeScaling | None) -> dict[str, Any]:
+    """The same, and the base, as an entry of transformers 5's ``rope_parameters``."""
+    entry = scaling_entry(scaling) or {"rope_type": "default"}
     entry.pop("type", None)
     return {**entry, "rope_theta": base}
+
+
+ROTARY = Entries(
+    fields=("rotary_base", "rope_scaling"),
+    keys=("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings", "partial_rotary_factor"),
+    read=_read,
+    write=lambda config: {"rope_theta": config.rotary_base, "rope_scaling": scaling_entry(config.rope_scaling)},
+    renamed=lambda config: {"rope_parameters": parameters_entry(config.rotary_base, config.rope_scaling)},
+)
+"""One base and one scaling for all layers."""

@@ -1,4 +1,4 @@
-"""Sliding windows in ``config.json``: one in every layer, or none; what differs between layers is refused."""
+"""Sliding windows in ``config.json``: one in every layer, or none; these entries refuse what differs between layers."""
 
 from __future__ import annotations
 
@@ -6,43 +6,36 @@ from typing import Any
 
 from megatron_prune.arch.model import check_value
 from megatron_prune.errors import CheckpointError
+from megatron_prune.families.entries import Entries
 from megatron_prune.files.documents import shorten
 
-SLIDING = "sliding_attention"
-_FULL = ("full_attention", "attention")
+SLIDING, FULL = "sliding_attention", "full_attention"
+_FULL = (FULL, "attention")
 DEFAULT = 4096
 
 
-def no_window(hf: dict[str, Any]) -> None:
-    """Of a family without: every layer sees all that came before."""
-    _check_types(hf, _FULL)
+def _none(hf: dict[str, Any]) -> dict[str, None]:
+    check_types(hf, _FULL)
+    return {"sliding_window": None}
 
 
-def one_window(hf: dict[str, Any]) -> int | None:
-    """Of a family with the same window, or none, in every layer: in tokens.
-
-    Raises:
-        CheckpointError: if ``layer_types`` says otherwise, or it is no size.
-    """
+def _one(hf: dict[str, Any]) -> dict[str, int | None]:
+    """In tokens; ``layer_types`` may not say otherwise."""
     window = hf.get("sliding_window", DEFAULT)
     check_value("int | None", window, "config.json: sliding_window")
-    _check_types(hf, _FULL if window is None else (SLIDING,))
-    return window
+    check_types(hf, _FULL if window is None else (SLIDING,))
+    return {"sliding_window": window}
 
 
-def windows_of_some(hf: dict[str, Any]) -> None:
-    """Of a family whose later layers may have one: none, where all of them amount to full attention.
-
-    Raises:
-        CheckpointError: if a layer sees less than all positions that the model has.
-    """
+def _some(hf: dict[str, Any]) -> dict[str, None]:
+    """None, where all layers see all positions that the model has; else refused."""
     used = hf.get("use_sliding_window", False)
     check_value("bool", used, "config.json: use_sliding_window")
     window, first = hf.get("sliding_window", DEFAULT), hf.get("max_window_layers", 28)
     check_value("int | None", window, "config.json: sliding_window")
     if not isinstance(first, int) or isinstance(first, bool):
         raise CheckpointError("config.json: max_window_layers", got=shorten(first), needed="a whole number")
-    _check_types(hf, (*_FULL, SLIDING))
+    check_types(hf, (*_FULL, SLIDING))
     window = window if used else None
     if hf.get("layer_types") is not None:
         sliding = hf["layer_types"].count(SLIDING)
@@ -54,9 +47,11 @@ def windows_of_some(hf: dict[str, Any]) -> None:
             got=f"a window of {window} in {sliding} of {hf['num_hidden_layers']} layers",
             needed=f"full attention in every layer: use_sliding_window false, or at least {hf['max_position_embeddings']} tokens",
         )
+    return {"sliding_window": None}
 
 
-def _check_types(hf: dict[str, Any], allowed: tuple[str, ...]) -> None:
+def check_types(hf: dict[str, Any], allowed: tuple[str, ...]) -> None:
+    """Refuse ``layer_types`` of another length than the model, or with other words than these."""
     types = hf.get("layer_types")
     if types is None:
         return
@@ -75,3 +70,21 @@ def kept_types(types: Any, layers: int, kept: list[int] | None) -> Any:
     if len(set(map(str, types))) == 1:
         return types[:1] * layers
     raise CheckpointError(f"config.json lists {len(types)} layer_types of several kinds", needed=f"{layers}, one for each layer")
+
+
+_FIELDS = ("sliding_window",)
+NO_WINDOW = Entries(fields=_FIELDS, keys=("layer_types",), read=_none)
+"""Of a family without: every layer sees all that came before."""
+
+ONE_WINDOW = Entries(
+    fields=_FIELDS,
+    keys=("sliding_window", "layer_types"),
+    read=_one,
+    write=lambda config: {"sliding_window": config.sliding_window},
+)
+"""Of a family with the same window, or none, in every layer."""
+
+WINDOWS_OF_SOME = Entries(
+    fields=_FIELDS, keys=("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"), read=_some
+)
+"""Of a family whose later layers may have one: carried where all of them amount to full attention."""

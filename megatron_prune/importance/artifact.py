@@ -2,7 +2,7 @@
 
 ``scores.json`` says what the directory holds and is written last; without it the directory is unfinished.
 ``scores.safetensors`` holds one float64 vector by global unit id per metric, axis and layer (``activation.ffn.7``,
-``activation.hidden.all``; ``angular.block.6`` scores every 6 consecutive layers). The statistics they were computed from
+``activation.hidden.all``, ``obs:damping=0.1.ffn.7``; ``angular.block.6`` scores every 6 consecutive layers). The statistics they were computed from
 (``importance/statistics.py``) and the tokens (``calibration.safetensors``) lie beside them.
 """
 
@@ -23,9 +23,10 @@ from megatron_prune.errors import InputError, raise_all
 from megatron_prune.files import staging
 from megatron_prune.files.documents import STRICT, parse_versioned, read_bytes, read_json, shorten
 from megatron_prune.files.tensor_file import TensorFile, open_tensors
-from megatron_prune.importance.metric import METRICS
+from megatron_prune.importance.metric import metric_named
 from megatron_prune.importance.statistics import replace_file
 from megatron_prune.planning import costs_file
+from megatron_prune.planning.plan import shape_of
 from megatron_prune.planning.selection import Scores
 from megatron_prune.text.tokens import Calibration
 
@@ -34,6 +35,9 @@ FORMAT, VERSION = "megatron-prune scores", 1
 SCORES_FILE = "scores.safetensors"
 CALIBRATION_FILE = "calibration.safetensors"
 _AGAIN = "make them with megatron-prune score --save"
+
+
+Sizes = dict[str, int | list[int]]
 
 
 class TextRecord(TypedDict):
@@ -49,8 +53,8 @@ class ScoresManifest:
 
     Attributes:
         content_id: digest of the model that was measured.
-        model: its sizes.
-        metrics: names of the metrics whose scores are there.
+        model: its sizes: numbers, or lists of one for each layer where these differ.
+        metrics: spellings of the metrics whose scores are there.
         moments: sites whose second moments were collected.
         calibration: the text.
         dtype: what was computed in.
@@ -60,7 +64,7 @@ class ScoresManifest:
     __pydantic_config__ = STRICT
 
     content_id: str
-    model: dict[str, int]
+    model: Sizes
     metrics: list[str]
     moments: list[str]
     calibration: TextRecord
@@ -83,10 +87,10 @@ class ScoresManifest:
             raise InputError(f"{folder} holds no finished scores", do=_AGAIN)
         read = read_bytes(file, error=InputError)
         found = parse_versioned(read, cls, file, format=FORMAT, version=VERSION, error=InputError, do=_AGAIN)
-        if set(found.model) != set(SHAPE_FIELDS) or min(found.model.values()) < 1:
+        if set(found.model) != set(SHAPE_FIELDS) or not all(_is_size(size, found.model) for size in found.model.values()):
             raise InputError(f"{file}: model", got=shorten(found.model), needed="sizes of " + ", ".join(SHAPE_FIELDS), do=_AGAIN)
         for name in found.metrics:
-            METRICS.get(name)
+            metric_named(name)
         return found
 
     def check(self, config: ModelConfig, content_id: str, where: object) -> None:
@@ -95,7 +99,7 @@ class ScoresManifest:
         Raises:
             InputError: naming what differs.
         """
-        shape = {name: getattr(config, name) for name in SHAPE_FIELDS}
+        shape = shape_of(config)
         wrong = [f"{key}: {self.model.get(key)} there, {shape[key]} here" for key in shape if self.model.get(key) != shape[key]]
         raise_all(InputError, f"{where} were made from a model of another shape", wrong, do="score this checkpoint")
         if self.content_id != content_id:
@@ -105,6 +109,12 @@ class ScoresManifest:
                 needed=content_id,
                 do="score this checkpoint",
             )
+
+
+def _is_size(size: int | list[int], sizes: Sizes) -> bool:
+    if isinstance(size, list):
+        return len(size) == sizes["num_layers"] and min(size) >= 0
+    return size >= 1
 
 
 def save_scores(folder: Path, scores: dict[str, Scores]) -> None:
@@ -122,7 +132,7 @@ def load_scores(folder: Path, metric: str) -> Scores:
         InputError: if the directory has none of that metric, or they are not one finite number for each unit (nor one below
             zero, but of a metric that gives such).
     """
-    sizes, kind = ScoresManifest.load(folder).model, METRICS.get(metric)
+    sizes, kind = ScoresManifest.load(folder).model, metric_named(metric)
     with open_tensors(folder / SCORES_FILE, error=InputError, do="score again") as file:
         places = [_place(file, key, sizes) for key in file.names]
         if metric not in {name for name, _, _ in places}:
@@ -144,10 +154,10 @@ _ROUNDING = 1e-6
 """How far below zero rounding may take a score, as a share of the largest."""
 
 
-def _place(file: TensorFile, key: str, sizes: dict[str, int]) -> tuple[str, str, int | None]:
+def _place(file: TensorFile, key: str, sizes: Sizes) -> tuple[str, str, int | None]:
     """(metric, axis, layer or number of layers) of a tensor's name."""
-    metric, _, rest = key.partition(".")
-    axis, _, place = rest.rpartition(".")
+    rest, _, place = key.rpartition(".")
+    metric, _, axis = rest.rpartition(".")  # from the right: a parameter of the metric may have a point in it
     number = None if place == "all" else int(place) if place.isdecimal() and len(place) < 7 else -1
     legal = range(1, sizes["num_layers"] + 1) if axis == "block" else _places(axis, sizes) if axis in AXES.names() else []
     if number not in legal:
@@ -155,12 +165,17 @@ def _place(file: TensorFile, key: str, sizes: dict[str, int]) -> tuple[str, str,
     return metric, axis, number
 
 
-def _places(axis: str, sizes: dict[str, int]) -> list[int | None]:
-    return list(range(sizes["num_layers"])) if AXES.get(axis).per_layer else [None]
+def _places(axis: str, sizes: Sizes) -> list[int | None]:
+    if not AXES.get(axis).per_layer:
+        return [None]
+    return [layer for layer in range(sizes["num_layers"]) if _units(axis, layer, sizes)]
 
 
-def _units(axis: str, place: int | None, sizes: dict[str, int]) -> int:
-    return sizes["num_layers"] - place + 1 if axis == "block" else sizes[AXES.get(axis).field]
+def _units(axis: str, place: int | None, sizes: Sizes) -> int:
+    if axis == "block":
+        return sizes["num_layers"] - place + 1
+    size = sizes[AXES.get(axis).field]
+    return size if isinstance(size, int) else size[place]
 
 
 def _key(metric: str, axis: str, place: int | None) -> str:

@@ -1,4 +1,4 @@
-"""Sums of squared gate gradients (``metrics/fisher.py``) that hooks fill, and the passes that fill them with transformers."""
+"""Sums of squared gate gradients that hooks fill, and the passes that fill them with transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from megatron_prune.axes.axis import AXES
 from megatron_prune.checkpoint.huggingface import read_config
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.families.family import family_of
-from megatron_prune.importance.statistics import Statistics, read_all, replace_file
+from megatron_prune.importance.metric import GradientMetric
+from megatron_prune.importance.statistics import CROSS_ENTROPY, Statistics, gradient_key, read_all, replace_file
 from megatron_prune.runtime.stock_model import load_stock_model
 from megatron_prune.text.tokens import Calibration
 
@@ -32,15 +33,15 @@ class GateSums:
     Args:
         width: consecutive features under one gate.
         weights: of the samples.
-        predicted: tokens in each sample's mean loss.
+        terms: of how many each sample's functional is the mean (``Objective.terms``).
 
     Attributes:
         total: float64 [units of this rank]; ``None`` before the first sample.
     """
 
-    def __init__(self, width: int, weights: list[float], predicted: list[int]):
+    def __init__(self, width: int, weights: list[float], terms: list[int]):
         self.total: Tensor | None = None
-        self._width, self._samples = width, iter(zip(weights, predicted))
+        self._width, self._samples = width, iter(zip(weights, terms))
 
     def watch(self, module: nn.Module, given: tuple[Tensor, ...]) -> None:
         """Forward pre-hook: wait for the gradient of the input, [tokens, 1, features]."""
@@ -49,14 +50,15 @@ class GateSums:
             self.total = torch.zeros(value.shape[-1] // self._width, dtype=torch.float64, device=value.device)
         value.register_hook(partial(self._add, value.detach(), *next(self._samples)))
 
-    def _add(self, value: Tensor, weight: float, predicted: int, gradient: Tensor) -> None:
+    def _add(self, value: Tensor, weight: float, terms: int, gradient: Tensor) -> None:
         product = value.float() * gradient
         if self._width > 1:
             product = product.unflatten(-1, (-1, self._width)).sum(dim=-1)
-        self.total.add_(product.mul_(predicted).square_().sum(dim=(0, 1)), alpha=weight)
+        self.total.add_(product.mul_(terms).square_().sum(dim=(0, 1)), alpha=weight)
 
 
 def collect_gates(
+    metrics: list[GradientMetric],
     folder: Path,
     config: ModelConfig,
     calibration: Calibration,
@@ -65,9 +67,10 @@ def collect_gates(
     dtype: torch.dtype,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Add ``fisher`` to ``gradients.safetensors`` if it is not there: backward passes of a Hugging Face model, one process.
+    """Add to ``gradients.safetensors`` what it lacks of ``metrics``: backward passes of a Hugging Face model, one process.
 
     Args:
+        metrics: of gates, and of cross-entropy.
         folder: Hugging Face directory of the model.
         progress: called with the number of tokens of every sample.
 
@@ -76,7 +79,9 @@ def collect_gates(
     """
     path = statistics.folder / "gradients.safetensors"
     found = read_all(path)
-    if any(key.startswith("fisher.") for key in found):
+    there = {key.rsplit(".", 2)[0] for key in found}
+    metrics = [metric for metric in metrics if metric.spelling not in there]
+    if not metrics:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_stock_model(folder, dtype=dtype).to(device).requires_grad_(False)
@@ -86,11 +91,11 @@ def collect_gates(
         sorted(name for name, parameter in model.named_parameters() if not parameter.isfinite().all()),
         do="mend the checkpoint, or use a metric of weights only",
     )
-    weights, predicted = calibration.weights.tolist(), (calibration.lengths - 1).tolist()
+    weights, terms = calibration.weights.tolist(), (calibration.lengths - 1).tolist()
     family, gates = family_of(read_config(folder)), {}
     for layer in range(config.num_layers):
         for kind in config.of_layer(layer).kinds:
-            gates[kind, layer] = GateSums(owned(kind.axes[0], kind, config.of_layer(layer)), weights, predicted)
+            gates[kind, layer] = GateSums(owned(kind.axes[0], kind, config.of_layer(layer)), weights, terms)
             writer = family.tensor_name(TensorId(kind.writer, layer)).rpartition(".")[0]
             model.get_submodule(writer).register_forward_pre_hook(gates[kind, layer].watch)
     for tokens, length in zip(calibration.tokens, calibration.lengths.tolist()):
@@ -104,5 +109,6 @@ def collect_gates(
             raise InputError(f"gradients of layer {layer} are not finite", do="compute with --dtype fp32")
         for axis in kind.axes:
             units = AXES.get(axis).count(config.of_layer(layer))
-            found[f"fisher.{axis}.{layer}"] = gate.total.view(units, -1).sum(dim=1).cpu()
+            total = gate.total.view(units, -1).sum(dim=1).cpu()
+            found |= {gradient_key(m.spelling, CROSS_ENTROPY, axis, layer): total for m in metrics if axis in m.axes}
     replace_file(path, found)

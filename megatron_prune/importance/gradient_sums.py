@@ -16,11 +16,13 @@ class ParameterSums:
     Attributes:
         values: those wanted of ``total``, ``squares`` and ``magnitudes``, float32, shaped as the parameter.
         complete: adds to a gradient, in place, what other ranks have of it.
+        show: called with every sample's gradient, which it must leave as it is, and the sample's weight.
     """
 
     def __init__(self, parameter: nn.Parameter, wanted: frozenset[str], weights: list[float]):
         self.values = {name: torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False) for name in sorted(wanted)}
         self.complete: Callable[[Tensor], object] | None = None
+        self.show: Callable[[Tensor, float], None] | None = None
         self._weights = iter(weights)
 
     def add(self, parameter: nn.Parameter) -> None:
@@ -29,12 +31,14 @@ class ParameterSums:
         if self.complete is not None:
             self.complete(gradient)
         weight, values = next(self._weights), self.values
+        if self.show is not None:
+            self.show(gradient, weight)
         if "total" in values:
             values["total"].add_(gradient, alpha=weight)
         if "squares" in values:
             values["squares"].addcmul_(gradient, gradient, value=weight)
         if "magnitudes" in values:
-            values["magnitudes"].add_(gradient.abs_(), alpha=weight)
+            values["magnitudes"].add_(gradient.abs(), alpha=weight)
 
 
 class TiedGradient:

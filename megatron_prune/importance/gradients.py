@@ -12,13 +12,11 @@ gradient, so the last stage sends its part, sample by sample, to the first.
 from __future__ import annotations
 
 from functools import partial
-from typing import Callable, Iterator
+from typing import Callable
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor, nn
 
 from megatron_prune.arch.blocks.block import spaces
@@ -26,19 +24,18 @@ from megatron_prune.arch.sharding import WORD_EMBEDDINGS
 from megatron_prune.axes.axis import AXES
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import InputError, raise_all
+from megatron_prune.importance.backward import backward_passes
 from megatron_prune.importance.gates import GateSums, owned
 from megatron_prune.importance.gradient_sums import ParameterSums, TiedGradient
-from megatron_prune.importance.metric import GradientMetric
+from megatron_prune.importance.metric import GATES, SAMPLE, GradientMetric
+from megatron_prune.importance.objective import OBJECTIVES, Objective
 from megatron_prune.importance.placed import Placed, placed_parameters
-from megatron_prune.importance.statistics import Statistics, read_all, replace_file
-from megatron_prune.importance.unit_sums import Totals, add_gates, add_weights
-from megatron_prune.runtime import cpu
-from megatron_prune.runtime.forward import mask_padding
+from megatron_prune.importance.statistics import Statistics, gradient_source, read_all, replace_file
+from megatron_prune.importance.unit_gradients import SampleUnits, add_samples, add_units, blocks_of
+from megatron_prune.importance.unit_sums import UnitTotals, add_gates, add_weights
 from megatron_prune.runtime.model import RunningModel
 from megatron_prune.runtime.world import World
 from megatron_prune.text.tokens import Calibration
-
-GATES = "gates"
 
 
 def collect_gradients(
@@ -51,7 +48,7 @@ def collect_gradients(
     *,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Add to ``gradients.safetensors`` what it lacks of ``metrics``; every process takes part.
+    """Add to ``gradients.safetensors`` what it lacks of ``metrics``, one objective after the other; every process takes part.
 
     Args:
         tensors: the checkpoint that ``model`` was built from; metrics see weights as stored.
@@ -62,26 +59,46 @@ def collect_gradients(
     """
     path = statistics.folder / "gradients.safetensors"
     kept = read_all(path) if world.is_main else {}
-    there = world.all_gather({key.partition(".")[0] for key in kept})[0]
-    metrics = [metric for metric in metrics if metric.name not in there]
-    if not metrics:
-        return
-    placed = list(placed_parameters(model))
+    there = world.all_gather({key.rsplit(".", 2)[0] for key in kept})[0]
+    for objective in sorted({name for metric in metrics for name in metric.objectives}):
+        lacking = [m for m in metrics if objective in m.objectives and gradient_source(m.spelling, objective) not in there]
+        if lacking:
+            kept |= _summed(lacking, objective, tensors, model, calibration, world, progress)
+            world.on_main(lambda: replace_file(path, kept))
+
+
+def _summed(
+    metrics: list[GradientMetric],
+    objective: str,
+    tensors: TensorMap,
+    model: RunningModel,
+    calibration: Calibration,
+    world: World,
+    progress: Callable[[int], None],
+) -> dict[str, Tensor]:
+    """What the units come to with the gradients of one objective; the same on every process."""
+    placed, functional = list(placed_parameters(model)), OBJECTIVES.get(objective)(model)
     _check_weights(model, placed, world)
     mine = calibration.share(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
-    with _Hooks(model, placed, metrics, mine) as hooks:
-        backward_passes(model, mine, progress)
+    try:
+        with _Hooks(model, tensors, placed, metrics, functional, mine) as hooks:
+            backward_passes(mine, functional, progress)
+    finally:
+        functional.close()
     hooks.reduce(world)
-    totals: Totals = {}
+    totals, samples = UnitTotals(model.config, objective), calibration.weights.sum().item()
     add_gates([metric for metric in metrics if GATES in metric.sums], model, hooks.gates, totals)
-    weighing = [metric for metric in metrics if metric.sums != {GATES}]
-    if weighing:
-        add_weights(weighing, tensors, model, hooks.sums, calibration.weights.sum().item(), totals)
-    found = dict(kept)
-    for part in world.all_gather(totals):
+    add_samples(hooks.units, totals)
+    summed = [metric for metric in metrics if metric.sums not in ({GATES}, {SAMPLE})]
+    if weighing := [metric for metric in summed if not metric.reads_units]:
+        add_weights(weighing, tensors, model, hooks.sums, samples, totals)
+    if whole := [metric for metric in summed if metric.reads_units]:
+        add_units(whole, tensors, model, hooks.sums, samples, totals)
+    found: dict[str, Tensor] = {}
+    for part in world.all_gather(totals.values):
         for key, value in part.items():
             found[key] = found[key] + value if key in found else value
-    world.on_main(lambda: replace_file(path, found))
+    return found
 
 
 def _check_weights(model: RunningModel, placed: list[Placed], world: World) -> None:
@@ -100,51 +117,30 @@ def _check_weights(model: RunningModel, placed: list[Placed], world: World) -> N
     )
 
 
-def backward_passes(model: RunningModel, calibration: Calibration, progress: Callable[[int], None]) -> None:
-    """Every sample forward and backward, padding left out of its loss."""
-    count = len(calibration.tokens)
-    if not count:
-        return
-    longest = int(calibration.lengths.max())
-
-    def step(iterator: Iterator[tuple[Tensor, int]], module: nn.Module):
-        tokens, length = next(iterator)
-        tokens = tokens[None, :longest].to(model.device)
-        positions = torch.arange(longest, device=model.device)[None]
-        output = module(input_ids=tokens, position_ids=positions, attention_mask=None)
-        progress(length)
-        return output, partial(loss, tokens, length)
-
-    def loss(tokens: Tensor, length: int, output: Tensor):
-        logits = mask_padding(output, model)[:, : length - 1].float().transpose(0, 1).contiguous()
-        labels = tokens[:, 1:length].transpose(0, 1).contiguous()
-        mean = vocab_parallel_cross_entropy(logits, labels).mean()
-        return mean * count, mean.detach()  # the schedule divides by the number of micro-batches
-
-    with cpu.stand_in(), torch.enable_grad():
-        get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=iter(zip(calibration.tokens, calibration.lengths.tolist())),
-            model=model.module,
-            num_microbatches=count,
-            seq_length=longest,
-            micro_batch_size=1,
-            forward_only=False,
-        )
-
-
 class _Hooks:
     """The sums of this rank's parameters and gates, filled while the context is open.
 
     Attributes:
         sums: parts of this rank → their sums; a copy of tied embeddings on the last stage has none.
         gates: (finest axis of a block, layer) → sums over this rank's units.
+        units: what metrics say of whole units sample by sample, one of each block.
     """
 
-    def __init__(self, model: RunningModel, placed: list[Placed], metrics: list[GradientMetric], calibration: Calibration):
+    def __init__(
+        self,
+        model: RunningModel,
+        tensors: TensorMap,
+        placed: list[Placed],
+        metrics: list[GradientMetric],
+        objective: Objective,
+        calibration: Calibration,
+    ):
         self._model, self._placed = model, placed
         self._wanted = frozenset().union(*(metric.sums for metric in metrics))
-        self._weights, self._lengths = calibration.weights.tolist(), calibration.lengths.tolist()
+        self._weights = calibration.weights.tolist()
+        self._terms = [objective.terms(length) for length in calibration.lengths.tolist()]
+        self._watched = _watched([metric for metric in metrics if metric.sums == {SAMPLE}], tensors, model, placed)
+        self.units = list(dict.fromkeys(self._watched.values()))
         self.sums: list[tuple[Placed, ParameterSums]] = []
         self.gates: dict[tuple[str, int], GateSums] = {}
         self._finite: dict[int, Tensor] = {}
@@ -172,15 +168,16 @@ class _Hooks:
             self._tied.close()
 
     def _hook(self, part: Placed) -> Callable[[nn.Parameter], None]:
-        wanted = self._wanted - {GATES}
-        if not wanted:
+        if self._wanted == {GATES}:
             return _forget
         tied = part.tensor is WORD_EMBEDDINGS and self._model.config.tie_embeddings and self._model.layout.pipeline > 1
         if tied:
             self._tied = TiedGradient(part.parameter)
             if part.is_copy:
                 return self._tied.send
-        sums = ParameterSums(part.parameter, wanted, self._weights)
+        sums = ParameterSums(part.parameter, self._wanted - {GATES, SAMPLE}, self._weights)
+        if units := self._watched.get((part.layer, part.tensor.name)):
+            sums.show = partial(units.take, part)
         self.sums.append((part, sums))
         if tied:
             sums.complete = self._tied.add
@@ -192,13 +189,12 @@ class _Hooks:
         model = self._model
         stage = parallel_state.get_pipeline_model_parallel_rank()
         layers = model.layout.stage_layers(stage, model.config.num_layers)
-        predicted = [length - 1 for length in self._lengths]
         for layer, module in zip(layers, model.module.decoder.layers):
             self._finite[layer] = torch.ones((), dtype=torch.bool, device=model.device)
             self._handles.append(module.register_forward_hook(partial(_note_finite, self._finite[layer])))
             config = model.config.of_layer(layer)
             for kind in config.kinds if GATES in self._wanted else ():
-                gate = GateSums(owned(kind.axes[0], kind, config), self._weights, predicted)
+                gate = GateSums(owned(kind.axes[0], kind, config), self._weights, self._terms)
                 writer = module.get_submodule(kind.tensor_of(kind.writer).module)
                 self._handles.append(writer.register_forward_pre_hook(gate.watch))
                 self.gates[kind.axes[0], layer] = gate
@@ -229,6 +225,11 @@ class _Hooks:
             dist.all_reduce(gate.total, group=copies)
             if not gate.total.isfinite().all():
                 broken.add((layer, f"layer {layer} input of {config.block_of(axis).writer}"))
+        for units in self.units:
+            for total in units.totals.values():
+                dist.all_reduce(total, group=copies)
+                if not total.isfinite().all():
+                    broken.add((units.layer, f"layer {units.layer} units"))
         everywhere = sorted(set().union(*world.all_gather(broken)), key=lambda item: (-item[0], item[1]))
         raise_all(
             InputError,
@@ -242,6 +243,18 @@ class _Hooks:
         if gate.total is not None:
             return gate.total
         return torch.zeros(units // self._model.layout.tensor, dtype=torch.float64, device=self._model.device)
+
+
+def _watched(
+    metrics: list[GradientMetric], tensors: TensorMap, model: RunningModel, placed: list[Placed]
+) -> dict[tuple[int, str], SampleUnits]:
+    """(layer, parameter) → what its gradients are shown to, of the blocks whose units the metrics judge."""
+    found = {}
+    for (layer, kind), parts in blocks_of(placed, model).items() if metrics else ():
+        if any(axis in metric.axes for metric in metrics for axis in kind.axes):
+            units = SampleUnits(metrics, tensors, model, layer, kind, parts)
+            found |= {(layer, part.tensor.name): units for part in parts}
+    return found
 
 
 def _note_finite(finite: Tensor, module: nn.Module, given: object, output: tuple[Tensor, object]) -> None:

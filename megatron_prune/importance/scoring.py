@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import chain
 from typing import Callable
 
 import torch
@@ -16,12 +17,13 @@ import torch
 from megatron_prune.arch.blocks.block import kind_of, spaces
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.arch.tensors import TensorId, tensor_ids
+from megatron_prune.arch.tensors import EMBEDDING, TensorId, offset_of, tensor_ids
 from megatron_prune.axes.axis import AXES
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import InputError
 from megatron_prune.files.region import close_files
 from megatron_prune.importance.metric import Metric
+from megatron_prune.importance.whole_units import stored_units, unit_values
 from megatron_prune.planning.selection import Scores
 from megatron_prune.runtime.world import World
 
@@ -60,22 +62,32 @@ def score(
     world: World,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Scores:
-    """Scores for every wanted (axis, layer), full and the same on every process."""
-    config = tensors.config
+    """Scores for every wanted (axis, layer), full and the same on every process.
+
+    Of an axis over which the metric has a last word all places are scored, whichever are wanted.
+    """
+    config, asked = tensors.config, wanted
+    if type(metric).conclude is not Metric.conclude:
+        wanted = [(axis, place) for axis in dict.fromkeys(axis for axis, _ in asked) for place in AXES.get(axis).places(config)]
     units = lambda axis, layer: AXES.get(axis).count(config.of_layer(layer))
     totals: Scores = {key: torch.zeros(units(*key), dtype=torch.float64) for key in wanted}
-    if metric.reads_weights and wanted:
-        mine, error = {}, None
+    if (metric.reads_weights or _reads_units(metric)) and wanted:
+        mine, error = [], None
         try:
-            mine = _partial_sums(metric, tensors, layout, wanted, Place.of(world, layout), progress)
+            ways = [_partial_sums] * metric.reads_weights + [_whole_units] * _reads_units(metric)
+            mine = [way(metric, tensors, layout, wanted, Place.of(world, layout), progress) for way in ways]
         except InputError as found:  # on the ranks that read a damaged part
             error = found
         world.agree(error)
-        for part in world.all_gather(mine):
+        for part in chain.from_iterable(world.all_gather(mine)):
             for key, (start, piece) in part.items():
                 totals[key][start : start + piece.numel()] += piece
         close_files()
-    return {key: _sound(key, metric.finish(*key, total), world) for key, total in totals.items()}
+    found = {key: metric.finish(*key, total) for key, total in totals.items()}
+    concluded: Scores = {}
+    for axis in dict.fromkeys(axis for axis, _ in wanted):
+        concluded |= _concluded(metric, {key: value for key, value in found.items() if key[0] == axis})
+    return {key: _sound(key, concluded[key], world) for key in asked}
 
 
 def all_scores(metric: Metric, tensors: TensorMap, layout: ParallelLayout, world: World) -> Scores:
@@ -88,6 +100,21 @@ def all_scores(metric: Metric, tensors: TensorMap, layout: ParallelLayout, world
     if metric.block_wise:
         scores |= {("block", count): metric.block_scores(count) for count in range(1, config.num_layers)}
     return scores
+
+
+def _concluded(metric: Metric, scores: Scores) -> Scores:
+    """The last word of a metric over one axis; what is not finite stays so, and is the lowest finite score to the metric."""
+    finite = torch.cat([value[value.isfinite()] for value in scores.values()] or [torch.zeros(0)])
+    lowest = finite.min() if len(finite) else 0.0
+    found = metric.conclude({key: torch.where(value.isfinite(), value, lowest) for key, value in scores.items()})
+    if {key: value.shape for key, value in found.items()} != {key: value.shape for key, value in scores.items()}:
+        raise TypeError(f"{metric.spelling}: conclude returned scores of other units than it was given")
+    return {key: torch.where(scores[key].isfinite(), found[key], scores[key]) for key in scores}
+
+
+def _reads_units(metric: Metric) -> bool:
+    """Whether whole units are shown to it here; a metric of gradients has seen them in the backward passes."""
+    return metric.reads_units and "gradients" not in metric.needs
 
 
 def _sound(key: tuple[str, int | None], scores: torch.Tensor, world: World) -> torch.Tensor:
@@ -124,6 +151,8 @@ def _partial_sums(
             continue  # fewer KV groups than ranks: this one has none
         for rows in _row_chunks(held[0], labels[0], len(held[1]) if len(held) > 1 else 1, described):
             weight = tensors.read_block(tensor, rows, *held[1:])
+            if offset := offset_of(tensor.role, config):
+                weight = weight.float() + offset
             for key in keys:
                 values = metric.per_weight(key[0], tensor, weight, held[1] if len(held) > 1 else range(1))
                 if key[0] == "layer":
@@ -137,6 +166,29 @@ def _partial_sums(
                         sums[key][first : first + totals.numel() // each] += totals.view(-1, each).sum(dim=1)
             progress(weight.numel() * tensors.dtype(tensor).itemsize)
     return {key: (mine[key].start, total) for key, total in sums.items()}
+
+
+def _whole_units(
+    metric: Metric,
+    tensors: TensorMap,
+    layout: ParallelLayout,
+    wanted: list[tuple[str, int | None]],
+    place: Place,
+    progress: Callable[[int], None],
+) -> dict[tuple[str, int | None], tuple[int, torch.Tensor]]:
+    """As :func:`_partial_sums`, of what a metric says of the units that fall to this process, each as a whole."""
+    found = {}
+    for axis, layer in wanted:
+        config = tensors.config.of_layer(layer)
+        units = AXES.get(axis).local_units(config, place.tensor, layout.tensor)
+        if not units or not _holds_layer(layer, layout, tensors.config, place):
+            continue
+        values = []
+        for some, parts in stored_units(tensors, axis, layer, units):
+            values.append(unit_values(metric, axis, layer, parts, 0.0, config))
+            progress(sum(part.weight.numel() * tensors.dtype(TensorId(role, layer)).itemsize for role, part in parts.items()))
+        found[axis, layer] = (units.start, torch.cat(values))
+    return found
 
 
 def _owners(tensor: TensorId, config: ModelConfig) -> list[tuple[str, int | None]]:
@@ -168,6 +220,10 @@ def local_elements(label: str, config: ModelConfig, rank: int, ranks: int) -> ra
 def _holds(tensor: TensorId, layout: ParallelLayout, config: ModelConfig, place: Place) -> bool:
     """Whether this process scores a tensor: its stage's layers, dealt over data-parallel copies."""
     if tensor.layer is None:
-        stage = 0 if tensor.role == "embedding" else layout.pipeline - 1
+        stage = 0 if tensor == EMBEDDING else layout.pipeline - 1
         return place.stage == stage and place.copy == 0
-    return place.stage == layout.stage_of(tensor.layer, config.num_layers) and tensor.layer % place.copies == place.copy
+    return _holds_layer(tensor.layer, layout, config, place)
+
+
+def _holds_layer(layer: int, layout: ParallelLayout, config: ModelConfig, place: Place) -> bool:
+    return place.stage == layout.stage_of(layer, config.num_layers) and layer % place.copies == place.copy

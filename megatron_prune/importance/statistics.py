@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_prune.arch.blocks.block import BLOCKS, BlockKind, kind_of
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.arch.tensors import HEAD
+from megatron_prune.arch.tensors import FINAL_NORM, HEAD
 from megatron_prune.files.tensor_file import TensorFile, open_tensors
 
 STREAM = "stream"
@@ -26,7 +26,10 @@ STREAM = "stream"
 ROWS = "rows"
 """Asks for what passes at a few sampled tokens (:class:`SampledRows`)."""
 
-FINAL_SITE = "final_norm"
+CROSS_ENTROPY = "cross_entropy"
+"""The objective that sums of gradients are of where none is named beside the metric."""
+
+FINAL_SITE = FINAL_NORM.role
 """The final norm's output, which the head reads."""
 
 
@@ -223,19 +226,32 @@ class Statistics:
         total = sum(layer.stream for layer in layers) + final_share * final.stream
         return total / (final.sites[FINAL_SITE].tokens * (norms + final_share))
 
-    def gradient(self, metric: str, axis: str, layer: int | None) -> Tensor:
+    def gradient(self, metric: str, axis: str, layer: int | None, objective: str = CROSS_ENTROPY) -> Tensor:
         """Sums over a unit's weights that a gradient metric left (``importance/gradients.py``), float64 [units].
+
+        Args:
+            metric: its spelling.
 
         Raises:
             KeyError: if the pass did not collect them.
         """
         if "gradients" not in self._kept:
             self._kept["gradients"] = read_all(self.folder / "gradients.safetensors")
-        return self._kept["gradients"][f"{metric}.{axis}.{'all' if layer is None else layer}"]
+        return self._kept["gradients"][gradient_key(metric, objective, axis, layer)]
 
     def losses(self) -> Tensor:
         """Mean losses without layer 0, 1, … and, last, of the whole model (``importance/losses.py``), float64 [layers + 1]."""
         return read_all(self.folder / "losses.safetensors")["losses"]
+
+
+def gradient_key(metric: str, objective: str, axis: str, layer: int | None) -> str:
+    """Name in ``gradients.safetensors``: ``snip.ffn.7``, ``snip.hidden.all``; of another objective ``snip@NAME.ffn.7``."""
+    return f"{gradient_source(metric, objective)}.{axis}.{'all' if layer is None else layer}"
+
+
+def gradient_source(metric: str, objective: str) -> str:
+    """What the names of a metric's sums of gradients begin with."""
+    return metric if objective == CROSS_ENTROPY else f"{metric}@{objective}"
 
 
 def replace_file(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -15,24 +15,44 @@ from torch import Tensor
 from megatron_prune.arch.blocks.block import spaces
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Patch
-from megatron_prune.arch.tensors import TensorId
+from megatron_prune.arch.tensors import TensorId, offset_of
 from megatron_prune.axes.axis import AXES
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.files.region import close_files
 from megatron_prune.importance.gates import GateSums, owned
 from megatron_prune.importance.gradient_sums import ParameterSums
-from megatron_prune.importance.metric import GradientMetric
+from megatron_prune.importance.metric import GATES, GradientMetric
 from megatron_prune.importance.placed import Placed
+from megatron_prune.importance.statistics import gradient_key
 from megatron_prune.runtime.model import RunningModel
 
-Totals = dict[str, Tensor]
-"""``metric.axis.layer`` (see :meth:`Statistics.gradient`) → float64 [units], over all units."""
+
+class UnitTotals:
+    """Sums over all units, of the gradients of one objective.
+
+    Attributes:
+        values: name in ``gradients.safetensors`` → float64 [units].
+    """
+
+    def __init__(self, config: ModelConfig, objective: str):
+        self.values: dict[str, Tensor] = {}
+        self._config, self._objective = config, objective
+
+    def of(self, metric: GradientMetric, axis: str, layer: int | None) -> Tensor:
+        """Those of an axis (of a layer), to be added to; zeros at first."""
+        key = gradient_key(metric.spelling, self._objective, axis, layer)
+        if key not in self.values:
+            self.values[key] = torch.zeros(AXES.get(axis).count(self._config.of_layer(layer)), dtype=torch.float64)
+        return self.values[key]
+
 
 CHUNK_ELEMENTS = 1 << 22
 """Weights that are looked at together."""
 
 
-def add_gates(metrics: list[GradientMetric], model: RunningModel, gates: dict[tuple[str, int], GateSums], totals: Totals) -> None:
+def add_gates(
+    metrics: list[GradientMetric], model: RunningModel, gates: dict[tuple[str, int], GateSums], totals: UnitTotals
+) -> None:
     """Enter the sums of gates; those of one copy, since all copies hold the same."""
     if parallel_state.get_data_parallel_rank():
         return
@@ -42,8 +62,8 @@ def add_gates(metrics: list[GradientMetric], model: RunningModel, gates: dict[tu
         units, kind = torch.arange(len(mine)) + rank * len(mine), config.block_of(finest)
         for axis in kind.axes:
             each = owned(axis, kind, config) // owned(finest, kind, config)
-            for metric in metrics:
-                _total(totals, metric, axis, layer, config).index_add_(0, units // each, mine)
+            for metric in (metric for metric in metrics if axis in metric.axes):
+                totals.of(metric, axis, layer).index_add_(0, units // each, mine)
 
 
 def add_weights(
@@ -52,7 +72,7 @@ def add_weights(
     model: RunningModel,
     parts: list[tuple[Placed, ParameterSums]],
     samples: float,
-    totals: Totals,
+    totals: UnitTotals,
 ) -> None:
     """Apply metrics to this rank's weights and their sums, parameters dealt out over the data-parallel copies."""
     copy, copies = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -82,18 +102,18 @@ def _add_piece(
     sums: ParameterSums,
     patch: Patch,
     samples: float,
-    totals: Totals,
+    totals: UnitTotals,
 ) -> None:
     rows, cols = range(patch.row, patch.row + patch.rows), range(patch.col, patch.col + patch.cols)
     stored = slice(patch.stored_row, patch.stored_row + patch.rows)
     held = {name: value.view(len(value), -1)[stored] for name, value in sums.values.items()}
     weight = tensors.read_block(TensorId(patch.role, part.layer), rows, cols).reshape(len(rows), len(cols))
-    weight = weight.to(part.parameter.device, torch.float32)
+    weight = weight.to(part.parameter.device, torch.float32) + offset_of(patch.role, tensors.config)
     for metric in metrics:
-        values = metric.per_gradient(weight, {name: held[name] for name in metric.sums - {"gates"}}, samples)
+        values = metric.per_gradient(weight, {name: held[name] for name in metric.sums - {GATES}}, samples)
         lines = [values.sum(dim=1, dtype=torch.float64).cpu(), values.sum(dim=0, dtype=torch.float64).cpu()]
         if "layer" in metric.axes and part.layer is not None:
-            _total(totals, metric, "layer", None, config)[part.layer] += lines[0].sum()
+            totals.of(metric, "layer", None)[part.layer] += lines[0].sum()
         for space, places, line in zip(spaces(patch.role), (rows, cols), lines):
             for name in metric.axes - {"layer"}:
                 axis = AXES.get(name)
@@ -101,11 +121,4 @@ def _add_piece(
                 if each is not None and (part.layer is not None or not axis.per_layer):
                     units = torch.arange(places.start, places.stop) // each
                     layer = part.layer if axis.per_layer else None
-                    _total(totals, metric, name, layer, config).index_add_(0, units, line)
-
-
-def _total(totals: Totals, metric: GradientMetric, axis: str, layer: int | None, config: ModelConfig) -> Tensor:
-    key = f"{metric.name}.{axis}.{'all' if layer is None else layer}"
-    if key not in totals:
-        totals[key] = torch.zeros(AXES.get(axis).count(config.of_layer(layer)), dtype=torch.float64)
-    return totals[key]
+                    totals.of(metric, name, layer).index_add_(0, units, line)

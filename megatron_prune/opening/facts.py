@@ -34,10 +34,11 @@ def _common(model: Opened, unsaid: tuple[str, ...] = ()) -> dict[str, Any]:
     config, tensors = model.config, model.tensors
     dtypes = Counter(str(tensors.dtype(tensor)).removeprefix("torch.") for tensor in tensor_ids(config))
     return {
-        "shape": {field: _said(config, field, unsaid) for field in SHAPE_FIELDS},
+        "shape": {field: _said(config, field, unsaid) for field in SHAPE_FIELDS if field not in config.differing},
+        **({} if config.is_uniform else {"layers": {field: list(config.each(field)) for field in _differing_sizes(config)}}),
         "rotary_base": _said(config, "rotary_base", unsaid),
-        "rope_scaling": asdict(config.rope_scaling) if config.rope_scaling else None,
-        "sliding_window": config.sliding_window,
+        "rope_scaling": _by_layer([asdict(scaling) if scaling else None for scaling in config.each("rope_scaling")]),
+        "sliding_window": _by_layer(list(config.each("sliding_window"))),
         "norm_epsilon": _said(config, "norm_epsilon", unsaid),
         "tied_embeddings": config.tie_embeddings,
         "parameters": parameter_count(config),
@@ -46,6 +47,15 @@ def _common(model: Opened, unsaid: tuple[str, ...] = ()) -> dict[str, Any]:
         "dtype": dict(dtypes),
         "tensor_parallel_sizes": legal_tensor_sizes(config),
     }
+
+
+def _differing_sizes(config: ModelConfig) -> list[str]:
+    return [field for field in SHAPE_FIELDS if field in config.differing]
+
+
+def _by_layer(values: list[Any]) -> Any:
+    """One value, or those of all layers."""
+    return values[0] if len(values) == 1 else values
 
 
 def _said(config: ModelConfig, name: str, unsaid: tuple[str, ...]) -> Any:

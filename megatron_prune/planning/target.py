@@ -100,8 +100,9 @@ def resolve_target(
     )
     if not by_layer:
         return target
-    sizes = {AXES.get(axis).field: tuple(target.units(axis, layer, config) for layer in kept) for axis in CHOSEN_BY_LAYER}
-    return replace(target, config=replace(target.config, **sizes))
+    by_layer = {(axis, layer): target.units(axis, layer, config) for layer in kept for axis in CHOSEN_BY_LAYER}
+    sizes = {FIELDS[axis]: tuple(by_layer[axis, layer] for layer in kept) for axis in CHOSEN_BY_LAYER}
+    return replace(target, config=replace(target.config, **sizes), by_layer=by_layer)
 
 
 def _emptied(config: ModelConfig, by_layer: Sizes) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import Family
-from megatron_prune.importance.metric import METRICS
+from megatron_prune.importance.metric import METRICS, metric_named
 from megatron_prune.planning.allocators.allocator import ALLOCATORS, Bounds
 from megatron_prune.planning.budget import Budget
 from megatron_prune.planning.target import CHOSEN_BY_LAYER
@@ -64,7 +64,7 @@ def read_bounds(
     )
 
 
-def check_measurable(bounds: Bounds, metric_of: dict[str, str], *, has_text: bool, refit: bool) -> None:
+def check_allocation(bounds: Bounds, metric_of: dict[str, str], *, has_text: bool, refit: bool) -> None:
     """Refuse an allocation by measured costs that cannot be measured, judged or written.
 
     Raises:
@@ -75,7 +75,7 @@ def check_measurable(bounds: Bounds, metric_of: dict[str, str], *, has_text: boo
         do = "name text with --data (--data self will do), without --no-refit"
         raise InputError("--allocate free measures on text, and compares re-fitted models", got=got, do=do)
     for axis in CHOSEN_BY_LAYER:
-        if axis not in METRICS.get(name := metric_of[axis]).axes:
+        if axis not in metric_named(name := metric_of[axis]).axes:
             able = [other for other in METRICS.names() if axis in METRICS.get(other).axes]
             raise InputError(f"metric {name} cannot score the axis {axis}", needed="one of " + ", ".join(able))
     config = bounds.config

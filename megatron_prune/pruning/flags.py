@@ -11,7 +11,7 @@ from typing import Iterator
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.errors import InputError
-from megatron_prune.importance.metric import METRICS
+from megatron_prune.importance.metric import metric_named
 from megatron_prune.pruning.request import Request
 
 REFIT = ("sequential", "ridge", "reader_ridge", "reconstruct")
@@ -55,7 +55,7 @@ def _idle(options, request: Request, config: ModelConfig, text: bool, refit: boo
         yield ("min_layer_ratio", "max_layer_ratio"), "without --allocate free", "leave it out"
     axes = request.axes(config)
     used = {request.metric_of[axis] for axis in axes}
-    measured = refit or any(METRICS.get(name).needs for name in used)
+    measured = refit or any(metric_named(name).needs for name in used)
     if not (text and measured):
         why = "where no text is read: nothing is re-fitted, and no metric that is used measures on it"
         yield (*TEXT, "scores"), why, "leave it out, or ask for what needs text"

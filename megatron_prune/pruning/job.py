@@ -9,14 +9,17 @@ from typing import Any
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import Family
 from megatron_prune.importance.artifact import scores_digest
+from megatron_prune.importance.metric import metric_named
 from megatron_prune.planning.costs_file import CostsManifest, has_costs
 from megatron_prune.pruning.fit import FitOptions
 from megatron_prune.pruning.flags import check_effect
-from megatron_prune.pruning.measure import CalibrationOptions, Subject, check_dtype, request_key
+from megatron_prune.pruning.measure import CalibrationOptions, Subject, check_measurable, request_key
 from megatron_prune.pruning.options import PruningOptions
 from megatron_prune.pruning.request import Request, TargetOptions, read_request
 from megatron_prune.pruning.scored import check_scores
 from megatron_prune.pruning.tokens import kept_vocabulary
+from megatron_prune.runtime.reporting import log
+from megatron_prune.surgery.basis import NO_ROTATION
 from megatron_prune.text.sources import check_seed
 from megatron_prune.vocabulary.trimmed import Trimmed
 
@@ -87,7 +90,7 @@ def settle(options: PruningOptions, subject: Subject, family: Family, *, prune_t
     trimmed = kept_vocabulary(options, request, subject.model)
     kept_scores = Path(options.scores) if options.scores else None
     if kept_scores is None:
-        subject.engine.check_metrics(request.metrics(config))
+        subject.engine.check_metrics(sorted({*request.metrics(config), *request.fallback_metrics(config)}))
     options.fit()
     check_seed(options.seed)
     check_effect(options, request, config, text=text, refit=refit)
@@ -97,14 +100,22 @@ def settle(options: PruningOptions, subject: Subject, family: Family, *, prune_t
             wanted = {axis: request.metric_of[axis] for axis in request.probed_axes()}
             CostsManifest.load(kept_scores).check(subject.model.identity, wanted, kept_scores)
     elif text:
-        check_dtype(options, request.metrics(config))
+        check_measurable(options, request.metrics(config), config, layout)
     if text and not refit and request.rotates(config):
         raise InputError("--no-refit with rotated hidden units", do="use --hidden_method select, or re-fit")
     used = {axis: request.metric_of[axis] for axis in sorted(request.axes(config))}
-    made_by = {"metric": options.metric or used, "seed": options.seed, "prune_type": prune_type}
+    made_by = {
+        "metric": metric_named(options.metric).spelling if options.metric else used,
+        "seed": options.seed,
+        "prune_type": prune_type,
+    }
     made_by |= {"tensor_parallel": layout.tensor, "pipeline_parallel": layout.pipeline}
     if request.probed_axes():
         made_by["allocate"] = options.allocate
+    if refit and config.after_norms and "hidden" in used and options.hidden_method is None:
+        made_by["hidden_method"] = f"select: {NO_ROTATION}"
+        if subject.world.is_main:
+            log.info("hidden channels are selected, not rotated: this is %s", NO_ROTATION)
     if options.vocab_plan:
         made_by["vocab"] = request.vocab_plan.vocab_record()
     return Job(

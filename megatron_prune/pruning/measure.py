@@ -15,8 +15,9 @@ from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError
 from megatron_prune.importance.artifact import load_calibration_file, save_calibration
 from megatron_prune.importance.collect import collect
-from megatron_prune.importance.metric import METRICS
+from megatron_prune.importance.metric import metric_named
 from megatron_prune.importance.statistics import Statistics
+from megatron_prune.importance.whole_units import check_shared
 from megatron_prune.opening.opened import Opened
 from megatron_prune.opening.source import PARAM_DTYPES
 from megatron_prune.pruning.engines.engine import Engine
@@ -87,13 +88,15 @@ def request_key(options: CalibrationOptions, subject: Subject, **more: object) -
     return json.dumps({**fields, **more, "content_id": subject.model.identity}, sort_keys=True, default=str)
 
 
-def check_dtype(options: CalibrationOptions, metrics: list[str]) -> None:
-    """Refuse gradients in fp16, where small ones become zero.
+def check_measurable(options: CalibrationOptions, metrics: list[str], config: ModelConfig, layout: ParallelLayout) -> None:
+    """Refuse gradients in fp16, where small ones become zero, and those of whole units that ranks of this layout share.
 
     Raises:
         InputError: naming the metrics.
     """
-    gradient = [name for name in metrics if "gradients" in METRICS.get(name).needs]
+    for name in metrics:
+        check_shared(metric_named(name), config, layout)
+    gradient = [name for name in metrics if "gradients" in metric_named(name).needs]
     if options.dtype == "fp16" and gradient:
         raise InputError(
             "gradients in fp16: small ones become zero there",
@@ -173,15 +176,15 @@ def measure(
     Raises:
         InputError: naming a layer or parameter where something is not finite.
     """
-    kinds = [METRICS.get(name) for name in metrics]
     statistics = Statistics(folder=folder, config=subject.config)
-    needs = frozenset().union(*(kind.needs for kind in kinds))
+    found = [metric_named(name, statistics=statistics) for name in metrics]
+    needs = frozenset().union(*(metric.needs for metric in found))
     dtype = PARAM_DTYPES[options.dtype]
     if moments or "activations" in needs:
         _forward_pass(moments, dtype, subject, calibration, statistics)
     if needs & {"gradients", "losses"}:
-        found = [kind(statistics=statistics) for kind in kinds if kind.needs & {"gradients", "losses"}]
-        subject.engine.whole_model_passes(found, subject.tensors, calibration, dtype)
+        passing = [metric for metric in found if metric.needs & {"gradients", "losses"}]
+        subject.engine.whole_model_passes(passing, subject.tensors, calibration, dtype)
     return statistics
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_prune.config import option
 from megatron_prune.importance.artifact import ScoresManifest
-from megatron_prune.importance.metric import METRICS
+from megatron_prune.importance.metric import metric_named
 from megatron_prune.pruning.fit import FitOptions
 from megatron_prune.pruning.request import TargetOptions, metrics_of, vocab_alone
 from megatron_prune.writing.check import CheckOptions
@@ -27,7 +27,7 @@ class PruningOptions(TargetOptions, FitOptions, CheckOptions):
         named = self.data is not None or self.scores is not None or bool(self.refit)
         if self.plan or vocab_alone(self):
             return named
-        return named or any(METRICS.get(name).needs for name in metrics_of(self, has_text=False).values())
+        return named or any(metric_named(name).needs for name in metrics_of(self, has_text=False).values())
 
     def kept_metrics(self) -> list[str] | None:
         """Metrics of the scores that were named.

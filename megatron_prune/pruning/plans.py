@@ -13,11 +13,11 @@ from megatron_prune.planning.make import make_plan
 from megatron_prune.planning.plan import Plan
 from megatron_prune.planning.selection import Scores, needed_scores
 from megatron_prune.planning.target import Target
+from megatron_prune.pruning.measure import Subject
 from megatron_prune.pruning.request import Request
 from megatron_prune.pruning.scored import Scored
-from megatron_prune.pruning.stream import rotates_well
+from megatron_prune.pruning.stream import TOO_VARIED, rotates_well
 from megatron_prune.runtime.reporting import log
-from megatron_prune.surgery.basis import FINAL_SHARE
 
 
 def make_plans(
@@ -35,19 +35,19 @@ def make_plans(
     """
     if request.plan is not None:
         return [request.plan]
-    subject = scored.subject
-    plans = []
+    subject, plans = scored.subject, []
     for target in [request.target] if request.target else _within_budget(request, scored, costs, count):
+        rotate = request.rotate and (request.by_name or rotates_well(target.config, subject, scored.statistics))
         plans.append(
             make_plan(
                 subject.config,
                 target,
-                target_scores(target, request, scored),
+                target_scores(target, request, scored, rotate=rotate),
                 prune_type=prune_type,
                 ranks=subject.layout.tensor,
-                made_by=made_by,
+                made_by=made_by | (_selects(subject) if request.rotate and not rotate else {}),
                 content_id=subject.model.identity,
-                rotate=request.rotate,
+                rotate=rotate,
             )
         )
     return plans
@@ -61,12 +61,23 @@ def _within_budget(request: Request, scored: Scored, costs: Costs | None, count:
     return targets
 
 
-def target_scores(target: Target, request: Request, scored: Scored) -> Scores:
-    """The scores that choose the units of a shape."""
+def _selects(subject: Subject) -> dict[str, str]:
+    """The record of a model whose stream is not rotated, though that is the default; it is said in the log too."""
+    if subject.world.is_main:
+        log.info("hidden channels are selected, not rotated: %s, and the head is tied to the embedding", TOO_VARIED)
+    return {"hidden_method": f"select: {TOO_VARIED} to rotate with the head tied"}
+
+
+def target_scores(target: Target, request: Request, scored: Scored, *, rotate: bool) -> Scores:
+    """The scores that choose the units of a shape.
+
+    Args:
+        rotate: hidden units are rotated, so that none are chosen.
+    """
     config, scores = scored.subject.config, {}
     needed = needed_scores(config, target)
     for axis in sorted({axis for axis, _ in needed}):  # the same order on every process: scoring communicates
-        if axis == "hidden" and request.rotate:
+        if axis == "hidden" and rotate:
             continue
         wanted = [place for place in needed if place[0] == axis]
         found = scored.scores(request.metric_of[axis], wanted, request.dropped(config))
@@ -99,14 +110,12 @@ def _whole(shape: ModelConfig, config: ModelConfig) -> tuple[()] | None:
 
 
 def _that_rotate(targets: list[Target], request: Request, scored: Scored) -> Iterator[Target]:
-    """Those whose stream can be rotated to their width, where it has to be under a tied head."""
-    subject, statistics, able = scored.subject, scored.statistics, {}
-    moment = statistics.stream_moment(FINAL_SHARE) if request.rotates(subject.config) else None
+    """Those whose stream can be rotated to their width, where it is to be."""
+    able: dict[tuple[int, bool], bool] = {}
     for target in targets:
-        width = target.config.hidden_size
-        if request.rotate and target.config.tie_embeddings and width != subject.config.hidden_size:
-            if width not in able:
-                able[width] = rotates_well(width, subject, statistics, moment)
-            if not able[width]:
-                continue
-        yield target
+        new = target.config
+        key = new.hidden_size, new.tie_embeddings
+        if request.rotate and key not in able:
+            able[key] = rotates_well(new, scored.subject, scored.statistics)
+        if not request.rotate or able[key]:
+            yield target

@@ -27,6 +27,7 @@ from megatron_prune.runtime.reporting import log
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.text.tokens import Calibration
 from megatron_prune.writing.cut import Form, write_cut
+from megatron_prune.writing.output import Output
 
 
 def prune_model(options: PruningOptions, subject: Subject, family: Family, form: Form, save: Path, *, prune_type: str) -> None:
@@ -42,20 +43,9 @@ def prune_model(options: PruningOptions, subject: Subject, family: Family, form:
     if options.strict and (job.measured or model.recorded_identity is None):  # before long work, not while its result is written
         model.check_values()
     with pruned(job, save) as (plan, source):
-        write_cut(
-            save,
-            model,
-            plan,
-            source,
-            form,
-            layout=subject.layout,
-            family=family,
-            trimmed=job.trimmed,
-            beside={Path(options.save_plan): plan.dumps().encode()} if options.save_plan else {},
-            overwrite=options.overwrite,
-            strict=options.strict,
-            check=not options.no_check,
-        )
+        beside = {Path(options.save_plan): plan.dumps().encode()} if options.save_plan else {}
+        output = Output(save=save, beside=beside, overwrite=options.overwrite, strict=options.strict, check=not options.no_check)
+        write_cut(output, model, plan, source, form, layout=subject.layout, family=family, trimmed=job.trimmed)
     if subject.world.is_main:
         log.info("pruned to %s: %s", save, plan.summary())
 
@@ -103,7 +93,8 @@ def _statistics(job: Job, calibration: Calibration, folder: Path) -> Statistics 
     """What the plan and its basis need of the text; ``None`` where that is nothing."""
     config, names, moments = job.subject.config, [], frozenset()
     if job.kept_scores is None:
-        names, moments = job.request.metrics(config), job.request.moments(config)
+        names = sorted({*job.request.metrics(config), *job.request.fallback_metrics(config)})
+        moments = job.request.moments(config)
     if job.request.rotates(config):
         moments |= {STREAM}
     if job.measures_costs:

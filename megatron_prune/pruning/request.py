@@ -14,7 +14,7 @@ from megatron_prune.axes.axis import AXES
 from megatron_prune.config import option, require_positive
 from megatron_prune.errors import InputError, PlanError, raise_all
 from megatron_prune.families.family import Family
-from megatron_prune.importance.metric import METRICS
+from megatron_prune.importance.metric import METRICS, metric_named
 from megatron_prune.opening.opened import Opened
 from megatron_prune.planning.allocators.allocator import ALLOCATORS, Allocator, Bounds
 from megatron_prune.planning.budget import read_budget
@@ -27,8 +27,8 @@ from megatron_prune.planning.plan import Plan, load_plan
 from megatron_prune.planning.selection import needed_scores
 from megatron_prune.planning.shapes import candidates, check_budget
 from megatron_prune.planning.target import CHOSEN_BY_LAYER, Target, check_target, resolve_target
-from megatron_prune.pruning.allocation import AllocationOptions, check_measurable, read_bounds
-from megatron_prune.surgery.basis import HIDDEN_METHODS
+from megatron_prune.pruning.allocation import AllocationOptions, check_allocation, read_bounds
+from megatron_prune.surgery.basis import HIDDEN_METHODS, NO_ROTATION
 
 BEST = {"hidden": "activation", "ffn": "fisher", "head": "obs", "kv_head": "obs", "layer": "fold"}
 """Axis → how units are chosen where nothing else is asked for: what measured best before least squares in first trials
@@ -61,13 +61,15 @@ class TargetOptions(AllocationOptions):
     search: int = option("within a budget, re-fit this many of the shapes that look best and keep the one that loses least on held-out text", 1)
     multiple_of: str | None = option("sizes are multiples of these, such as hidden=64,ffn=128", None)
     metric: str | None = option(
-        "how units are scored: random, magnitude, activation, wanda, taylor … (default: what measured best for each axis)", None
+        "how units are scored: random, magnitude, activation, wanda, taylor …, with parameters where it has any, as in "
+        "obs:damping=0.1 (default: what measured best for each axis)",
+        None,
     )
     depth_metric: str | None = option(
         "how layers are chosen (default: fold where there is text, angular with --no-refit, else the metric)", None
     )
     hidden_method: str | None = option(
-        "how hidden units are cut (default: rotate where there is text and what stays is re-fitted, else select)",
+        "how hidden units are cut (default: rotate where there is text, what stays is re-fitted and the model allows it, else select)",
         None,
         choices=HIDDEN_METHODS,
     )
@@ -97,8 +99,9 @@ class Request:
         allocator: how the budget is dealt out to layers.
         plan: the plan that was read, but for its vocabulary.
         vocab_plan: the plan that says which tokens stay; ``None``: all do.
-        metric_of: axis → name of the metric that scores it.
+        metric_of: axis → spelling of the metric that scores it.
         rotate: whether cut hidden units are rotated first.
+        by_name: whether that was asked for; else what cannot be rotated is selected.
     """
 
     target: Target | None = None
@@ -109,6 +112,7 @@ class Request:
     vocab_plan: Plan | None = None
     metric_of: dict[str, str]
     rotate: bool
+    by_name: bool = False
 
     def axes(self, config: ModelConfig) -> set[str]:
         """Axes whose scores are needed to choose units of a model of that shape."""
@@ -139,9 +143,21 @@ class Request:
         """Names of the metrics whose scores are needed."""
         return sorted({self.metric_of[axis] for axis in self.axes(config)})
 
+    def fallback(self, config: ModelConfig) -> set[str]:
+        """The axis of hidden units, where it will turn out with what is measured whether they are rotated or selected."""
+        shapes = self.shapes or ((self.target.config,) if self.target else ())
+        tied = any(shape.tie_embeddings and shape.hidden_size != config.hidden_size for shape in shapes)
+        scored = "hidden" in metric_named(self.metric_of["hidden"]).axes
+        return {"hidden"} if tied and scored and self.rotate and not self.by_name else set()
+
+    def fallback_metrics(self, config: ModelConfig) -> set[str]:
+        """Names of the metrics whose scores are needed then."""
+        return {self.metric_of[axis] for axis in self.fallback(config)}
+
     def moments(self, config: ModelConfig) -> frozenset[str]:
         """Sites whose second moments those metrics read."""
-        kinds = ((axis, METRICS.get(self.metric_of[axis])) for axis in self.axes(config))
+        axes = self.axes(config) | self.fallback(config)
+        kinds = ((axis, metric_named(self.metric_of[axis])) for axis in axes)
         return frozenset(kind.moments[axis] for axis, kind in kinds if axis in kind.moments)
 
 
@@ -152,20 +168,18 @@ def metrics_of(options: TargetOptions, *, has_text: bool, held: list[str] | None
         refit: whether what stays is re-fitted; ``fold`` judges layers by what that leaves.
 
     Raises:
-        InputError: if there is no such metric.
+        InputError: if there is no such metric, or it takes no such parameters.
     """
     chosen = {axis: options.metric or _best(axis, held) for axis in BEST}
-    if has_text and not (options.metric and METRICS.get(options.metric).block_wise):
+    if has_text and not (options.metric and metric_named(options.metric).block_wise):
         chosen["layer"] = _best("layer", held) if refit else "angular"
     chosen["layer"] = options.depth_metric or chosen["layer"]
-    for name in chosen.values():
-        METRICS.get(name)
-    return chosen
+    return {axis: metric_named(name).spelling for axis, name in chosen.items()}
 
 
 def _best(axis: str, held: list[str] | None) -> str:
-    able = [name for name in held or () if axis in METRICS.get(name).axes]
-    return BEST[axis] if BEST[axis] in able or not able else able[0]
+    able = [name for name in held or () if axis in metric_named(name).axes]
+    return min(able or [BEST[axis]], key=lambda name: (name != BEST[axis], metric_named(name).name != BEST[axis]))
 
 
 def read_request(
@@ -195,10 +209,14 @@ def read_request(
     config = model.config
     layout.check(config)
     require_positive(options, "search", "memory_seq_length", "memory_batch")
-    rotate = (options.hidden_method or ("rotate" if has_text and refit else "select")) == "rotate"
-    if rotate and not has_text:
+    by_name = options.hidden_method == "rotate"
+    if by_name and not has_text:
         raise InputError("--hidden_method rotate needs text to find the subspace", do="name some with --data, or use select")
-    common = {"metric_of": metrics_of(options, has_text=has_text, held=held, refit=refit), "rotate": rotate}
+    if by_name and config.after_norms:
+        raise InputError("--hidden_method rotate", got=NO_ROTATION, do="use select, or leave it out")
+    rotate = by_name or (options.hidden_method is None and has_text and refit and not config.after_norms)
+    metric_of = metrics_of(options, has_text=has_text, held=held, refit=refit)
+    common = {"metric_of": metric_of, "rotate": rotate, "by_name": by_name}
     if options.uniform and not options.plan:
         raise InputError("--uniform without --plan", do="name the plan whose layers differ")
     if options.plan and not options.uniform:
@@ -228,7 +246,7 @@ def read_request(
         else:
             check_budget(bounds.config, budget, multiple_of=multiples, layout=layout, fixed=sizes)
         if allocator.measures_costs:
-            check_measurable(bounds, common["metric_of"], has_text=has_text, refit=refit)
+            check_allocation(bounds, common["metric_of"], has_text=has_text, refit=refit)
         return Request(shapes=shapes, bounds=bounds, allocator=allocator, **common)
     uniform = {name.removesuffix("_remain"): getattr(options, name) for name in TargetOptions.SIZES}
     target = resolve_target(config, **uniform, by_layer=_by_layer(options))
@@ -315,7 +333,7 @@ def _uniform_shapes(bounds: Bounds, sizes: dict[str, object], common: dict) -> t
         prune_type=bounds.prune_type,
         legal=legal,
         fixed=sizes,
-        axes=tuple(axis for axis in AXES.names() if axis in METRICS.get(common["metric_of"][axis]).axes),
+        axes=tuple(axis for axis in AXES.names() if axis in metric_named(common["metric_of"][axis]).axes),
     )
     return tuple(found)
 
@@ -324,7 +342,7 @@ def _check_axes(config: ModelConfig, target: Target, common: dict) -> None:
     """Refuse a cut along an axis that the metric cannot score."""
     for axis, _ in needed_scores(config, target):
         name = common["metric_of"][axis]
-        if axis not in METRICS.get(name).axes and not (axis == "hidden" and common["rotate"]):
+        if axis not in metric_named(name).axes and not (axis == "hidden" and common["rotate"]):
             able = [other for other in METRICS.names() if axis in METRICS.get(other).axes]
             raise InputError(f"metric {name} cannot score the axis {axis}", needed="one of " + ", ".join(able))
 
@@ -346,6 +364,8 @@ def _read(
         raise InputError(f"--plan and {', '.join(extra)} both say what stays", do="give one of the two")
     plan, config = load_plan(Path(options.plan)), model.config
     check_plan(plan, config, options.plan)
+    if plan.rotated and config.after_norms:
+        raise PlanError(f"{options.plan} rotates the stream", got=NO_ROTATION, needed="a plan that keeps channels as they are")
     if plan.rotated and not has_text:
         raise PlanError(f"{options.plan} rotates the stream, which needs text", do="name some with --data (--data self will do)")
     if layout.tensor == 1:

@@ -9,7 +9,7 @@ from megatron_prune.arch.tensors import tensor_ids
 from megatron_prune.axes.axis import AXES
 from megatron_prune.errors import InputError
 from megatron_prune.importance.artifact import ScoresManifest, load_scores
-from megatron_prune.importance.metric import METRICS
+from megatron_prune.importance.metric import metric_named
 from megatron_prune.importance.scoring import score
 from megatron_prune.importance.statistics import Statistics
 from megatron_prune.planning.selection import Scores
@@ -40,15 +40,14 @@ class Scored:
         Args:
             dropped: numbers of layers that may go as one block: a metric that judges blocks scores these too.
         """
-        metric, subject = METRICS.get(name), self.subject
+        metric, subject = metric_named(name, seed=self.seed, statistics=self.statistics), self.subject
         if self.kept is not None and metric.needs:
             return load_scores(self.kept, name)
         total = sum(subject.tensors.nbytes(tensor) for tensor in tensor_ids(subject.config))
-        found = metric(seed=self.seed, statistics=self.statistics)
         shown = subject.world.is_main and metric.reads_weights
         with progress_bar("scoring", total // (subject.layout.tensor * subject.layout.pipeline), shown=shown) as advance:
-            scores = score(found, subject.tensors, subject.layout, wanted, subject.world, advance)
-        return scores | {("block", count): found.block_scores(count) for count in (dropped if metric.block_wise else ())}
+            scores = score(metric, subject.tensors, subject.layout, wanted, subject.world, advance)
+        return scores | {("block", count): metric.block_scores(count) for count in (dropped if metric.block_wise else ())}
 
 
     def by_layer(self, metric_of: dict[str, str]) -> Scores:
@@ -74,7 +73,7 @@ def check_scores(kept: Path, request: Request, subject: Subject) -> None:
     manifest = ScoresManifest.load(kept)
     manifest.check(subject.config, subject.model.identity, kept)
     for name in request.metrics(subject.config):
-        if METRICS.get(name).needs and name not in manifest.metrics:
+        if metric_named(name).needs and name not in manifest.metrics:
             raise InputError(
                 f"{kept} holds no scores of {name}", got=", ".join(manifest.metrics), do=f"score with --metrics {name}"
             )

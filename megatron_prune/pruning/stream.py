@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megatron_prune.arch.model import ModelConfig
 from megatron_prune.errors import InputError
 from megatron_prune.importance.statistics import Statistics
 from megatron_prune.planning.plan import Plan
@@ -20,6 +21,8 @@ from megatron_prune.surgery.basis import (
     tied_rotation,
     tied_scale,
 )
+
+TOO_VARIED = "the final norm varies too much"
 
 
 def stream_basis(plan: Plan, subject: Subject, statistics: Statistics | None) -> Basis:
@@ -41,7 +44,7 @@ def stream_basis(plan: Plan, subject: Subject, statistics: Statistics | None) ->
     spread = tied_spread(subject, statistics, moment, width)
     if spread > LARGEST_SPREAD:
         raise InputError(
-            "the final norm varies too much for a rotation that keeps the head tied to the embedding",
+            f"{TOO_VARIED} for a rotation that keeps the head tied to the embedding",
             got=f"norms disturbed by {spread:.3f} at full width, before any cut",
             needed=f"at most {LARGEST_SPREAD}",
             do="store the head as a matrix of its own with --untie, or cut channels as they are with --hidden_method select",
@@ -49,9 +52,11 @@ def stream_basis(plan: Plan, subject: Subject, statistics: Statistics | None) ->
     return tied_rotation(moment, _final_norm(subject), width)
 
 
-def rotates_well(width: int, subject: Subject, statistics: Statistics, moment: Tensor) -> bool:
-    """Whether the stream can be rotated to a width although the head stays tied."""
-    return tied_spread(subject, statistics, moment, width) <= LARGEST_SPREAD
+def rotates_well(new: ModelConfig, subject: Subject, statistics: Statistics) -> bool:
+    """Whether the stream can be rotated to the width of the pruned model, whose head may stay tied."""
+    if not new.tie_embeddings or new.hidden_size == subject.config.hidden_size:
+        return True
+    return tied_spread(subject, statistics, statistics.stream_moment(FINAL_SHARE), new.hidden_size) <= LARGEST_SPREAD
 
 
 def tied_spread(subject: Subject, statistics: Statistics, moment: Tensor, width: int) -> float:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_prune.arch.tensors import TensorId
+from megatron_prune.arch.tensors import TensorId, head_of
 from megatron_prune.files.region import Scratch
 from megatron_prune.opening.opened import Opened
 from megatron_prune.opening.source import PARAM_DTYPES, Source
@@ -52,7 +52,7 @@ def folded(
     facts = {"rows": len(rows.tokens), "calibration": calibration.provenance}
     plan = replace(plan, made_by={**plan.made_by, "vocab": {**plan.vocab_record(), "fold": facts}})
     cut = Cut(plan, subject.config)
-    head = TensorId("embedding" if subject.config.tie_embeddings else "output")  # tied: at both ends, so that it stays tied
+    head = head_of(subject.config)  # tied: at both ends, so that it stays tied
 
     def transform(tensor: TensorId, data: torch.Tensor, scratch: Scratch) -> torch.Tensor:
         return cut.transform(tensor, rows.put_into(data) if tensor == head else data, scratch)

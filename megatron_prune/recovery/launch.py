@@ -17,6 +17,7 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.adapter import read_matrices
 from megatron_prune.checkpoint.manifest import FILE, AdapterOrigin, Manifest
+from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError, InputError, PruneError
 from megatron_prune.files import staging
 from megatron_prune.files.documents import parse_json, read_json
@@ -63,45 +64,13 @@ def train(options: RecoverOptions, model: Opened, teaching: Opened | None, layou
     Returns:
         0, or 143 if it was asked to stop.
     """
-    save = Path(options.save)
+    save, dtype = Path(options.save), compute_dtype(options)
     latest = None if options.overwrite else newest(save)
     position = position_of(latest) if latest else Position()
-    tensors = megatron.open_checkpoint(latest).tensors if latest and not options.lora_r else model.tensors
-    if latest and options.lora_r:
-        described = Manifest.load(latest / FILE)
-        megatron.check_structure(latest, described)
-        read_matrices(latest, described.digests)
-    dtype = compute_dtype(options)
     if latest and world.is_main:
         ended = position.iteration >= options.train_iters
         log.info("the run is at its end, iteration %d" if ended else "going on after iteration %d", position.iteration)
-    further = {
-        "sequence_parallel": options.sequence_parallel and layout.tensor > 1,
-        "recompute_granularity": options.recompute_granularity,
-        "recompute_method": options.recompute_method,
-        "recompute_num_layers": options.recompute_num_layers,
-    }
-    lora = adapter_config(options)
-    running = build_model(
-        tensors, layout, world, dtype=dtype, seq_length=options.seq_length, local_layers=lora is not None, **further
-    )
-    teacher, hidden = _teacher(options, teaching, model, layout, world, dtype), None
-    if options.hidden_weight:
-        hidden = HiddenMatch(running.module, teacher.module, hidden_pairs(options, teaching, model))
-    trainer = Trainer(
-        running=running,
-        dtype=dtype,
-        sizes=batch_sizes(options),
-        seq_length=options.seq_length,
-        seed=options.seed,
-        optimizer_options=optimizer_options(options),
-        teacher=teacher,
-        distillation=Distillation(weight=options.distill_weight, temperature=options.distill_temperature),
-        adapters=add_adapters(running, lora) if lora else [],
-        hidden=hidden,
-        hidden_weight=options.hidden_weight,
-        answers_only=options.answers_only,
-    )
+    trainer = _trainer(options, _weights(options, model, latest), model, teaching, layout, world)
     checkpoints = Checkpoints(
         root=save,
         world=world,
@@ -143,6 +112,56 @@ def train(options: RecoverOptions, model: Opened, teaching: Opened | None, layou
     return 128 + signal.SIGTERM if run.stopped else 0
 
 
+def _weights(options: RecoverOptions, model: Opened, latest: Path | None) -> TensorMap:
+    """What the run starts from, or goes on from; of adapters, which lie beside the model, only that they are whole."""
+    if latest is None:
+        return model.tensors
+    if not options.lora_r:
+        return megatron.open_checkpoint(latest).tensors
+    described = Manifest.load(latest / FILE)
+    megatron.check_structure(latest, described)
+    read_matrices(latest, described.digests)
+    return model.tensors
+
+
+def _trainer(
+    options: RecoverOptions,
+    tensors: TensorMap,
+    model: Opened,
+    teaching: Opened | None,
+    layout: ParallelLayout,
+    world: World,
+) -> Trainer:
+    """The model with these weights, running, and all that a step needs."""
+    dtype, lora = compute_dtype(options), adapter_config(options)
+    further = {
+        "sequence_parallel": options.sequence_parallel and layout.tensor > 1,
+        "recompute_granularity": options.recompute_granularity,
+        "recompute_method": options.recompute_method,
+        "recompute_num_layers": options.recompute_num_layers,
+    }
+    running = build_model(
+        tensors, layout, world, dtype=dtype, seq_length=options.seq_length, local_layers=lora is not None, **further
+    )
+    teacher, hidden = _teacher(options, teaching, model, layout, world), None
+    if options.hidden_weight:
+        hidden = HiddenMatch(running.module, teacher.module, hidden_pairs(options, teaching, model))
+    return Trainer(
+        running=running,
+        dtype=dtype,
+        sizes=batch_sizes(options),
+        seq_length=options.seq_length,
+        seed=options.seed,
+        optimizer_options=optimizer_options(options),
+        teacher=teacher,
+        distillation=Distillation(weight=options.distill_weight, temperature=options.distill_temperature),
+        adapters=add_adapters(running, lora) if lora else [],
+        hidden=hidden,
+        hidden_weight=options.hidden_weight,
+        answers_only=options.answers_only,
+    )
+
+
 def _begin(options: RecoverOptions, model: Opened, world: World) -> None:
     """Take the run's directory: emptied where asked to, free of what a killed run left, and note what the run is."""
     save, error = Path(options.save), None
@@ -168,17 +187,13 @@ def _begin(options: RecoverOptions, model: Opened, world: World) -> None:
 
 
 def _teacher(
-    options: RecoverOptions,
-    teaching: Opened | None,
-    student: Opened,
-    layout: ParallelLayout,
-    world: World,
-    dtype: torch.dtype,
+    options: RecoverOptions, teaching: Opened | None, student: Opened, layout: ParallelLayout, world: World
 ) -> Teacher | None:
     if options.teacher_logits:
         return StoredTeacher(folder=Path(options.teacher_logits), vocab_size=student.config.vocab_size)
     if teaching is None:
         return None
+    dtype = compute_dtype(options)
     return RunningTeacher(build_model(teaching.tensors, layout, world, dtype=dtype, seq_length=options.seq_length))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_prune.arch.adapter import AdapterConfig, target_roles
-from megatron_prune.arch.tensors import tensor_shape
+from megatron_prune.arch.tensors import full_shape, tensor_ids
 from megatron_prune.opening.opened import Opened
 from megatron_prune.planning.resources import Training, training_disk
 from megatron_prune.recovery.data import BatchSizes, DataOptions
@@ -30,8 +30,8 @@ def checkpoint_bytes(options: RecoverOptions, model: Opened) -> int:
     """Of one checkpoint of the run, at most."""
     if options.lora_r:
         lora = adapter_config(options)
-        each = sum(sum(tensor_shape(role, model.config)) for role in lora.roles)
-        return 16 * lora.r * each * model.config.num_layers
+        adapted = [tensor for tensor in tensor_ids(model.config) if tensor.role in lora.roles]
+        return 16 * lora.r * sum(sum(full_shape(tensor, model.config)) for tensor in adapted)
     return training_disk(model.config, Training(mixed_precision=options.bf16 or options.fp16))
 
 

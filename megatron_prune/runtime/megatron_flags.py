@@ -33,7 +33,7 @@ _MODEL_SWITCHES = {
     "qk_layernorm": lambda config: config.qk_norm,
     "swiglu": lambda config: True,
     "disable_bias_linear": lambda config: True,
-    "group_query_attention": lambda config: config.num_query_groups != config.num_attention_heads,
+    "group_query_attention": lambda config: config.each("num_query_groups") != config.each("num_attention_heads"),
     "use_rope_scaling": lambda config: config.rope_scaling is not None and config.rope_scaling.kind == "llama3",
 }
 _MODEL_CHOICES = {"normalization": "RMSNorm", "position_embedding_type": "rope"}
@@ -139,7 +139,7 @@ def check_megatron_flags(flags: dict[str, Any], config: ModelConfig) -> None:
     problems = []
     for name, value in flags.items():
         if name in _MODEL:
-            actual: Any = _FIXED[name] if name in _FIXED else getattr(config, name, None)
+            actual: Any = _FIXED[name] if name in _FIXED else config.uniform(name)
             if name == "rope_scaling_factor":  # a default of GPT_ARGS, of no effect without scaling
                 actual = config.rope_scaling.factor if config.rope_scaling else value
         elif name in _MODEL_SWITCHES:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_prune.arch.tensors import TensorId, tensor_ids
+from megatron_prune.arch.tensors import EMBEDDING, HEAD, tensor_ids
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.errors import InputError, reason
@@ -36,7 +36,7 @@ def load_stock_model(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
             return AutoModelForCausalLM.from_pretrained(folder, **options, **safe).eval()
         # transformers would unpickle a .bin; its bytes are read here instead.
         config = AutoConfig.from_pretrained(folder, **safe)
-        kind = dtype or config.dtype or model.tensors.dtype(TensorId("embedding"))
+        kind = dtype or config.dtype or model.tensors.dtype(EMBEDDING)
         stock = AutoModelForCausalLM.from_config(config, dtype=kind, attn_implementation="sdpa", trust_remote_code=False)
         stock.load_state_dict(_state_dict(model))
         return stock.eval()
@@ -53,5 +53,5 @@ def _state_dict(model: HuggingFaceModel) -> dict[str, torch.Tensor]:
         for tensor in tensor_ids(model.config):
             found[model.family.tensor_name(tensor)] = model.tensors.read(tensor, Scratch())
     if model.config.tie_embeddings:
-        found[model.family.names["output"]] = found[model.family.tensor_name(TensorId("embedding"))]
+        found[model.family.tensor_name(HEAD)] = found[model.family.tensor_name(EMBEDDING)]
     return found

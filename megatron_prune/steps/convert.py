@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.arch.tensors import TensorId
+from megatron_prune.arch.tensors import HEAD, TensorId
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
@@ -21,6 +21,7 @@ from megatron_prune.opening.side_files import say_links
 from megatron_prune.runtime.world import World
 from megatron_prune.writing.check import CheckOptions
 from megatron_prune.writing.megatron import write_megatron
+from megatron_prune.writing.output import Output
 from megatron_prune.writing.overwrite import MEGATRON, check_output
 
 
@@ -76,7 +77,7 @@ def convert(options: ConvertOptions, world: World) -> None:
 
     write_megatron(
         world,
-        save,
+        Output(save=save, overwrite=options.overwrite, strict=options.strict, check=not options.no_check),
         source,
         config=model.config,
         layout=layout,
@@ -86,9 +87,6 @@ def convert(options: ConvertOptions, world: World) -> None:
         manifest=manifest,
         side_files=model.folder,
         buffers_of=model.checkpoint,
-        overwrite=options.overwrite,
-        strict=options.strict,
-        check=not options.no_check,
     )
 
 
@@ -97,5 +95,5 @@ def describe_dtypes(dtypes: dict[TensorId, torch.dtype], tied_head: torch.dtype 
     names = {tensor: str(dtype).removeprefix("torch.") for tensor, dtype in dtypes.items()}
     default = Counter(names.values()).most_common(1)[0][0]
     others = {str(tensor): name for tensor, name in names.items() if name != default}
-    copied = {str(TensorId("output")): str(tied_head).removeprefix("torch.")} if tied_head else {}
+    copied = {str(HEAD): str(tied_head).removeprefix("torch.")} if tied_head else {}
     return {"default": default, **others, **copied}

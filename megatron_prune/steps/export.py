@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_prune.arch.tensors import TensorId, tensor_ids
+from megatron_prune.arch.tensors import EMBEDDING, HEAD, TensorId, tensor_ids
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.adapter import StoredAdapter
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
@@ -59,11 +59,11 @@ def export(options: ExportOptions, world: World) -> None:
     model = open_merged(options.load_dir, options.base, world, options)
     checkpoint = model.checkpoint
     if options.adapter_only:
-        _write_adapter(options, model.adapter, choose_family(checkpoint.manifest.family, options.target_family), world)
+        _write_adapter(options, model.adapter, choose_family(model.family, options.target_family), world)
         return
     side = model.folder
     template = huggingface.read_config(side) if side and huggingface.is_huggingface(side) else None
-    family = choose_family(checkpoint.manifest.family, options.target_family)
+    family = choose_family(model.family, options.target_family)
     config = checkpoint.config
     hf_config = family.hf_config(config, template, checkpoint.manifest.kept_layers)
     dtypes = _dtypes(checkpoint, options.target_params_dtype)
@@ -81,7 +81,7 @@ def export(options: ExportOptions, world: World) -> None:
         files["README.md"] = model_card(config, checkpoint.manifest.recipe, name=save.name, family=family.name)
     write_huggingface(
         world,
-        save,
+        Output(save=save, overwrite=options.overwrite, strict=options.strict, check=not options.no_check),
         model.source(),
         config=config,
         family=family,
@@ -94,16 +94,13 @@ def export(options: ExportOptions, world: World) -> None:
         buffers={} if pruned else huggingface.load_buffers(checkpoint.path / megatron.HF_FOLDER),
         files=files,
         recipe=checkpoint.manifest.recipe if pruned else None,
-        overwrite=options.overwrite,
-        strict=options.strict,
-        check=not options.no_check,
     )
 
 
 def _write_adapter(options: ExportOptions, adapter: StoredAdapter | None, family: Family, world: World) -> None:
     if adapter is None:
         raise InputError(f"--adapter-only: {options.load_dir} is no adapter", do="leave it out")
-    with staged(world, Output(Path(options.save_dir), HUGGING_FACE, overwrite=options.overwrite)) as partial:
+    with staged(world, Output(save=Path(options.save_dir), overwrite=options.overwrite), HUGGING_FACE) as partial:
         world.on_main(lambda: adapter.write_peft(partial, family, options.base or ""))
         if not options.no_check:
             world.on_main(lambda: adapter.check_peft(partial, family))
@@ -117,5 +114,5 @@ def _dtypes(checkpoint: MegatronCheckpoint, asked: str | None) -> dict[TensorId,
     recorded = checkpoint.manifest.hf_dtypes
     names = {tensor: recorded.get(str(tensor), recorded["default"]) for tensor in tensor_ids(checkpoint.config)}
     if checkpoint.manifest.tied_head_stored:
-        names[TensorId("output")] = recorded.get(str(TensorId("output")), names[TensorId("embedding")])
+        names[HEAD] = recorded.get(str(HEAD), names[EMBEDDING])
     return {tensor: getattr(torch, name) for tensor, name in names.items()}

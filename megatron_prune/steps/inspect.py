@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_prune.arch.model import FIELDS
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.config import Parser, add_options, nonempty
@@ -72,6 +73,8 @@ def inspect(options: InspectOptions, world: World) -> int:
             value = "\n".join(_recipe_line(entry) for entry in value) or "-"
         elif isinstance(value, bool):
             value = "yes" if value else "no"
+        elif key == "layers":
+            value = _picture(value)
         elif isinstance(value, dict):
             value = ", ".join(f"{name} {amount}" for name, amount in value.items()) or "none"
         elif isinstance(value, int):
@@ -98,5 +101,26 @@ def _recipe_line(entry: dict[str, Any]) -> str:
     """One step of a recipe, its shape change in short."""
     plain = [f"{key} {value}" for key, value in entry.items() if key not in ("step", "old", "new")]
     old, new = entry.get("old", {}), entry.get("new", {})
-    changes = [f"{key} {old[key]} → {new[key]}" for key in new if old.get(key) != new[key]]
+    changes = [f"{key} {_short(old[key])} → {_short(new[key])}" for key in new if old.get(key) != new[key]]
     return f"{entry['step']}: " + ", ".join(plain + changes)
+
+
+def _short(size: int | list[int]) -> str:
+    return str(size) if isinstance(size, int) else f"{min(size)} to {max(size)} by layer"
+
+
+def _picture(layers: dict[str, list[int]]) -> str:
+    """A line for each layer: what it has of every size that differs, and a bar of it."""
+    most, names = {name: max(sizes) for name, sizes in layers.items()}, {field: axis for axis, field in FIELDS.items()}
+    lines = ["layer " + " ".join(f"{names[field]:>6}{'':{_BAR + 1}}" for field in layers)]
+    for layer in range(len(next(iter(layers.values())))):
+        parts = []
+        for name, sizes in layers.items():
+            bar = "█" * round(_BAR * sizes[layer] / most[name])
+            parts.append(f"{sizes[layer] or '-':>6} {bar:<{_BAR}}")
+        lines.append(f"{layer:>5} " + " ".join(parts).rstrip())
+    return "\n".join(lines)
+
+
+_BAR = 7
+"""Characters of the bar of the largest size."""

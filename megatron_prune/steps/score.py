@@ -11,7 +11,8 @@ from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.importance.artifact import FILE, ScoresManifest, save_scores
-from megatron_prune.importance.metric import METRICS
+from megatron_prune.importance.metric import METRICS, metric_named
+from megatron_prune.importance.parameters import separate
 from megatron_prune.importance.scoring import all_scores
 from megatron_prune.opening.foreign import ForeignOptions
 from megatron_prune.opening.opened import open_megatron
@@ -23,7 +24,7 @@ from megatron_prune.pruning.engines.megatron import MegatronEngine
 from megatron_prune.pruning.measure import (
     CalibrationOptions,
     Subject,
-    check_dtype,
+    check_measurable,
     measure,
     obtain_calibration,
     request_key,
@@ -41,7 +42,9 @@ class ScoreOptions(CalibrationOptions, ForeignOptions):
 
     load: str = option("Megatron checkpoint: its root, or an iteration directory")
     save: str = option("directory of scores to write")
-    metrics: tuple[str, ...] = option("metrics to score with", tuple(sorted(set(BEST.values()))))
+    metrics: tuple[str, ...] = option(
+        "metrics to score with, with parameters where they have any, as in obs:damping=0.1", tuple(sorted(set(BEST.values())))
+    )
     tokenizer: str | None = option("Hugging Face directory of the tokenizer (default: kept in the checkpoint)", None)
     tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
     pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
@@ -61,15 +64,15 @@ def score(options: ScoreOptions, world: World) -> None:
     layout = run_layout(model.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     layout.check(model.config)
     subject = Subject(model=model, engine=MegatronEngine(layout, world), tokenizer=model.tokenizer)
-    check_dtype(options, metrics)
+    check_measurable(options, metrics, model.config, layout)
     choosing = choosing_metrics(metrics) if options.costs else {}
     key = request_key(options, subject, metrics=metrics, costs=options.costs)
     with staging.work(save, key, main=world.is_main, agree=world.agree) as folder:
         calibration = obtain_calibration(options, subject, folder)
-        moments = frozenset().union(*(METRICS.get(name).moments.values() for name in metrics))
+        moments = frozenset().union(*(metric_named(name).moments.values() for name in metrics))
         moments |= needed_moments(model.config) if options.costs else frozenset()
         statistics = measure(metrics, moments, options, subject, calibration, folder)
-        metric = lambda name: METRICS.get(name)(seed=options.seed, statistics=statistics)
+        metric = lambda name: metric_named(name, seed=options.seed, statistics=statistics)
         scores = {name: all_scores(metric(name), subject.tensors, layout, world) for name in metrics}
         if options.costs:
             orders = {place: scores[choosing[place[0]]][place] for place in _chosen_by_layer(model.config)}
@@ -115,14 +118,12 @@ def _chosen_by_layer(config: ModelConfig) -> list[tuple[str, int]]:
 
 
 def metric_names(given: tuple[str, ...]) -> list[str]:
-    """Names, each once, of metrics that exist; several may stand in one word with commas.
+    """Spellings, each once, of metrics that exist; several may stand in one word with commas.
 
     Raises:
-        InputError: naming one that does not.
+        InputError: naming one that does not, or a parameter that it does not take.
     """
-    names = list(dict.fromkeys(part for word in given for part in word.split(",") if part))
+    names = list(dict.fromkeys(metric_named(part).spelling for word in given for part in separate(word)))
     if not names:
         raise InputError("--metrics names none", needed="one or more of " + ", ".join(METRICS.names()))
-    for name in names:
-        METRICS.get(name)
     return names

@@ -15,6 +15,7 @@ from megatron_prune.opening.side_files import say_links
 from megatron_prune.runtime.world import World
 from megatron_prune.writing.check import CheckOptions
 from megatron_prune.writing.megatron import write_megatron
+from megatron_prune.writing.output import Output
 from megatron_prune.writing.overwrite import MEGATRON, check_output
 
 
@@ -59,7 +60,7 @@ def transfer(options: TransferOptions, world: World) -> None:
     source, checkpoint = model.source(), model.checkpoint
     write_megatron(
         world,
-        save,
+        Output(save=save, overwrite=options.overwrite, strict=options.strict, check=not options.no_check),
         source,
         config=model.config,
         layout=layout,
@@ -69,7 +70,4 @@ def transfer(options: TransferOptions, world: World) -> None:
         manifest=lambda report: replace(checkpoint.manifest, layout=layout),
         side_files=model.folder,
         plan_text=checkpoint.plan_text(),
-        overwrite=options.overwrite,
-        strict=options.strict,
-        check=not options.no_check,
     )

@@ -98,8 +98,8 @@ def _check_written(options: VocabTrimOptions, to_megatron: bool) -> None:
 
 
 def _write_tokenizer(save: Path, chosen: Chosen, options: VocabTrimOptions, world: World) -> None:
-    beside = files_of(chosen, options)
-    with staged(world, Output(save, HUGGING_FACE, overwrite=options.overwrite, beside=beside)) as partial:
+    output = Output(save=save, overwrite=options.overwrite, beside=files_of(chosen, options))
+    with staged(world, output, HUGGING_FACE) as partial:
         world.on_main(lambda: huggingface.copy_side_files(chosen.trimmed.vocabulary.folder, partial))
         world.on_main(lambda: chosen.trimmed.write(partial))
         world.on_main(lambda: both_versions.rewrite_side_files(partial, len(chosen.trimmed.rows)))
@@ -136,20 +136,10 @@ def _write_model(save: Path, model: Opened, chosen: Chosen, options: VocabTrimOp
         trimmed=chosen.trimmed,
     )
     with pruned(job, save) as (plan, source):
-        write_cut(
-            save,
-            model,
-            plan,
-            source,
-            Form(ckpt_format=options.ckpt_format, max_shard_bytes=parse_size(options.max_shard_size)),
-            layout=layout,
-            family=model.family,
-            trimmed=chosen.trimmed,
-            beside=files_of(replace(chosen, made_by=plan.vocab_record()), options),
-            overwrite=options.overwrite,
-            strict=options.strict,
-            check=not options.no_check,
-        )
+        beside = files_of(replace(chosen, made_by=plan.vocab_record()), options)
+        output = Output(save=save, beside=beside, overwrite=options.overwrite, strict=options.strict, check=not options.no_check)
+        form = Form(ckpt_format=options.ckpt_format, max_shard_bytes=parse_size(options.max_shard_size))
+        write_cut(output, model, plan, source, form, layout=layout, family=model.family, trimmed=chosen.trimmed)
 
 
 def _layout(model: Opened, options: VocabTrimOptions, world: World) -> ParallelLayout:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.arch.tensors import TensorId, parameter_count
+from megatron_prune.arch.tensors import EMBEDDING, parameter_count
 from megatron_prune.errors import InputError, PlanError
 from megatron_prune.opening.opened import Opened
 from megatron_prune.planning.check import kept_tokens
@@ -102,7 +102,7 @@ def _savings(trimmed: Trimmed, model: Opened) -> dict[str, Any]:
         return {}
     new = dataclasses.replace(model.config, vocab_size=len(trimmed.rows))
     before, after = parameter_count(model.config), parameter_count(new)
-    size = model.tensors.dtype(TensorId("embedding")).itemsize
+    size = model.tensors.dtype(EMBEDDING).itemsize
     found = {"parameters": {"before": before, "after": after, "bytes_saved": (before - after) * size}}
     return found | ({"padded": model.layout.padded_vocab(new.vocab_size)} if model.layout else {})
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Mapping
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import tensor_ids
@@ -23,6 +21,7 @@ from megatron_prune.surgery.cut import Cut
 from megatron_prune.vocabulary.trimmed import Trimmed
 from megatron_prune.writing.huggingface import write_huggingface
 from megatron_prune.writing.megatron import write_megatron
+from megatron_prune.writing.output import Output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ class Form:
 
 
 def write_cut(
-    save: Path,
+    output: Output,
     model: Opened,
     plan: Plan,
     source: Source,
@@ -49,10 +48,6 @@ def write_cut(
     layout: ParallelLayout,
     family: Family,
     trimmed: Trimmed | None,
-    beside: Mapping[Path, bytes],
-    overwrite: bool,
-    strict: bool,
-    check: bool,
 ) -> None:
     """Write what a plan leaves of a model as a checkpoint of the model's kind; every process takes part.
 
@@ -61,7 +56,6 @@ def write_cut(
         layout: how a Megatron checkpoint is divided.
         family: what the result is written as, or exported as later.
         trimmed: the tokenizer that goes with them, where the vocabulary is cut.
-        beside: files that appear together with it.
     """
     cut = Cut(plan, model.config)
     common = {
@@ -69,15 +63,11 @@ def write_cut(
         "dtypes": Source(tensors=model.tensors, origin=cut.origin).dtypes(cut.config, None),
         "side_files": trimmed.vocabulary.folder if trimmed else model.folder,
         "trimmed": trimmed,
-        "beside": beside,
-        "overwrite": overwrite,
-        "strict": strict,
-        "check": check,
     }
     if isinstance(model.checkpoint, MegatronCheckpoint):
         write_megatron(
             model.world,
-            save,
+            output,
             source,
             layout=layout,
             ckpt_format=form.ckpt_format or model.checkpoint.format,
@@ -90,10 +80,10 @@ def write_cut(
         return
     hf_config = model.checkpoint.hf_config
     recipe = [*model.recipe, plan.recipe_entry()]
-    card = model_card(cut.config, recipe, name=save.name, family=family.name)
+    card = model_card(cut.config, recipe, name=output.save.name, family=family.name)
     write_huggingface(
         model.world,
-        save,
+        output,
         source,
         family=family,
         hf_config=family.hf_config(cut.config, trimmed.config(hf_config) if trimmed else hf_config, _kept_layers(plan)),

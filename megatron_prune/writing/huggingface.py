@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 
@@ -26,7 +26,7 @@ from megatron_prune.writing.overwrite import HUGGING_FACE
 
 def write_huggingface(
     world: World,
-    save: Path,
+    output: Output,
     source: Source,
     *,
     config: ModelConfig,
@@ -41,12 +41,8 @@ def write_huggingface(
     buffers: dict[str, torch.Tensor] | None = None,
     files: dict[str, str] | None = None,
     recipe: list[dict[str, Any]] | None = None,
-    beside: Mapping[Path, bytes] | None = None,
-    overwrite: bool = False,
-    strict: bool = False,
-    check: bool = True,
 ) -> None:
-    """Write a Hugging Face directory at ``save``; every process takes part.
+    """Write a Hugging Face directory; every process takes part.
 
     Args:
         config_text: the exact text of ``config.json``, where the model is one that was read and is written back unchanged;
@@ -54,8 +50,6 @@ def write_huggingface(
         trimmed: the tokenizer that takes the place of that in ``side_files``.
         files: further text files by name (model card, plan).
         recipe: how the model came to be, kept beside it.
-        beside: files that appear together with it.
-        check: reopen it and compare before it is put in place.
     """
 
     def lay_out() -> None:
@@ -83,19 +77,18 @@ def write_huggingface(
         for name, text in (files or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
 
-    output = Output(save, HUGGING_FACE, needed=bytes_of(config, dtypes, side_files), overwrite=overwrite, beside=beside or {})
-    with staged(world, output) as partial:
+    with staged(world, output, HUGGING_FACE, bytes_of(config, dtypes, side_files)) as partial:
         world.on_main(lay_out)
         target = huggingface.open_model(partial).tensors
         # transformers takes two seconds to import; a thread that imports it too before that is over gets half of it.
         with ThreadPoolExecutor(1) as meanwhile:
-            if check and world.is_main:
-                meanwhile.submit(import_stock_class, family.name)
-            report = run(world, source, target, label="writing", strict=strict)
+            if output.check and world.is_main:
+                meanwhile.submit(import_stock_class, family.architecture)
+            report = run(world, source, target, label="writing", strict=output.strict)
         if recipe is not None:
             text = Recipe(recipe=recipe, digests=report.in_order(config)).dumps()
             world.on_main(lambda: (partial / RECIPE_FILE).write_text(text, encoding="utf-8"))
-        if check:
+        if output.check:
             check_huggingface(world, partial, config, report)
 
 

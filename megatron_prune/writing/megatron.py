@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Mapping
+from typing import Callable
 
 import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.arch.tensors import TensorId
+from megatron_prune.arch.tensors import EMBEDDING, TensorId
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.manifest import Manifest
@@ -27,7 +27,7 @@ from megatron_prune.writing.overwrite import MEGATRON
 
 def write_megatron(
     world: World,
-    save: Path,
+    output: Output,
     source: Source,
     *,
     config: ModelConfig,
@@ -41,12 +41,8 @@ def write_megatron(
     buffers_of: HuggingFaceModel | None = None,
     sizes: dict[tuple[str, int], list[int]] | None = None,
     plan_text: str | None = None,
-    beside: Mapping[Path, bytes] | None = None,
-    overwrite: bool = False,
-    strict: bool = False,
-    check: bool = True,
 ) -> None:
-    """Write a Megatron checkpoint at ``save``; every process takes part.
+    """Write a Megatron checkpoint; every process takes part.
 
     Args:
         manifest: makes the manifest from what all processes saw.
@@ -55,14 +51,12 @@ def write_megatron(
         buffers_of: the model whose stored rotary tables are kept, coming from Hugging Face.
         sizes: (axis, layer) → units of every rank, where shards are of unequal size.
         plan_text: the plan that made it.
-        beside: files that appear together with it.
-        check: reopen it and compare before it is put in place.
     """
 
     def lay_out() -> None:
         folder = megatron.lay_out(
             partial,
-            save,
+            output.save,
             config,
             layout,
             dtypes,
@@ -81,15 +75,14 @@ def write_megatron(
         if plan_text:
             (folder / megatron.PLAN_FILE).write_text(plan_text, encoding="utf-8")
 
-    output = Output(save, MEGATRON, needed=bytes_of(config, dtypes, side_files), overwrite=overwrite, beside=beside or {})
-    with staged(world, output) as partial:
+    with staged(world, output, MEGATRON, bytes_of(config, dtypes, side_files)) as partial:
         world.on_main(lay_out)
         folder = partial / megatron.RELEASE
         target = megatron.open_target(folder, config, layout, ckpt_format)
-        report = run(world, source, target, label="writing", strict=strict)
+        report = run(world, source, target, label="writing", strict=output.strict)
         world.on_main(lambda: megatron.finish(folder, replace(manifest(report), digests=report.in_order(config))))
-        if check:
+        if output.check:
             check_megatron(world, partial, config)
     if world.is_main and not (sizes and ckpt_format == "torch"):  # Megatron-LM reads no rank files of unequal size
-        dtype = dtypes[TensorId("embedding")]
-        say_flags(save, config, layout, dtype, ckpt_format=ckpt_format, transformer_impl=transformer_impl)
+        dtype = dtypes[EMBEDDING]
+        say_flags(output.save, config, layout, dtype, ckpt_format=ckpt_format, transformer_impl=transformer_impl)

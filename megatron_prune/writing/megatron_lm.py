@@ -11,7 +11,7 @@ import torch
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
-from megatron_prune.checkpoint.megatron_lm_flags import contradictions, megatron_lm_flags
+from megatron_prune.checkpoint.megatron_lm_flags import contradictions, megatron_lm_flags, unknown_there
 
 log = logging.getLogger("megatron_prune")
 
@@ -25,7 +25,11 @@ def say_flags(
     ckpt_format: str,
     transformer_impl: str = TRANSFORMER_IMPLS[0],
 ) -> None:
-    """Log the arguments, to be pasted behind ``pretrain_gpt.py``, and warn of what they cannot say."""
+    """Log the arguments, to be pasted behind ``pretrain_gpt.py``, and warn of what they cannot say; or that it cannot run it."""
+    if unknown := unknown_there(config):
+        log.warning("Megatron-LM's pretrain_gpt.py cannot run this model: it has %s", ", ".join(unknown))
+        log.warning("what can: recover, score, sample and evaluate of this project, and Megatron-Bridge's provider of the family")
+        return
     flags = megatron_lm_flags(config, layout, dtype, ckpt_format=ckpt_format, transformer_impl=transformer_impl)
     log.info("Megatron-LM's arguments for it: %s", shlex.join(["--load", str(load.absolute()), *flags]))
     for sentence in contradictions(config):

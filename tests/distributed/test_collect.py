@@ -32,6 +32,7 @@ LAYERS = 4
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (3, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2)]
 """TP, PP, DP."""
 MODELS = {
+    "gemma3, norms after blocks, a window of 7 in most layers": ("gemma3_text", {}, [(1, 1, 1), (2, 1, 1)]),
     "llama": ("llama", {}, LAYOUTS),
     "mistral, window of 7": ("mistral", {"sliding_window": 7}, [(1, 1, 1), (3, 1, 1)]),
     "qwen2, biases, tied": ("qwen2", {"tie_word_embeddings": True}, [(1, 1, 1), (3, 1, 1), (1, 2, 2)]),
@@ -63,13 +64,14 @@ def dense(source: Path) -> list[dict]:
 
         module.register_forward_hook(keep)
 
+    after_norms = hasattr(model.model.layers[0], "pre_feedforward_layernorm")
     for number, layer in enumerate(model.model.layers):
         watch(layer.self_attn.q_proj, "input_norm", number)
         watch(layer.self_attn.o_proj, "context", number)
         watch(layer.mlp.gate_proj, "post_norm", number)
         watch(layer.mlp.down_proj, "channels", number)
         watch(layer.input_layernorm, "before", number)
-        watch(layer.post_attention_layernorm, "middle", number)
+        watch(layer.pre_feedforward_layernorm if after_norms else layer.post_attention_layernorm, "middle", number)
         watch(layer, "after", number, output=True)
     watch(model.model.norm, "before", None)
     watch(model.model.norm, "final_norm", None, output=True)
@@ -192,10 +194,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("size, tp, pp", [(1, 1, 1), (3, 3, 1), (2, 1, 2)])
 def test_a_pass_that_was_stopped_goes_on_from_the_layers_that_are_there(model, ranks, tmp_path, size, tp, pp):
     run = lambda folder, **more: ranks(size).run(jobs.collect, model()[0], str(folder), SAMPLES, tp, pp, MOMENTS, **more)
-    each = run(tmp_path / "whole")[0] // LAYERS
+    each = [count // LAYERS for count in run(tmp_path / "whole")]
     whole = contents(tmp_path / "whole")
     with pytest.raises(AssertionError, match="KeyboardInterrupt"):
-        run(tmp_path / "part", stop_after=2 * each + 1)
+        run(tmp_path / "part", stop_after=[2 * count + 1 for count in each])
     assert sorted(contents(tmp_path / "part")) == ["layer_0000.safetensors", "layer_0001.safetensors"]
     written = (tmp_path / "part/layer_0001.safetensors").stat().st_mtime_ns
     run(tmp_path / "part")

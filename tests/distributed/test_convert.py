@@ -18,22 +18,37 @@ def same_files(left, right) -> bool:
     return filecmp.cmpfiles(left, right, names, shallow=False)[1:] == ([], [])
 
 
+def steps(source, ckpt_format: str, folder) -> list[tuple[str, dict]]:
+    """Into a checkpoint ``m``, to other ranks in ``t``, and ``back``."""
+    parallel = {"target_tensor_parallel_size": 3, "target_pipeline_parallel_size": 2, "ckpt_format": ckpt_format}
+    return [
+        ("convert", {"load_dir": str(source), "save_dir": str(folder / "m"), **parallel}),
+        ("transfer", {"load_dir": str(folder / "m"), "save_dir": str(folder / "t"), "target_tensor_parallel_size": 2}),
+        ("export", {"load_dir": str(folder / "t"), "save_dir": str(folder / "back")}),
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(ranks, tmp_path_factory):
+    """``alone(source, format)`` → what one process makes, once."""
+    made = {}
+
+    def get(source, ckpt_format: str):
+        key = (source, ckpt_format)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("one") / "out"
+            ranks(1).run(rank_jobs.run_steps, *steps(source, ckpt_format, made[key]))
+        return made[key]
+
+    return get
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("ckpt_format", FORMATS)
-def test_any_number_of_processes_writes_what_one_writes(ranks, tiny, family, tmp_path, size, ckpt_format):
+def test_any_number_of_processes_writes_what_one_writes(ranks, tiny, alone, family, tmp_path, size, ckpt_format):
     source = tiny(family)
-
-    def steps(folder):
-        parallel = {"target_tensor_parallel_size": 3, "target_pipeline_parallel_size": 2, "ckpt_format": ckpt_format}
-        return [
-            ("convert", {"load_dir": str(source), "save_dir": str(folder / "m"), **parallel}),
-            ("transfer", {"load_dir": str(folder / "m"), "save_dir": str(folder / "t"), "target_tensor_parallel_size": 2}),
-            ("export", {"load_dir": str(folder / "t"), "save_dir": str(folder / "back")}),
-        ]
-
-    one, many = tmp_path / "one", tmp_path / "many"
-    ranks(1).run(rank_jobs.run_steps, *steps(one))
-    ranks(size).run(rank_jobs.run_steps, *steps(many))
+    one, many = alone(source, ckpt_format), tmp_path / "many"
+    ranks(size).run(rank_jobs.run_steps, *steps(source, ckpt_format, many))
     assert same_files(one / "back", many / "back") and same_files(source, many / "back")
     assert manifest(one / "m") == manifest(many / "m")
 

@@ -32,12 +32,13 @@ SAMPLES = {
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (3, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (2, 1, 2), (1, 2, 2)]
 """TP, PP, DP."""
 MODELS = {
+    "gemma3, norms after blocks": ("gemma3_text", {}, [(1, 1, 1), (2, 1, 1), (1, 2, 1)]),
     "llama, untied": ("llama", {}, LAYOUTS),
-    "llama, tied": ("llama", {"tie_word_embeddings": True}, [*LAYOUTS, (1, 4, 1)]),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}, [(1, 2, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1)]),
     "mistral, window of 7": ("mistral", {"sliding_window": 7}, [(1, 1, 1), (3, 1, 1), (1, 2, 1)]),
     "qwen2, biases, tied": ("qwen2", {"tie_word_embeddings": True}, LAYOUTS),
     "qwen2, 2 KV groups on 4 ranks": ("qwen2", {"num_key_value_heads": 2}, [(4, 1, 1), (2, 2, 1)]),
-    "qwen3, q and k norms, wide heads": ("qwen3", {"head_dim": 16}, LAYOUTS),
+    "qwen3, q and k norms, wide heads": ("qwen3", {"head_dim": 16}, [(1, 1, 1), (3, 1, 1), (2, 2, 1), (2, 1, 2)]),
     "qwen3, 1 KV group on 4 ranks": ("qwen3", {"num_key_value_heads": 1}, [(1, 1, 1), (2, 1, 1), (4, 1, 1)]),
 }
 CASES = [
@@ -106,7 +107,8 @@ def reference(source) -> dict[str, torch.Tensor]:
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     out: dict[str, torch.Tensor] = {}
     for metric in ("taylor", "taylor_2nd", "snip"):
-        part = {name: _weight_scores(metric, p.detach(), grads[name]) for name, p in model.named_parameters()}
+        offset = lambda name: 1.0 if "norm" in name and config.model_type == "gemma3_text" else 0.0  # without it nothing is left
+        part = {name: _weight_scores(metric, p.detach() + offset(name), grads[name]) for name, p in model.named_parameters()}
         hidden = part["model.embed_tokens.weight"].sum(0) + part["model.norm.weight"]
         if "lm_head.weight" in part:
             hidden = hidden + part["lm_head.weight"].sum(0)
@@ -117,7 +119,7 @@ def reference(source) -> dict[str, torch.Tensor]:
             q, k, v = (mine[f"self_attn.{role}_proj.weight"] for role in "qkv")
             o, down = mine["self_attn.o_proj.weight"], mine["mlp.down_proj.weight"]
             gate, up = mine["mlp.gate_proj.weight"], mine["mlp.up_proj.weight"]
-            norms = mine["input_layernorm.weight"] + mine["post_attention_layernorm.weight"]
+            norms = sum(value for name, value in mine.items() if name.endswith("layernorm.weight"))
             hidden = hidden + norms + sum(m.sum(0) for m in (q, k, v, gate, up)) + o.sum(1) + down.sum(1)
             rows = {role: m.sum(1) for role, m in zip("qkv", (q, k, v))}
             for role in "qkv":

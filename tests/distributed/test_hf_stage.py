@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -66,10 +67,10 @@ def test_every_function_of_a_layer_is_that_of_megatron_core(tiny, ranks, family,
     stream = torch.randn(3, LONG, model.config.hidden_size, generator=torch.Generator().manual_seed(4))
     wanted = ranks(tp).run(rank_jobs_stage.megatron_values, str(folder), 2, stream.numpy(), tp, "float32")
     stage = HuggingFaceStage(model.family, dtype=torch.float32, seq_length=LONG + 3)
-    layer = stage.layer(model.config)
+    layer = stage.layer(model.config.of_layer(2))
     layer.load(layer_reader(model.tensors, 2))
     found = values_inside(layer, stream.to(stage.device), stage)
-    assert found.keys() == wanted[0].keys() and len(found) == 6
+    assert found.keys() == wanted[0].keys() and len(found) == 8
     for name, value in found.items():
         for rank in wanted:
             assert relative(value.cpu(), torch.from_numpy(rank[name])) < 1e-5, name
@@ -82,7 +83,7 @@ def test_a_layer_in_bf16(tiny, ranks, family):
     stream = torch.randn(2, LONG, 48, generator=torch.Generator().manual_seed(5))
     wanted = ranks(1).run(rank_jobs_stage.megatron_values, str(folder), 0, stream.numpy(), 1, "bfloat16")[0]
     stage = HuggingFaceStage(model.family, dtype=torch.bfloat16, seq_length=LONG)
-    layer = stage.layer(model.config)
+    layer = stage.layer(model.config.of_layer(0))
     layer.load(layer_reader(model.tensors, 0))
     for name, value in values_inside(layer, stream.to(stage.device, torch.bfloat16), stage).items():
         assert value.dtype is torch.bfloat16 and relative(value.float().cpu(), torch.from_numpy(wanted[name])) < 0.03, name
@@ -98,11 +99,11 @@ def test_layers_one_after_another_are_the_model(tiny, family, changes):
     with torch.no_grad():
         whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens, output_hidden_states=True)
     stage = HuggingFaceStage(model.family, dtype=torch.float32, seq_length=LONG)
-    layer = stage.layer(model.config)
-    for number in range(2):  # the last of hidden_states is normalised
+    for number in range(3):  # the last of hidden_states is normalised
+        layer = stage.layer(model.config.of_layer(number))
         layer.load(layer_reader(model.tensors, number))
         values = values_inside(layer, whole.hidden_states[number].to(stage.device), stage)
-        after = whole.hidden_states[number] + values["write_attention"].cpu() + values["write_mlp"].cpu()
+        after = whole.hidden_states[number] + values["attention"].cpu() + values["mlp"].cpu()
         assert relative(after, whole.hidden_states[number + 1]) < 1e-5
 
 
@@ -139,7 +140,7 @@ def test_a_shape_that_the_familys_class_refuses_is_run_by_one_of_its_kin(tiny):
 # ------------------------------------------------------------------------------------------------------------ statistics
 
 
-@pytest.mark.parametrize("family, tp", [("llama", 1), ("mistral", 3), ("qwen2", 3), ("qwen3", 2)])
+@pytest.mark.parametrize("family, tp", [("gemma3_text", 2), ("llama", 1), ("mistral", 3), ("qwen2", 3), ("qwen3", 2)])
 def test_statistics_are_those_of_megatron(tiny, ranks, tmp_path, family, tp):
     folder = tiny(family, dtype="float32")
     model = huggingface.open_model(folder)
@@ -209,6 +210,7 @@ def by_hf(source: Path, save: Path, **options) -> Path:
     return save
 
 
+FIT = {"nsamples": 24, "seq_length": 48, "ridge": 0.03, "reader_ridge": 0.03}
 # in sequence a block starts from what rounding made of the ones before, and Adam's steps do not forget it: least squares alone there
 CUTS = {
     "ffn": ("qwen2", {}, {"ffn_hidden_size_remain": 60}),
@@ -220,24 +222,39 @@ CUTS = {
     "hidden select, tied": ("qwen3", {"tie_word_embeddings": True}, {"hidden_size_remain": 36, "hidden_method": "select"}),
     "hidden select, untied": ("qwen2", {}, {"hidden_size_remain": 30, "hidden_method": "select"}),
     "layers": ("qwen2", {}, {"drop_layers": (1, 2)}),
+    "norms after blocks: ffn and layers": ("gemma3_text", {}, {"ffn_hidden_size_remain": 60, "drop_layers": (1,)}),
+    "norms after blocks: hidden and groups": ("gemma3_text", {}, {"hidden_size_remain": 36, "num_query_groups_remain": 3}),
     "the first and the last layer": ("mistral", {"sliding_window": 5}, {"drop_layers": (0, 3)}),
     "sequential": ("qwen2", {}, {"ffn_hidden_size_remain": 60, "hidden_size_remain": 36, "sequential": True, "reconstruct": 0}),
     "a class of its kin": ("llama", {}, {"hidden_size_remain": 40, "target_family": "mistral", "ffn_hidden_size_remain": 48}),
 }
 
 
+@pytest.fixture(scope="module")
+def by_hf_alone(megatron, text, tmp_path_factory):
+    """``by_hf_alone(cut)`` → (what ``prune_hf`` makes of it, its plan), once."""
+
+    def make(cut: str) -> tuple[Path, Path]:
+        family, changes, asked = CUTS[cut]
+        home = tmp_path_factory.mktemp("cut")
+        plan = home / "plan.json"
+        options = {**FIT, **asked, "data": (f"{text}:1",), "save_plan": str(plan)}
+        return by_hf(megatron(family, **changes)[0], home / "hf", **options), plan
+
+    return functools.cache(make)
+
+
 @pytest.mark.parametrize("tp", [1, 3])
 @pytest.mark.parametrize("cut", CUTS)
-def test_a_refitted_model_is_that_of_the_megatron_route(megatron, ranks, text, tmp_path, cut, tp):
+def test_a_refitted_model_is_that_of_the_megatron_route(megatron, by_hf_alone, ranks, text, tmp_path, cut, tp):
     family, changes, asked = CUTS[cut]
-    source, checkpoint = megatron(family, **changes)
-    common = {"data": (f"{text}:1",), "nsamples": 24, "seq_length": 48, "ridge": 0.03, "reader_ridge": 0.03}
-    common |= {key: asked[key] for key in ("sequential", "reconstruct", "target_family") if key in asked}
-    plan = str(tmp_path / "plan.json")
-    ours = by_hf(source, tmp_path / "hf", **{**common, **asked}, save_plan=plan)
-    recorded = load_plan(Path(plan))
+    _, checkpoint = megatron(family, **changes)
+    ours, plan = by_hf_alone(cut)
+    recorded = load_plan(plan)
     assert recorded.rotated == ("rotate" in cut or "class" in cut or "sequential" in cut) and recorded.made_by["refit"]
-    options = {"load": str(checkpoint), "save": str(tmp_path / "cut"), "plan": plan, "tensor_model_parallel_size": tp, **common}
+    options = {"load": str(checkpoint), "save": str(tmp_path / "cut"), "plan": str(plan), "tensor_model_parallel_size": tp}
+    options |= {**FIT, "data": (f"{text}:1",)}
+    options |= {key: asked[key] for key in ("sequential", "reconstruct", "target_family") if key in asked}
     ranks(tp).run(rank_jobs.run_steps, ("prune", options))
     theirs = tmp_path / "exported"
     aim = {"target_family": asked["target_family"]} if "target_family" in asked else {}

@@ -30,7 +30,17 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+LOCAL_AND_GLOBAL = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+}
 MODELS = {
+    "gemma3": ("gemma3_text", {}, [(1, 1), (3, 1), (2, 2)]),
+    "gemma3, 2 KV groups, untied, scaled": (
+        "gemma3_text",
+        {"num_key_value_heads": 2, "tie_word_embeddings": False, "rope_parameters": LOCAL_AND_GLOBAL},
+        [(4, 1)],
+    ),
     "llama, as many KV groups as heads, tied": ("llama", {"tie_word_embeddings": True}, UP_TO_4),
     "llama, 4 KV groups": ("llama", {"num_key_value_heads": 4}, [(1, 1), (2, 1), (4, 1), (2, 2)]),
     "llama, 2 KV groups": ("llama", {"num_key_value_heads": 2}, [(4, 1), (2, 2)]),

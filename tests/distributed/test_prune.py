@@ -102,6 +102,7 @@ ORACLE = [
         )
     ],
     ("qwen2", "all", 3, 3, 1, "unbalance", "magnitude"),
+    ("gemma3_text", "all", 3, 3, 1, "balance", "magnitude"),
     ("mistral", "all", 1, 1, 1, "global", "magnitude"),
     ("mistral", "all", 2, 2, 1, "balance", "magnitude"),
     ("mistral", "all", 2, 1, 2, "global", "random"),
@@ -117,7 +118,7 @@ ORACLE = [
 def test_the_export_equals_prune_hf_with_the_saved_plan(
     megatron, ranks, tmp_path, family, axes, size, tp, pp, prune_type, metric
 ):
-    source, checkpoint = megatron(family, tie_word_embeddings=family == "qwen2")
+    source, checkpoint = megatron(family, tie_word_embeddings=family in ("gemma3_text", "qwen2"))
     plan = prune(ranks(size), checkpoint, tmp_path / "cut", tp, pp, prune_type=prune_type, metric=metric, **AXES[axes])
     assert (plan.made_by["tensor_parallel"], plan.made_by["pipeline_parallel"]) == (tp, pp)
     oracle = by_prune_hf(source, tmp_path / "cut.plan.json", tmp_path / "oracle")

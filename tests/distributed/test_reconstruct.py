@@ -95,12 +95,17 @@ def test_the_steps_are_adams_on_the_samples_that_are_not_held_out(problem):
         assert (ours[role].double() - value).abs().max() < 0.02 * moved, role
 
 
-@pytest.mark.parametrize("roles", [MLP, ATTENTION], ids=["mlp", "attention"])
+@pytest.fixture(scope="module", params=[MLP, ATTENTION], ids=["mlp", "attention"])
+def alone(request, problem) -> tuple[set[str], dict[str, torch.Tensor]]:
+    """The roles that are fitted, and what one process with transformers' layer makes of them."""
+    return request.param, single(problem, request.param)
+
+
 @pytest.mark.parametrize("tp, dp", [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)])
-def test_every_layout_takes_the_same_steps(problem, ranks, roles, tp, dp):
+def test_every_layout_takes_the_same_steps(problem, ranks, alone, tp, dp):
     folder, stream, added = problem
+    roles, wanted = alone
     asked = added["mlp" if "down" in roles else "attention"].detach().numpy()
-    wanted = single(problem, roles)
     for found in ranks(tp * dp).run(
         jobs.megatron_reconstruct, str(folder), LAYER, stream.numpy(), asked, sorted(roles), tp, PASSES
     ):

@@ -7,7 +7,9 @@ the distribution: for the few hundred draws here less than once in a thousand se
 
 from __future__ import annotations
 
+import functools
 from itertools import pairwise
+from pathlib import Path
 
 import numpy
 import pytest
@@ -31,6 +33,7 @@ MODELS = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "one KV group": ("qwen2", {"num_key_value_heads": 1}),
     "qwen3": ("qwen3", {"head_dim": 16}),
+    "gemma3": ("gemma3_text", {}),
 }
 LAYOUTS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)]
 ONE_BY_ONE = [2] + [1] * 38
@@ -39,6 +42,8 @@ CACHED = [
     *[(name, 1, 1, ONE_BY_ONE) for name in ("window of one", "one KV group")],
     *[(name, tp, pp, ONE_BY_ONE) for name in ("window", "qwen2", "qwen3") for tp, pp in [(1, 1), (3, 1), (2, 2)]],
     ("one KV group", 4, 1, ONE_BY_ONE),
+    ("gemma3", 2, 2, ONE_BY_ONE),
+    ("gemma3", 1, 1, [7, 3, 1, 16, 1, 12]),
     *[(name, 1, 1, pieces) for name in ("llama", "window") for pieces in ([1] * 40, [7, 3, 1, 16, 1, 12], [20, 20])],
     ("window", 1, 2, [7, 3, 1, 16, 1, 12]),
 ]
@@ -48,7 +53,7 @@ OPTIONS = {"count": 7, "length": 24, "seed": 5, "bos": 0, "batch_size": 3}
 @pytest.fixture(scope="module")
 def model(tiny, tmp_path_factory):
     """``model(name)`` → (Megatron checkpoint of TP 1, Hugging Face directory)."""
-    made = {}
+    made: dict[str, tuple[str, Path]] = {}
 
     def get(name):
         if name not in made:
@@ -62,10 +67,16 @@ def model(tiny, tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="module")
+def by_transformers(model):
+    """``by_transformers(name)`` → (logits of ``TOKENS``, samples) of stock transformers, once per model."""
+    return functools.cache(lambda name: (tiny_module.logits(model(name)[1], TOKENS), sample_hf(model(name)[1], **OPTIONS)))
+
+
 @pytest.mark.parametrize("name, tp, pp, pieces", CACHED)
-def test_logits_with_a_cache_equal_those_of_a_full_forward_pass(model, ranks, name, tp, pp, pieces):
-    checkpoint, source = model(name)
-    expected = tiny_module.logits(source, TOKENS)[:, torch.tensor(pieces).cumsum(0) - 1]
+def test_logits_with_a_cache_equal_those_of_a_full_forward_pass(model, by_transformers, ranks, name, tp, pp, pieces):
+    checkpoint, _ = model(name)
+    expected = by_transformers(name)[0][:, torch.tensor(pieces).cumsum(0) - 1]
     found = ranks(tp * pp).run(jobs.cached_logits, checkpoint, TOKENS.tolist(), pieces, tp, pp)
     assert [value is not None for value in found] == [False] * tp * (pp - 1) + [True] * tp
     for value in found[-tp:]:
@@ -75,9 +86,9 @@ def test_logits_with_a_cache_equal_those_of_a_full_forward_pass(model, ranks, na
 
 @pytest.mark.parametrize("size, tp, pp", [(1, 1, 1), (2, 2, 1), (3, 3, 1), (2, 1, 2), (2, 1, 1), (3, 1, 1), (4, 2, 1), (4, 2, 2)])
 @pytest.mark.parametrize("name", ["llama", "window", "qwen3"])
-def test_samples_are_the_same_at_every_layout_and_by_transformers(model, ranks, name, size, tp, pp):
-    checkpoint, source = model(name)
-    expected = sample_hf(source, **OPTIONS)
+def test_samples_are_the_same_at_every_layout_and_by_transformers(model, by_transformers, ranks, name, size, tp, pp):
+    checkpoint, _ = model(name)
+    expected = by_transformers(name)[1]
     for value, reports in ranks(size).run(jobs.sampled, checkpoint, tp, pp, OPTIONS):
         assert value.dtype == numpy.int64 and value.shape == (7, 24)
         assert numpy.array_equal(value, expected.numpy())

@@ -222,6 +222,20 @@ def test_a_budget_gives_a_shape_within_it_that_transformers_loads(scored, home, 
     assert model(torch.arange(8)[None]).logits.isfinite().all()
 
 
+def test_a_metric_with_parameters_is_kept_and_recorded_by_them(home, ranks, tmp_path):
+    named = ("obs,obs:damping=1e-1", "obs:damping=0.01")
+    changes = {"metrics": named, "tensor_model_parallel_size": 2}
+    ranks(2).run(jobs.step_measuring, "score", score_options(home, tmp_path / "s", **changes))
+    assert ScoresManifest.load(tmp_path / "s").metrics == ["obs", "obs:damping=0.1"]
+    damped = load_scores(tmp_path / "s", "obs:damping=0.1")
+    assert not torch.allclose(damped["ffn", 0], load_scores(tmp_path / "s", "obs")["ffn", 0], rtol=1e-3)
+    asked = {"metric": "obs:damping=0.1", "ffn_hidden_size_remain": 24, "refit": False}
+    assert prune(ranks(1), home, tmp_path / "kept", scores=str(tmp_path / "s"), **asked) == []
+    assert prune(ranks(1), home, tmp_path / "anew", data=(f"{home / 'text.txt'}:1",), **asked) == LAYERS
+    kept, anew = (load_plan(tmp_path / f"{name}.json") for name in ("kept", "anew"))
+    assert kept.layers == anew.layers and kept.made_by["metric"] == anew.made_by["metric"] == "obs:damping=0.1"
+
+
 def test_a_metric_that_cannot_score_hidden_leaves_it_whole_under_a_budget(scored, home, ranks, tmp_path):
     prune(ranks(1), home, tmp_path / "cut", scores=str(scored()), metric="obs", ratio=0.25, **SELECT)
     assert load_plan(tmp_path / "cut.json").new["hidden_size"] == 48
@@ -304,6 +318,8 @@ def test_text_that_does_not_do(home, tmp_path, refused, verb, text, more, messag
     [
         ("--metric beauty --ffn_hidden_size_remain 48", "beauty.*activation.*wanda"),
         ("--depth_metric beauty --num_layers_remain 2", "beauty.*activation.*wanda"),
+        ("--metric fisher:damping=0.1 --ffn_hidden_size_remain 48", "metric fisher takes no parameters"),
+        ("--metric obs:damping=-1 --ffn_hidden_size_remain 48", "metric obs: damping: -1.0 is not at least"),
         ("--metric obs --num_layers_remain 2 --depth_metric obs", "obs cannot score the axis layer.*block_influence"),
         (
             "--metric fluctuation --hidden_size_remain 36 --hidden_method select",
@@ -336,6 +352,8 @@ def test_a_request_that_cannot_be_met(home, tmp_path, refused, more, message):
     [
         ("--metrics beauty", "beauty.*activation"),
         ("--metrics ,", "--metrics names none"),
+        ("--metrics activation,obs:dampin=0.1", "metric obs has no parameter 'dampin'; did you mean 'damping'"),
+        ("--metrics fold:ridge=high", "metric fold: ridge: 'high' is not a number"),
         ("--metrics activation,taylor --dtype fp16", "gradients in fp16.*metrics taylor"),
     ],
 )

@@ -248,7 +248,7 @@ EDITS = {
     "a unit that is no number": (lambda p: p["hidden"].__setitem__(0, "0"), "plan.json: hidden.0\n  got: '0'"),
     "an unknown key": (lambda p: p.update(colour="red"), "plan.json: colour.*no field of that name"),
     "an unknown key in a layer": (lambda p: _first(p).update(colour="red"), "layers.0.colour"),
-    "another version": (lambda p: p.update(version=2), "version 2"),
+    "another version": (lambda p: p.update(version=3), "version 3"),
     "another format": (lambda p: p.update(format="x"), 'something else.*needed: "format": "megatron-prune plan"'),
     "another model": (lambda p: p.update(content_id="xxh3-sha256:0"), "made from another model.*content_id.*null"),
     "shards that do not add up": (lambda p: _first(p).update(shards={"ffn": [1]}), "do not add up to 60"),

@@ -47,12 +47,23 @@ def with_more_tokens(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def check_both(folder: Path, rope: str) -> None:
+LOCAL = {"rope_type": "default", "rope_theta": 30.0}
+
+
+def rope_parameters(family: str, rope: str) -> dict:
+    """As transformers 5 writes them; Gemma 3 has such an entry for either kind of layer."""
+    new = ROPES[rope][0]
+    return {"full_attention": new, "sliding_attention": LOCAL} if family == "gemma3_text" else new
+
+
+def check_both(folder: Path, family: str, rope: str) -> None:
     """What transformers 4 reads of a directory, with what transformers 5 reads beside."""
     config, tokenizer = (json.loads((folder / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
     new, old = ROPES[rope]
     assert config["rope_theta"] == new["rope_theta"] and config["rope_scaling"] == old
-    assert config["rope_parameters"] == new
+    assert config["rope_parameters"] == rope_parameters(family, rope)
+    if family == "gemma3_text":
+        assert config["rope_local_base_freq"] == 30.0 and len(config["layer_types"]) == config["num_hidden_layers"]
     assert config["torch_dtype"] == config["dtype"]
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert tokenizer["additional_special_tokens"] == ["jag"] and "extra_special_tokens" not in tokenizer
@@ -66,7 +77,7 @@ def newest(tiny, tmp_path):
 
     def make(family="llama", rope="default") -> Path:
         folder = tmp_path / "hf"
-        shutil.copytree(tiny(family, rope_parameters=ROPES[rope][0]), folder)
+        shutil.copytree(tiny(family, rope_parameters=rope_parameters(family, rope)), folder)
         with_more_tokens(folder)
         config, tokenizer = (json.loads((folder / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
         assert "rope_theta" not in config and "torch_dtype" not in config and tokenizer["tokenizer_class"] == "TokenizersBackend"
@@ -76,7 +87,9 @@ def newest(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "family, rope", [("llama", "llama3"), ("mistral", "default"), ("qwen2", "linear"), ("qwen3", "llama3")], ids=str
+    "family, rope",
+    [("gemma3_text", "linear"), ("llama", "llama3"), ("mistral", "default"), ("qwen2", "linear"), ("qwen3", "llama3")],
+    ids=str,
 )
 def test_every_way_to_a_changed_model_says_what_transformers_4_reads(newest, family, tmp_path, rope):
     source = newest(family, rope)
@@ -88,7 +101,7 @@ def test_every_way_to_a_changed_model_says_what_transformers_4_reads(newest, fam
     assert run("vocab", "trim", "--load-dir", source, "--save-dir", tmp_path / "c", "--remain-vocab-size", 306) == 0
     assert run("export", "--load-dir", tmp_path / "m", "--save-dir", tmp_path / "d", "--target-params-dtype", "fp32") == 0
     for name in "abcd":
-        check_both(tmp_path / name, rope)
+        check_both(tmp_path / name, family, rope)
     assert json.loads((tmp_path / "d/config.json").read_text())["torch_dtype"] == "float32"
     there_and_back(source, tmp_path / "unchanged")
 

@@ -375,10 +375,10 @@ def test_a_directory_that_transformers_reads_otherwise_is_not_put_in_place(home,
     from megatron_prune.evaluation import one_layer
 
     assert one_layer.check_in_transformers(huggingface.open_model(exported(home, tmp_path))) == ("Qwen2ForCausalLM", [])
-    real = one_layer._one_layer
-    monkeypatch.setattr(one_layer, "_one_layer", lambda config: {**real(config), "rms_norm_eps": float("nan")})
+    real = one_layer._small
+    monkeypatch.setattr(one_layer, "_small", lambda *given: {**real(*given), "rms_norm_eps": float("nan")})
     fails(f"export --load-dir {home}/torch-2 --save-dir {tmp_path}/out", "layer 0 computes NaN", code=1)
-    monkeypatch.setattr(one_layer, "_one_layer", lambda config: {**real(config), "hidden_act": "none at all"})
+    monkeypatch.setattr(one_layer, "_small", lambda *given: {**real(*given), "hidden_act": "none at all"})
     fails(f"export --load-dir {home}/torch-2 --save-dir {tmp_path}/out", "transformers cannot run it.*none at all", code=1)
     assert not (tmp_path / "out").exists()
 

@@ -38,7 +38,7 @@ def peak(*arguments: str) -> int:
 
 def test_memory_stays_within_the_estimate_and_does_not_grow_with_the_model(tmp_path):
     family, peaks = FAMILIES.get("llama"), {}
-    for layers in (4, 24):
+    for layers in (4, 12):
         config = ModelConfig(
             num_layers=layers,
             hidden_size=768,
@@ -65,10 +65,11 @@ def test_memory_stays_within_the_estimate_and_does_not_grow_with_the_model(tmp_p
         assert prune_peak <= streaming_memory(config, 2, buffers=2) * 1.05
         assert convert_peak > 0.6 * PROCESS_BYTES
         peaks[layers] = (convert_peak, prune_peak)
-    for small, large in zip(peaks[4], peaks[24]):
-        assert large - small < 24e6  # the files grow by 480 MB
+    for small, large in zip(peaks[4], peaks[12]):
+        assert large - small < 24e6  # the files grow by 190 MB
 
 
+@pytest.mark.slow
 def test_measuring_and_refitting_take_what_the_estimate_says(tmp_path, capsys):
     """Within a third: the C library keeps blocks below 32 MiB that were freed."""
     sizes = {"hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 2, "max_position_embeddings": 128}

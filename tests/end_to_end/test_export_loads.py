@@ -26,6 +26,7 @@ SIZES = {
     "metric": "magnitude",
 }
 ARCHITECTURES = {
+    "gemma3_text": "Gemma3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -67,7 +68,7 @@ def test_a_pruned_model_of_every_family_loads_generates_and_has_the_logits_of_th
     assert (found - expected).abs().max() < 1e-4 * expected.std()  # float32 sums in another order, as in test_logits.py
 
 
-@pytest.mark.parametrize("family", ["qwen3"])
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3"])
 def test_lists_with_one_entry_per_layer_shrink_with_the_layers(tiny, tmp_path, family):
     source = tiny(family)
     assert len(json.loads((source / "config.json").read_text())["layer_types"]) == 4

@@ -7,12 +7,17 @@ import json
 import math
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tiny import build_tiny, logits, state_dict
 
+from megatron_prune.arch.blocks.block import spaces
+from megatron_prune.arch.tensors import tensor_ids
+from megatron_prune.checkpoint import huggingface
 from megatron_prune.errors import InputError
 from megatron_prune.pruning import fit
 from megatron_prune.runtime.world import World
@@ -283,7 +288,19 @@ def test_a_budget_leaves_out_shapes_whose_rotation_a_tied_head_forbids(tmp_path,
     out = run(model, tmp_path / "out", None, ratio=0.3, search=40)
     assert json.loads((out / "config.json").read_text())["hidden_size"] == 48
     with pytest.raises(InputError, match="varies too much(.|\n)*--untie(.|\n)*select"):
-        run(model, tmp_path / "exact", None, hidden_size_remain=36)
+        run(model, tmp_path / "exact", None, hidden_size_remain=36, hidden_method="rotate")
+
+
+def test_channels_are_selected_where_a_tied_head_forbids_a_rotation_that_nobody_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_prune.pruning.stream.LARGEST_SPREAD", 0.0)
+    model = build_tiny(tmp_path / "model", "mistral", dtype="float32", tie_word_embeddings=True)
+    found = run(model, tmp_path / "out", None, hidden_size_remain=36)
+    asked = run(model, tmp_path / "asked", None, hidden_size_remain=36, hidden_method="select")
+    ours, theirs = state_dict(found), state_dict(asked)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    plan, other = (json.loads((folder / "plan.json").read_text()) for folder in (found, asked))
+    assert plan["hidden"] == other["hidden"] and len(plan["hidden"]) == 36
+    assert "the final norm varies too much" in plan["made_by"]["hidden_method"] and "hidden_method" not in other["made_by"]
 
 
 @pytest.mark.parametrize(
@@ -304,3 +321,55 @@ def test_windows_hold_every_layer_once_and_begin_before_a_cut_block(kept, layers
     for window in windows:
         assert len(window) == 1 or followed[window[0]]
         assert len(window) == 1 + AFTER or not followed[window[0]] or window.stop == len(kept)
+
+
+# ------------------------------------------------------------------------------------------------- norms after the blocks
+
+
+def test_a_writer_before_a_norm_takes_over_what_copies_of_its_channels_wrote(tmp_path):
+    """Channels 60 to 95 are smaller copies of the first 36: they go, and those can say what they wrote."""
+    model = build_tiny(tmp_path / "model", "gemma3_text", dtype="float32")
+    weights = state_dict(model)
+    for layer in range(4):
+        gate, up, down = (weights[f"model.layers.{layer}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
+        gate[60:], up[60:] = gate[:36], 0.3 * up[:36]
+        down[:, 60:] *= 0.3
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    sizes = {"ffn_hidden_size_remain": 60}
+    bare = tmp_path / "bare"
+    prune_hf(PruneHfOptions(model_name_or_path=str(model), output_path=str(bare), metric="magnitude", **sizes), World())
+    fitted = run(model, tmp_path / "fitted", sizes, metric="magnitude", ridge=1e-8)
+    dense = logits(model, SAMPLES)
+    plan = json.loads((fitted / "plan.json").read_text())
+    assert plan["layers"][0]["ffn"] == list(range(60))
+    error = lambda folder: ((logits(folder, SAMPLES) - dense).abs().max() / dense.abs().max()).item()
+    assert error(fitted) < 1e-3 < 0.03 < error(bare)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_selected_channels_are_the_dense_model_without_the_others(tmp_path, tied):
+    """In float64: what is dropped is zero everywhere, and a norm's mean runs over what stays; √hidden counts as it did."""
+    model = build_tiny(tmp_path / "model", "gemma3_text", dtype="float32", tie_word_embeddings=tied)
+    out = run(model, tmp_path / "out", {"hidden_size_remain": 36}, refit=False)
+    kept = json.loads((out / "plan.json").read_text())["hidden"]
+    opened = huggingface.open_model(model)
+    whole = lambda tensor: opened.tensors.read_block(tensor, range(opened.tensors.shape(tensor)[0])).double()
+    weights = {tensor: whole(tensor) for tensor in tensor_ids(opened.config)}
+    gone = [channel for channel in range(48) if channel not in kept]
+    for tensor, data in weights.items():
+        for dim, space in enumerate(spaces(tensor.role)):
+            if space == "hidden" and data.dim() == 1:
+                data.copy_((1 + data) * (36 / 48) ** 0.5 - 1)
+                data[gone] = -1.0
+            elif space == "hidden":
+                data.index_fill_(dim, torch.tensor(gone), 0.0)
+    expected = oracle.logits(opened.config, weights, SAMPLES[:2])
+    assert (logits(out, SAMPLES[:2]) - expected).abs().max() < 1e-4 * expected.std()
+
+
+def test_a_rotation_that_is_asked_for_by_name_is_refused_where_norms_follow_blocks(tmp_path):
+    model = build_tiny(tmp_path / "model", "gemma3_text", dtype="float32")
+    with pytest.raises(InputError, match="(?s)hidden_method rotate.*norm after its blocks.*select"):
+        run(model, tmp_path / "out", {"hidden_size_remain": 36}, hidden_method="rotate")
+    out = run(model, tmp_path / "out", {"hidden_size_remain": 36})
+    assert "norm after its blocks" in json.loads((out / "plan.json").read_text())["made_by"]["hidden_method"]

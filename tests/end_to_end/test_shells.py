@@ -3,54 +3,50 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from rank_jobs_recovery import teach
+import rank_jobs
+from rank_jobs_recovery import recover, teach
+from shells import ROOT, bash, given_to_python, given_to_torchrun, run_file
 
+from megatron_prune.checkpoint import megatron
 from megatron_prune.errors import InputError
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.preprocess import PreprocessOptions, preprocess
 from megatron_prune.steps.prune import parse, prune
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def bash(script: str, *arguments: str, **settings: object) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHON": sys.executable, **{name: str(value) for name, value in settings.items()}}
-    return subprocess.run(["bash", str(ROOT / script), *arguments], env=environment, capture_output=True, text=True, timeout=240)
+from megatron_prune.steps.recover import parse as parse_recovery
 
 
-def test_the_scripts_run_the_whole_path_under_torchrun(tiny, tmp_path):
-    runs = [
-        ("tools/checkpoint_conversion/hf_to_megatron.sh", [], {"HF_DIR": tiny("qwen2"), "SAVE_DIR": tmp_path / "m", "TP": 2}),
-        (
-            "scripts/prune_llama.sh",
-            ["--strict"],
-            {
-                "LOAD_DIR": tmp_path / "m",
-                "SAVE_DIR": tmp_path / "p",
-                "TP": 2,
-                "FFN_HIDDEN_SIZE_REMAIN": 64,
-                "DROP_LAYERS": "1,2",
-                "PRUNE_TYPE": "global",
-                "METRIC": "random",
-                "SAVE_PLAN": tmp_path / "plan.json",
-                "GPT_ARGS": "--num-layers 4 --hidden-size 48 --swiglu --bf16 --micro-batch-size 1 --lr 1e-4",
-            },
-        ),
-        ("scripts/transfer.sh", [], {"LOAD_DIR": tmp_path / "p", "SAVE_DIR": tmp_path / "t", "CKPT_FORMAT": "torch"}),
-        ("scripts/megatron_to_hf.sh", [], {"LOAD_DIR": tmp_path / "t", "SAVE_DIR": tmp_path / "back"}),
-    ]
-    for script, arguments, settings in runs:
-        done = bash(script, *arguments, **settings)
-        assert done.returncode == 0, done.stderr
+@pytest.fixture
+def stub(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("stub")
+
+
+def test_the_scripts_run_the_whole_path_under_torchrun(tiny, tmp_path, stub):
+    """Pruning under torchrun; what the other scripts give to Python is run in this process."""
+    hf = {"HF_DIR": tiny("qwen2"), "SAVE_DIR": tmp_path / "m", "TP": 2}
+    assert run_file(*given_to_python(stub, "tools/checkpoint_conversion/hf_to_megatron.sh", **hf)) == 0
+    settings = {
+        "LOAD_DIR": tmp_path / "m",
+        "SAVE_DIR": tmp_path / "p",
+        "TP": 2,
+        "FFN_HIDDEN_SIZE_REMAIN": 64,
+        "DROP_LAYERS": "1,2",
+        "PRUNE_TYPE": "global",
+        "METRIC": "random",
+        "SAVE_PLAN": tmp_path / "plan.json",
+        "GPT_ARGS": "--num-layers 4 --hidden-size 48 --swiglu --bf16 --micro-batch-size 1 --lr 1e-4",
+    }
+    done = bash("scripts/prune_llama.sh", "--strict", **settings)
+    assert done.returncode == 0, done.stderr
+    moved = {"LOAD_DIR": tmp_path / "p", "SAVE_DIR": tmp_path / "t", "CKPT_FORMAT": "torch"}
+    assert run_file(*given_to_python(stub, "scripts/transfer.sh", **moved)) == 0
+    assert run_file(*given_to_python(stub, "scripts/megatron_to_hf.sh", LOAD_DIR=tmp_path / "t", SAVE_DIR=tmp_path / "back")) == 0
+    assert megatron.open_checkpoint(tmp_path / "t").format == "torch"
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (config["num_hidden_layers"], config["intermediate_size"]) == (2, 64)
     assert json.loads((tmp_path / "plan.json").read_text())["new"]["num_layers"] == 2
@@ -62,9 +58,8 @@ def test_a_script_names_the_setting_it_lacks():
 
 
 @pytest.mark.parametrize("tool", sorted((ROOT / "tools/checkpoint_conversion").glob("*.py")), ids=lambda path: path.name)
-def test_every_tool_explains_itself(tool):
-    done = subprocess.run([sys.executable, str(tool), "--help"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "--load-dir" in done.stdout
+def test_every_tool_explains_itself(tool, capsys):
+    assert run_file(str(tool), "--help") == 0 and "--load-dir" in capsys.readouterr().out
 
 
 def test_megatrons_arguments_must_agree_with_the_checkpoint(tiny, tmp_path):
@@ -104,7 +99,7 @@ def test_an_output_that_would_take_the_input_away_is_refused(tiny, tmp_path, mon
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m"]
 
 
-def test_two_machines_prune_as_one_does(tiny, tmp_path):
+def test_two_machines_prune_as_one_does(tiny, tmp_path, stub, ranks):
     """Two torchrun agents with different node ranks, through the script and its variables, on loopback."""
     convert(ConvertOptions(load_dir=str(tiny("qwen2")), save_dir=str(tmp_path / "m"), target_tensor_parallel_size=2), World())
     with socket.socket() as probe:
@@ -116,28 +111,30 @@ def test_two_machines_prune_as_one_does(tiny, tmp_path):
         agents = [pool.submit(bash, "scripts/prune_llama.sh", **settings, **nodes, NODE_RANK=rank) for rank in (0, 1)]
     for agent in agents:
         assert agent.result().returncode == 0, agent.result().stderr
-    done = bash("scripts/prune_llama.sh", **settings, SAVE_DIR=tmp_path / "one")
-    assert done.returncode == 0, done.stderr
+    _, *arguments = given_to_torchrun(stub, 2, "scripts/prune_llama.sh", **settings, SAVE_DIR=tmp_path / "one")
+    ranks(2).run(rank_jobs.run_steps, ("prune", vars(parse(arguments, "prune"))))
     plans = [(tmp_path / name / "release/plan.json").read_text() for name in ("one", "two")]
     manifests = [json.loads((tmp_path / name / "release/megatron_prune.json").read_text()) for name in ("one", "two")]
     digests = [manifest["files"].pop("common.pt") for manifest in manifests]  # its args name the tokenizer by its place
     assert plans[0] == plans[1] and manifests[0] == manifests[1] and digests[0] != digests[1]
 
 
-def test_the_script_scores_re_fits_and_keeps_to_a_budget_with_its_settings(tiny, tmp_path):
+def test_the_script_scores_re_fits_and_keeps_to_a_budget_with_its_settings(tiny, tmp_path, stub, ranks):
     """The default metric, on text and own samples mixed, two sources in one variable."""
     convert(ConvertOptions(load_dir=str(tiny("qwen2")), save_dir=str(tmp_path / "m")), World())
     (tmp_path / "text").write_text("words and more words, " * 200)
     settings = {"LOAD_DIR": tmp_path / "m", "SAVE_DIR": tmp_path / "p", "TP": 2, "RATIO": 0.25}
     settings |= {"DATA": f"{tmp_path / 'text'}:0.5 self:0.5", "SAVE_PLAN": tmp_path / "plan.json"}
-    done = bash("scripts/prune_llama.sh", "--nsamples", "4", "--seq-length", "16", **settings)
-    assert done.returncode == 0, done.stderr
+    few = ("--nsamples", "4", "--seq-length", "16")
+    script, *arguments = given_to_torchrun(stub, 2, "scripts/prune_llama.sh", *few, **settings)
+    assert script == str(ROOT / "prune_llama.py")
+    ranks(2).run(rank_jobs.run_steps, ("prune", vars(parse(arguments, "prune"))))
     made_by = json.loads((tmp_path / "plan.json").read_text())["made_by"]
     assert made_by["metric"]["ffn"] == "fisher" and "refit" in made_by
     assert [source["share"] for source in made_by["calibration"]["sources"]] == [0.5, 0.5]
 
 
-def test_the_script_recovers_with_its_settings(tiny, tmp_path):
+def test_the_script_recovers_with_its_settings(tiny, tmp_path, stub, ranks):
     """S4's name for it; a blend in one variable, a teacher's answers, adapters, two copies."""
     load, text = tmp_path / "m", tmp_path / "text.jsonl"
     convert(ConvertOptions(load_dir=str(tiny("qwen2")), save_dir=str(load)), World())
@@ -152,8 +149,10 @@ def test_the_script_recovers_with_its_settings(tiny, tmp_path):
     settings = {"LOAD_DIR": load, "SAVE_DIR": tmp_path / "run", "DATA_PATH": blend, "TP": 1, "DP": 2, "DTYPE": "fp32"}
     settings |= {"TRAIN_ITERS": 2, "SEQ_LENGTH": 16, "GLOBAL_BATCH_SIZE": 4, "MICRO_BATCH_SIZE": 2, "LR": 1e-2, "LORA_R": 2}
     settings |= {"TEACHER_LOGITS": tmp_path / "taught", "GPT_ARGS": "--num-layers 4 --swiglu --attention-dropout 0.0"}
-    done = bash("scripts/check_model.sh", "--eval-iters", "1", "--lr-warmup-iters", "1", **settings)
-    assert done.returncode == 0, done.stderr
+    further = ("--eval-iters", "1", "--lr-warmup-iters", "1")
+    said = given_to_torchrun(stub, 2, "scripts/check_model.sh", *further, **settings)
+    assert said[:3] == ["-m", "megatron_prune", "recover"]
+    assert ranks(2).run(recover, vars(parse_recovery(said[3:], "recover"))) == [0, 0]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     asked = {"global_batch_size": 4, "lora_r": 2, "lr": 1e-2, "bf16": False, "data_path": blend.split()}
     assert summary["finished"] and {name: summary["settings"][name] for name in asked} == asked

@@ -95,6 +95,7 @@ init = lambda **settings: Run()
 """A ``wandb`` that the first process logs to, and waits in, after nine steps, until another process is gone."""
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # 16 processes are started, on whatever cores there are
 def test_a_lost_process_on_one_of_two_hosts_costs_time_alone(tiny, tmp_path, hosts, ranks):
     start = tmp_path / "start"

@@ -18,6 +18,7 @@ import rank_jobs
 import torch
 from rank_jobs_recovery import recover
 from ranks import RankFailed
+from shells import ROOT, bash, given_to_python, run_file
 from tiny import build_tiny, logits, state_dict
 from tokenizer_kinds import byte_level, gpt2_files, llama2, rank_file, text
 
@@ -41,7 +42,6 @@ from megatron_prune.vocabulary.folder import vocabulary_of
 from megatron_prune.vocabulary.id_map import load_map
 from megatron_prune.vocabulary.vocabulary import open_vocabulary
 
-ROOT = Path(__file__).resolve().parents[2]
 ROWS, SIZE = 720, 420
 
 
@@ -384,32 +384,29 @@ def test_a_folder_is_counted_once_and_the_file_says_what_was_read(model, tmp_pat
 # -------------------------------------------------------------------------------------------------------------- the shells
 
 
-def shell(*command: object, **settings: object) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHON": sys.executable, **{name: str(value) for name, value in settings.items()}}
-    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=200)
-
-
-def test_the_source_systems_commands(model, corpus, tmp_path):
-    tools = ROOT / "emb_pruner/llama_emb_pruner"
+def test_the_source_systems_commands(model, corpus, tmp_path, capsys):
+    folder = ROOT / "emb_pruner/llama_emb_pruner"
+    counting = "emb_pruner/llama_emb_pruner/get_vocab_freq.sh"
     files = {"VOCAB_FREQ": tmp_path / "freq", "REMAIN_VOCAB_IDS": tmp_path / "remain_vocab_ids.pt", "REMAIN_VOCAB_SIZE": SIZE}
-    done = shell("bash", tools / "get_vocab_freq.sh", DATA_PATH=corpus, DATA_TYPE="txt", SPM=model, **files)
-    assert done.returncode == 0, done.stderr
+    words = given_to_python(tmp_path, counting, DATA_PATH=corpus, DATA_TYPE="txt", SPM=model, **files)
+    assert run_file(*words) == 0
     ids = torch.load(tmp_path / "remain_vocab_ids.pt", weights_only=True)
     assert isinstance(ids, list) and len(ids) == SIZE and ids == sorted(ids)
     assert len((tmp_path / "freq.txt").read_text().splitlines()) == ROWS
     before = {file.name: file.read_bytes() for file in model.iterdir()}
     names = ["--remain_vocab_path", tmp_path / "remain_vocab_ids.pt", "--remain_ids_with_spt", tmp_path / "with_spt.pt"]
     shutil.copytree(model, tmp_path / "copy")
-    done = shell(sys.executable, tools / "prune_spm_and_emb.py", "--hf_dir", tmp_path / "copy", *names)
+    words = [sys.executable, folder / "prune_spm_and_emb.py", "--hf_dir", tmp_path / "copy", *names]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     rows = torch.load(tmp_path / "with_spt.pt", weights_only=True)
     assert rows.dtype == torch.int64 and rows.tolist() == ids
     cut = state_dict(tmp_path / "copy_pruned")
     assert torch.equal(cut["model.embed_tokens.weight"], state_dict(model)["model.embed_tokens.weight"][rows])
     assert {file.name: file.read_bytes() for file in (tmp_path / "copy").iterdir()} == before  # never in place
-    done = shell("bash", tools / "get_vocab_freq.sh", DATA_PATH=corpus, DATA_TYPE="mmap", SPM=model)
-    assert done.returncode == 2 and "--data_type" in done.stderr
-    assert shell("bash", tools / "get_vocab_freq.sh").returncode == 2
+    words = given_to_python(tmp_path, counting, DATA_PATH=corpus, DATA_TYPE="mmap", SPM=model)
+    assert run_file(*words) == 2 and "--data_type" in capsys.readouterr().err
+    assert bash(counting).returncode == 2
 
 
 def test_a_list_without_what_must_stay_gets_it(model, tmp_path):

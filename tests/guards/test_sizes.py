@@ -10,7 +10,7 @@ from trees import ROOT, modules
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 400, 80
 
 FILES = {"megatron_prune.surgery.refit"}
-FUNCTIONS = {"megatron_prune.recovery.launch.train"}
+FUNCTIONS: set[str] = set()
 
 
 def functions(tree: ast.AST, within: str) -> Iterator[tuple[str, int]]:

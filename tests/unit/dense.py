@@ -39,6 +39,8 @@ def role_shapes(config: ModelConfig) -> dict[TensorId, tuple[int, ...]]:
         layer |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
     if config.qk_norm:
         layer |= {"q_norm": (d,), "k_norm": (d,)}
+    if config.after_norms:
+        layer |= {"o_norm": (h,), "down_norm": (h,)}
     shapes = {TensorId("embedding"): (v, h), TensorId("final_norm"): (h,)}
     if not config.tie_embeddings:
         shapes[TensorId("output")] = (v, h)
@@ -90,6 +92,9 @@ def fused_model(
         full[MLP + "linear_fc1.layer_norm_weight", n] = at("post_norm")
         full[MLP + "linear_fc1.weight", n] = torch.cat([at("gate"), at("up")])
         full[MLP + "linear_fc2.weight", n] = at("down")
+        if config.after_norms:
+            full[ATTENTION + "linear_proj.post_layernorm.weight", n] = at("o_norm")
+            full[MLP + "linear_fc2.post_layernorm.weight", n] = at("down_norm")
         if config.qkv_bias:
             full[ATTENTION + "linear_qkv.bias", n] = fuse_qkv(config, at("q_bias"), at("k_bias"), at("v_bias"))
         if config.qk_norm:

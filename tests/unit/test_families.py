@@ -10,14 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import FAMILIES as NAMES
 from tiny import tiny_config
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from megatron_prune.arch.model import ModelConfig, RopeScaling
-from megatron_prune.arch.tensors import tensor_ids, tensor_shape
+from megatron_prune.arch.tensors import full_shape, tensor_ids
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.families.family import FAMILIES, family_for, family_of
 
-CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CLASSES = {
+    "gemma3_text": Gemma3TextConfig,
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+ONE_ROTARY = [name for name in NAMES if name != "gemma3_text"]
+"""Families whose layers all rotate alike; tests/unit/test_gemma3.py has what is said of the others."""
+
 SIZES = {"vocab_size": 307, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 32}
 OPTIONAL = {
     "num_key_value_heads": 4,
@@ -36,12 +45,12 @@ def meant(name: str, hf: dict) -> ModelConfig:
     """What transformers' own class reads in a ``config.json``."""
     real = CLASSES[name].from_dict(dict(hf))
     real.standardize_rope_params()  # as its rotary module does once more
-    rope, scaling = real.rope_parameters, None
-    if rope["rope_type"] == "linear":
-        scaling = RopeScaling(kind="linear", factor=rope["factor"])
-    if rope["rope_type"] == "llama3":
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = RopeScaling(kind="llama3", **{key: rope[key] for key in keys})
+    one = {"full_attention": real.rope_parameters}
+    of_kind = real.rope_parameters if name == "gemma3_text" else one
+    types = real.layer_types if name == "gemma3_text" else ["full_attention"]
+    windows = {"full_attention": real.sliding_window if name == "mistral" else None}
+    windows["sliding_attention"] = getattr(real, "sliding_window", None)
+    by_layer = lambda values: tuple(values) if name == "gemma3_text" else next(iter(values))
     return ModelConfig(
         num_layers=real.num_hidden_layers,
         hidden_size=real.hidden_size,
@@ -51,14 +60,38 @@ def meant(name: str, hf: dict) -> ModelConfig:
         kv_channels=getattr(real, "head_dim", None) or real.hidden_size // real.num_attention_heads,
         vocab_size=real.vocab_size,
         tie_embeddings=real.tie_word_embeddings,
-        qkv_bias=name == "qwen2",
-        qk_norm=name == "qwen3",
         norm_epsilon=real.rms_norm_eps,
-        rotary_base=rope["rope_theta"],
-        rope_scaling=scaling,
+        rotary_base=by_layer(of_kind[kind]["rope_theta"] for kind in types),
+        rope_scaling=by_layer(_scaling(of_kind[kind]) for kind in types),
         max_position_embeddings=real.max_position_embeddings,
-        sliding_window=real.sliding_window if name == "mistral" else None,
+        sliding_window=by_layer(windows[kind] for kind in types),
+        softmax_scale=real.query_pre_attn_scalar**-0.5 if name == "gemma3_text" else None,
+        **TRAITS[name],
     )
+
+
+TRAITS = {
+    "gemma3_text": {
+        "qk_norm": True,
+        "after_norms": True,
+        "zero_centered_norms": True,
+        "activation": "gelu_tanh",
+        "scaled_embedding": True,
+    },
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+}
+
+
+def _scaling(rope: dict) -> RopeScaling | None:
+    if rope["rope_type"] == "linear":
+        return RopeScaling(kind="linear", factor=rope["factor"])
+    if rope["rope_type"] == "llama3":
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        return RopeScaling(kind="llama3", **{key: rope[key] for key in keys})
+    return None
 
 
 def read(name: str, **changes) -> ModelConfig:
@@ -90,15 +123,18 @@ def test_a_null_sliding_window_is_full_attention():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_transformers_writes_today_is_read(name, tied):
-    hf = tiny_config(name, tie_word_embeddings=tied, rope_parameters={"rope_type": "default", "rope_theta": 777.0}).to_dict()
+    rope = {"rope_type": "default", "rope_theta": 777.0}
+    if name == "gemma3_text":
+        rope = {"full_attention": rope, "sliding_attention": {**rope, "rope_theta": 55.0}}
+    hf = tiny_config(name, tie_word_embeddings=tied, rope_parameters=rope).to_dict()
     assert FAMILIES.get(name).model_config(hf) == meant(name, hf)
-    assert FAMILIES.get(name).model_config(hf).rotary_base == 777.0
+    assert 777.0 in FAMILIES.get(name).model_config(hf).each("rotary_base")
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.5, "high_freq_factor": 3.0, "original_max_position_embeddings": 512}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ONE_ROTARY)
 @pytest.mark.parametrize(
     "rope, base, scaling",
     [
@@ -129,7 +165,6 @@ def test_both_spellings_of_rope_are_read_as_transformers_reads_them(name, rope, 
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
@@ -144,8 +179,16 @@ def test_both_spellings_of_rope_are_read_as_transformers_reads_them(name, rope, 
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_not_carried_is_refused_by_name(name, changes, word):
+    if name == "gemma3_text" and "rope_parameters" in changes:
+        changes = {"rope_parameters": {"full_attention": changes["rope_parameters"]}}
     with pytest.raises(CheckpointError, match=word):
         read(name, **{"num_key_value_heads": 4, **changes})
+
+
+@pytest.mark.parametrize("name", ONE_ROTARY)
+def test_an_activation_that_is_not_carried_is_refused(name):
+    with pytest.raises(CheckpointError, match="hidden_act"):
+        read(name, num_key_value_heads=4, hidden_act="gelu")
 
 
 @pytest.mark.parametrize(
@@ -172,7 +215,7 @@ def test_qwen_with_a_sliding_window_on_some_layers_is_refused(name):
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gemma2", None, 7, ["llama"]])
 def test_an_unknown_model_type_is_refused_with_the_known_ones(model_type):
-    with pytest.raises(CheckpointError, match="llama, mistral, qwen2, qwen3"):
+    with pytest.raises(CheckpointError, match="gemma3_text, llama, mistral, qwen2, qwen3"):
         family_of({"model_type": model_type, **SIZES})
 
 
@@ -183,7 +226,7 @@ def test_names_and_shapes_of_all_tensors_are_those_of_transformers_own_model(fam
         model = AutoModelForCausalLM.from_config(hf)
     room = FAMILIES.get(family)
     config = room.model_config(hf.to_dict())
-    ours = {room.tensor_name(t): tensor_shape(t.role, config) for t in tensor_ids(config)}
+    ours = {room.tensor_name(t): full_shape(t, config) for t in tensor_ids(config)}
     assert ours == {name: tuple(data.shape) for name, data in model.named_parameters()}
     assert room.architecture == type(model).__name__
 
@@ -196,9 +239,10 @@ def models(draw, name: str) -> ModelConfig:
     groups = draw(st.integers(1, 4))
     heads = groups * draw(st.integers(1, 3))
     d = 2 * draw(st.integers(1, 4))
-    hidden = heads * draw(st.integers(1, 5)) if name == "llama" else draw(st.integers(1, 40))
+    hidden = heads * draw(st.integers(1, 5)) if name in ("gemma3_text", "llama") else draw(st.integers(1, 40))
+    layers = draw(st.integers(1, 5))
     return ModelConfig(
-        num_layers=draw(st.integers(1, 5)),
+        num_layers=layers,
         hidden_size=hidden,
         ffn_hidden_size=draw(st.integers(1, 40)),
         num_attention_heads=heads,
@@ -206,16 +250,34 @@ def models(draw, name: str) -> ModelConfig:
         kv_channels=d,
         vocab_size=draw(st.integers(1, 500)),
         tie_embeddings=draw(st.booleans()),
-        qkv_bias=name == "qwen2",
-        qk_norm=name == "qwen3",
         norm_epsilon=draw(st.sampled_from([1e-5, 1e-6, 3e-4])),
-        rotary_base=draw(st.sampled_from([1e4, 5e5])),
-        rope_scaling=draw(
-            st.sampled_from([None, RopeScaling(kind="linear", factor=2.0), RopeScaling(kind="llama3", factor=4.0)])
-        ),
         max_position_embeddings=draw(st.sampled_from([64, 2048, 131072])),
-        sliding_window=draw(st.sampled_from([None, 32])) if name == "mistral" else None,
+        **TRAITS[name],
+        **(draw(positions_by_kind(layers)) if name == "gemma3_text" else draw(positions(name))),
     )
+
+
+BASES = st.sampled_from([1e4, 5e5])
+SCALINGS = st.sampled_from([None, RopeScaling(kind="linear", factor=2.0), RopeScaling(kind="llama3", factor=4.0)])
+
+
+@st.composite
+def positions(draw, name: str) -> dict:
+    window = draw(st.sampled_from([None, 32])) if name == "mistral" else None
+    return {"rotary_base": draw(BASES), "rope_scaling": draw(SCALINGS), "sliding_window": window}
+
+
+@st.composite
+def positions_by_kind(draw, layers: int) -> dict:
+    """Local layers with a window and a base of their own, in any order; scores scaled by any whole number."""
+    local = draw(st.lists(st.booleans(), min_size=layers, max_size=layers))
+    window, bases, scaling = draw(st.integers(1, 99)), (draw(BASES), draw(BASES)), draw(SCALINGS)
+    return {
+        "sliding_window": tuple(window if here else None for here in local),
+        "rotary_base": tuple(bases[here] for here in local),
+        "rope_scaling": tuple(None if here else scaling for here in local),
+        "softmax_scale": draw(st.integers(1, 99999)) ** -0.5,
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -243,20 +305,21 @@ def test_an_unchanged_model_gets_back_its_own_config_json_key_for_key(name, pres
     st.integers(1, 4),
     st.integers(1, 96),
     st.integers(1, 4),
+    st.data(),
 )
-def test_a_pruned_shape_is_read_back_whatever_keys_the_original_left_out(name, present, groups, each, hidden, ffn, layers):
+def test_a_pruned_shape_is_read_back_whatever_keys_the_original_left_out(name, present, groups, each, hidden, ffn, layers, data):
     hf = {"model_type": name, **SIZES, **{key: OPTIONAL[key] for key in present}}
     before = FAMILIES.get(name).model_config(hf)
     heads = groups * min(each, before.heads_per_group)
+    kept = sorted(data.draw(st.sets(st.integers(0, 3), min_size=layers, max_size=layers)))
     after = dataclasses.replace(
-        before,
+        before.of_layers(kept),
         hidden_size=heads * hidden,
         num_attention_heads=heads,
         num_query_groups=groups,
         ffn_hidden_size=ffn,
-        num_layers=layers,
     )
-    written = FAMILIES.get(name).hf_config(after, hf)
+    written = FAMILIES.get(name).hf_config(after, hf, kept)
     assert FAMILIES.get(name).model_config(written) == after
     assert meant(name, written) == after
 
@@ -297,14 +360,21 @@ def test_a_shape_is_refused_exactly_where_transformers_class_refuses_it(name, hi
     try:
         CLASSES[name](**{**SIZES, "num_key_value_heads": 4, "head_dim": 8, "hidden_size": hidden})
     except Exception:
-        with pytest.raises(InputError, match="--target-family mistral"):
+        able = "there is none" if name == "gemma3_text" else "--target-family mistral"
+        with pytest.raises(InputError, match=able):
             FAMILIES.get(name).hf_config(config, None)
     else:
         assert FAMILIES.get(name).hf_config(config, None)["hidden_size"] == hidden
 
 
 def test_only_families_of_the_same_architecture_are_kin():
-    assert [FAMILIES.get(name).kin() for name in NAMES] == [["llama", "mistral"], ["llama", "mistral"], ["qwen2"], ["qwen3"]]
+    assert [FAMILIES.get(name).kin() for name in NAMES] == [
+        ["gemma3_text"],
+        ["llama", "mistral"],
+        ["llama", "mistral"],
+        ["qwen2"],
+        ["qwen3"],
+    ]
 
 
 @pytest.mark.parametrize(

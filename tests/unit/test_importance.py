@@ -30,7 +30,8 @@ def simulated(metric, tensors, layout, copies: int = 1, wanted=WANTED) -> list[d
 def dense_magnitude(config, model) -> dict:
     """Norm of everything a unit owns, unit by unit, in float64."""
     d, n = config.kv_channels, config.num_attention_heads // config.num_query_groups
-    square = {tensor: data.double() ** 2 for tensor, data in model.items()}
+    offset = lambda role: 1.0 if config.zero_centered_norms and "norm" in role else 0.0
+    square = {tensor: (data.float() + offset(tensor.role)).double() ** 2 for tensor, data in model.items()}
     result = {}
     channels = torch.zeros(config.hidden_size, dtype=torch.float64)
     for (role, _), data in square.items():
@@ -38,7 +39,7 @@ def dense_magnitude(config, model) -> dict:
             channels += data.sum(1)
         elif role in ("embedding", "output", "q", "k", "v", "gate", "up"):
             channels += data.sum(0)
-        elif role in ("final_norm", "input_norm", "post_norm"):
+        elif role in ("final_norm", "input_norm", "post_norm", "o_norm", "down_norm"):
             channels += data
     result["hidden", None] = channels.sqrt()
     layers = range(config.num_layers)
@@ -80,7 +81,15 @@ def tensors(tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("changes", [{}, {"qkv_bias": False, "tie_embeddings": True}, {"num_query_groups": 12}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"qkv_bias": False, "tie_embeddings": True},
+        {"num_query_groups": 12},
+        {"after_norms": True, "zero_centered_norms": True},
+    ],
+)
 def test_magnitude_is_the_norm_of_everything_a_unit_owns_on_every_axis(tmp_path, dtype, changes):
     config = dataclasses.replace(SMALL, **changes)
     model = random_model(config, dtype, seed=1)

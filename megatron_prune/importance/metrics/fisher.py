@@ -18,6 +18,5 @@ from megatron_prune.importance.metric import METRICS, GradientMetric
 class Fisher(GradientMetric):
     """Squared activation times gradient."""
 
-    name = "fisher"
     sums = frozenset({"gates"})
     axes = frozenset({"ffn", "head", "kv_head"})

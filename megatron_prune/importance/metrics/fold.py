@@ -11,21 +11,26 @@ has nothing before it to fold into: all that it adds is lost.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from megatron_prune.config import option
 from megatron_prune.importance.metric import METRICS, Metric
 from megatron_prune.importance.statistics import ROWS
 
 RIDGE = 0.3
-"""λ as a share of the mean diagonal of the second moment of a."""
 
 
 @METRICS.register("fold")
 class Fold(Metric):
     """Error after folding."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Parameters:
+        ridge: float = option("λ as a share of the mean diagonal of the second moment of a", RIDGE, least=1e-3)
 
     needs = frozenset({"activations"})
     moments = {"layer": ROWS}
@@ -57,7 +62,7 @@ class Fold(Metric):
         root = (self.statistics.rows(layer).weights / stream.double().square().mean(dim=1)).sqrt()
         weighted = root[:, None] * kernel.double() * root
         config = self.statistics.config.of_layer(layer)
-        damping = RIDGE * weighted.diagonal().sum() / config.size(config.kinds[-1].inside_space)
+        damping = self.parameters.ridge * weighted.diagonal().sum() / config.size(config.kinds[-1].inside_space)
         weighted.diagonal().add_(damping.clamp(min=torch.finfo(torch.float64).tiny))
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(weighted))
         return (inverse / inverse.diagonal()[:, None] * root / root[:, None]).float()

@@ -7,6 +7,7 @@ one column of ``down``, a head ``head_dim`` columns of ``o``, a KV group those o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -15,15 +16,20 @@ from torch import Tensor
 from megatron_prune.arch.blocks.block import is_writer, kind_of
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.axes.axis import AXES
+from megatron_prune.config import option
+from megatron_prune.errors import InputError
 from megatron_prune.importance.metric import METRICS, Metric
 
 DAMPING = 0.01
-"""Added to the diagonal, as a share of its mean."""
 
 
 @METRICS.register("obs")
 class Obs(Metric):
     """Error after re-fitting."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Parameters:
+        damping: float = option("added to the second moment's diagonal, as a share of its mean", DAMPING, least=1e-6)
 
     needs = frozenset({"activations"})
     moments = {"ffn": "channels", "head": "context", "kv_head": "context"}
@@ -47,8 +53,15 @@ class Obs(Metric):
         """([H⁻¹]_bb)⁻¹ of every unit, float64 [units, columns of a unit, the same]."""
         moment = self.statistics.moment(role, layer)
         each = AXES.get(axis).owns(self.statistics.config.of_layer(layer))[kind_of(role).inside_space]
-        moment.diagonal().add_(DAMPING * moment.diagonal().mean().clamp(min=1e-30))
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
+        moment.diagonal().add_(self.parameters.damping * moment.diagonal().mean().clamp(min=1e-30))
+        factor, failed = torch.linalg.cholesky_ex(moment)
+        if failed:
+            raise InputError(
+                f"obs: the second moment at the input of {role} in layer {layer} cannot be inverted",
+                got=f"damping={self.parameters.damping:g}",
+                do=f"damp it more, as in --metric obs:damping={10 * self.parameters.damping:g}",
+            )
+        inverse = torch.cholesky_inverse(factor)
         units = len(moment) // each
         diagonal = inverse.view(units, each, units, each)[torch.arange(units), :, torch.arange(units)]
         return torch.cholesky_inverse(torch.linalg.cholesky(diagonal))

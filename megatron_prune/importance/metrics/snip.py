@@ -1,8 +1,7 @@
 """Connection sensitivity (SNIP, Lee et al. 2019, arXiv 1810.02340), sample by sample.
 
 ``s_u = sum over the unit's weights of sum over samples of |w · g_n|``, g_n the gradient of sample n's loss. The paper takes
-one batch; the sum of absolute values over samples is that of spec/methods.md B.3, where gradients of opposite sign do
-not cancel.
+the gradient of one batch; here absolute values are summed over samples, so that gradients of opposite sign do not cancel.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from megatron_prune.importance.metric import METRICS, GradientMetric
 class Snip(GradientMetric):
     """Sum of |w · g| over samples."""
 
-    name = "snip"
     sums = frozenset({"magnitudes"})
 
     def per_gradient(self, weight: Tensor, sums: dict[str, Tensor], samples: float) -> Tensor:

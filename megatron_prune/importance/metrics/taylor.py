@@ -15,7 +15,6 @@ from megatron_prune.importance.metric import METRICS, GradientMetric
 class Taylor(GradientMetric):
     """First-order Taylor expansion."""
 
-    name = "taylor"
     sums = frozenset({"total"})
 
     def per_gradient(self, weight: Tensor, sums: dict[str, Tensor], samples: float) -> Tensor:

@@ -4,7 +4,7 @@
 gradient of sample n's own loss (the mean over its tokens, not divided by the number of samples). The mean of squares is
 the empirical Fisher diagonal, LLM-Pruner's approximation of the Hessian (Ma et al. 2023, arXiv 2305.11627). Squares are of
 each sample's gradient, in float32: the square of a sum over samples is another thing, and squares in float16 vanish
-below 1.7e-4 (spec/methods.md D.8, 2).
+below 1.7e-4.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from megatron_prune.importance.metric import METRICS, GradientMetric
 class Taylor2nd(GradientMetric):
     """Second-order Taylor expansion."""
 
-    name = "taylor_2nd"
     sums = frozenset({"total", "squares"})
 
     def per_gradient(self, weight: Tensor, sums: dict[str, Tensor], samples: float) -> Tensor:

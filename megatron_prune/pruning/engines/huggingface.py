@@ -11,7 +11,8 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import InputError
 from megatron_prune.importance.gates import collect_gates
-from megatron_prune.importance.metric import METRICS, Metric
+from megatron_prune.importance.metric import GATES, METRICS, Metric, metric_named
+from megatron_prune.importance.statistics import CROSS_ENTROPY
 from megatron_prune.opening.opened import Opened
 from megatron_prune.runtime.huggingface_stage import HuggingFaceStage
 from megatron_prune.runtime.reporting import progress_bar
@@ -38,9 +39,9 @@ class HuggingFaceEngine:
         Raises:
             InputError: naming the metric and what it needs.
         """
-        able = [name for name in METRICS.names() if not _lacking(METRICS.get(name))]
+        able = [name for name in METRICS.names() if not _lacking(metric_named(name))]
         for name in names:
-            if wanted := _lacking(METRICS.get(name)):
+            if wanted := _lacking(metric_named(name)):
                 raise InputError(
                     f"metric {name} needs {wanted}, which this route does not compute",
                     needed="one of " + ", ".join(able),
@@ -64,15 +65,18 @@ class HuggingFaceEngine:
         return sample_hf(self._model.path, count=count, length=length, seed=seed, bos=bos, dtype=dtype, progress=progress)
 
     def whole_model_passes(self, metrics: list[Metric], tensors: TensorMap, calibration: Calibration, dtype: torch.dtype) -> None:
-        """Gates only: :meth:`check_metrics` has refused the others."""
+        """Gates of cross-entropy only: :meth:`check_metrics` has refused all else."""
         tokens = int(calibration.lengths.sum())
         with progress_bar("gradients", tokens, shown=self._model.world.is_main, unit="tokens") as advance:
-            collect_gates(self._model.path, tensors.config, calibration, metrics[0].statistics, dtype=dtype, progress=advance)
+            found = metrics[0].statistics
+            collect_gates(metrics, self._model.path, tensors.config, calibration, found, dtype=dtype, progress=advance)
 
 
-def _lacking(kind: type[Metric]) -> str | None:
-    if "losses" in kind.needs:
+def _lacking(metric: Metric) -> str | None:
+    if "losses" in metric.needs:
         return "losses of the whole model without each of its layers"
-    if "gradients" in kind.needs and kind.sums != {"gates"}:
+    if "gradients" in metric.needs and metric.sums != {GATES}:
         return "gradients of the weights"
+    if "gradients" in metric.needs and metric.objectives != (CROSS_ENTROPY,):
+        return "gradients of " + ", ".join(metric.objectives)
     return None

@@ -70,7 +70,8 @@ class MegatronEngine:
         gradient = [metric for metric in metrics if isinstance(metric, GradientMetric)]
         if gradient:
             copies = world.size // (self.layout.tensor * self.layout.pipeline)
-            with progress_bar("gradients", tokens // copies, shown=world.is_main, unit="tokens") as advance:
+            passes = len({objective for metric in gradient for objective in metric.objectives})
+            with progress_bar("gradients", tokens * passes // copies, shown=world.is_main, unit="tokens") as advance:
                 collect_gradients(gradient, tensors, model, calibration, statistics, world, progress=advance)
         if any("losses" in metric.needs for metric in metrics):
             total = tokens * (tensors.config.num_layers + 1)

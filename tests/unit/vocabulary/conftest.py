@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy
@@ -29,13 +30,19 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def cut(made, tmp_path_factory):
+def opened(made):
+    """``opened("llama2")`` → that tokenizer, opened once: what must stay is asked of a process that renders templates."""
+    return functools.cache(lambda kind: open_vocabulary(made(kind)))
+
+
+@pytest.fixture(scope="session")
+def cut(made, opened, tmp_path_factory):
     """``cut("llama2", 0.5)`` → (whole, trimmed, the written one): that share of what may go stays."""
     done: dict[tuple[str, float], tuple[Vocabulary, Trimmed, Vocabulary]] = {}
 
     def get(kind: str, share: float = 0.4) -> tuple[Vocabulary, Trimmed, Vocabulary]:
         if (kind, share) not in done:
-            whole = open_vocabulary(made(kind), open_vocabulary(made(kind)).rows + 3)
+            whole = open_vocabulary(made(kind), opened(kind).rows + 3)
             counts = count_texts(["the model and its tokens are pruned, the rest stays"] * 3, whole).astype(numpy.float64)
             free = whole.rows - len(whole.pinned)
             rows = select(whole, counts, Wanted(size=len(whole.pinned) + int(share * free))).rows

@@ -19,11 +19,11 @@ BPE = ["byte_level", "byte_level_words", "json_and_ranks", "llama2", "rank_file"
 
 
 @pytest.fixture(scope="module")
-def counted(made):
+def counted(opened):
     """``counted(kind)`` → (vocabulary, its own count of a text)."""
 
     def get(kind: str):
-        whole = open_vocabulary(made(kind))
+        whole = opened(kind)
         table = numpy.zeros(whole.rows)
         for found in whole.encode(text().splitlines()):
             for token in found:
@@ -34,13 +34,13 @@ def counted(made):
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_level_words", "llama2", "gpt2_files"])
-def test_without_a_token_the_runtime_makes_it_of_its_derivation(made, kind):
+def test_without_a_token_the_runtime_makes_it_of_its_derivation(opened, kind):
     """The independent side: tokenizers itself, with the rules of one token taken out."""
     import json
 
     from tokenizers import Tokenizer
 
-    whole = open_vocabulary(made(kind))
+    whole = opened(kind)
     model = json.loads(whole.main.runtime().to_str())["model"] if kind != "gpt2_files" else whole.main._tables._model
     vocab = {number: piece for piece, number in model["vocab"].items()}
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
@@ -54,8 +54,8 @@ def test_without_a_token_the_runtime_makes_it_of_its_derivation(made, kind):
         assert left == [whole.derivations.left[token], whole.derivations.right[token]], piece
 
 
-def test_a_token_that_no_rule_makes_has_no_derivation(made):
-    whole = open_vocabulary(made("byte_level"))
+def test_a_token_that_no_rule_makes_has_no_derivation(opened):
+    whole = opened("byte_level")
     single = {token for token, piece in whole.main.pieces.items() if len(piece) == 1}
     assert all(whole.derivations.left[token] == -1 for token in {*single, *whole.added})
 
@@ -79,8 +79,8 @@ def test_made_counts_every_step_of_every_token(counted, kind):
 
 @pytest.mark.parametrize("kind", [*BPE, "unigram_json", "sentencepiece_unigram"])
 @given(data=st.data())
-def test_any_size_is_exact_closed_nested_and_holds_what_must_stay(made, kind, data):
-    whole = open_vocabulary(made(kind))
+def test_any_size_is_exact_closed_nested_and_holds_what_must_stay(opened, kind, data):
+    whole = opened(kind)
     counts = count_texts([text()[: data.draw(st.integers(1, 5000))]], whole).astype(float)
     prior = data.draw(st.sampled_from([0.0, 0.02, 1.0]))
     sizes = sorted(data.draw(st.lists(st.integers(len(whole.pinned), whole.rows), min_size=2, max_size=2)))
@@ -130,8 +130,8 @@ def test_rows_without_a_token_go_first(made):
     assert sorted(order[-20:].tolist()) == list(range(700, 720))
 
 
-def test_texts_and_scripts_that_are_to_stay(made):
-    whole = open_vocabulary(made("llama2"))
+def test_texts_and_scripts_that_are_to_stay(opened):
+    whole = opened("llama2")
     kept = tokens_of_texts(whole, ["naïve café", "Boxkämpfer"])
     assert {token for form in ("naïve café", " naïve café") for token in whole.encode([form])[0]} <= kept
     latin, cyrillic = tokens_of_scripts(whole, ["Latin"]), tokens_of_scripts(whole, ["Cyrillic"])
@@ -145,15 +145,15 @@ def test_texts_and_scripts_that_are_to_stay(made):
 
 
 @pytest.mark.parametrize("names", [[], ["Latin}|a"], [""]])
-def test_names_that_are_none(made, names):
+def test_names_that_are_none(opened, names):
     with pytest.raises(InputError, match="Unicode scripts"):
-        tokens_of_scripts(open_vocabulary(made("byte_level")), names)
+        tokens_of_scripts(opened("byte_level"), names)
 
 
 @pytest.mark.parametrize("name, near", [("Lattin", "Latin"), ("Cyrilic", "Cyrillic")])
-def test_an_unknown_script_is_answered_with_the_nearest(made, name, near):
+def test_an_unknown_script_is_answered_with_the_nearest(opened, name, near):
     with pytest.raises(InputError, match=f"did you mean {near}"):
-        tokens_of_scripts(open_vocabulary(made("byte_level")), [name])
+        tokens_of_scripts(opened("byte_level"), [name])
 
 
 @pytest.mark.parametrize("kind", BPE)
