@@ -7,7 +7,6 @@ from typing import Mapping
 
 from megatron_prune.arch.model import FIELDS, ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.axes.axis import AXES
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.planning.layer_sizes import Sizes, completed
 
