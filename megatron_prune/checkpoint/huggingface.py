@@ -24,6 +24,7 @@ from megatron_prune.checkpoint.weight_files import INDEX, SINGLE, WEIGHTS
 from megatron_prune.config import is_utf8
 from megatron_prune.errors import CheckpointError, InputError, raise_all, reason
 from megatron_prune.families.family import Family, family_of
+from megatron_prune.families.form import check_code, code_of, shipped_files
 from megatron_prune.files.documents import LIMIT, read_json, shorten
 from megatron_prune.files.region import Region
 
@@ -98,6 +99,7 @@ def open_model(path: Path) -> HuggingFaceModel:
     hf_config = read_config(path)
     family = family_of(hf_config)
     config = family.model_config(hf_config)
+    check_code(hf_config, path)
     stored = weight_files.stored_tensors(path)
     tensors, problems, buffers = TensorMap(config), [], {}
     for tensor in tensor_ids(config):
@@ -147,7 +149,8 @@ def lay_out(
     buffers: dict[str, torch.Tensor] | None = None,
     config_text: str | None = None,
 ) -> None:
-    """Create ``config.json`` and weight files with every tensor zero; bytes are filled in through :func:`open_model`.
+    """Create ``config.json``, the code of ours that it names, and weight files with every tensor zero; bytes are filled in
+    through :func:`open_model`.
 
     Args:
         dtypes: element type of every role tensor (and of a stored copy of a tied output layer, if it has its own).
@@ -182,6 +185,10 @@ def lay_out(
         for name, (region, _) in safetensors_file.read_header(path / file).items():
             if name in buffers:
                 region.write_from(buffers[name].contiguous())
+    for name in shipped_files():  # what lay beside the model that this one descends from
+        (path / name).unlink(missing_ok=True)
+    for name, content in code_of(hf_config).items():
+        (path / name).write_bytes(content)
     (path / CONFIG).write_text(config_text or json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -8,10 +8,15 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import EMBEDDING, HEAD, tensor_ids
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
+from megatron_prune.families.family import form_of
+from megatron_prune.families.form import code_of
+from megatron_prune.families.nemotron_nas import NEMOTRON_NAS
 from megatron_prune.files.documents import shorten
 from megatron_prune.files.region import closed_files
+from megatron_prune.runtime.stock_class import stock_class_of
 
 TOKENS = 8
 """Rows of the vocabulary that the small model has, and tokens it is run on."""
@@ -40,28 +45,44 @@ def check_in_transformers(model: HuggingFaceModel) -> tuple[str, list[str]]:
 
 
 def _build_and_run(model: HuggingFaceModel) -> tuple[str, list[str]]:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(model.path, trust_remote_code=False, local_files_only=True)
+    kind, config = stock_class_of(model)
+    _check_blocks(model)
     with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        whole = kind(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
     stored = {model.family.tensor_name(tensor): model.tensors.shape(tensor) for tensor in tensor_ids(model.config)}
     differing = sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name))
-    kind = type(whole).__name__
+    name = kind.__name__
     if differing:
-        return kind, [f"{name}: {kind} wants {wanted.get(name)}, the file holds {stored.get(name)}" for name in differing]
+        return name, [f"{each}: {name} wants {wanted.get(each)}, the file holds {stored.get(each)}" for each in differing]
     described = config.to_dict()
-    layers = _one_of_each(described)
+    layers = _one_of_each(described, model.config)
     with closed_files():
-        logits = _run(type(whole), type(config).from_dict(_small(described, layers)), model, layers)
-    return kind, [] if logits.isfinite().all() else [f"layer {' or '.join(map(str, layers))} computes NaN or infinity in {kind}"]
+        logits = _run(kind, type(config).from_dict(_small(described, layers)), model, layers)
+    return name, [] if logits.isfinite().all() else [f"layer {' or '.join(map(str, layers))} computes NaN or infinity in {name}"]
 
 
-def _one_of_each(config: dict[str, Any]) -> list[int]:
-    """The first layer of every kind."""
-    types = config.get("layer_types") or [""]
-    return sorted(map(types.index, set(types)))
+def _check_blocks(model: HuggingFaceModel) -> None:
+    """Read ``nemotron-nas`` with the class of the configuration that lies beside the model, where that is ours.
+
+    Raises:
+        ValueError: if it means other layers.
+    """
+    if form_of(model.hf_config) is not NEMOTRON_NAS or not code_of(model.hf_config):
+        return
+    from megatron_prune.families.shipped.configuration_nemotron_nas import DeciLMConfig
+
+    read = [(block.attention.no_op, block.ffn.no_op) for block in DeciLMConfig.from_dict(model.hf_config).block_configs]
+    layers = [model.config.of_layer(layer) for layer in range(model.config.num_layers)]
+    if read != [(not layer.num_query_groups, not layer.ffn_hidden_size) for layer in layers]:
+        raise ValueError("its block_configs mean other layers")
+
+
+def _one_of_each(described: dict[str, Any], config: ModelConfig) -> list[int]:
+    """The first layer of every kind: by its type, and by the blocks that it has."""
+    types = described.get("layer_types") or [""] * config.num_layers
+    kinds = [(kind, config.of_layer(layer).blocks) for layer, kind in enumerate(types)]
+    return sorted(map(kinds.index, set(kinds)))
 
 
 def _small(config: dict[str, Any], layers: list[int]) -> dict[str, Any]:
@@ -69,6 +90,8 @@ def _small(config: dict[str, Any], layers: list[int]) -> dict[str, Any]:
     small = {"num_hidden_layers": len(layers), "vocab_size": min(TOKENS, config["vocab_size"]), "pad_token_id": None}
     if config.get("layer_types"):
         small["layer_types"] = [config["layer_types"][layer] for layer in layers]
+    if differing := {int(layer): own for layer, own in (config.get("per_layer_config") or {}).items()}:
+        small["per_layer_config"] = {str(place): differing[layer] for place, layer in enumerate(layers) if layer in differing}
     return {**config, **small}
 
 

@@ -1,18 +1,32 @@
-"""The family that a model is written as."""
+"""The family that a model is written as, and the form in which layers that have sizes of their own are said."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import FAMILIES, Family
+from megatron_prune.families.nemotron_nas import NEMOTRON_NAS
+from megatron_prune.families.per_layer import PER_LAYER
 
 
 def choose_family(recorded: Family, asked: str | None) -> Family:
-    """The family to write: the recorded one, or another of the same architecture.
+    """The family to write: the recorded one in the form that the model needs, or what was asked for.
+
+    Args:
+        asked: a family of the same architecture (its stock class, whose layers are alike); one with ``-per-layer`` behind its
+            name (``per_layer_config``, and a modelling file); or ``nemotron-nas``.
 
     Raises:
         InputError: if ``asked`` is of another architecture.
     """
-    family = FAMILIES.get(asked) if asked else recorded
-    if family.name not in (recorded.name, *recorded.kin()):
-        raise InputError(f"--target-family {asked}", got=f"a {recorded.name} model", needed="one of " + ", ".join(recorded.kin()))
-    return family
+    if asked is None:
+        return recorded
+    if asked == NEMOTRON_NAS.name:
+        return replace(recorded, form=asked)
+    suffix = f"-{PER_LAYER.name}"
+    family, kin = FAMILIES.get(asked.removesuffix(suffix)), recorded.kin()
+    if family.name not in (recorded.name, *kin):
+        forms = [*(name + suffix for name in kin), NEMOTRON_NAS.name]
+        raise InputError(f"--target-family {asked}", got=f"a {recorded.name} model", needed="one of " + ", ".join((*kin, *forms)))
+    return replace(family, form=PER_LAYER.name if asked.endswith(suffix) else "plain")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from megatron_prune.arch.model import ModelConfig, check_value, value_kinds
@@ -11,6 +11,9 @@ from megatron_prune.arch.tensors import TensorId
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.families import config_keys
 from megatron_prune.families.entries import Entries
+from megatron_prune.families.form import Form, commonest, differences, is_plain
+from megatron_prune.families.nemotron_nas import NEMOTRON_NAS
+from megatron_prune.families.per_layer import PER_LAYER
 from megatron_prune.families.rope import ROTARY
 from megatron_prune.families.windows import NO_WINDOW, kept_types
 from megatron_prune.files.documents import shorten
@@ -48,6 +51,9 @@ FIELDS = {
 }
 """Field of :class:`ModelConfig` ↔ the key in ``config.json`` that says it alone, the same in all families so far."""
 
+FORMS = (PER_LAYER, NEMOTRON_NAS)
+"""Ways to say layers that have sizes of their own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -63,7 +69,9 @@ class Family:
         entries: what is said by more than one key, or in other words: rotary positions, windows, …
         fixed, idle: keys of its class beside those of ``config_keys.py`` → the values carried; the types taken.
         stated: keys that a ``config.json`` made from nothing begins with.
-        heads_divide_hidden: transformers' class refuses ``hidden_size % num_attention_heads != 0``.
+        heads_divide_hidden: transformers' class refuses ``hidden_size % num_attention_heads != 0`` (and, reading it of the model as
+            a whole, heads that differ by layer).
+        form: name of the form that is to be written, or ``"plain"``, where one was asked for; else what a model needs.
     """
 
     name: str
@@ -76,6 +84,7 @@ class Family:
     idle: dict[str, tuple[type, ...]] = field(default_factory=dict)
     stated: dict[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})
     heads_divide_hidden: bool = False
+    form: str | None = None
 
     @functools.cached_property
     def keys(self) -> config_keys.Keys:
@@ -88,11 +97,17 @@ class Family:
         return self.names[tensor.role].format(layer=tensor.layer)
 
     def model_config(self, hf: dict[str, Any]) -> ModelConfig:
-        """Read ``config.json``.
+        """Read ``config.json``, in any form.
 
         Raises:
             CheckpointError: on a missing key, a value that no model has, or a feature that this project does not carry.
         """
+        form = form_of(hf)
+        config = self._read(form.plain(hf) if form else hf)
+        return replace(config, **form.sizes(hf, config)) if form else config
+
+    def _read(self, hf: dict[str, Any]) -> ModelConfig:
+        """What a ``config.json`` of the stock class says."""
         config_keys.check_keys(hf, self.name, self.architecture, self.keys)
         missing = [key for key in _NEEDED if hf.get(key) is None]
         if missing:
@@ -125,6 +140,18 @@ class Family:
             CheckpointError: if the template is one of no model that is carried.
         """
         self.check_expressible(config)
+        form = self._form(config, template)
+        if form is None:
+            return self._written(config, _plain(template), kept_layers)
+        if template and form_of(template) is form and family_of(template).model_config(template) == config:
+            if form.whole(template) and (self.form is None or family_of(template).name == self.name):
+                return dict(template)
+        hf = form.write(self._host(form, config)._written(commonest(config), _plain(template), kept_layers), config)
+        family_of(hf)._check_written(hf, config, "the config.json that the model descends from")
+        return hf
+
+    def _written(self, config: ModelConfig, template: dict[str, Any] | None, kept_layers: list[int] | None) -> dict:
+        """``config.json`` of the stock class."""
         hf = dict(template) if template else self._fresh(config)
         family_of(hf).model_config(hf)
         if template and template.get("model_type") != self.name:
@@ -172,11 +199,22 @@ class Family:
             )
 
     def check_expressible(self, config: ModelConfig) -> None:
-        """Refuse a model that transformers' configuration class of this family refuses or cannot describe.
+        """Refuse a model that no form of this family which may be written describes, or its class in transformers refuses.
 
         Raises:
-            InputError: naming what it cannot say, and the families whose class can.
+            InputError: naming what cannot be said, and the families and forms that can say it.
         """
+        form, able = self._form(config, None), "write the model as what can say it: "
+        if form is not None:
+            if why := self._form_unsaid(form, config):
+                raise InputError(f"{self._named(form)} cannot say this model", got=why, do=able + self._able(config))
+            return
+        if not is_plain(config):
+            raise InputError(
+                f"transformers' {self.architecture} has layers that are alike",
+                got=differences(config),
+                do=able + self._able(config),
+            )
         if lost := self._unsaid(config):
             raise InputError(
                 f"transformers' {self.architecture} cannot express this model's {', '.join(lost)}",
@@ -188,7 +226,7 @@ class Family:
             raise InputError(
                 f"transformers' {self.architecture} cannot express hidden_size {hidden} with {heads} attention heads",
                 needed=f"a hidden size that is a multiple of {heads} ({below} or {below + heads})",
-                do="choose such a size, or write the model as a family whose class can say it: " + self._able(config),
+                do="choose such a size, or " + able + self._able(config),
             )
 
     def fits(self, config: ModelConfig) -> bool:
@@ -203,8 +241,44 @@ class Family:
         return [name for name in FAMILIES.names() if same(FAMILIES.get(name))]
 
     def says(self, config: ModelConfig) -> bool:
-        """Whether this family's class can express a model."""
-        return not self._unsaid(config) and self._divides(config)
+        """Whether this family can express a model, in a form that may be written."""
+        form = self._form(config, None)
+        return not self._form_unsaid(form, config) if form else self._class_says(config)
+
+    def _class_says(self, config: ModelConfig) -> bool:
+        """Whether the stock class can."""
+        return is_plain(config) and not self._unsaid(config) and self._divides(config)
+
+    def _form(self, config: ModelConfig, template: dict[str, Any] | None) -> Form | None:
+        """The form that a model is written in: what was asked for, else that which it had, else what it needs."""
+        asked = {form.name: form for form in FORMS}.get(self.form)
+        if self.form is None and template and form_of(template) is NEMOTRON_NAS and not self._form_unsaid(NEMOTRON_NAS, config):
+            asked = NEMOTRON_NAS
+        if asked is NEMOTRON_NAS:
+            return asked
+        return None if is_plain(config) or self.form == "plain" else PER_LAYER
+
+    def _host(self, form: Form, config: ModelConfig) -> Family | None:
+        """The family whose class a form's layers are of: this one, or one of its kin where that may be."""
+        free = self.form is None or form is NEMOTRON_NAS
+        alike = len(set(config.each("num_attention_heads")) - {0}) < 2
+        for family in (self, *(map(FAMILIES.get, self.kin()) if free else ())):
+            if family._class_says(commonest(config)) and (alike or not family.heads_divide_hidden):
+                return family
+        return None
+
+    def _form_unsaid(self, form: Form, config: ModelConfig) -> str:
+        """What of a model a form cannot say, in words; ``""`` if it can."""
+        if why := form.unsaid(config):
+            return why
+        if self._host(form, config) is not None:
+            return ""
+        heads = ", ".join(map(str, sorted(set(config.each("num_attention_heads")) - {0})))
+        return f"hidden_size {config.hidden_size} with {heads} attention heads, in layers that {self.architecture} makes"
+
+    def _named(self, form: Form) -> str:
+        """A form as ``--target-family`` says it."""
+        return f"{self.name}-{form.name}" if form is PER_LAYER else form.name
 
     def _unsaid(self, config: ModelConfig) -> list[str]:
         """Fields that no ``config.json`` of this family can say."""
@@ -219,8 +293,12 @@ class Family:
 
     def _able(self, config: ModelConfig) -> str:
         """Flags that name the families of this architecture which can describe ``config``."""
-        able = [f"--target-family {name}" for name in self.kin() if FAMILIES.get(name).says(config)]
-        return ", ".join(able) or "there is none"
+        kin = [FAMILIES.get(name) for name in self.kin()]
+        able = [family.name for family in kin if family._class_says(config)]
+        if not is_plain(config):
+            as_form = [(form, replace(family, form=form.name)) for form in FORMS for family in kin]
+            able += dict.fromkeys(family._named(form) for form, family in as_form if not family._form_unsaid(form, config))
+        return ", ".join(f"--target-family {name}" for name in able) or "there is none"
 
     def _fresh(self, config: ModelConfig) -> dict[str, Any]:
         hf: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name, **self.stated}
@@ -246,13 +324,24 @@ def _check_padding(token: Any, vocab_size: int) -> None:
         )
 
 
+def form_of(hf: dict[str, Any]) -> Form | None:
+    """The form in which ``config.json`` says layers that have sizes of their own; ``None``: it is one of a stock class."""
+    return next((form for form in FORMS if form.said_in(hf)), None)
+
+
+def _plain(template: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A ``config.json`` as that of a stock class."""
+    form = form_of(template) if template else None
+    return form.plain(template) if form else template
+
+
 def family_of(hf: dict[str, Any]) -> Family:
     """The family that ``config.json`` names.
 
     Raises:
         CheckpointError: if it names none, or one that is not supported.
     """
-    model_type = hf.get("model_type")
+    model_type = _plain(hf).get("model_type") if NEMOTRON_NAS.said_in(hf) else hf.get("model_type")
     if model_type not in FAMILIES.names():
         raise CheckpointError(
             "config.json is of a family that is not supported", got=shorten(model_type), needed=", ".join(FAMILIES.names())

@@ -15,6 +15,7 @@ from megatron_prune.errors import InputError
 from megatron_prune.families.family import FAMILIES, Family
 from megatron_prune.runtime.rotary import angles, inverse_frequencies
 from megatron_prune.runtime.stage import OpenLayer, Read
+from megatron_prune.runtime.stock_class import stock_class, stock_config
 
 
 class HuggingFaceStage:
@@ -119,12 +120,10 @@ class HuggingFaceLayer:
     """A decoder layer of transformers behind :class:`OpenLayer`, its attention through ``scaled_dot_product_attention``."""
 
     def __init__(self, config: ModelConfig, family: Family, device: torch.device, dtype: torch.dtype, seq_length: int):
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         self._config, self._family = replace(config, num_layers=1), family
-        described = AutoConfig.for_model(**family.hf_config(self._config, None))
+        described = family.hf_config(self._config, None)
         with torch.device("meta"):  # neither an embedding nor first weights are wanted
-            model = AutoModelForCausalLM.from_config(described, attn_implementation="sdpa", trust_remote_code=False).model
+            model = stock_class(described)(stock_config(described)).model
         layer = model.layers[0].to(dtype).to_empty(device=device).eval().requires_grad_(False)
         self._parameters = dict(layer.named_parameters())
         turned = angles(inverse_frequencies(self._config).to(device), seq_length)[None]

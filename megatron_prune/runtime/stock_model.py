@@ -12,6 +12,7 @@ from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.errors import InputError, reason
 from megatron_prune.files.region import Scratch, closed_files
+from megatron_prune.runtime.stock_class import stock_class_of
 
 
 def load_stock_model(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
@@ -24,20 +25,17 @@ def load_stock_model(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
         CheckpointError: if the directory holds no whole model of a family that is carried.
         InputError: if transformers cannot load it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     model = huggingface.open_model(folder)
-    safe = {"trust_remote_code": False, "local_files_only": True}
     try:
+        kind, config = stock_class_of(model)
         if model.in_safetensors:
-            options = {"dtype": dtype or "auto", "attn_implementation": "sdpa", "use_safetensors": True}
-            return AutoModelForCausalLM.from_pretrained(folder, **options, **safe).eval()
+            safe = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
+            return kind.from_pretrained(folder, config=config, dtype=dtype or "auto", attn_implementation="sdpa", **safe).eval()
         # transformers would unpickle a .bin; its bytes are read here instead.
-        config = AutoConfig.from_pretrained(folder, **safe)
-        kind = dtype or config.dtype or model.tensors.dtype(EMBEDDING)
-        stock = AutoModelForCausalLM.from_config(config, dtype=kind, attn_implementation="sdpa", trust_remote_code=False)
+        stock = kind(config).to(dtype or config.dtype or model.tensors.dtype(EMBEDDING))
         stock.load_state_dict(_state_dict(model))
         return stock.eval()
     except InputError:

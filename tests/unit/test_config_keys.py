@@ -279,7 +279,7 @@ def test_windows_that_contradict_each_other_are_refused(name, changes):
         ({"is_causal": False}, "is_causal"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder"),
         ({"return_dict": False}, "return_dict"),
-        ({"per_layer_config": {"0": {"intermediate_size": 8}}}, "per_layer_config"),
+        ({"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config: layer 0.*head_dim"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
         ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
         ({"attn_implementation": "someone/kernel"}, "attn_implementation.*someone/kernel"),
