@@ -12,12 +12,13 @@ import rank_jobs
 from tiny import TEXT
 
 from megatron_prune.arch.tensors import parameter_count
-from megatron_prune.checkpoint import megatron
+from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.errors import InputError
 from megatron_prune.planning.costs_file import FILE, load_costs
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.prune import PruneOptions, prune
+from megatron_prune.steps.prune_hf import PruneHfOptions, prune_hf
 
 LAYOUTS = [(2, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 2)]
 """TP, PP, DP."""
@@ -60,7 +61,7 @@ def pruned(home: Path, scores: Path, save: Path, ranks, tp: int, pp: int = 1, **
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_costs_are_the_same_at_every_layout(home, scored, layout):
-    config = megatron.open_model(home / "model").tensors.config
+    config = megatron.open_checkpoint(home / "model").tensors.config
     ours, theirs = load_costs(scored(), config), load_costs(scored(*layout), config)
     assert theirs.dense == pytest.approx(ours.dense, abs=1e-5)
     for kind, losses in ours.alone.items():
@@ -69,7 +70,7 @@ def test_costs_are_the_same_at_every_layout(home, scored, layout):
         assert np.abs(theirs.together[kind] - ours.together[kind]).max() < 2e-5
 
 
-def test_plans_are_the_same_at_every_layout_and_no_probe_is_made_again(home, scored, tmp_path, ranks):
+def test_plans_are_the_same_at_every_layout(home, scored, tmp_path, ranks):
     one = pruned(home, scored(), tmp_path / "one", ranks, 1, prune_type="global", multiple_of="ffn=8,kv_head=2")
     two = pruned(home, scored(2, 1, 1), tmp_path / "two", ranks, 2, prune_type="global", multiple_of="ffn=8,kv_head=2")
     assert (one["new"], one["layers"]) == (two["new"], two["layers"])
@@ -79,7 +80,7 @@ def test_plans_are_the_same_at_every_layout_and_no_probe_is_made_again(home, sco
 @pytest.mark.parametrize("tp, pp, prune_type", [(2, 1, "balance"), (2, 2, "balance"), (2, 1, "unbalance")])
 def test_what_is_written_keeps_the_budget_and_divides_over_the_ranks(home, scored, tmp_path, ranks, tp, pp, prune_type):
     pruned(home, scored(), tmp_path / "out", ranks, tp, pp, prune_type=prune_type)
-    old, new = (megatron.open_model(folder).tensors.config for folder in (home / "model", tmp_path / "out"))
+    old, new = (megatron.open_checkpoint(folder).tensors.config for folder in (home / "model", tmp_path / "out"))
     assert parameter_count(new) <= 0.8 * parameter_count(old)
     assert new.num_layers % pp == 0
     if prune_type == "balance":
@@ -92,6 +93,19 @@ def test_costs_of_another_model_or_of_units_chosen_otherwise_are_refused(home, s
         prune(PruneOptions(load=str(home / "other"), scores=str(scored()), **given), World())
     with pytest.raises(InputError, match="costs of ffn were measured(.|\n)*got: fisher\\s+needed: obs"):
         prune(PruneOptions(load=str(home / "model"), scores=str(scored()), metric="obs", depth_metric="fold", **given), World())
+
+
+def test_kept_costs_are_used_by_the_route_without_megatron_too(home, tiny, scored, tmp_path, monkeypatch):
+    """No probe is made again, and a budget of another size takes no measuring."""
+    monkeypatch.setattr("megatron_prune.surgery.probes.Probes.__init__", None)
+    model = tiny("qwen2", dtype="float32", num_key_value_heads=4)
+    sizes = []
+    for ratio in (0.15, 0.3):
+        given = {"scores": str(scored()), "allocate": "free", "ratio": ratio, "reconstruct": 0}
+        prune_hf(PruneHfOptions(model_name_or_path=str(model), output_path=str(tmp_path / f"{ratio}"), **given), World())
+        sizes.append(parameter_count(huggingface.open_model(tmp_path / f"{ratio}").tensors.config))
+    whole = parameter_count(huggingface.open_model(model).tensors.config)
+    assert sizes[1] <= 0.7 * whole < sizes[0] <= 0.85 * whole
 
 
 def test_scores_without_costs_are_enough(home, scored, tmp_path, ranks):
