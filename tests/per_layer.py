@@ -13,6 +13,7 @@ from tiny import tiny_config
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import full_shape, tensor_ids
 from megatron_prune.checkpoint import huggingface
+from megatron_prune.families.choice import choose_family
 from megatron_prune.families.family import FAMILIES, Family
 from megatron_prune.files.region import Scratch
 
@@ -39,6 +40,11 @@ def mixed(family: str, *, heads: bool | None = None) -> ModelConfig:
         num_attention_heads=(0, 6 if heads else 12, 12, 12, *[12] * more),
         num_query_groups=(0, 2, 4, 6, *[6] * more),
     )
+
+
+def written_as(family: str, asked: str) -> Family:
+    """What ``--target-family`` makes of a family's models."""
+    return choose_family(FAMILIES.get(family), asked)
 
 
 @st.composite

@@ -74,7 +74,8 @@ def _check_blocks(model: HuggingFaceModel) -> None:
 
     read = [(block.attention.no_op, block.ffn.no_op) for block in DeciLMConfig.from_dict(model.hf_config).block_configs]
     layers = [model.config.of_layer(layer) for layer in range(model.config.num_layers)]
-    if read != [(not layer.num_query_groups, not layer.ffn_hidden_size) for layer in layers]:
+    halves = [{kind.half for kind in layer.kinds} for layer in layers]
+    if read != [("attention" not in found, "mlp" not in found) for found in halves]:
         raise ValueError("its block_configs mean other layers")
 
 

@@ -7,6 +7,7 @@ from typing import Mapping
 
 from megatron_prune.arch.model import FIELDS, ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.axes.axis import AXES
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.planning.layer_sizes import Sizes, completed
 
@@ -22,7 +23,8 @@ class Target:
     Attributes:
         config: the model after pruning; where layers differ in numerics, those of the first ones stand for those that will stay.
         drop_layers: layers named to go, ascending; ``None`` where scores choose them.
-        by_layer: (axis, layer before pruning) → units that stay, where the request tells layers apart; 0 drops the block.
+        by_layer: (axis, layer before pruning) → units of every layer that stays, where the request tells layers apart; 0 drops the
+            block.
     """
 
     config: ModelConfig
@@ -99,9 +101,9 @@ def resolve_target(
     )
     if not by_layer:
         return target
-    by_layer = {(axis, layer): target.units(axis, layer, config) for layer in kept for axis in CHOSEN_BY_LAYER}
-    sizes = {FIELDS[axis]: tuple(by_layer[axis, layer] for layer in kept) for axis in CHOSEN_BY_LAYER}
-    return replace(target, config=replace(target.config, **sizes), by_layer=by_layer)
+    whole = {(axis, layer): target.units(axis, layer, config) for axis in CHOSEN_BY_LAYER for layer in kept}
+    sizes = {AXES.get(axis).field: tuple(whole[axis, layer] for layer in kept) for axis in CHOSEN_BY_LAYER}
+    return replace(target, config=replace(target.config, **sizes), by_layer=whole)
 
 
 def _emptied(config: ModelConfig, by_layer: Sizes) -> tuple[int, ...]:

@@ -73,12 +73,13 @@ def measured_costs(
     costs = world.all_gather(load_costs(folder, config) if world.is_main else None)[0]
     if world.all_gather(has_costs(folder))[0]:
         return costs
-    run = _Run(config=config, costs=costs, folder=folder, world=world, writers=_Writers(subject.tensors, scores, statistics))
+    stage = subject.engine.stage(config, dtype=dtype, seq_length=samples.tokens.shape[1])
+    writers = _Writers(subject.tensors, scores, statistics, stage.device)
+    run = _Run(config=config, costs=costs, folder=folder, world=world, writers=writers)
     total, left = run.count(), run.count(left=True)
     if world.is_main:
         size = f"{len(samples.tokens)} samples of {samples.tokens.shape[1]} tokens"
         log.info("costs of blocks: %d probes with %s%s", total, size, f", {total - left} done before" if left < total else "")
-    stage = subject.engine.stage(config, dtype=dtype, seq_length=samples.tokens.shape[1])
     with progress_bar("probing", left, shown=world.is_main, unit="probes") as advance:
         probes = Probes(subject.tensors, samples, stage, world, dtype=dtype, progress=advance)
         run.measure(probes, stage.copies)
@@ -218,6 +219,7 @@ class _Writers:
     tensors: TensorMap
     scores: Scores
     statistics: Statistics
+    device: torch.device
     _moment: tuple[tuple[int, str] | None, Tensor | None] = field(default=(None, None), repr=False)
 
     def writer(self, layer: int, kind: BlockKind, kept: dict[str, int]) -> Tensor:
@@ -227,9 +229,9 @@ class _Writers:
         if not any(kept.values()):
             return torch.zeros(shape, dtype=torch.float64)
         if self._moment[0] != (layer, kind.name):
-            self._moment = (layer, kind.name), self.statistics.moment(kind.writer, layer)
+            self._moment = (layer, kind.name), self.statistics.moment(kind.writer, layer).to(self.device)
         weight = self.tensors.read_block(TensorId(kind.writer, layer), *map(range, shape))
-        return cut_writer(weight, self._moment[1], self._elements(layer, kind, kept))
+        return cut_writer(weight, self._moment[1], self._elements(layer, kind, kept).to(self.device))
 
     def _elements(self, layer: int, kind: BlockKind, kept: dict[str, int]) -> Tensor:
         """What stays inside the block, as a plan with that cut alone chooses it."""

@@ -40,7 +40,7 @@ from megatron_prune.planning.target import resolve_target
 from megatron_prune.pruning.engines.megatron import SAMPLED_TOGETHER
 from megatron_prune.pruning.measure import SEQ_LENGTH
 from megatron_prune.runtime.world import World
-from megatron_prune.surgery.refit import AFTER
+from megatron_prune.surgery.kept import AFTER
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 

@@ -21,13 +21,12 @@ of a window, are in memory.
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import torch
 from torch import Tensor
 
 from megatron_prune.arch.blocks.block import BlockKind
-from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import EMBEDDING, FINAL_NORM, HEAD, TensorId, layer_roles
 from megatron_prune.axes.axis import AXES
 from megatron_prune.checkpoint.role_store import RoleStore
@@ -42,29 +41,13 @@ from megatron_prune.runtime.world import World
 from megatron_prune.surgery.basis import Basis
 from megatron_prune.surgery.block_fit import BlockFit, Fit, Folds
 from megatron_prune.surgery.cut import Cut, embedding_gain
+from megatron_prune.surgery.kept import DenseWalk, KeptBlock, kept_blocks, windows_of
 from megatron_prune.surgery.least_squares import scale
 from megatron_prune.surgery.reconstruct import Examples, fitted_and_held_out, reconstruct
 from megatron_prune.text.tokens import Calibration
 
-AFTER = 4
-"""Layers after cut ones that are fitted with the one before them."""
 WINDOW_PASSES = 2
 """Passes over the text for a window of layers, where a block of its own takes one."""
-
-
-class KeptBlock(NamedTuple):
-    """A block that stays: in layer ``number`` of the pruned model; ``start`` is its place among the blocks of the dense one, and
-    ``end`` that of the next block that stays."""
-
-    number: int
-    kind: BlockKind
-    start: int
-    end: int
-
-    @property
-    def folds(self) -> bool:
-        """Whether blocks after it are cut."""
-        return self.end > self.start + 1
 
 
 class Refit:
@@ -94,7 +77,7 @@ class Refit:
         self._old, self._config, self._world, self._fit = tensors.config, store.config, world, fit
         self._cut, self._calibration, self._dtype = Cut(plan, tensors.config), calibration, dtype
         self._kept = [entry.layer for entry in plan.layers]
-        self._walk = _DenseWalk(tensors, calibration, stage, world, dtype=dtype)
+        self._walk = DenseWalk(tensors, calibration, stage, world, dtype=dtype)
         self._blocks = kept_blocks(self._walk.places, self._kept, store.config)
         self._pruned = basis.encoded(self._walk.stream).clone()
         self._block_fit = BlockFit(self._walk, self._old, self._config, basis, fit)
@@ -340,42 +323,6 @@ class Refit:
         return {tensor.role: value for tensor, value in ends.items()}
 
 
-class _DenseWalk(Walk):
-    """The dense model's walk, block by block.
-
-    Attributes:
-        places: (layer, kind) of every block, in order.
-        place: the block that the stream is before.
-    """
-
-    def __init__(self, tensors: TensorMap, *given, **named):
-        super().__init__(tensors, *given, **named)
-        config = tensors.config
-        self.places = [(layer, kind) for layer in range(config.num_layers) for kind in config.of_layer(layer).kinds]
-        self.place = 0
-        self._opened: tuple[int, OpenLayer] | None = None
-
-    def block(self) -> OpenBlock:
-        """The block that the stream is before, with its weights."""
-        layer, kind = self.places[self.place]
-        if self._opened is None or self._opened[0] != layer:
-            self._opened = layer, self.opened(layer)
-        return next(block for block in self._opened[1].blocks if block.kind is kind)
-
-    def advance(self, end: int) -> None:
-        """Take the stream through blocks until it is before block ``end``.
-
-        Raises:
-            InputError: naming a layer whose output is not finite.
-        """
-        while self.place < end:
-            self.take([self.block()])
-            layer = self.places[self.place][0]
-            self.place += 1
-            if self.place == len(self.places) or self.places[self.place][0] != layer:
-                self.check(f"layer {layer}")
-
-
 def _length(block: OpenBlock, stream: Tensor) -> Tensor:
     """Root mean square of a writer's output, float64 [samples, tokens] on the host."""
     return block.write(block.inside(block.norm(stream))).double().square().mean(dim=-1).sqrt().cpu()
@@ -383,32 +330,3 @@ def _length(block: OpenBlock, stream: Tensor) -> Tensor:
 
 def _matrices(layer: OpenLayer, kinds: set[BlockKind]) -> set[str]:
     return {role for block in layer.blocks if block.kind in kinds for role in block.kind.matrices}
-
-
-def kept_blocks(places: list[tuple[int, BlockKind]], kept: list[int], config: ModelConfig) -> list[KeptBlock]:
-    """The blocks that stay.
-
-    Args:
-        places: (layer, kind) of every block of the dense model.
-        kept: its layers that stay, ascending.
-        config: of the pruned model.
-    """
-    of_new = [(number, kind) for number in range(len(kept)) for kind in config.of_layer(number).kinds]
-    starts = [places.index((kept[number], kind)) for number, kind in of_new]
-    ends = [*starts[1:], len(places)]
-    return [KeptBlock(number, kind, start, end) for (number, kind), start, end in zip(of_new, starts, ends)]
-
-
-def windows_of(kept: list[int], layers: int) -> list[range]:
-    """New layers that are fitted together: one each, or the one before cut layers and ``AFTER`` that follow.
-
-    Args:
-        kept: layers that stay, ascending.
-        layers: of the dense model.
-    """
-    ends, windows = [*kept[1:], layers], []
-    while not windows or windows[-1].stop < len(kept):
-        start = windows[-1].stop if windows else 0
-        length = 1 if ends[start] == kept[start] + 1 else 1 + AFTER
-        windows.append(range(start, min(start + length, len(kept))))
-    return windows

@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from foreign import run
-from per_layer import like_tiny, mixed, weights_of, write_model
+from per_layer import like_tiny, mixed, weights_of, write_model, written_as
 from tiny import state_dict
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import TensorId, head_of
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.evaluation.one_layer import check_in_transformers
-from megatron_prune.families.choice import choose_family
 from megatron_prune.families.family import FAMILIES
 from megatron_prune.families.form import shipped_files
 from megatron_prune.importance.walk import Walk
@@ -47,7 +46,7 @@ def same_directory(left: Path, right: Path) -> None:
 
 @pytest.mark.parametrize("ckpt_format", ["torch_dist", "torch"])
 def test_there_and_back_bit_for_bit(model, tmp_path, ckpt_format):
-    layout = ("--target-tensor-parallel-size", 2, "--target-pipeline-parallel-size", 2, "--ckpt-format", ckpt_format)
+    layout = ("--target-tensor-parallel-size", 2, "--ckpt-format", ckpt_format)
     assert run("convert", "--load-dir", model, "--save-dir", tmp_path / "m", *layout) == 0
     assert run("export", "--load-dir", tmp_path / "m", "--save-dir", tmp_path / "back") == 0
     same_directory(model, tmp_path / "back")
@@ -176,7 +175,10 @@ def test_a_file_of_that_name_which_is_another_is_not_taken_for_ours(model, tmp_p
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"1": {"intermediate_size": 41, "num_key_value_heads": 2}}, "model.layers.1.mlp.gate_proj.weight: shape (40, 48), needed"),
+        (
+            {"1": {"intermediate_size": 41, "num_key_value_heads": 2}},
+            "model.layers.1.mlp.gate_proj.weight: shape (40, 48), needed",
+        ),
         ({"1": {"intermediate_size": 40, "num_key_value_heads": 4}}, "model.layers.1.self_attn.k_proj.weight"),
         ({"0": {}}, "model.layers.0.self_attn.q_proj.weight: missing"),
         ({"3": {"skip": ["attention"]}}, "model.layers.3.self_attn.q_proj.weight: not a tensor"),
@@ -221,7 +223,7 @@ def with_attention_first(family: str):
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_nemotron_nas_there_and_back_and_into_the_other_form(tiny, tmp_path, family):
     config = with_attention_first(family)
-    source = write_model(tmp_path / "hf", config, choose_family(FAMILIES.get(family), "nemotron-nas"), beside=tiny(family))
+    source = write_model(tmp_path / "hf", config, written_as(family, "nemotron-nas"), beside=tiny(family))
     assert check_in_transformers(huggingface.open_model(source))[1] == []
     assert run("convert", "--load-dir", source, "--save-dir", tmp_path / "m", "--target-tensor-parallel-size", 2) == 0
     export = ("export", "--load-dir", tmp_path / "m", "--save-dir")
@@ -254,7 +256,7 @@ def test_the_configuration_that_leaves_is_read_as_attributes(tiny, tmp_path, ver
     if python is None:
         pytest.skip("TRANSFORMERS_4_PYTHON names no Python with transformers 4")
     config = with_attention_first("llama")
-    folder = write_model(tmp_path / "hf", config, choose_family(FAMILIES.get("llama"), "nemotron-nas"), beside=tiny("llama"))
+    folder = write_model(tmp_path / "hf", config, written_as("llama", "nemotron-nas"), beside=tiny("llama"))
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "home")}
     done = subprocess.run([python, "-c", _AS_VLLM_READS, str(folder)], env=env, check=True, capture_output=True, text=True)
     assert done.stdout.split("\n")[:2] == [str(list(config.num_query_groups)), str(list(config.ffn_hidden_size))]
@@ -262,12 +264,17 @@ def test_the_configuration_that_leaves_is_read_as_attributes(tiny, tmp_path, ver
 
 def test_the_code_of_others_is_never_run(tiny, tmp_path):
     """NVIDIA's own checkpoints name theirs; they are read, moved and run without it."""
-    folder = write_model(tmp_path / "hf", with_attention_first("llama"), choose_family(FAMILIES.get("llama"), "nemotron-nas"), beside=tiny("llama"))
+    folder = write_model(
+        tmp_path / "hf", with_attention_first("llama"), written_as("llama", "nemotron-nas"), beside=tiny("llama")
+    )
     (folder / "configuration_nemotron_nas.py").unlink()
     for name in ("configuration_decilm.py", "modeling_decilm.py"):
         (folder / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     said = json.loads((folder / "config.json").read_text())
-    said["auto_map"] = {"AutoConfig": "configuration_decilm.DeciLMConfig", "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM"}
+    said["auto_map"] = {
+        "AutoConfig": "configuration_decilm.DeciLMConfig",
+        "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
+    }
     said |= {"intermediate_size": None, "num_key_value_heads": None}
     (folder / "config.json").write_text(json.dumps(said, indent=2) + "\n")
     assert load_stock_model(folder)(TOKENS).logits.isfinite().all()
@@ -297,7 +304,11 @@ def dense_logits(config: ModelConfig, weights: dict[TensorId, torch.Tensor], tok
 
 
 def dense_norm(config, x, weight):
-    return x / (x.square().mean(-1, keepdim=True) + config.norm_epsilon).sqrt() * (weight + (1.0 if config.zero_centered_norms else 0.0))
+    return (
+        x
+        / (x.square().mean(-1, keepdim=True) + config.norm_epsilon).sqrt()
+        * (weight + (1.0 if config.zero_centered_norms else 0.0))
+    )
 
 
 def dense_mlp(layer, at, x):

@@ -22,8 +22,9 @@ from megatron_prune.errors import InputError
 from megatron_prune.pruning import fit
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.prune_hf import PruneHfOptions, prune_hf
+from megatron_prune.surgery.kept import AFTER, windows_of
 from megatron_prune.surgery.reconstruct import RATE
-from megatron_prune.surgery.refit import AFTER, Refit, windows_of
+from megatron_prune.surgery.refit import Refit
 from megatron_prune.text.artifact import save_samples
 
 RIDGE = 0.05

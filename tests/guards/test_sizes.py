@@ -9,7 +9,7 @@ from trees import ROOT, modules
 
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 400, 80
 
-FILES = {"megatron_prune.surgery.refit"}
+FILES: set[str] = set()
 FUNCTIONS: set[str] = set()
 
 

@@ -85,7 +85,6 @@ def test_what_is_not_carried_is_refused_by_name(changes, word):
         ({"sliding_window": (5, 6, 5, 5)}, "sliding_window"),
         ({"sliding_window": (5, None, 5, 5), "rotary_base": (1e4, 1e6, 3e4, 1e4)}, "rotary_base"),
         ({"sliding_window": 5, "rope_scaling": RopeScaling(kind="linear", factor=2.0)}, "rope_scaling"),
-        ({"ffn_hidden_size": (96, 96, 48, 96)}, "ffn_hidden_size, which differs by layer"),
         ({"softmax_scale": 0.123}, "softmax_scale"),
         ({"zero_centered_norms": False}, "zero_centered_norms"),
     ],

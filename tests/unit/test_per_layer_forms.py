@@ -9,13 +9,12 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from per_layer import HEADS_ALIKE, like_tiny, mixed, sizes_by_layer
+from per_layer import HEADS_ALIKE, like_tiny, mixed, sizes_by_layer, written_as
 from tiny import FAMILIES as NAMES
 from transformers import CONFIG_MAPPING
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.errors import CheckpointError, InputError
-from megatron_prune.families.choice import choose_family
 from megatron_prune.families.family import FAMILIES, family_for, family_of, form_of
 from megatron_prune.families.form import code_of, commonest
 from megatron_prune.families.nemotron_nas import NEMOTRON_NAS, factor_of, width_of
@@ -109,7 +108,7 @@ def test_query_heads_that_differ_make_a_llama_a_mistral_since_llamas_configurati
     assert (hf["model_type"], hf["architectures"]) == ("mistral", ["PerLayerMistralForCausalLM"])
     assert family_of(hf).model_config(hf) == config
     with pytest.raises(InputError, match="(?s)6, 12 attention heads.*--target-family mistral-per-layer$"):
-        choose_family(FAMILIES.get("llama"), "llama-per-layer").hf_config(config, None)
+        written_as("llama", "llama-per-layer").hf_config(config, None)
 
 
 @pytest.mark.parametrize(
@@ -164,11 +163,13 @@ def nas_models(draw, name: str) -> ModelConfig:
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
 @given(st.data())
 def test_block_configs_are_read_back_the_same_by_us_and_by_the_class_that_goes_along(name, data):
-    config, family = data.draw(nas_models(name)), choose_family(FAMILIES.get(name), "nemotron-nas")
+    config, family = data.draw(nas_models(name)), written_as(name, "nemotron-nas")
     hf = json.loads(json.dumps(family.hf_config(config, None)))
     assert (hf["model_type"], hf["architectures"]) == ("nemotron-nas", ["DeciLMForCausalLM"])
     assert family_of(hf).model_config(hf) == config
-    assert family_of(hf).name == ("qwen2" if name == "qwen2" else "llama") and set(code_of(hf)) == {"configuration_nemotron_nas.py"}
+    assert family_of(hf).name == ("qwen2" if name == "qwen2" else "llama") and set(code_of(hf)) == {
+        "configuration_nemotron_nas.py"
+    }
     assert family_of(hf).hf_config(config, {**hf, "x_unknown": 1}) == {**hf, "x_unknown": 1}
     real = DeciLMConfig.from_dict(copy.deepcopy(hf))
     for layer, block in enumerate(real.block_configs):  # as vLLM reads it
@@ -177,7 +178,9 @@ def test_block_configs_are_read_back_the_same_by_us_and_by_the_class_that_goes_a
         if not block.attention.no_op:
             assert real.num_attention_heads // block.attention.n_heads_in_group == sizes.num_query_groups
         if not block.ffn.no_op:
-            width = width_of(block.ffn.ffn_mult, real.hidden_size) if hasattr(block.ffn, "ffn_mult") else block.ffn.intermediate_size
+            width = (
+                width_of(block.ffn.ffn_mult, real.hidden_size) if hasattr(block.ffn, "ffn_mult") else block.ffn.intermediate_size
+            )
             assert width == sizes.ffn_hidden_size
     assert DeciLMConfig.from_dict(real.to_dict()).to_dict()["block_configs"] == hf["block_configs"]
     assert family_of(real.to_dict()).model_config(real.to_dict()) == config
@@ -250,7 +253,7 @@ def test_nvidias_own_file_is_read_and_written_back_as_it_is():
     written = family.hf_config(cut, hf)
     assert form_of(written) is NEMOTRON_NAS and family.model_config(written) == cut
     assert [block["ffn"]["ffn_mult"] for block in written["block_configs"]] == [2.625, 2.625, 5.25, 3.28125, 1.3125]
-    assert form_of(choose_family(FAMILIES.get("llama"), "llama-per-layer").hf_config(config, hf)) is PER_LAYER
+    assert form_of(written_as("llama", "llama-per-layer").hf_config(config, hf)) is PER_LAYER
 
 
 def damaged(part: str, **changes) -> dict:
@@ -297,7 +300,7 @@ def test_what_is_not_carried_is_refused_by_layer_and_name(hf, words):
 def test_a_stock_class_is_refused_with_the_layers_and_with_what_can_say_them(name):
     config = mixed(name, heads=False)
     with pytest.raises(InputError) as refused:
-        choose_family(FAMILIES.get(name), name).check_expressible(config)
+        written_as(name, name).check_expressible(config)
     said = str(refused.value)
     assert "no attention in layer 0" in said and "no feed-forward block in layer 2" in said
     assert "40 in layer 1, 64 in layer 3" in said and f"--target-family {name}-per-layer" in said
@@ -317,20 +320,20 @@ def test_a_stock_class_is_refused_with_the_layers_and_with_what_can_say_them(nam
 def test_nemotron_nas_is_refused_for_what_it_cannot_say(name, changes, word):
     config = dataclasses.replace(like_tiny(name), **changes)
     with pytest.raises(InputError, match=f"(?s)nemotron-nas cannot say.*{word}.*--target-family"):
-        choose_family(FAMILIES.get(name), "nemotron-nas").check_expressible(config)
+        written_as(name, "nemotron-nas").check_expressible(config)
 
 
 def test_what_is_asked_for_is_of_the_same_architecture():
-    assert choose_family(FAMILIES.get("llama"), "mistral-per-layer").name == "mistral"
+    assert written_as("llama", "mistral-per-layer").name == "mistral"
     for asked in ("qwen2", "qwen2-per-layer"):
         with pytest.raises(InputError, match="llama, mistral, llama-per-layer, mistral-per-layer, nemotron-nas"):
-            choose_family(FAMILIES.get("llama"), asked)
+            written_as("llama", asked)
 
 
 def test_layers_that_are_alike_are_written_for_the_stock_class_whatever_form_is_asked_for():
     config = like_tiny("qwen2")
-    assert choose_family(FAMILIES.get("qwen2"), "qwen2-per-layer").hf_config(config, None) == FAMILIES.get("qwen2").hf_config(config, None)
-    assert form_of(choose_family(FAMILIES.get("qwen2"), "nemotron-nas").hf_config(config, None)) is NEMOTRON_NAS
+    assert written_as("qwen2", "qwen2-per-layer").hf_config(config, None) == FAMILIES.get("qwen2").hf_config(config, None)
+    assert form_of(written_as("qwen2", "nemotron-nas").hf_config(config, None)) is NEMOTRON_NAS
 
 
 def test_a_nameless_model_whose_layers_differ_gets_a_family_too():
