@@ -4,8 +4,8 @@
         [--params 101.9M 114.6M] [--search 3] [-- flags of prune]
 
 MODEL is a Hugging Face directory (the protocol's: SmolLM2-135M-Instruct). It is scored once, with the costs of its blocks
-(``score --costs``), on NSAMPLES windows of ``--calibrate`` and as many of its own samples. Every budget is then dealt out twice, with
-the product's own defaults: ``--allocate uniform --search N``, and ``--allocate free``. Both are measured on the first WINDOWS
+(``score --costs``), on NSAMPLES windows of ``--calibrate`` and as many of its own samples. Every budget is then dealt out twice,
+with the product's own defaults: ``--allocate uniform --search N``, and ``--allocate free``. Both are measured on the first WINDOWS
 windows of two texts: of the kind that was calibrated on, and of another kind.
 """
 

@@ -66,7 +66,7 @@ class Costs:
     Attributes:
         config: of the model.
         dense: of the whole model.
-        alone: name of a kind of block → [layers, levels], with that layer's block alone cut and fitted; NaN where a layer has none.
+        alone: name of a kind of block → [layers, levels], with that layer's block alone cut and fitted; NaN where it has none.
         together: the same with all layers' blocks at a level, [levels]; NaN where that cuts nothing.
     """
 

@@ -20,8 +20,8 @@ class AllocationOptions:
     """How a budget is dealt out to layers."""
 
     allocate: str = option(
-        "within a budget: uniform, all layers keep one shape; free, each has sizes of its own, by what every block is measured to "
-        "cost the model (best of several such shapes and of the best uniform ones)",
+        "within a budget: uniform, all layers keep one shape; free, each has sizes of its own, by what every block is measured "
+        "to cost the model (best of several such shapes and of the best uniform ones)",
         "uniform",
         choices=ALLOCATORS.names(),
     )

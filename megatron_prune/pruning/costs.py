@@ -223,7 +223,7 @@ class _Writers:
     _moment: tuple[tuple[int, str] | None, Tensor | None] = field(default=(None, None), repr=False)
 
     def writer(self, layer: int, kind: BlockKind, kept: dict[str, int]) -> Tensor:
-        """The writer of a layer's block where ``kept`` units stay along its axes: float64 [hidden, inside], zero where they go."""
+        """The writer of a layer's block where ``kept`` units stay along its axes: float64 [hidden, inside], zero for the others."""
         config = self.tensors.config.of_layer(layer)
         shape = tensor_shape(kind.writer, config)
         if not any(kept.values()):

@@ -58,7 +58,9 @@ class TargetOptions(AllocationOptions):
     memory: str | None = option("budget: weights and KV cache of an inference, such as 2GiB", None)
     memory_seq_length: int = option("tokens in the KV cache of --memory", 4096)
     memory_batch: int = option("sequences in the KV cache of --memory", 1)
-    search: int = option("within a budget, re-fit this many of the shapes that look best and keep the one that loses least on held-out text", 1)
+    search: int = option(
+        "within a budget, re-fit this many of the shapes that look best and keep what loses least on held-out text", 1
+    )
     multiple_of: str | None = option("sizes are multiples of these, such as hidden=64,ffn=128", None)
     metric: str | None = option(
         "how units are scored: random, magnitude, activation, wanda, taylor …, with parameters where it has any, as in "

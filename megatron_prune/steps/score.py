@@ -109,7 +109,8 @@ def choosing_metrics(metrics: list[str]) -> dict[str, str]:
     for axis in CHOSEN_BY_LAYER:
         if chosen[axis] not in metrics:
             able = [name for name in METRICS.names() if axis in METRICS.get(name).axes]
-            raise InputError(f"--costs: none of the metrics scores {axis}", got=", ".join(metrics), needed="one of " + ", ".join(able))
+            got, needed = ", ".join(metrics), "one of " + ", ".join(able)
+            raise InputError(f"--costs: none of the metrics scores {axis}", got=got, needed=needed)
     return {axis: chosen[axis] for axis in CHOSEN_BY_LAYER}
 
 

@@ -1,4 +1,4 @@
-"""Budgets dealt out by measured costs: what a probe says is what stock transformers loses, and what is written fits the budget."""
+"""Budgets dealt out by measured costs: a probe says what stock transformers loses, and what is written fits the budget."""
 
 from __future__ import annotations
 

@@ -75,8 +75,8 @@ def allocated(bounds: Bounds, costs: Costs, axes: tuple[str, ...], *, may_go: bo
     losses = [
         np.array([costs.of(layer, kind, each) for each in kept]) for (layer, kind), (kept, _) in zip(blocks, mine)
     ]
-    of_blocks = sum(_block_cost(bounds, config.of_layer(layer), kind, whole(kind, config.of_layer(layer))) for layer, kind in blocks)
-    outside = bounds.budget.cost(config) - of_blocks
+    of_layers = [(config.of_layer(layer), kind) for layer, kind in blocks]
+    outside = bounds.budget.cost(config) - sum(_block_cost(bounds, one, kind, whole(kind, one)) for one, kind in of_layers)
     chosen = choose([spent for _, spent in mine], losses, bounds.budget.limit(config) - outside)
     if chosen is None:
         return None

@@ -50,7 +50,9 @@ def test_a_cost_between_two_measured_sizes_lies_on_the_line(channels, expected):
     assert ADDING_UP.of(2, MLP, {"ffn": channels}) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("heads, groups, expected", [(24, 6, 0), (18, 6, 1), (16, 4, 1), (12, 4, 2), (6, 3, 5), (4, 1, 7), (0, 0, 9)])
+@pytest.mark.parametrize(
+    "heads, groups, expected", [(24, 6, 0), (18, 6, 1), (16, 4, 1), (12, 4, 2), (6, 3, 5), (4, 1, 7), (0, 0, 9)]
+)
 def test_costs_of_heads_and_of_groups_add_up_and_a_block_that_goes_has_its_own(heads, groups, expected):
     assert ADDING_UP.of(0, ATTENTION, {"head": heads, "kv_head": groups}) == pytest.approx(expected)
 
