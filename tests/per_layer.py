@@ -76,8 +76,16 @@ def weights_of(config: ModelConfig, seed: int = 0) -> dict:
     return found
 
 
-def write_model(folder: Path, config: ModelConfig, family: Family, *, beside: Path | None = None, seed: int = 0) -> Path:
-    """A directory with random weights, bfloat16.
+def write_model(
+    folder: Path,
+    config: ModelConfig,
+    family: Family,
+    *,
+    beside: Path | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """A directory with random weights.
 
     Args:
         beside: a model whose tokenizer goes along.
@@ -86,10 +94,11 @@ def write_model(folder: Path, config: ModelConfig, family: Family, *, beside: Pa
     for file in beside.glob("tokenizer*") if beside else ():
         shutil.copyfile(file, folder / file.name)
     both_versions.rewrite_side_files(folder)
-    described = {**family.hf_config(config, None), "bos_token_id": 0, "eos_token_id": 1, "dtype": "bfloat16"}
-    dtypes = dict.fromkeys(tensor_ids(config), torch.bfloat16)
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}  # transformers gives a padding token no gradient
+    described = {**family.hf_config(config, None), **ends, "dtype": str(dtype).removeprefix("torch.")}
+    dtypes = dict.fromkeys(tensor_ids(config), dtype)
     huggingface.lay_out(folder, config, family, described, dtypes, max_shard_bytes=10**9)
     tensors = huggingface.open_model(folder).tensors
     for tensor, data in weights_of(config, seed).items():
-        tensors.write(tensor, data.to(torch.bfloat16), Scratch())
+        tensors.write(tensor, data.to(dtype), Scratch())
     return folder

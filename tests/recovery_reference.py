@@ -1,6 +1,6 @@
 """Recovery written out once more for one process: the losses by plain torch, the training by transformers and torch's AdamW.
 
-Nothing here knows this project. The samples come from megatron-core's own data set, which is what the order of the data is
+Nothing here knows this project, but for the class of a model whose layers differ, which is not transformers' own. The samples come from megatron-core's own data set, which is what the order of the data is
 defined by.
 """
 
@@ -157,10 +157,10 @@ class Course:
 
 
 def load(folder: Path) -> torch.nn.Module:
-    """A model in float32, as transformers runs it."""
-    from transformers import AutoModelForCausalLM
+    """A model in float32, as transformers runs it, or the file that leaves with it."""
+    from megatron_prune.runtime.stock_model import load_stock_model
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return load_stock_model(folder, dtype=torch.float32)
 
 
 def cross_entropy(model: torch.nn.Module, tokens: Tensor, counted: Tensor | None = None) -> float:

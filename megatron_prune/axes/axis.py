@@ -46,6 +46,10 @@ class Axis:
             return [None]
         return [layer for layer in range(config.num_layers) if self.count(config.of_layer(layer))]
 
+    def owned(self, config: ModelConfig, layer: int | None) -> dict[str, int]:
+        """``owns`` in a layer of any model; of an axis that is chosen by layer nothing outside of them (``None``)."""
+        return {} if layer is None and self.per_layer else self.owns(config.of_layer(layer))
+
     def local_units(self, config: ModelConfig, rank: int, ranks: int) -> range:
         """Global ids of the units that tensor-parallel ``rank`` of ``ranks`` holds: consecutive, as even as can be.
 

@@ -149,7 +149,7 @@ def _partial_sums(
         held = [local_elements(label, described, place.tensor, layout.tensor) for label in labels]
         if not all(held):
             continue  # fewer KV groups than ranks: this one has none
-        for rows in _row_chunks(held[0], labels[0], len(held[1]) if len(held) > 1 else 1, described):
+        for rows in _row_chunks(held[0], labels[0], len(held[1]) if len(held) > 1 else 1, config, tensor.layer):
             weight = tensors.read_block(tensor, rows, *held[1:])
             if offset := offset_of(tensor.role, config):
                 weight = weight.float() + offset
@@ -158,7 +158,7 @@ def _partial_sums(
                 if key[0] == "layer":
                     sums[key][tensor.layer] += values.sum(dtype=torch.float64)
                 for dim, part in enumerate([rows, *held[1:]]):
-                    each = AXES.get(key[0]).owns(described).get(labels[dim])
+                    each = AXES.get(key[0]).owned(config, tensor.layer).get(labels[dim])
                     if each is not None and key[0] != "layer":
                         others = [other for other in range(values.dim()) if other != dim]
                         totals = values.sum(dim=others, dtype=torch.float64) if others else values.double()
@@ -199,9 +199,9 @@ def _owners(tensor: TensorId, config: ModelConfig) -> list[tuple[str, int | None
     return [("hidden", None), *inner] if "hidden" in labels else inner
 
 
-def _row_chunks(rows: range, label: str, cols: int, config: ModelConfig) -> list[range]:
+def _row_chunks(rows: range, label: str, cols: int, config: ModelConfig, layer: int | None) -> list[range]:
     """``rows`` in pieces of whole units that stay small, so that an embedding is not held several times over."""
-    unit = max((axis.owns(config).get(label, 1) for axis in map(AXES.get, AXES.names())), default=1)
+    unit = max((axis.owned(config, layer).get(label, 1) for axis in map(AXES.get, AXES.names())), default=1)
     step = max(1, CHUNK_ELEMENTS // (cols * unit)) * unit
     return [range(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
 

@@ -117,8 +117,8 @@ def _add_piece(
         for space, places, line in zip(spaces(patch.role), (rows, cols), lines):
             for name in metric.axes - {"layer"}:
                 axis = AXES.get(name)
-                each = axis.owns(config.of_layer(part.layer)).get(space)
-                if each is not None and (part.layer is not None or not axis.per_layer):
+                each = axis.owned(config, part.layer).get(space)
+                if each is not None:
                     units = torch.arange(places.start, places.stop) // each
                     layer = part.layer if axis.per_layer else None
                     totals.of(metric, name, layer).index_add_(0, units, line)

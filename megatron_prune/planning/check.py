@@ -34,6 +34,9 @@ def check_plan(plan: Plan, config: ModelConfig, where: object) -> None:
         problems.append("no layer stays")
     if numbers != sorted(numbers):
         problems.append("layers must stand in ascending order")
+    for name, size in new.items():
+        if isinstance(size, list) and len(size) != len(numbers):
+            problems.append(f"{name}: sizes of {len(size)} layers, and {len(numbers)} layers that stay")
     for number, entry in enumerate(plan.layers):
         if not 0 <= entry.layer < config.num_layers:
             continue

@@ -90,15 +90,37 @@ def completed(sizes: Sizes, config: ModelConfig, gone: tuple[int, ...]) -> Sizes
             problems.append(f"layer {layer}: needed 0 to {config.num_layers - 1}")
         elif layer in gone:
             problems.append(f"layer {layer} goes, and has a size of its own")
-        elif sizes[axis, layer] > (whole := AXES.get(axis).count(config.of_layer(layer))):
+        elif not (whole := AXES.get(axis).count(config.of_layer(layer))):
+            problems.append(f"layer {layer} has no {next(half for half, axes in halves().items() if axis in axes)}")
+        elif sizes[axis, layer] > whole:
             problems.append(f"layer {layer}: {FIELDS[axis]} {sizes[axis, layer]} is larger than the layer's {whole}")
     raise_all(InputError, "the sizes by layer do not fit the model", sorted(set(problems)))
     for layer in sorted({layer for axis, layer in sizes if axis in ("head", "kv_head")}):
         old = config.of_layer(layer)
-        groups = found.setdefault(("kv_head", layer), old.units("kv_head"))
-        heads = found.setdefault(("head", layer), groups * old.heads_per_group)
-        if groups and (heads % groups or heads // groups > old.heads_per_group):
+        heads, groups = sizes.get(("head", layer)), sizes.get(("kv_head", layer))
+        if both := (0, 0) if groups == 0 else paired(old, heads, groups):
+            found["head", layer], found["kv_head", layer] = both
+        else:
+            inside = f" in {groups} KV groups" if groups else ""
             per = f"1 to {old.heads_per_group} query heads in each KV group"
-            problems.append(f"layer {layer}: {heads} heads in {groups} KV groups; needed {per}, the same in all")
+            problems.append(f"layer {layer}: {heads} heads{inside}; needed {per}, the same in all")
     raise_all(InputError, "the sizes by layer do not fit the model", problems)
     return found
+
+
+def paired(config: ModelConfig, heads: int | None, groups: int | None) -> tuple[int, int] | None:
+    """Query heads and KV groups that a request for one of them, or both, comes to; ``None`` where groups cannot keep the same number.
+
+    Query heads alone: cut inside every KV group where they divide over the groups, else by whole groups. KV groups alone: each
+    takes its query heads along.
+
+    Args:
+        config: of the layer, which has attention.
+    """
+    each, whole = config.heads_per_group, config.units("kv_head")
+    if heads is None:
+        groups = groups or whole
+        return groups * each, groups
+    if groups is None:
+        groups = whole if heads % whole == 0 else heads // each if heads % each == 0 else 0
+    return (heads, groups) if groups and heads % groups == 0 and heads // groups <= each and groups <= whole else None

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from megatron_prune.arch.blocks.block import BLOCKS
-from megatron_prune.arch.model import FIELDS, SHAPE_FIELDS, ModelConfig
+from megatron_prune.arch.model import FIELDS, PER_LAYER, SHAPE_FIELDS, ModelConfig
 from megatron_prune.errors import PlanError
 from megatron_prune.files.documents import STRICT, parse_versioned, read_bytes, shorten
 from megatron_prune.planning.layer_sizes import halves
@@ -110,6 +110,9 @@ class Plan:
         for key, shape in (("old", held.old), ("new", held.new)):
             if shape is not None and set(shape) != set(SHAPE_FIELDS):
                 raise PlanError(f"{where}: {key}", got=shorten(list(shape)), needed="exactly " + ", ".join(SHAPE_FIELDS))
+            several = [name for name, size in (shape or {}).items() if isinstance(size, list) and name not in PER_LAYER]
+            if several:
+                raise PlanError(f"{where}: {key}: {several[0]}", got=shorten(shape[several[0]]), needed="one number")
         units = lambda value: None if value == ALL else value
         rotated = held.hidden == ROTATED
         layers = [entry.read(where) for entry in held.layers]
@@ -167,7 +170,7 @@ class Plan:
 
     def summary(self) -> str:
         """The sizes that change, for a person."""
-        shown = {name: (_shown(self.old[name]), _shown(self.new[name])) for name in SHAPE_FIELDS}
+        shown = {name: (shown_size(self.old[name]), shown_size(self.new[name])) for name in SHAPE_FIELDS}
         changes = [f"{name} {old} → {new}" for name, (old, new) in shown.items() if self.old[name] != self.new[name]]
         return ", ".join(changes + (["head untied"] if self.untied else [])) or "nothing changed"
 
@@ -194,7 +197,7 @@ def _is_empty(size: int | tuple[int, ...]) -> bool:
     return not any(size) if isinstance(size, tuple) else size == 0
 
 
-def _shown(size: int | list[int]) -> str:
+def shown_size(size: int | list[int]) -> str:
     """A size, or those of the layers."""
     return str(size) if isinstance(size, int) else f"{min(size)} to {max(size)} by layer (mean {sum(size) / len(size):.1f})"
 

@@ -9,7 +9,7 @@ from megatron_prune.arch.model import FIELDS, ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.axes.axis import AXES
 from megatron_prune.errors import InputError, raise_all
-from megatron_prune.planning.layer_sizes import Sizes, completed
+from megatron_prune.planning.layer_sizes import Sizes, completed, paired
 
 PRUNE_TYPES = ["balance", "global", "unbalance"]
 CHOSEN_BY_LAYER = ("ffn", "kv_head", "head")
@@ -56,8 +56,7 @@ def resolve_target(
 ) -> Target:
     """Complete a request from the model's own shape (``None``: as it is) and check it.
 
-    Query heads alone: cut inside every KV group where they divide over the groups, else by whole groups. KV groups
-    alone: each takes its query heads along. A layer that loses all its blocks is one that goes.
+    Query heads and KV groups complete each other (:func:`layer_sizes.paired`). A layer that loses all its blocks is one that goes.
 
     Args:
         by_layer: sizes of single layers, before those for all.
@@ -128,29 +127,15 @@ def _layer_problems(config: ModelConfig, drop: tuple[int, ...] | None, remain: i
 
 
 def _heads_and_groups(config: ModelConfig, heads: int | None, groups: int | None) -> tuple[int, int]:
-    each = config.heads_per_group
-    if heads is None:
-        groups = groups or config.units("kv_head")
-        return groups * each, groups
-    if groups is None:
-        if heads % config.units("kv_head") == 0:
-            groups = config.units("kv_head")
-        elif heads % each == 0:
-            groups = heads // each
-    legal = [h for h in range(1, config.units("head") + 1) if _legal_heads(config, h, groups)]
-    if groups is None or not _legal_heads(config, heads, groups):
-        raise InputError(
-            f"num_attention_heads_remain {heads}" + (f" with num_query_groups_remain {groups}" if groups else ""),
-            got=f"a model with {config.units('head')} heads in {config.units('kv_head')} KV groups",
-            needed="the same number of query heads (1 to "
-            f"{each}) in each of the KV groups that stay: {legal} heads" + (f" for {groups} groups" if groups else ""),
-        )
-    return heads, groups
-
-
-def _legal_heads(config: ModelConfig, heads: int, groups: int | None) -> bool:
-    options = [groups] if groups else [config.units("kv_head"), *([heads // config.heads_per_group] or [])]
-    return any(g and heads % g == 0 and heads // g <= config.heads_per_group and g <= config.units("kv_head") for g in options)
+    if both := paired(config, heads, groups):
+        return both
+    legal = [h for h in range(1, config.units("head") + 1) if paired(config, h, groups)]
+    raise InputError(
+        f"num_attention_heads_remain {heads}" + (f" with num_query_groups_remain {groups}" if groups else ""),
+        got=f"a model with {config.units('head')} heads in {config.units('kv_head')} KV groups",
+        needed="the same number of query heads (1 to "
+        f"{config.heads_per_group}) in each of the KV groups that stay: {legal} heads" + (f" for {groups} groups" if groups else ""),
+    )
 
 
 def check_parallel(old: ModelConfig, new: ModelConfig, layout: ParallelLayout, prune_type: str) -> None:

@@ -21,6 +21,7 @@ from megatron_prune.files import staging
 from megatron_prune.files.documents import read_json
 from megatron_prune.opening.facts import describe
 from megatron_prune.opening.opened import open_either
+from megatron_prune.planning.plan import shown_size
 from megatron_prune.runtime.stock_model import load_stock_model
 from megatron_prune.runtime.world import World
 from megatron_prune.text.encoder import load_tokenizer
@@ -86,7 +87,7 @@ def _read(path: str | None) -> _Evaluation | None:
 
 def _facts(name: str, options: CompareOptions, evaluation: dict[str, Any] | None, world: World) -> dict[str, Any]:
     facts = describe(open_either(name, world, Told()))
-    row = {**facts["shape"], "parameters": facts["parameters"], "weight bytes": facts["weight_bytes"]}
+    row = {**facts["shape"], **facts.get("layers", {}), "parameters": facts["parameters"], "weight bytes": facts["weight_bytes"]}
     if evaluation:
         row["perplexity"] = evaluation["perplexity"]
     row["sample"] = _generate(huggingface.resolve(name), options)
@@ -107,6 +108,8 @@ def _generate(folder: Path, options: CompareOptions) -> str:
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return shown_size(value)
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.2f}" if isinstance(value, float) else str(value)

@@ -8,12 +8,14 @@ ranks by 1. ``LOSS`` and ``UPDATE`` leave a factor of ten to the first.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy
+import per_layer
 import pytest
 import rank_jobs_recovery as jobs
 import recovery_reference as reference
@@ -22,6 +24,7 @@ from safetensors.torch import load_file
 from tiny import state_dict
 
 from megatron_prune.arch.adapter import AdapterConfig
+from megatron_prune.families.family import FAMILIES
 from megatron_prune.recovery.lora import first_a
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
@@ -51,13 +54,22 @@ def drawn(data) -> tuple[list[torch.Tensor], torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def checkpoints(tiny, tmp_path_factory):
-    """``checkpoints(family, changes)`` → (Hugging Face directory, Megatron checkpoint of TP 1) in float32."""
+    """``checkpoints(family, changes)`` → (Hugging Face directory, Megatron checkpoint of TP 1) in float32.
+
+    With ``", by layer"`` behind a family's name: of layers that differ, some of which lack a block (``tests/per_layer.py``).
+    """
     made: dict[tuple, tuple[Path, str]] = {}
 
     def get(family: str, changes: dict[str, Any]) -> tuple[Path, str]:
         key = (family, repr(changes))
         if key not in made:
-            source, save = tiny(family, dtype="float32", **changes), tmp_path_factory.mktemp("model") / "m"
+            save = tmp_path_factory.mktemp("model") / "m"
+            name = family.removesuffix(", by layer")
+            source = tiny(name, dtype="float32", **changes)
+            if name != family:
+                config = dataclasses.replace(per_layer.mixed(name), **changes)
+                family_of, beside = FAMILIES.get(name), source
+                source = per_layer.write_model(save.with_name("hf"), config, family_of, beside=beside, dtype=torch.float32)
             convert(ConvertOptions(load_dir=str(source), save_dir=str(save)), World())
             made[key] = source, str(save)
         return made[key]
@@ -118,6 +130,19 @@ def check_weights(save: Path, source: Path, wanted: reference.Course, hf: Path) 
 
 
 CASES = {
+    "qwen3, layers that differ": ("qwen3, by layer", {}, (1, 1, 1), {"micro_batch_size": 2}),
+    "qwen3, layers that differ, TP 2 PP 2 sequence parallel": (
+        "qwen3, by layer",
+        {},
+        (2, 2, 1),
+        {"micro_batch_size": 3, "sequence_parallel": True},
+    ),
+    "gemma3, layers that differ, PP 2 DP 2, full recompute": (
+        "gemma3_text, by layer",
+        {},
+        (1, 2, 2),
+        {"micro_batch_size": 3, "recompute_granularity": "full"},
+    ),
     "gemma3, TP 2 PP 2 sequence parallel": (
         "gemma3_text",
         {},
@@ -223,6 +248,16 @@ def test_distillation_from_a_running_teacher(ranks, checkpoints, data, drawn, tm
     check_weights(tmp_path / "run", source, wanted, tmp_path / "hf")
 
 
+def test_a_model_whose_layers_differ_learns_from_one_whose_are_alike(ranks, checkpoints, data, drawn, tmp_path):
+    source, load = checkpoints("qwen3, by layer", {})
+    teacher, taught = checkpoints("llama", {"num_hidden_layers": 2, "intermediate_size": 132, "seed": 5})
+    options = {"teacher": taught, "distill_weight": 0.6, "distill_temperature": 2.0, "micro_batch_size": 2}
+    records = run(ranks, (2, 2, 1), load, tmp_path / "run", data, **options)
+    wanted = dense(source, drawn[0], teacher=teacher, weight=0.6, temperature=2.0)
+    check_course(records, wanted)
+    check_weights(tmp_path / "run", source, wanted, tmp_path / "hf")
+
+
 TEACHER = {"num_hidden_layers": 2, "intermediate_size": 132, "seed": 5}
 
 
@@ -283,6 +318,26 @@ def test_layers_are_compared_with_those_of_the_teacher(
     check_weights(tmp_path / "run", tmp_path / "p-hf", wanted, tmp_path / "hf")
 
 
+@pytest.mark.parametrize(
+    "layout, options",
+    [((1, 1, 1), {"micro_batch_size": 2}), ((2, 1, 1), {"micro_batch_size": 3, "sequence_parallel": True})],
+)
+def test_layers_that_lost_a_block_are_compared_with_whole_ones(ranks, checkpoints, data, drawn, tmp_path, layout, options):
+    """Also where a layer is gone: that before it stands for both."""
+    teacher, taught = checkpoints("qwen3", {"seed": 5})
+    cut = PruneOptions(
+        load=taught, save=str(tmp_path / "p"), drop_attention=(0,), drop_mlp=(3,), drop_layers=(1,), metric="magnitude"
+    )
+    prune(cut, World())
+    export(ExportOptions(load_dir=str(tmp_path / "p"), save_dir=str(tmp_path / "p-hf")), World())
+    options = {**options, "teacher": taught, "distill_weight": 0.5, "hidden_weight": 0.7, "hidden_layers": (0, 2)}
+    records = run(ranks, layout, str(tmp_path / "p"), tmp_path / "run", data, **options)
+    wanted = dense(tmp_path / "p-hf", drawn[0], teacher=teacher, weight=0.5, layers=((0, 1), (2, 3)), hidden_weight=0.7)
+    check_course(records, wanted)
+    assert min(wanted.unlike) > 0.01
+    check_weights(tmp_path / "run", tmp_path / "p-hf", wanted, tmp_path / "hf")
+
+
 ROLES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
 
@@ -296,7 +351,10 @@ def adapted(source: Path, modules: tuple[str, ...]) -> torch.nn.Module:
     with torch.no_grad():
         for number, layer in enumerate(model.base_model.model.model.layers):
             for name in modules:
-                matrix = layer.get_submodule(("mlp." if ROLES[name] in ("gate", "up", "down") else "self_attn.") + name)
+                block = layer.mlp if ROLES[name] in ("gate", "up", "down") else layer.self_attn
+                if not hasattr(block, name):
+                    continue  # the layer has no such block
+                matrix = block.get_submodule(name)
                 a, b = matrix.lora_A["default"].weight, matrix.lora_B["default"].weight
                 a.copy_(first_a(ROLES[name], number, lora, a.shape[1]))
                 assert not b.any()
@@ -316,6 +374,7 @@ def adapted(source: Path, modules: tuple[str, ...]) -> torch.nn.Module:
             ("q_proj", "k_proj", "v_proj", "down_proj"),
             {"micro_batch_size": 2, "sequence_parallel": True, "recompute_granularity": "full"},
         ),
+        ((2, 2, 1), "qwen3, by layer", None, tuple(ROLES), {"micro_batch_size": 3}),
         ((4, 1, 1), "llama, 2", None, tuple(ROLES), {"micro_batch_size": 6}),
         (
             (2, 1, 1),
@@ -330,8 +389,9 @@ def adapted(source: Path, modules: tuple[str, ...]) -> torch.nn.Module:
     ],
 )
 def test_adapters_train_as_those_of_peft(ranks, checkpoints, data, drawn, tmp_path, layout, family, targets, modules, options):
-    family, _, groups = family.partition(", ")
-    source, load = checkpoints(family, {"num_key_value_heads": int(groups)} if groups else {})
+    name, _, groups = family.partition(", ")
+    named = (name, {"num_key_value_heads": int(groups)}) if groups.isdecimal() else (family, {})
+    source, load = checkpoints(*named)
     further = {}
     if "teacher" in options:
         teacher, taught = checkpoints("llama", TEACHER)
