@@ -95,7 +95,7 @@ def _head_problems(entry: LayerPlan, config: ModelConfig, sizes: dict[str, int])
     kept, kept_groups = sizes["head"], sizes["kv_head"]
     if not kept and not kept_groups:
         return []
-    if not kept_groups or kept % kept_groups:
+    if not kept or not kept_groups or kept % kept_groups:
         return [f"layer {entry.layer}: {kept} heads do not divide over {kept_groups} KV groups"]
     per_group = kept // kept_groups
     heads = entry.head if entry.head is not None else list(range(config.units("head")))

@@ -13,7 +13,6 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.arch.tensors import tensor_ids
 from megatron_prune.checkpoint import megatron
 from megatron_prune.planning.plan import Plan, load_plan
 
@@ -69,12 +68,6 @@ def masked(config: ModelConfig, weights: oracle.Model, plan: Plan) -> oracle.Mod
     return found
 
 
-def weights_of(checkpoint: Path) -> tuple[ModelConfig, oracle.Model]:
-    """What a checkpoint holds."""
-    tensors = megatron.open_checkpoint(checkpoint).tensors
-    return tensors.config, {tensor: tensors.read_block(tensor, range(tensors.shape(tensor)[0])) for tensor in tensor_ids(tensors.config)}
-
-
 def found_logits(ranks, checkpoint: Path, layout: tuple[int, int]) -> torch.Tensor:
     tp, pp = layout
     return torch.from_numpy(ranks(tp * pp).run(rank_jobs.logits, str(checkpoint), TOKENS.tolist(), tp, pp)[-1])
@@ -109,7 +102,7 @@ def test_the_cut_model_is_the_masked_dense_one_and_can_be_cut_again(
     wanted = oracle.logits(UNIFORM, masked(UNIFORM, weights, plan), TOKENS)
     assert (found_logits(ranks, tmp_path / "one", run_at) - wanted).abs().max() < TOLERANCE * wanted.std()
 
-    config, once = weights_of(tmp_path / "one")
+    config, once = oracle.model_of(tmp_path / "one")
     if prune_type == "unbalance":  # unequal shards are of no layout that runs
         pool, layout, run_at = ranks(1), (1, 1), (1, 1)
     sizes = {"0": {"ffn_hidden_size": 12, "num_attention_heads": groups}, "2": {"num_query_groups": 2 * layout[0] % 6 or 6}}

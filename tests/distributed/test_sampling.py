@@ -12,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy
+import oracle
+import per_layer
 import pytest
 import rank_jobs_sampling as jobs
 import tiny as tiny_module
@@ -19,6 +21,7 @@ import torch
 from ranks import RankFailed
 
 from megatron_prune.errors import InputError
+from megatron_prune.families.family import FAMILIES
 from megatron_prune.runtime.sampling import Draws, choose
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
@@ -34,6 +37,7 @@ MODELS = {
     "one KV group": ("qwen2", {"num_key_value_heads": 1}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "gemma3": ("gemma3_text", {}),
+    "layers that differ": ("gemma3_text", {}),
 }
 LAYOUTS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)]
 ONE_BY_ONE = [2] + [1] * 38
@@ -43,6 +47,8 @@ CACHED = [
     *[(name, tp, pp, ONE_BY_ONE) for name in ("window", "qwen2", "qwen3") for tp, pp in [(1, 1), (3, 1), (2, 2)]],
     ("one KV group", 4, 1, ONE_BY_ONE),
     ("gemma3", 2, 2, ONE_BY_ONE),
+    ("layers that differ", 1, 1, [7, 3, 1, 16, 1, 12]),
+    ("layers that differ", 2, 2, ONE_BY_ONE),
     ("gemma3", 1, 1, [7, 3, 1, 16, 1, 12]),
     *[(name, 1, 1, pieces) for name in ("llama", "window") for pieces in ([1] * 40, [7, 3, 1, 16, 1, 12], [20, 20])],
     ("window", 1, 2, [7, 3, 1, 16, 1, 12]),
@@ -60,6 +66,9 @@ def model(tiny, tmp_path_factory):
             family, changes = MODELS[name]
             home = tmp_path_factory.mktemp("sampled")
             source = tiny(family, **changes)
+            if name == "layers that differ":
+                config, beside = per_layer.mixed(family), source
+                source = per_layer.write_model(home / "hf", config, FAMILIES.get(family), beside=beside)
             convert(ConvertOptions(load_dir=str(source), save_dir=str(home / "megatron")), World())
             made[name] = str(home / "megatron"), source
         return made[name]
@@ -69,8 +78,17 @@ def model(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def by_transformers(model):
-    """``by_transformers(name)`` → (logits of ``TOKENS``, samples) of stock transformers, once per model."""
-    return functools.cache(lambda name: (tiny_module.logits(model(name)[1], TOKENS), sample_hf(model(name)[1], **OPTIONS)))
+    """``by_transformers(name)`` → (logits of ``TOKENS``, samples) of stock transformers, once per model; of the formulas where it
+    has no class."""
+
+    @functools.cache
+    def get(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        folder = model(name)[1]
+        if name == "layers that differ":
+            return oracle.logits(*oracle.model_of(folder), TOKENS), sample_hf(folder, **OPTIONS)
+        return tiny_module.logits(folder, TOKENS), sample_hf(folder, **OPTIONS)
+
+    return get
 
 
 @pytest.mark.parametrize("name, tp, pp, pieces", CACHED)
@@ -93,6 +111,12 @@ def test_samples_are_the_same_at_every_layout_and_by_transformers(model, by_tran
         assert value.dtype == numpy.int64 and value.shape == (7, 24)
         assert numpy.array_equal(value, expected.numpy())
         assert reports == sorted(reports) and reports[-1] == 7 * 24
+
+
+def test_samples_of_a_model_whose_layers_differ(model, by_transformers, ranks):
+    checkpoint, _ = model("layers that differ")
+    for value, _ in ranks(4).run(jobs.sampled, checkpoint, 2, 2, OPTIONS):
+        assert numpy.array_equal(value, by_transformers("layers that differ")[1].numpy())
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 50])
