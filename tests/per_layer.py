@@ -12,7 +12,7 @@ from tiny import tiny_config
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import full_shape, tensor_ids
-from megatron_prune.checkpoint import huggingface
+from megatron_prune.checkpoint import both_versions, huggingface
 from megatron_prune.families.choice import choose_family
 from megatron_prune.families.family import FAMILIES, Family
 from megatron_prune.files.region import Scratch
@@ -93,6 +93,7 @@ def write_model(
     folder.mkdir(parents=True)
     for file in beside.glob("tokenizer*") if beside else ():
         shutil.copyfile(file, folder / file.name)
+    both_versions.rewrite_side_files(folder)
     ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}  # transformers gives a padding token no gradient
     described = {**family.hf_config(config, None), **ends, "dtype": str(dtype).removeprefix("torch.")}
     dtypes = dict.fromkeys(tensor_ids(config), dtype)

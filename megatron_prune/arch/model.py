@@ -85,8 +85,8 @@ class ModelConfig:
     sliding_window: int | tuple[int | None, ...] | None = None
     after_norms: bool = False
     zero_centered_norms: bool = False
-    activation: Literal["silu", "gelu_tanh"] = "silu"
-    softmax_scale: float | None = None
+    activation: Literal["silu", "gelu_tanh"] | tuple[str, ...] = "silu"
+    softmax_scale: float | tuple[float | None, ...] | None = None
     scaled_embedding: bool = False
     blocks: tuple[str, ...] = ("attention", "gated")
 
@@ -95,12 +95,13 @@ class ModelConfig:
         for name, most in (("num_layers", MAX_LAYERS), ("num_attention_heads", MAX_HEADS)):
             if (largest := max(self.each(name))) > most:
                 raise CheckpointError(f"the model's {name}", got=largest, needed=f"at most {most}")
+        plain = lambda scale: scale is not None and math.isclose(scale, self.kv_channels**-0.5, rel_tol=1e-9)
+        scales = tuple(None if plain(scale) else scale for scale in self.each("softmax_scale"))
+        object.__setattr__(self, "softmax_scale", scales if len(scales) > 1 else scales[0])
         for name in PER_LAYER:  # one value where all are the same, so that equal models are equal
             values = getattr(self, name)
             if isinstance(values, tuple) and len(set(values)) == 1:
                 object.__setattr__(self, name, values[0])
-        if self.softmax_scale is not None and math.isclose(self.softmax_scale, self.kv_channels**-0.5, rel_tol=1e-9):
-            object.__setattr__(self, "softmax_scale", None)
         object.__setattr__(self, "blocks", tuple(kind for kind in self.blocks if any(self.each(_size_field(kind)))))
         for layers, heads, groups in _distinct(self.num_layers, self.num_attention_heads, self.num_query_groups):
             if bool(heads) != bool(groups) or (groups and heads % groups):
@@ -239,6 +240,8 @@ PER_LAYER = {
     "rotary_base": "float",
     "rope_scaling": "RopeScaling | None",
     "sliding_window": "int | None",
+    "activation": "Literal",
+    "softmax_scale": "float | None",
 }
 """Fields of :class:`ModelConfig` that may differ by layer → the kind of one layer's value (:func:`check_value`)."""
 

@@ -54,7 +54,7 @@ def encoded(config: ModelConfig) -> str | None:
         return None
     base, scaling = config.each("rotary_base")[0], config.each("rope_scaling")[0]
     described = {
-        "hidden_act": config.activation,
+        "hidden_act": config.each("activation")[0],
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "num_attention_heads": max(config.each("num_attention_heads")),

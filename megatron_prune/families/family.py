@@ -216,7 +216,7 @@ class Family:
             raise InputError(
                 f"transformers' {self.architecture} has layers that are alike",
                 got=differences(config),
-                do=able + self._able(config),
+                do=able + self._able(config) + "; or prune it to the uniform shape (--uniform)",
             )
         if lost := self._unsaid(config):
             raise InputError(

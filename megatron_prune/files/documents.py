@@ -97,7 +97,9 @@ def parse_json(
         raise error(f"{where} is nested too deeply", do=do) from None
     if problem["type"] == "json_invalid":
         raise error(f"{where} is not JSON", got=problem["msg"], do=do) from None
-    field = ".".join(_key(part) for part in problem["loc"] if not _KIND.fullmatch(str(part)))
+    place = lambda of: ".".join(_key(part) for part in of["loc"] if not _KIND.fullmatch(str(part)))
+    field = place(problem)
+    others = [other for other in others if place(other) != field]  # not what else the same value was tried as
     more = f"; {len(others)} more field{'s' if len(others) > 1 else ''} not as needed" if others else ""
     got = None if problem["type"] == "missing" else shorten(problem["input"])
     needed = _NEEDED.get(problem["type"], problem["msg"].removeprefix("Input should be "))
@@ -148,7 +150,7 @@ def shorten(value: object, limit: int = 80) -> str:
     return plain(text.replace("\n", "?"), limit)
 
 
-_KIND = re.compile(r"(list|dict|literal|tuple|function-\w+|constrained-\w+)\[.*\]", re.DOTALL)
+_KIND = re.compile(r"int|constrained-int|(list|dict|literal|tuple|function-\w+|constrained-\w+)\[.*\]", re.DOTALL)
 """Which of several kinds a value was tried as: no part of its place."""
 
 

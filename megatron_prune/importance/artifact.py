@@ -25,6 +25,7 @@ from megatron_prune.files.documents import STRICT, parse_versioned, read_bytes, 
 from megatron_prune.files.tensor_file import TensorFile, open_tensors
 from megatron_prune.importance.metric import metric_named
 from megatron_prune.importance.statistics import replace_file
+from megatron_prune.planning import costs_file
 from megatron_prune.planning.plan import shape_of
 from megatron_prune.planning.selection import Scores
 from megatron_prune.text.tokens import Calibration
@@ -182,10 +183,11 @@ def _key(metric: str, axis: str, place: int | None) -> str:
 
 
 def scores_digest(folder: Path) -> str:
-    """SHA-256 of a directory's manifest and scores."""
+    """SHA-256 of a directory's manifest and scores, and of its costs of blocks where it holds any."""
     digest = hashlib.sha256()
-    for name in (FILE, SCORES_FILE):
-        digest.update(read_bytes(folder / name, error=InputError))
+    for name in (FILE, SCORES_FILE, costs_file.FILE, costs_file.COSTS_FILE):
+        if name in (FILE, SCORES_FILE) or costs_file.has_costs(folder):
+            digest.update(read_bytes(folder / name, error=InputError))
     return digest.hexdigest()
 
 

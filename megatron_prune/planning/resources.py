@@ -13,12 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from megatron_prune.arch.blocks.block import BlockKind, spaces
+from megatron_prune.arch.blocks.block import BLOCKS, BlockKind, spaces
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout, layer_tensors
 from megatron_prune.arch.tensors import full_shape, layer_roles, parameter_count, tensor_ids, tensor_shape
 from megatron_prune.checkpoint.stream import WORKERS
 from megatron_prune.planning.budget import cached_features
+from megatron_prune.planning.costs import levels
 
 BUCKET = 40_000_000
 """Parameters in a bucket of megatron-core's gradient buffer (``DistributedDataParallelConfig``)."""
@@ -201,6 +202,23 @@ def refit_memory(config: ModelConfig, target: ModelConfig, layout: ParallelLayou
     matrices = 1 if target.tie_embeddings else 2
     vocabulary = 4 * config.vocab_size * (hidden + matrices * new_hidden + 3 * text.seq_length)
     return RUNTIME_BYTES + streams + layers + max(batch + max(solving, joint), vocabulary)
+
+
+def probing_memory(config: ModelConfig, layout: ParallelLayout, text: Text, samples: int) -> int:
+    """Peak of a process that probes blocks (``surgery/probes.py``): streams of the model with each of a block's writers, a layer and
+    the head, and a batch in the layer, or the matrices of a writer that is being solved for.
+
+    Args:
+        samples: that are probed with.
+    """
+    hidden, inside, ranks = config.hidden_size, widest_inside(config), layout.tensor
+    writers = max(len(levels(BLOCKS.get(name))) for name in config.blocks)
+    tokens = min(samples, text.samples) * text.seq_length
+    streams = 4 * tokens * (hidden * (writers + 4) + inside // ranks)
+    batch = 4 * min(tokens, text.batch_tokens) * (3 * inside // ranks + 4 * hidden)
+    solving = 8 * (5 * inside**2 + 4 * inside * hidden)
+    head = 4 * config.vocab_size * (hidden + 3 * text.seq_length)
+    return RUNTIME_BYTES + streams + 4 * layer_parameters(config) // ranks + head + max(batch, solving)
 
 
 def layer_parameters(config: ModelConfig) -> int:

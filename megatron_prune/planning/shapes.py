@@ -39,6 +39,14 @@ FINEST_HIDDEN, ENOUGH_HIDDEN = 8, 4
 wants multiples of the number of heads."""
 
 
+def axis_step(axis: str, size: int, multiple_of: dict[str, int]) -> int:
+    """The step of an axis of ``size`` units: what was named, else its own, smaller where that would leave less than eight."""
+    step = multiple_of.get(axis, STEPS[axis])
+    while axis not in multiple_of and step > 1 and step * 8 > size:
+        step //= 2
+    return step
+
+
 class _Column(NamedTuple):
     """Shapes that differ in the filling ``field`` alone: ``sizes``, descending."""
 
@@ -86,11 +94,8 @@ class _Grid:
 
     def step(self, axis: str) -> int:
         """The step of an axis, divisibility by ranks included."""
-        step, size = self.steps.get(axis, STEPS[axis]), getattr(self.config, AXES.get(axis).field)
-        while axis not in self.steps and step > 1 and step * 8 > size:
-            step //= 2
         ranks = {"ffn": 1 if self.prune_type == "unbalance" else self.layout.tensor, "layer": self.layout.pipeline}
-        return lcm(step, ranks.get(axis, 1))
+        return lcm(axis_step(axis, getattr(self.config, AXES.get(axis).field), self.steps), ranks.get(axis, 1))
 
     def pairs(self) -> list[tuple[int, int]]:
         """(query heads, KV groups), by attention's size, descending: whole groups, and the same heads of each."""
@@ -160,17 +165,40 @@ def candidates(
     Args:
         layout, prune_type: how ranks share the model; every shape divides over them.
         legal: whether a family can express a shape.
-        fixed: sizes that were named exactly, by option: none may be, beside a budget (``None`` values are not named).
+        fixed: as for :func:`check_budget`.
         axes: those that may be cut.
 
     Raises:
-        InputError: if a budget and exact sizes are both given, a step fits no size, the model meets the budget already, or
-            no shape does (naming the smallest).
+        InputError: as :func:`check_budget`; if layers differ, or no shape meets the budget (naming the smallest).
     """
-    if named := [f"--{name}" for name, value in (fixed or {}).items() if value is not None]:
-        raise InputError(f"a budget and {', '.join(named)} both say what stays", do="give one of the two")
     if not axes or set(axes) - set(VARIED):
         raise InputError("axes to cut", got=", ".join(axes) or "none", needed="some of " + ", ".join(VARIED))
+    limit = check_budget(config, budget, multiple_of=multiple_of, layout=layout, fixed=fixed or {})
+    for field in (AXES.get(axis).field for axis in VARIED):
+        config.uniform(field)
+    shared = dict(config=config, axes=tuple(axes), steps=multiple_of, layout=layout, prune_type=prune_type, legal=legal)
+    for least in (LEAST, dict.fromkeys(VARIED, 0.0)):
+        grid = _Grid(**shared, least=least)
+        columns = grid.columns()
+        found = [_first(grid, column, column.first_within(budget, limit)) for column in columns]
+        if shapes := _undominated([shape for shape in found if shape is not None]):
+            return sorted(shapes, key=lambda shape: (parameters(shape), _sizes(shape)), reverse=True)
+    raise _nothing_meets(budget, limit, grid, columns)
+
+
+def check_budget(
+    config: ModelConfig, budget: Budget, *, multiple_of: dict[str, int], layout: ParallelLayout, fixed: dict[str, Any]
+) -> int:
+    """The most that a smaller ``config`` may cost, in the budget's unit.
+
+    Args:
+        fixed: sizes that were named exactly, by option: none may be, beside a budget (``None`` values are not named).
+
+    Raises:
+        InputError: if a budget and exact sizes are both given, a step fits no size, or the model meets the budget already.
+    """
+    if named := [f"--{name}" for name, value in fixed.items() if value is not None]:
+        raise InputError(f"a budget and {', '.join(named)} both say what stays", do="give one of the two")
     raise_all(InputError, "--multiple_of", step_problems(multiple_of, config))
     layout.check(config)
     for field in (AXES.get(axis).field for axis in VARIED):
@@ -182,14 +210,7 @@ def candidates(
             got=budget.describe(limit),
             needed=f"less than the model's {budget.describe(budget.cost(config))}",
         )
-    shared = dict(config=config, axes=tuple(axes), steps=multiple_of, layout=layout, prune_type=prune_type, legal=legal)
-    for least in (LEAST, dict.fromkeys(VARIED, 0.0)):
-        grid = _Grid(**shared, least=least)
-        columns = grid.columns()
-        found = [_first(grid, column, column.first_within(budget, limit)) for column in columns]
-        if shapes := _undominated([shape for shape in found if shape is not None]):
-            return sorted(shapes, key=lambda shape: (parameters(shape), _sizes(shape)), reverse=True)
-    raise _nothing_meets(budget, limit, grid, columns)
+    return limit
 
 
 def _first(grid: _Grid, column: _Column, start: int) -> ModelConfig | None:

@@ -67,7 +67,7 @@ def best_fit(
     statistics: Statistics | None,
     folder: Path,
 ) -> tuple[Plan, Source]:
-    """The plan, of several, whose re-fitted model has the lowest loss on the text, and that model's tensors.
+    """The plan, of several, whose re-fitted model loses least on the samples that joint fits hold out, and that model's tensors.
 
     Args:
         folder: where finished layers are kept.
@@ -77,20 +77,20 @@ def best_fit(
         fit, basis = options.fit(), stream_basis(plan, subject, statistics)
         parts = folder / ("refit" if len(plans) == 1 else f"refit_{number}")
         given = (plan, basis, subject, calibration, PARAM_DTYPES[options.dtype])
-        best = refitted(fit, parts, *given, measured=len(plans) > 1)
+        best = refitted(fit, parts, *given)
         if options.sequential is None and best.lost > SEVERE:
             if world.is_main:
                 log.info("%.2f nats a token lost: fitting once more, each block to mend what those before it left", best.lost)
             mending = dataclasses.replace(fit, sequential=True)
-            other = refitted(mending, parts.with_name(f"{parts.name}_mending"), *given, measured=len(plans) > 1)
+            other = refitted(mending, parts.with_name(f"{parts.name}_mending"), *given)
             if world.is_main:
                 log.info("%.2f nats lost so; the better one stays", other.lost)
             if other.lost < best.lost:
                 best, fit = other, mending
         if len(plans) > 1 and world.is_main:
-            log.info("%s: perplexity %.3f on the calibration text", plan.summary(), math.exp(min(best.loss, 700.0)))
+            log.info("%s: %.3f nats a token lost on held-out text", plan.summary(), best.lost)
         made_by = {**plan.made_by, "refit": dataclasses.asdict(fit)}
-        found.append((best.loss, number, dataclasses.replace(plan, made_by=made_by), best.source))
+        found.append((best.lost, number, dataclasses.replace(plan, made_by=made_by), best.source))
     _, _, plan, source = min(found, key=lambda one: one[:2])
     return plan, source
 
@@ -106,12 +106,10 @@ class Refitted:
     Attributes:
         source: its tensors, float32.
         lost: what its loss is above the dense model's on the samples that joint fits hold out, in nats a token.
-        loss: on all of the calibration text; 0 if that was not asked for.
     """
 
     source: Source
     lost: float
-    loss: float
 
 
 def refitted(
@@ -122,14 +120,11 @@ def refitted(
     subject: Subject,
     calibration: Calibration,
     dtype: torch.dtype,
-    *,
-    measured: bool,
 ) -> Refitted:
     """Re-fit into the directory ``parts``, going on from the layers that are there; every process takes part.
 
     Args:
         dtype: what to compute in.
-        measured: whether the loss on all of the text is wanted.
     """
     world = subject.world
     world.on_main(lambda: parts.mkdir(exist_ok=True))
@@ -138,7 +133,6 @@ def refitted(
     engine = Refit(subject.tensors, plan, basis, calibration, stage, store, world, fit, dtype=dtype)
     with progress_bar("re-fitting", engine.work(), shown=world.is_main, unit="tokens × layers") as advance:
         engine.run(advance)
-    loss = engine.loss() if measured else 0.0
     lost = engine.loss(held_out=True) - engine.dense_loss(held_out=True)
     stage.close()
-    return Refitted(source=Source(tensors=store.tensors()), lost=lost, loss=loss)
+    return Refitted(source=Source(tensors=store.tensors()), lost=lost)

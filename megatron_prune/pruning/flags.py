@@ -49,6 +49,10 @@ def _idle(options, request: Request, config: ModelConfig, text: bool, refit: boo
         yield REFIT, "where nothing is re-fitted", "leave it out, or re-fit: name text with --data, without --no-refit"
     if options.memory is None:
         yield ("memory_seq_length", "memory_batch"), "without --memory", "leave it out"
+    if request.bounds is None:
+        yield ("allocate",), "without a budget", "name one (--params, --ratio, --memory), or leave it out"
+    if not request.probed_axes():
+        yield ("min_layer_ratio", "max_layer_ratio"), "without --allocate free", "leave it out"
     axes = request.axes(config)
     used = {request.metric_of[axis] for axis in axes}
     measured = refit or any(metric_named(name).needs for name in used)

@@ -10,6 +10,7 @@ from megatron_prune.errors import InputError
 from megatron_prune.families.family import Family
 from megatron_prune.importance.artifact import scores_digest
 from megatron_prune.importance.metric import metric_named
+from megatron_prune.planning.costs_file import CostsManifest, has_costs
 from megatron_prune.pruning.fit import FitOptions
 from megatron_prune.pruning.flags import check_effect
 from megatron_prune.pruning.measure import CalibrationOptions, Subject, check_measurable, request_key
@@ -53,6 +54,11 @@ class Job:
     made_by: dict[str, Any] = field(default_factory=dict)
     asked: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def measures_costs(self) -> bool:
+        """Whether costs of blocks are measured: they are asked for, and none lie beside the scores."""
+        return bool(self.request.probed_axes()) and not (self.kept_scores and has_costs(self.kept_scores))
+
     def key(self) -> str:
         """What a stopped run must have been to be gone on with."""
         plan = self.request.plan.with_tokens_of(self.request.vocab_plan).dumps() if self.request.plan else None
@@ -90,6 +96,9 @@ def settle(options: PruningOptions, subject: Subject, family: Family, *, prune_t
     check_effect(options, request, config, text=text, refit=refit)
     if text and kept_scores:
         check_scores(kept_scores, request, subject)
+        if request.probed_axes() and has_costs(kept_scores):
+            wanted = {axis: request.metric_of[axis] for axis in request.probed_axes()}
+            CostsManifest.load(kept_scores).check(subject.model.identity, wanted, kept_scores)
     elif text:
         check_measurable(options, request.metrics(config), config, layout)
     if text and not refit and request.rotates(config):
@@ -101,6 +110,8 @@ def settle(options: PruningOptions, subject: Subject, family: Family, *, prune_t
         "prune_type": prune_type,
     }
     made_by |= {"tensor_parallel": layout.tensor, "pipeline_parallel": layout.pipeline}
+    if request.probed_axes():
+        made_by["allocate"] = options.allocate
     if refit and config.after_norms and "hidden" in used and options.hidden_method is None:
         made_by["hidden_method"] = f"select: {NO_ROTATION}"
         if subject.world.is_main:

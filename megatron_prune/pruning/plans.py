@@ -7,6 +7,7 @@ from typing import Any, Iterator
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.axes.axis import AXES
+from megatron_prune.planning.costs import Costs
 from megatron_prune.planning.loss_estimate import loss_estimate, rank_candidates
 from megatron_prune.planning.make import make_plan
 from megatron_prune.planning.plan import Plan
@@ -19,19 +20,23 @@ from megatron_prune.pruning.stream import TOO_VARIED, rotates_well
 from megatron_prune.runtime.reporting import log
 
 
-def make_plans(request: Request, scored: Scored, *, count: int, prune_type: str, made_by: dict[str, Any]) -> list[Plan]:
-    """The plan; within a budget, one for each of the ``count`` shapes that look best, the best first. Their vocabulary is whole.
+def make_plans(
+    request: Request, scored: Scored, costs: Costs | None, *, count: int, prune_type: str, made_by: dict[str, Any]
+) -> list[Plan]:
+    """The plan; within a budget, one for each of the shapes that look best, the best first. Their vocabulary is whole.
 
     The same on every process; all take part.
 
     Args:
+        costs: of blocks, where the budget is dealt out by them.
+        count: of shapes whose layers are alike.
         prune_type: which units each tensor-parallel rank keeps.
         made_by: the plan's record.
     """
     if request.plan is not None:
         return [request.plan]
     subject, plans = scored.subject, []
-    for target in [request.target] if request.target else best_targets(request, scored, count):
+    for target in [request.target] if request.target else _within_budget(request, scored, costs, count):
         rotate = request.rotate and (request.by_name or rotates_well(target.config, subject, scored.statistics))
         plans.append(
             make_plan(
@@ -46,6 +51,14 @@ def make_plans(request: Request, scored: Scored, *, count: int, prune_type: str,
             )
         )
     return plans
+
+
+def _within_budget(request: Request, scored: Scored, costs: Costs | None, count: int) -> list[Target]:
+    uniform = best_targets(request, scored, count) if request.shapes else []
+    targets = request.allocator.targets(request.bounds, costs, uniform)
+    if scored.subject.world.is_main and costs is not None and not any(target.by_layer for target in targets):
+        log.warning("no sizes by layer that the budget leaves room for can be shared by the ranks and said by the model's class")
+    return targets
 
 
 def _selects(subject: Subject) -> dict[str, str]:

@@ -11,8 +11,11 @@ from megatron_prune.families.family import Family
 from megatron_prune.files import staging
 from megatron_prune.importance.artifact import load_calibration_file
 from megatron_prune.importance.statistics import STREAM, Statistics
-from megatron_prune.opening.source import Source
+from megatron_prune.opening.source import PARAM_DTYPES, Source
+from megatron_prune.planning.costs import Costs
+from megatron_prune.planning.costs_file import load_costs
 from megatron_prune.planning.plan import Plan
+from megatron_prune.pruning.costs import measured_costs, needed_moments
 from megatron_prune.pruning.fit import best_fit
 from megatron_prune.pruning.job import Job, settle
 from megatron_prune.pruning.measure import Subject, measure, obtain_calibration
@@ -58,7 +61,7 @@ def pruned(job: Job, save: Path) -> Iterator[tuple[Plan, Source]]:
     """
     world, config, tokens = job.subject.world, job.subject.config, job.request.vocab_plan
     if not job.measured:
-        yield _cut(_plans(job, None, None)[0].with_tokens_of(tokens), job.subject)
+        yield _cut(_plans(job, None, None, None)[0].with_tokens_of(tokens), job.subject)
         return
     with staging.work(save, job.key(), main=world.is_main, agree=world.agree) as folder:
         calibration = _calibration(job, folder)
@@ -67,7 +70,7 @@ def pruned(job: Job, save: Path) -> Iterator[tuple[Plan, Source]]:
             yield folded(plan, job.trimmed.id_map, job.subject, calibration, job.options)
             return
         statistics = _statistics(job, calibration, folder)
-        plans = _plans(job, statistics, calibration)
+        plans = _plans(job, statistics, calibration, folder)
         if job.fit is None:
             yield _cut(plans[0].with_tokens_of(tokens), job.subject)
             return
@@ -94,15 +97,27 @@ def _statistics(job: Job, calibration: Calibration, folder: Path) -> Statistics 
         moments = job.request.moments(config)
     if job.request.rotates(config):
         moments |= {STREAM}
+    if job.measures_costs:
+        moments |= needed_moments(config)
     return measure(names, moments, job.options, job.subject, calibration, folder) if names or moments else None
 
 
-def _plans(job: Job, statistics: Statistics | None, calibration: Calibration | None) -> list[Plan]:
+def _plans(job: Job, statistics: Statistics | None, calibration: Calibration | None, folder: Path | None) -> list[Plan]:
     made_by = job.made_by
     if calibration is not None:
         made_by = {**made_by, "calibration": {"digest": calibration.digest, "sources": calibration.provenance}}
     scored = Scored(subject=job.subject, seed=job.options.seed, kept=job.kept_scores, statistics=statistics)
-    return make_plans(job.request, scored, count=job.search, prune_type=job.prune_type, made_by=made_by)
+    costs = _costs(job, scored, calibration, folder) if job.request.probed_axes() else None
+    return make_plans(job.request, scored, costs, count=job.search, prune_type=job.prune_type, made_by=made_by)
+
+
+def _costs(job: Job, scored: Scored, calibration: Calibration, folder: Path) -> Costs:
+    """What blocks cost the model: kept beside the scores, or measured."""
+    config, metric_of = job.subject.config, job.request.metric_of
+    if not job.measures_costs:
+        return load_costs(job.kept_scores, config)
+    dtype = PARAM_DTYPES[job.options.dtype]
+    return measured_costs(job.subject, scored.by_layer(metric_of), metric_of, scored.statistics, calibration, folder, dtype)
 
 
 def _cut(plan: Plan, subject: Subject) -> tuple[Plan, Source]:

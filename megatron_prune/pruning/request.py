@@ -16,7 +16,8 @@ from megatron_prune.errors import InputError, PlanError, raise_all
 from megatron_prune.families.family import Family
 from megatron_prune.importance.metric import METRICS, metric_named
 from megatron_prune.opening.opened import Opened
-from megatron_prune.planning.budget import Budget, read_budget
+from megatron_prune.planning.allocators.allocator import ALLOCATORS, Allocator, Bounds
+from megatron_prune.planning.budget import read_budget
 from megatron_prune.planning.check import check_plan, kept_tokens
 from megatron_prune.planning.layer_sizes import Sizes, dropped, read_layer_sizes
 from megatron_prune.planning.loss_estimate import cut_axes
@@ -24,8 +25,9 @@ from megatron_prune.planning.make import whole_plan
 from megatron_prune.planning.multiples import check_multiples, parse_multiples
 from megatron_prune.planning.plan import Plan, load_plan
 from megatron_prune.planning.selection import needed_scores
-from megatron_prune.planning.shapes import candidates
-from megatron_prune.planning.target import Target, check_target, resolve_target
+from megatron_prune.planning.shapes import candidates, check_budget
+from megatron_prune.planning.target import CHOSEN_BY_LAYER, Target, check_target, resolve_target
+from megatron_prune.pruning.allocation import AllocationOptions, check_allocation, read_bounds
 from megatron_prune.surgery.basis import HIDDEN_METHODS, NO_ROTATION
 
 BEST = {"hidden": "activation", "ffn": "fisher", "head": "obs", "kv_head": "obs", "layer": "fold"}
@@ -34,7 +36,7 @@ BEST = {"hidden": "activation", "ffn": "fisher", "head": "obs", "kv_head": "obs"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetOptions:
+class TargetOptions(AllocationOptions):
     """The shape to reach, or a budget to keep to, and how units are chosen; or a plan."""
 
     hidden_size_remain: int | None = option("residual channels that stay", None)
@@ -56,7 +58,9 @@ class TargetOptions:
     memory: str | None = option("budget: weights and KV cache of an inference, such as 2GiB", None)
     memory_seq_length: int = option("tokens in the KV cache of --memory", 4096)
     memory_batch: int = option("sequences in the KV cache of --memory", 1)
-    search: int = option("within a budget, re-fit this many of the shapes that look best and keep the best perplexity", 1)
+    search: int = option(
+        "within a budget, re-fit this many of the shapes that look best and keep what loses least on held-out text", 1
+    )
     multiple_of: str | None = option("sizes are multiples of these, such as hidden=64,ffn=128", None)
     metric: str | None = option(
         "how units are scored: random, magnitude, activation, wanda, taylor …, with parameters where it has any, as in "
@@ -92,7 +96,9 @@ class Request:
 
     Attributes:
         target: the exact shape; ``None`` for a budget or a plan.
-        shapes: the shapes that meet the budget, largest first.
+        shapes: the shapes that meet the budget and have layers alike, largest first.
+        bounds: what shapes within the budget have to keep to; ``None`` without one.
+        allocator: how the budget is dealt out to layers.
         plan: the plan that was read, but for its vocabulary.
         vocab_plan: the plan that says which tokens stay; ``None``: all do.
         metric_of: axis → spelling of the metric that scores it.
@@ -102,6 +108,8 @@ class Request:
 
     target: Target | None = None
     shapes: tuple[ModelConfig, ...] = ()
+    bounds: Bounds | None = None
+    allocator: Allocator = ALLOCATORS.get("uniform")
     plan: Plan | None = None
     vocab_plan: Plan | None = None
     metric_of: dict[str, str]
@@ -112,16 +120,20 @@ class Request:
         """Axes whose scores are needed to choose units of a model of that shape."""
         if self.plan is not None:
             return set()
-        if self.shapes:
-            return {axis for shape in self.shapes for axis in cut_axes(config, shape)}
+        if self.bounds is not None:
+            return {axis for shape in self.shapes for axis in cut_axes(config, shape)} | self.probed_axes()
         needed = {axis for axis, _ in needed_scores(config, self.target)}
         return needed - {"hidden"} if self.rotate else needed
+
+    def probed_axes(self) -> set[str]:
+        """Axes along which the costs of blocks are measured."""
+        return set(CHOSEN_BY_LAYER) if self.allocator.measures_costs else set()
 
     def rotates(self, config: ModelConfig) -> bool:
         """Whether the plan will (or, within a budget, may) rotate the stream."""
         if self.plan is not None:
             return self.plan.rotated
-        shapes = self.shapes or (self.target.config,)
+        shapes = self.shapes if self.target is None else (self.target.config,)
         return self.rotate and any(shape.hidden_size != config.hidden_size for shape in shapes)
 
     def dropped(self, config: ModelConfig) -> list[int]:
@@ -229,8 +241,15 @@ def read_request(
     sizes = {name: getattr(options, name) for name in (*TargetOptions.SIZES, *TargetOptions.BY_LAYER)}
     if budget is not None:
         budget = dataclasses.replace(budget, vocab_size=len(vocab_plan.vocab) if options.vocab_plan else None)
-        shapes = _budget_shapes(_untied(options, config), budget, multiples, layout, family, prune_type, sizes, common)
-        return Request(shapes=tuple(shapes), **common)
+        bounds = read_bounds(options, _untied(options, config), budget, multiples, layout, family, prune_type=prune_type)
+        allocator, shapes = ALLOCATORS.get(options.allocate), ()
+        if config.is_uniform or not allocator.measures_costs:
+            shapes = _uniform_shapes(bounds, sizes, common)
+        else:
+            check_budget(bounds.config, budget, multiple_of=multiples, layout=layout, fixed=sizes)
+        if allocator.measures_costs:
+            check_allocation(bounds, common["metric_of"], has_text=has_text, refit=refit)
+        return Request(shapes=shapes, bounds=bounds, allocator=allocator, **common)
     uniform = {name.removesuffix("_remain"): getattr(options, name) for name in TargetOptions.SIZES}
     target = resolve_target(config, **uniform, by_layer=_by_layer(options))
     target = dataclasses.replace(target, config=_untied(options, target.config))
@@ -303,35 +322,27 @@ def _untied(options: TargetOptions, config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, tie_embeddings=config.tie_embeddings and not options.untie)
 
 
-def _budget_shapes(
-    config: ModelConfig,
-    budget: Budget,
-    multiples: dict[str, int],
-    layout: ParallelLayout,
-    family: Family,
-    prune_type: str,
-    sizes: dict[str, object],
-    common: dict,
-) -> list[ModelConfig]:
-    """Shapes that meet the budget along the axes that the metrics can score."""
+def _uniform_shapes(bounds: Bounds, sizes: dict[str, object], common: dict) -> tuple[ModelConfig, ...]:
+    """Shapes that meet the budget along the axes that the metrics can score, all layers alike."""
 
     def legal(shape: ModelConfig) -> bool:
         try:
-            family.check_expressible(shape)
+            bounds.check(shape)
         except InputError:
             return False
         return True
 
-    return candidates(
-        config,
-        budget,
-        multiple_of=multiples,
-        layout=layout,
-        prune_type=prune_type,
+    found = candidates(
+        bounds.config,
+        bounds.budget,
+        multiple_of=bounds.multiple_of,
+        layout=bounds.layout,
+        prune_type=bounds.prune_type,
         legal=legal,
         fixed=sizes,
         axes=tuple(axis for axis in AXES.names() if axis in metric_named(common["metric_of"][axis]).axes),
     )
+    return tuple(found)
 
 
 def _check_axes(config: ModelConfig, target: Target, common: dict) -> None:

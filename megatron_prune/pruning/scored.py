@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune.arch.tensors import tensor_ids
+from megatron_prune.axes.axis import AXES
 from megatron_prune.errors import InputError
 from megatron_prune.importance.artifact import ScoresManifest, load_scores
 from megatron_prune.importance.metric import metric_named
 from megatron_prune.importance.scoring import score
 from megatron_prune.importance.statistics import Statistics
 from megatron_prune.planning.selection import Scores
+from megatron_prune.planning.target import CHOSEN_BY_LAYER
 from megatron_prune.pruning.measure import Subject
 from megatron_prune.pruning.request import Request
 from megatron_prune.runtime.reporting import progress_bar
@@ -46,6 +48,20 @@ class Scored:
         with progress_bar("scoring", total // (subject.layout.tensor * subject.layout.pipeline), shown=shown) as advance:
             scores = score(metric, subject.tensors, subject.layout, wanted, subject.world, advance)
         return scores | {("block", count): metric.block_scores(count) for count in (dropped if metric.block_wise else ())}
+
+
+    def by_layer(self, metric_of: dict[str, str]) -> Scores:
+        """The scores of all units that are chosen layer by layer, of every layer.
+
+        Args:
+            metric_of: axis → name of the metric that scores it.
+        """
+        found: Scores = {}
+        for axis in CHOSEN_BY_LAYER:
+            wanted = [(axis, layer) for layer in AXES.get(axis).places(self.subject.config)]
+            scores = self.scores(metric_of[axis], wanted, [])
+            found |= {place: scores[place] for place in wanted}
+        return found
 
 
 def check_scores(kept: Path, request: Request, subject: Subject) -> None:

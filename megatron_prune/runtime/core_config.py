@@ -39,6 +39,7 @@ def _of_layer(config: ModelConfig) -> dict[str, Any]:
     """Fields in which layers may differ; sizes of blocks that a layer has not are left as they are in the model's."""
     window = config.uniform("sliding_window")
     found: dict[str, Any] = {"window_size": None if window is None else (window - 1, 0)}
+    found |= {"activation_func": ACTIVATIONS[config.activation], "softmax_scale": config.softmax_scale}
     if config.units("head"):
         found |= {"num_attention_heads": config.units("head"), "num_query_groups": config.units("kv_head")}
     return found | ({"ffn_hidden_size": config.units("ffn")} if config.units("ffn") else {})
@@ -46,25 +47,20 @@ def _of_layer(config: ModelConfig) -> dict[str, Any]:
 
 def transformer_config(config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype, **further: Any) -> DescribedConfig:
     """megatron-core's description of the model and the run; ``further`` fields of it as they are."""
-    most = lambda field: max(config.each(field))
-    sizes = {name: most(name) for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")}
+    largest = {name: max(config.each(name)) for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")}
     if config.differing:
         further["heterogeneous_block_specs"] = True
         further["own_positions"] = bool({"rotary_base", "rope_scaling"} & set(config.differing))
-    else:
-        sizes |= _of_layer(config)
     return DescribedConfig(
         described=config,
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
-        **sizes,
+        **_of_layer(config.of_layer(0)) | largest,
         kv_channels=config.kv_channels,
         normalization="RMSNorm",
         layernorm_epsilon=config.norm_epsilon,
         layernorm_zero_centered_gamma=config.zero_centered_norms,
         gated_linear_unit=True,
-        activation_func=ACTIVATIONS[config.activation],
-        softmax_scale=config.softmax_scale,
         add_bias_linear=False,
         add_qkv_bias=config.qkv_bias,
         qk_layernorm=config.qk_norm,

@@ -139,7 +139,7 @@ def check_megatron_flags(flags: dict[str, Any], config: ModelConfig) -> None:
     problems = []
     for name, value in flags.items():
         if name in _MODEL:
-            actual: Any = _FIXED[name] if name in _FIXED else config.uniform(name)
+            actual: Any = _FIXED[name] if name in _FIXED else config.uniform(name) if hasattr(config, name) else None
             if name == "rope_scaling_factor":  # a default of GPT_ARGS, of no effect without scaling
                 actual = config.rope_scaling.factor if config.rope_scaling else value
         elif name in _MODEL_SWITCHES:

@@ -27,6 +27,7 @@ from megatron_prune.planning.resources import (
     Text,
     Training,
     gradient_memory,
+    probing_memory,
     refit_memory,
     sampling_memory,
     saving_memory,
@@ -37,6 +38,7 @@ from megatron_prune.planning.resources import (
     weight_bytes,
 )
 from megatron_prune.planning.target import resolve_target
+from megatron_prune.pruning.costs import SAMPLES
 from megatron_prune.pruning.engines.megatron import SAMPLED_TOGETHER
 from megatron_prune.pruning.measure import SEQ_LENGTH
 from megatron_prune.runtime.world import World
@@ -169,6 +171,7 @@ def estimate_steps(config: ModelConfig, target: ModelConfig, layout: ParallelLay
                 "disk": 8 * text.samples * text.seq_length,
             },
             "scoring by gradients": {"memory_per_rank": gradient_memory(config, layout, text), "disk": 0},
+            "costs of blocks": {"memory_per_rank": probing_memory(config, layout, text, SAMPLES), "disk": 0},
             "re-fitting": {
                 "memory_per_rank": refit_memory(config, target, layout, text, window),
                 "disk": weight_bytes(target, 4),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.axes.axis import AXES
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
@@ -14,7 +16,10 @@ from megatron_prune.importance.parameters import separate
 from megatron_prune.importance.scoring import all_scores
 from megatron_prune.opening.foreign import ForeignOptions
 from megatron_prune.opening.opened import open_megatron
+from megatron_prune.opening.source import PARAM_DTYPES
 from megatron_prune.planning.plan import shape_of
+from megatron_prune.planning.target import CHOSEN_BY_LAYER
+from megatron_prune.pruning.costs import measured_costs, needed_moments
 from megatron_prune.pruning.engines.megatron import MegatronEngine
 from megatron_prune.pruning.measure import (
     CalibrationOptions,
@@ -24,7 +29,7 @@ from megatron_prune.pruning.measure import (
     obtain_calibration,
     request_key,
 )
-from megatron_prune.pruning.request import BEST
+from megatron_prune.pruning.request import BEST, TargetOptions, metrics_of
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
@@ -43,6 +48,7 @@ class ScoreOptions(CalibrationOptions, ForeignOptions):
     tokenizer: str | None = option("Hugging Face directory of the tokenizer (default: kept in the checkpoint)", None)
     tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
     pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
+    costs: bool = option("also measure what every block costs the model at every size, for prune --allocate free", False)
     overwrite: bool = option("replace an existing output directory", False)
 
 
@@ -59,13 +65,19 @@ def score(options: ScoreOptions, world: World) -> None:
     layout.check(model.config)
     subject = Subject(model=model, engine=MegatronEngine(layout, world), tokenizer=model.tokenizer)
     check_measurable(options, metrics, model.config, layout)
-    key = request_key(options, subject, metrics=metrics)
+    choosing = choosing_metrics(metrics) if options.costs else {}
+    key = request_key(options, subject, metrics=metrics, costs=options.costs)
     with staging.work(save, key, main=world.is_main, agree=world.agree) as folder:
         calibration = obtain_calibration(options, subject, folder)
         moments = frozenset().union(*(metric_named(name).moments.values() for name in metrics))
+        moments |= needed_moments(model.config) if options.costs else frozenset()
         statistics = measure(metrics, moments, options, subject, calibration, folder)
         metric = lambda name: metric_named(name, seed=options.seed, statistics=statistics)
         scores = {name: all_scores(metric(name), subject.tensors, layout, world) for name in metrics}
+        if options.costs:
+            orders = {place: scores[choosing[place[0]]][place] for place in _chosen_by_layer(model.config)}
+            dtype = PARAM_DTYPES[options.dtype]
+            measured_costs(subject, orders, choosing, statistics, calibration, folder, dtype)
         copies = world.size // (layout.tensor * layout.pipeline)
         manifest = ScoresManifest(
             content_id=model.identity,
@@ -85,6 +97,25 @@ def score(options: ScoreOptions, world: World) -> None:
         world.on_main(finish)
     if world.is_main:
         log.info("scores of %s on %d samples: %s", ", ".join(metrics), len(calibration.tokens), save)
+
+
+def choosing_metrics(metrics: list[str]) -> dict[str, str]:
+    """Axis → the metric of those that chooses units along it, where they are chosen by layer: as a pruning by these scores.
+
+    Raises:
+        InputError: if none of them scores one of these axes.
+    """
+    chosen = metrics_of(TargetOptions(), has_text=True, held=metrics)
+    for axis in CHOSEN_BY_LAYER:
+        if chosen[axis] not in metrics:
+            able = [name for name in METRICS.names() if axis in METRICS.get(name).axes]
+            got, needed = ", ".join(metrics), "one of " + ", ".join(able)
+            raise InputError(f"--costs: none of the metrics scores {axis}", got=got, needed=needed)
+    return {axis: chosen[axis] for axis in CHOSEN_BY_LAYER}
+
+
+def _chosen_by_layer(config: ModelConfig) -> list[tuple[str, int]]:
+    return [(axis, layer) for axis in CHOSEN_BY_LAYER for layer in AXES.get(axis).places(config)]
 
 
 def metric_names(given: tuple[str, ...]) -> list[str]:

@@ -65,7 +65,7 @@ _RUN: Tree = {
 }
 _SCORES: Tree = _files(
     *("scores.json", "scores.safetensors", "calibration.safetensors", "calibration.json", "final.safetensors"),
-    *("layer_????.safetensors", "gradients.safetensors", "losses.safetensors"),
+    *("layer_????.safetensors", "gradients.safetensors", "losses.safetensors", "costs.json", "costs.safetensors"),
 )
 _TEACHER: Tree = _files("teacher.json", "part_?????.safetensors")
 

@@ -72,11 +72,12 @@ def strings(folder: str) -> set[str]:
     "by, files",
     [
         ("METRICS.names()", {"unit/test_metrics.py", "unit/test_importance.py", "distributed/test_score.py"}),
+        ("ALLOCATORS.names()", {"unit/planning/test_allocators.py"}),
         ("AXES.names()", {"unit/test_arch.py"}),
         ("BLOCKS.names()", {"unit/test_blocks.py"}),
         ("VERBS", {"unit/test_overwrite.py"}),
     ],
-    ids=["metrics", "axes", "blocks", "verbs"],
+    ids=["metrics", "allocators", "axes", "blocks", "verbs"],
 )
 def test_what_is_registered_is_tested_by_its_registry(by, files):
     assert files <= parametrized(by)

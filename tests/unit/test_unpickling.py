@@ -60,12 +60,9 @@ GUARDED = {
     "megatron_prune/checkpoint/torch_archive.py": {"read_pickle": "files/pickled.py"},
     "megatron_prune/checkpoint/torch_dist.py": {"read_pickle": "files/pickled.py", "import pickle": "to write"},
     "megatron_prune/checkpoint/stored_args.py": {"import yaml": "composed into nodes, whose plain values alone are taken"},
-    "megatron_prune/runtime/stock_model.py": {
-        "AutoConfig.from_pretrained": "JSON",
-        "AutoModelForCausalLM.from_pretrained": TRANSFORMERS,
-    },
+    "megatron_prune/runtime/stock_class.py": {"AutoConfig.from_pretrained": "JSON"},
+    "megatron_prune/runtime/stock_model.py": {"kind.from_pretrained": TRANSFORMERS},
     "megatron_prune/evaluation/one_layer.py": {
-        "AutoConfig.from_pretrained": "JSON",
         "importlib.import_module": "a module of transformers, for a family that this project knows",
     },
     "megatron_prune/files/pickled.py": {"read_pickle": "is the interpreter"},

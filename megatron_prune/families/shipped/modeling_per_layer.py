@@ -51,10 +51,12 @@ def alike(config):
     """Within, the configuration is one of layers that are alike; gives what differs, by the layer's number."""
     differing = config.to_dict().get("per_layer_config") or {}
     config.per_layer_config = None
+    width = config.intermediate_size  # 0 where every layer says its own
+    config.intermediate_size = width or 1
     try:
         yield {int(layer): dict(changes) for layer, changes in differing.items()}
     finally:
-        config.per_layer_config = differing
+        config.intermediate_size, config.per_layer_config = width, differing
 
 
 def own_layer(kind, config, layer_idx, changes):

@@ -1,0 +1,57 @@
+"""What an allocator is: from what a budget leaves room for, to the shapes that are fitted and compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Protocol
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.planning.budget import Budget
+from megatron_prune.planning.costs import Costs
+from megatron_prune.planning.target import Target
+from megatron_prune.registry import Registry
+
+ALLOCATORS: Registry[Allocator] = Registry("allocator", "megatron_prune.planning.allocators")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What shapes within a budget have to keep to.
+
+    Attributes:
+        config: the model before pruning (its head untied, if it is to be).
+        multiple_of: axis → step of its sizes (``multiples.py``).
+        layout, prune_type: how ranks share the model; every layer of every shape divides over them.
+        check: refuses a shape that the model's class cannot say, with :class:`InputError`.
+        least, most: share of a layer's units along an axis that stays at least, and at most, where its block stays.
+    """
+
+    config: ModelConfig
+    budget: Budget
+    multiple_of: dict[str, int]
+    layout: ParallelLayout
+    prune_type: str
+    check: Callable[[ModelConfig], None]
+    least: float = 0.0
+    most: float = 1.0
+
+
+class Allocator(Protocol):
+    """Deals a budget out to layers.
+
+    Attributes:
+        measures_costs: whether it asks what every block costs the model at every size (:class:`Costs`).
+    """
+
+    measures_costs: bool
+
+    def targets(self, bounds: Bounds, costs: Costs | None, uniform: list[Target]) -> list[Target]:
+        """The shapes to be fitted and compared, those first that promise most.
+
+        Args:
+            uniform: shapes within the budget whose layers are alike, the best first.
+
+        Raises:
+            InputError: if there is none.
+        """

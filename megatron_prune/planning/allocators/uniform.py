@@ -1,0 +1,19 @@
+"""All layers keep the same shape: one of the grid (``planning/shapes.py``)."""
+
+from __future__ import annotations
+
+from megatron_prune.planning.allocators.allocator import ALLOCATORS, Bounds
+from megatron_prune.planning.costs import Costs
+from megatron_prune.planning.target import Target
+
+
+class Uniform:
+    """Takes the shapes of the grid as they are."""
+
+    measures_costs = False
+
+    def targets(self, bounds: Bounds, costs: Costs | None, uniform: list[Target]) -> list[Target]:
+        return uniform
+
+
+ALLOCATORS.register("uniform")(Uniform())

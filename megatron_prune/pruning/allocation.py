@@ -1,0 +1,83 @@
+"""How a budget is to be dealt out to layers: what is asked for, and what it has to keep to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.config import option
+from megatron_prune.errors import InputError
+from megatron_prune.families.family import Family
+from megatron_prune.importance.metric import METRICS, metric_named
+from megatron_prune.planning.allocators.allocator import ALLOCATORS, Bounds
+from megatron_prune.planning.budget import Budget
+from megatron_prune.planning.target import CHOSEN_BY_LAYER
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocationOptions:
+    """How a budget is dealt out to layers."""
+
+    allocate: str = option(
+        "within a budget: uniform, all layers keep one shape; free, each has sizes of its own, by what every block is measured "
+        "to cost the model (best of several such shapes and of the best uniform ones)",
+        "uniform",
+        choices=ALLOCATORS.names(),
+    )
+    min_layer_ratio: float = option("share of a layer's units that stays at least, where its block stays (--allocate free)", 0.0)
+    max_layer_ratio: float = option("share of a layer's units that stays at most, where it is cut (--allocate free)", 1.0)
+
+
+def read_bounds(
+    options: AllocationOptions,
+    config: ModelConfig,
+    budget: Budget,
+    multiples: dict[str, int],
+    layout: ParallelLayout,
+    family: Family,
+    *,
+    prune_type: str,
+) -> Bounds:
+    """What shapes within the budget have to keep to.
+
+    Args:
+        config: the model before pruning, its head untied if it is to be.
+
+    Raises:
+        InputError: if a limit is no share.
+    """
+    least, most = options.min_layer_ratio, options.max_layer_ratio
+    if not (0 <= least <= most <= 1 and most > 0):
+        raise InputError(
+            "--min_layer_ratio, --max_layer_ratio", got=f"{least:g}, {most:g}", needed="shares of 0 to 1, the first no larger"
+        )
+    return Bounds(
+        config=config,
+        budget=budget,
+        multiple_of=multiples,
+        layout=layout,
+        prune_type=prune_type,
+        check=family.check_expressible,
+        least=least,
+        most=most,
+    )
+
+
+def check_allocation(bounds: Bounds, metric_of: dict[str, str], *, has_text: bool, refit: bool) -> None:
+    """Refuse an allocation by measured costs that cannot be measured, judged or written.
+
+    Raises:
+        InputError: saying what is missing, or that the model's class cannot say layers that differ.
+    """
+    if not has_text or not refit:
+        got = "--no-refit" if has_text else "no text"
+        do = "name text with --data (--data self will do), without --no-refit"
+        raise InputError("--allocate free measures on text, and compares re-fitted models", got=got, do=do)
+    for axis in CHOSEN_BY_LAYER:
+        if axis not in metric_named(name := metric_of[axis]).axes:
+            able = [other for other in METRICS.names() if axis in METRICS.get(other).axes]
+            raise InputError(f"metric {name} cannot score the axis {axis}", needed="one of " + ", ".join(able))
+    config = bounds.config
+    if config.is_uniform and config.num_layers > 1 and config.units("ffn") > 1:
+        bounds.check(replace(config, ffn_hidden_size=(config.units("ffn") - 1, *[config.units("ffn")] * (config.num_layers - 1))))
