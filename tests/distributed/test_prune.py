@@ -35,6 +35,7 @@ AXES = {
         "num_query_groups_remain": 6,
         "num_layers_remain": 2,
     },
+    "blocks alone": {"drop_attention": (0, 3), "drop_mlp": (1,), "hidden_size_remain": 36},
 }
 
 
@@ -103,6 +104,8 @@ ORACLE = [
     ],
     ("qwen2", "all", 3, 3, 1, "unbalance", "magnitude"),
     ("gemma3_text", "all", 3, 3, 1, "balance", "magnitude"),
+    ("qwen3", "blocks alone", 4, 2, 2, "global", "magnitude"),
+    ("gemma3_text", "blocks alone", 3, 3, 1, "balance", "magnitude"),
     ("mistral", "all", 1, 1, 1, "global", "magnitude"),
     ("mistral", "all", 2, 2, 1, "balance", "magnitude"),
     ("mistral", "all", 2, 1, 2, "global", "random"),
