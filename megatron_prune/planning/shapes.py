@@ -201,8 +201,6 @@ def check_budget(
         raise InputError(f"a budget and {', '.join(named)} both say what stays", do="give one of the two")
     raise_all(InputError, "--multiple_of", step_problems(multiple_of, config))
     layout.check(config)
-    for field in (AXES.get(axis).field for axis in VARIED):
-        config.uniform(field)
     limit = budget.limit(config)
     if budget.cost(config) <= limit:
         raise InputError(
