@@ -16,6 +16,7 @@ from megatron_prune.errors import InputError
 from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.families.choice import choose_family
 from megatron_prune.families.family import Family
+from megatron_prune.families.form import code_of
 from megatron_prune.files.documents import read_text
 from megatron_prune.opening.foreign import ForeignOptions
 from megatron_prune.opening.opened import open_merged
@@ -82,7 +83,7 @@ def export(options: ExportOptions, world: World) -> None:
     plan = checkpoint.plan_text()
     files = {megatron.PLAN_FILE: plan} if plan is not None else {}
     if pruned:
-        files["README.md"] = model_card(config, checkpoint.manifest.recipe, name=save.name, family=family.name)
+        files["README.md"] = model_card(config, checkpoint.manifest.recipe, name=save.name, family=family.name, code=bool(code_of(hf_config)))
     write_huggingface(
         world,
         Output(save=save, overwrite=options.overwrite, strict=options.strict, check=not options.no_check),

@@ -14,6 +14,7 @@ from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.families.family import Family
+from megatron_prune.families.form import code_of
 from megatron_prune.opening.opened import Opened
 from megatron_prune.opening.source import Source
 from megatron_prune.planning.plan import Plan
@@ -78,15 +79,16 @@ def write_cut(
             **common,
         )
         return
-    hf_config = model.checkpoint.hf_config
+    template = trimmed.config(model.checkpoint.hf_config) if trimmed else model.checkpoint.hf_config
+    hf_config = family.hf_config(cut.config, template, _kept_layers(plan))
     recipe = [*model.recipe, plan.recipe_entry()]
-    card = model_card(cut.config, recipe, name=output.save.name, family=family.name)
+    card = model_card(cut.config, recipe, name=output.save.name, family=family.name, code=bool(code_of(hf_config)))
     write_huggingface(
         model.world,
         output,
         source,
         family=family,
-        hf_config=family.hf_config(cut.config, trimmed.config(hf_config) if trimmed else hf_config, _kept_layers(plan)),
+        hf_config=hf_config,
         config_text=None,
         max_shard_bytes=form.max_shard_bytes,
         tied_head_stored=model.checkpoint.tied_head_stored,
