@@ -292,7 +292,8 @@ def _as_large_as(options: TargetOptions, model: Opened) -> str:
     plan = load_plan(Path(options.plan))
     check_plan(plan, model.config, options.plan)
     if plan.vocab is not None and not options.vocab_plan:
-        raise PlanError(f"--uniform: {options.plan} cuts the vocabulary too", do=f"name its tokens with --vocab_plan {options.plan}")
+        do = f"name its tokens with --vocab_plan {options.plan}"
+        raise PlanError(f"--uniform: {options.plan} cuts the vocabulary too", do=do)
     tokens = load_plan(Path(options.vocab_plan)) if options.vocab_plan else None
     new = plan.with_tokens_of(tokens).new_config(model.config)
     if new.is_uniform:

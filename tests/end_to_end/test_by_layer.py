@@ -28,6 +28,7 @@ from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.evaluate import EvaluateOptions, evaluate
 from megatron_prune.steps.export import ExportOptions, export
+from megatron_prune.steps.prune import PruneOptions, prune
 from megatron_prune.steps.score import ScoreOptions, score
 from megatron_prune.steps.verify import VerifyOptions, verify
 from megatron_prune.steps.vocab_count import VocabCountOptions, vocab_count
@@ -131,6 +132,13 @@ def test_a_vocabulary_is_trimmed_as_of_any_model(home, ranks, tmp_path, fold):
     tokens = torch.randint(0, 280, (2, 24), generator=torch.Generator().manual_seed(2))
     expected = oracle.logits(*oracle.model_of(home / "hf"), torch.tensor(kept)[tokens])[..., kept]
     assert (oracle.logits(config, weights, tokens) - expected).abs().max() < 1e-9 * expected.std()
+
+
+def test_a_budget_is_dealt_out_over_layers_that_differ(home, tmp_path):
+    options = {"load": str(home / "m"), "save": str(tmp_path / "out"), "ratio": 0.15, "allocate": "free", "reconstruct": 0}
+    prune(PruneOptions(data=(str(home / "text.txt"),), nsamples=8, seq_length=24, **options), World())
+    found = oracle.model_of(tmp_path / "out")[0]
+    assert 0.8 * parameter_count(MODEL) < parameter_count(found) <= 0.85 * parameter_count(MODEL)
 
 
 def test_facts_estimates_and_tables_tell_sizes_by_layer(home, tmp_path, capsys):
