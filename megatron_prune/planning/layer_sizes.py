@@ -109,7 +109,7 @@ def completed(sizes: Sizes, config: ModelConfig, gone: tuple[int, ...]) -> Sizes
 
 
 def paired(config: ModelConfig, heads: int | None, groups: int | None) -> tuple[int, int] | None:
-    """Query heads and KV groups that a request for one of them, or both, comes to; ``None`` where groups cannot keep the same number.
+    """Query heads and KV groups that a request for one of them, or both, comes to; ``None`` where groups cannot keep one number.
 
     Query heads alone: cut inside every KV group where they divide over the groups, else by whole groups. KV groups alone: each
     takes its query heads along.

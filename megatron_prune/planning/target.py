@@ -23,8 +23,8 @@ class Target:
     Attributes:
         config: the model after pruning; where layers differ in numerics, those of the first ones stand for those that will stay.
         drop_layers: layers named to go, ascending; ``None`` where scores choose them.
-        by_layer: (axis, layer before pruning) → units of every layer that stays, where the request tells layers apart; 0 drops the
-            block.
+        by_layer: (axis, layer before pruning) → units of every layer that stays, where the request tells layers apart; 0 drops
+            the block.
     """
 
     config: ModelConfig
@@ -56,7 +56,7 @@ def resolve_target(
 ) -> Target:
     """Complete a request from the model's own shape (``None``: as it is) and check it.
 
-    Query heads and KV groups complete each other (:func:`layer_sizes.paired`). A layer that loses all its blocks is one that goes.
+    Query heads and KV groups complete each other (:func:`layer_sizes.paired`). A layer that loses all its blocks goes.
 
     Args:
         by_layer: sizes of single layers, before those for all.
@@ -134,7 +134,8 @@ def _heads_and_groups(config: ModelConfig, heads: int | None, groups: int | None
         f"num_attention_heads_remain {heads}" + (f" with num_query_groups_remain {groups}" if groups else ""),
         got=f"a model with {config.units('head')} heads in {config.units('kv_head')} KV groups",
         needed="the same number of query heads (1 to "
-        f"{config.heads_per_group}) in each of the KV groups that stay: {legal} heads" + (f" for {groups} groups" if groups else ""),
+        f"{config.heads_per_group}) in each of the KV groups that stay: {legal} heads"
+        + (f" for {groups} groups" if groups else ""),
     )
 
 
