@@ -34,6 +34,14 @@ def cut_axes(config: ModelConfig, new: ModelConfig) -> list[str]:
     return [name for name in VARIED if _units_each(new, name) < _units_each(config, name)]
 
 
+def cut_axes_of(config: ModelConfig, new: ModelConfig) -> list[str]:
+    """Axes on which any layer of ``new`` is smaller than those of a model whose layers are alike."""
+    found = set()
+    for layer in map(new.of_layer, range(new.num_layers)):
+        found |= {axis for axis in cut_axes(config, layer) if axis != "head" or layer.units("head")}
+    return [axis for axis in VARIED if axis in found]
+
+
 def loss_estimate(config: ModelConfig, scores: Scores, *, even: float = 0.0) -> Callable[[ModelConfig], float]:
     """A function that tells what a shape costs by the metric's own scores, to compare shapes of one model.
 

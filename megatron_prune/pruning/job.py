@@ -15,8 +15,9 @@ from megatron_prune.pruning.fit import FitOptions
 from megatron_prune.pruning.flags import check_effect
 from megatron_prune.pruning.measure import CalibrationOptions, Subject, check_measurable, request_key
 from megatron_prune.pruning.options import PruningOptions
-from megatron_prune.pruning.request import Request, TargetOptions, read_request
+from megatron_prune.pruning.request import Request, read_request
 from megatron_prune.pruning.scored import check_scores
+from megatron_prune.pruning.target_options import TargetOptions
 from megatron_prune.pruning.tokens import kept_vocabulary
 from megatron_prune.runtime.reporting import log
 from megatron_prune.surgery.basis import NO_ROTATION

@@ -5,89 +5,29 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.axes.axis import AXES
-from megatron_prune.config import option, require_positive
-from megatron_prune.errors import InputError, PlanError, raise_all
+from megatron_prune.config import require_positive
+from megatron_prune.errors import InputError, PlanError
 from megatron_prune.families.family import Family
 from megatron_prune.importance.metric import METRICS, metric_named
 from megatron_prune.opening.opened import Opened
 from megatron_prune.planning.allocators.allocator import ALLOCATORS, Allocator, Bounds
 from megatron_prune.planning.budget import read_budget
 from megatron_prune.planning.check import check_plan, kept_tokens
-from megatron_prune.planning.layer_sizes import Sizes, dropped, read_layer_sizes
-from megatron_prune.planning.loss_estimate import cut_axes
+from megatron_prune.planning.loss_estimate import cut_axes, cut_axes_of
 from megatron_prune.planning.make import whole_plan
 from megatron_prune.planning.multiples import check_multiples, parse_multiples
 from megatron_prune.planning.plan import Plan, load_plan
 from megatron_prune.planning.selection import needed_scores
 from megatron_prune.planning.shapes import candidates, check_budget
 from megatron_prune.planning.target import CHOSEN_BY_LAYER, Target, check_target, resolve_target
-from megatron_prune.pruning.allocation import AllocationOptions, check_allocation, read_bounds
-from megatron_prune.surgery.basis import HIDDEN_METHODS, NO_ROTATION
-
-BEST = {"hidden": "activation", "ffn": "fisher", "head": "obs", "kv_head": "obs", "layer": "fold"}
-"""Axis → how units are chosen where nothing else is asked for: what measured best before least squares in first trials
-(channels: perplexity 61.2 by ``fisher``, 63.2 by ``activation``, 65.1 by ``obs`` on one protocol)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetOptions(AllocationOptions):
-    """The shape to reach, or a budget to keep to, and how units are chosen; or a plan."""
-
-    hidden_size_remain: int | None = option("residual channels that stay", None)
-    ffn_hidden_size_remain: int | None = option("feed-forward channels that stay in every layer", None)
-    num_attention_heads_remain: int | None = option("query heads that stay in every layer", None)
-    num_query_groups_remain: int | None = option("KV groups that stay in every layer", None)
-    num_layers_remain: int | None = option("layers that stay, chosen by the depth metric", None)
-    drop_layers: tuple[int, ...] | None = option("layers that go, 0-based, such as 7,13", None)
-    drop_attention: tuple[int, ...] | None = option("layers whose attention goes alone, 0-based, such as 3,7", None)
-    drop_mlp: tuple[int, ...] | None = option("layers whose feed-forward block goes alone, 0-based", None)
-    layer_sizes: str | None = option(
-        'JSON file of sizes by layer, such as {"3": {"ffn_hidden_size": 800, "num_query_groups": 2}, "5": {"mlp": "none"}}', None
-    )
-    uniform: bool = option(
-        "turn a plan whose layers differ (--plan) into the shape with layers alike and as many parameters", False
-    )
-    params: str | None = option("budget: at most this many parameters as stored, such as 90M", None)
-    ratio: float | None = option("budget: share of all parameters to remove, such as 0.25", None)
-    memory: str | None = option("budget: weights and KV cache of an inference, such as 2GiB", None)
-    memory_seq_length: int = option("tokens in the KV cache of --memory", 4096)
-    memory_batch: int = option("sequences in the KV cache of --memory", 1)
-    search: int = option(
-        "within a budget, re-fit this many of the shapes that look best and keep what loses least on held-out text", 1
-    )
-    multiple_of: str | None = option("sizes are multiples of these, such as hidden=64,ffn=128", None)
-    metric: str | None = option(
-        "how units are scored: random, magnitude, activation, wanda, taylor …, with parameters where it has any, as in "
-        "obs:damping=0.1 (default: what measured best for each axis)",
-        None,
-    )
-    depth_metric: str | None = option(
-        "how layers are chosen (default: fold where there is text, angular with --no-refit, else the metric)", None
-    )
-    hidden_method: str | None = option(
-        "how hidden units are cut (default: rotate where there is text, what stays is re-fitted and the model allows it, else select)",
-        None,
-        choices=HIDDEN_METHODS,
-    )
-    untie: bool = option("store the head of a tied model as a matrix of its own", False)
-    plan: str | None = option("apply this plan instead of making one", None)
-    vocab_plan: str | None = option("keep the tokens of this plan (of megatron-prune vocab select) alone", None)
-
-    SIZES: ClassVar[tuple[str, ...]] = (
-        "hidden_size_remain",
-        "ffn_hidden_size_remain",
-        "num_attention_heads_remain",
-        "num_query_groups_remain",
-        "num_layers_remain",
-        "drop_layers",
-    )
-    BY_LAYER: ClassVar[tuple[str, ...]] = ("drop_attention", "drop_mlp", "layer_sizes")
+from megatron_prune.pruning.allocation import check_allocation, read_bounds
+from megatron_prune.pruning.target_options import TargetOptions, by_layer, metrics_of, vocab_alone
+from megatron_prune.surgery.basis import NO_ROTATION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,27 +103,6 @@ class Request:
         return frozenset(kind.moments[axis] for axis, kind in kinds if axis in kind.moments)
 
 
-def metrics_of(options: TargetOptions, *, has_text: bool, held: list[str] | None = None, refit: bool = True) -> dict[str, str]:
-    """Axis → metric: as asked for, else the best (of those whose scores are ``held``, where scores were named).
-
-    Args:
-        refit: whether what stays is re-fitted; ``fold`` judges layers by what that leaves.
-
-    Raises:
-        InputError: if there is no such metric, or it takes no such parameters.
-    """
-    chosen = {axis: options.metric or _best(axis, held) for axis in BEST}
-    if has_text and not (options.metric and metric_named(options.metric).block_wise):
-        chosen["layer"] = _best("layer", held) if refit else "angular"
-    chosen["layer"] = options.depth_metric or chosen["layer"]
-    return {axis: metric_named(name).spelling for axis, name in chosen.items()}
-
-
-def _best(axis: str, held: list[str] | None) -> str:
-    able = [name for name in held or () if axis in metric_named(name).axes]
-    return min(able or [BEST[axis]], key=lambda name: (name != BEST[axis], metric_named(name).name != BEST[axis]))
-
-
 def read_request(
     options: TargetOptions,
     model: Opened,
@@ -229,9 +148,11 @@ def read_request(
         kept_tokens(vocab_plan, config, options.vocab_plan)
         if vocab_alone(options):
             return Request(plan=whole_plan(config, vocab_plan.made_by, model.identity), **common)
-    multiples = parse_multiples(options.multiple_of) if options.multiple_of else {}
+    multiples, twin_of = parse_multiples(options.multiple_of) if options.multiple_of else {}, None
+    if options.uniform:  # channels one by one, so that the numbers of parameters come as close as they can
+        twin_of, multiples = _by_layer_plan(options, model), {"ffn": 1, **multiples}
     budget = read_budget(
-        params=_as_large_as(options, model) if options.uniform else options.params,
+        params=str(parameter_count(twin_of)) if twin_of else options.params,
         ratio=options.ratio,
         memory=options.memory,
         seq_length=options.memory_seq_length,
@@ -244,14 +165,14 @@ def read_request(
         bounds = read_bounds(options, _untied(options, config), budget, multiples, layout, family, prune_type=prune_type)
         allocator, shapes = ALLOCATORS.get(options.allocate), ()
         if config.is_uniform or not allocator.measures_costs:
-            shapes = _uniform_shapes(bounds, sizes, common)
+            shapes = _uniform_shapes(bounds, sizes, common, twin_of)
         else:
             check_budget(bounds.config, budget, multiple_of=multiples, layout=layout, fixed=sizes)
         if allocator.measures_costs:
             check_allocation(bounds, common["metric_of"], has_text=has_text, refit=refit)
         return Request(shapes=shapes, bounds=bounds, allocator=allocator, **common)
     uniform = {name.removesuffix("_remain"): getattr(options, name) for name in TargetOptions.SIZES}
-    target = resolve_target(config, **uniform, by_layer=_by_layer(options))
+    target = resolve_target(config, **uniform, by_layer=by_layer(options))
     target = dataclasses.replace(target, config=_untied(options, target.config))
     if target.config == config and not target.drop_layers:
         raise InputError("nothing to prune", got="no size smaller than the model's", do="ask for a smaller size, or drop layers")
@@ -262,27 +183,8 @@ def read_request(
     return Request(target=target, **common)
 
 
-def _by_layer(options: TargetOptions) -> Sizes:
-    """Sizes of single layers.
-
-    Raises:
-        InputError: if two options say the same layer's.
-    """
-    parts = [
-        dropped(options.drop_attention, "attention", "--drop_attention"),
-        dropped(options.drop_mlp, "mlp", "--drop_mlp"),
-        read_layer_sizes(Path(options.layer_sizes)) if options.layer_sizes else {},
-    ]
-    found: Sizes = {}
-    for part in parts:
-        twice = sorted({layer for axis, layer in part if (axis, layer) in found})
-        raise_all(InputError, "sizes by layer", [f"layer {layer} is named by two options" for layer in twice])
-        found |= part
-    return found
-
-
-def _as_large_as(options: TargetOptions, model: Opened) -> str:
-    """The parameters of the model that a plan leaves.
+def _by_layer_plan(options: TargetOptions, model: Opened) -> ModelConfig:
+    """The model that a plan leaves whose layers differ.
 
     Raises:
         InputError: if a budget is named too, its layers are alike, or its tokens are not named.
@@ -298,13 +200,7 @@ def _as_large_as(options: TargetOptions, model: Opened) -> str:
     new = plan.with_tokens_of(tokens).new_config(model.config)
     if new.is_uniform:
         raise PlanError(f"--uniform: the layers of {options.plan} are alike", do="leave --uniform out")
-    return str(parameter_count(new))
-
-
-def vocab_alone(options: TargetOptions) -> bool:
-    """Whether nothing but the vocabulary is to be cut."""
-    others = (*TargetOptions.SIZES, *TargetOptions.BY_LAYER, "params", "ratio", "memory", "plan")
-    return bool(options.vocab_plan) and not options.untie and all(getattr(options, name) is None for name in others)
+    return new
 
 
 def _check_model(plan: Plan, path: str, model: Opened) -> None:
@@ -323,8 +219,17 @@ def _untied(options: TargetOptions, config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, tie_embeddings=config.tie_embeddings and not options.untie)
 
 
-def _uniform_shapes(bounds: Bounds, sizes: dict[str, object], common: dict) -> tuple[ModelConfig, ...]:
-    """Shapes that meet the budget along the axes that the metrics can score, all layers alike."""
+def _uniform_shapes(
+    bounds: Bounds, sizes: dict[str, object], common: dict, twin_of: ModelConfig | None
+) -> tuple[ModelConfig, ...]:
+    """Shapes that meet the budget along the axes that the metrics can score, all layers alike.
+
+    Args:
+        twin_of: a model whose layers differ: its axes alone are cut, and FFN channels, which use up what is left.
+    """
+    able = [axis for axis in AXES.names() if axis in metric_named(common["metric_of"][axis]).axes]
+    if twin_of is not None:
+        able = [axis for axis in able if axis == "ffn" or axis in cut_axes_of(bounds.config, twin_of)]
 
     def legal(shape: ModelConfig) -> bool:
         try:
@@ -341,7 +246,7 @@ def _uniform_shapes(bounds: Bounds, sizes: dict[str, object], common: dict) -> t
         prune_type=bounds.prune_type,
         legal=legal,
         fixed=sizes,
-        axes=tuple(axis for axis in AXES.names() if axis in metric_named(common["metric_of"][axis]).axes),
+        axes=tuple(able),
     )
     return tuple(found)
 

@@ -24,7 +24,7 @@ from megatron_prune.pruning.engines.huggingface import HuggingFaceEngine
 from megatron_prune.pruning.measure import Subject
 from megatron_prune.pruning.options import PruningOptions
 from megatron_prune.pruning.procedure import prune_model
-from megatron_prune.pruning.request import TargetOptions
+from megatron_prune.pruning.target_options import TargetOptions
 from megatron_prune.runtime.world import World
 from megatron_prune.writing.cut import Form
 from megatron_prune.writing.huggingface import parse_size

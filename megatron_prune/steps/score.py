@@ -29,7 +29,7 @@ from megatron_prune.pruning.measure import (
     obtain_calibration,
     request_key,
 )
-from megatron_prune.pruning.request import BEST, TargetOptions, metrics_of
+from megatron_prune.pruning.target_options import BEST, TargetOptions, metrics_of
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World

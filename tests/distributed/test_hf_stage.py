@@ -24,7 +24,7 @@ from megatron_prune.importance.collect import collect
 from megatron_prune.importance.statistics import LayerStatistics, Statistics
 from megatron_prune.importance.walk import layer_reader
 from megatron_prune.planning.plan import load_plan
-from megatron_prune.pruning.request import BEST
+from megatron_prune.pruning.target_options import BEST
 from megatron_prune.runtime.huggingface_stage import HuggingFaceStage, able_family
 from megatron_prune.runtime.stage import reader
 from megatron_prune.runtime.world import World

@@ -23,7 +23,7 @@ from megatron_prune.planning.make import make_plan
 from megatron_prune.planning.plan import load_plan, shape_of
 from megatron_prune.planning.selection import needed_scores
 from megatron_prune.planning.target import resolve_target
-from megatron_prune.pruning.request import BEST
+from megatron_prune.pruning.target_options import BEST
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.export import ExportOptions, export
