@@ -110,7 +110,7 @@ def describe(stored: dict[str, Any], where: object, ignored: frozenset[str] = fr
     if stored.get("heterogeneous_layers_config_path") and not by_layer:
         problems.append(f"sizes by layer in a file elsewhere, needed {heterogeneous.ARGUMENT}")
     if by_layer and not problems:
-        said |= heterogeneous.sizes(by_layer, said.get("num_attention_heads", 0), where)
+        said |= heterogeneous.sizes(by_layer, said.get("num_attention_heads", 0), said.get("num_layers", 0), where)
     described = Description(
         model=said,
         tensor=read.integer("tensor_model_parallel_size", _MANY["num_layers"]),
@@ -335,7 +335,8 @@ def check_goes_back_to(config: ModelConfig, family: Family, hf_dir: Path, *, pru
         problems.append(f"family: the checkpoint is a {family.name} model, config.json a {other.name} model")
     for name in SHAPE_FIELDS:
         ours, needed = getattr(config, name), getattr(theirs, name)
-        if ours != needed and (not pruned or ours > needed or name in ("vocab_size", "kv_channels")):
+        larger = max(config.each(name)) > max(theirs.each(name))
+        if ours != needed and (not pruned or larger or name in ("vocab_size", "kv_channels")):
             problems.append(f"{name}: the checkpoint has {ours}, config.json {needed}")
     raise_all(CheckpointError, f"--hf-dir {hf_dir} is another model", problems, do="name the model that the checkpoint is of")
 

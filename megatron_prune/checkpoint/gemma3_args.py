@@ -79,7 +79,7 @@ def read(stored: dict[str, Any], layers: int) -> tuple[dict[str, Any], list[str]
         window, factor = _window(stored.get("window_size")), _positive(stored.get("rope_scaling_factor", 1.0), "rope_scaling_factor")
         scale = stored.get("softmax_scale")
         if scale is not None:
-            found["softmax_scale"] = round(_positive(scale, "softmax_scale") ** -2) ** -0.5
+            found["softmax_scale"] = _scale(_positive(scale, "softmax_scale"))
     except ValueError as error:
         return found, [str(error)]
     scaling = None if factor == 1.0 else RopeScaling(kind="linear", factor=factor)
@@ -133,3 +133,14 @@ def _local(stored: dict[str, Any], layers: int) -> list[bool]:
         if pattern is not None and len(said) == 2 and all(type(one) is int and one >= 0 for one in said) and sum(said) > 0:
             return [layer % sum(said) < said[0] for layer in range(layers)]
     raise ValueError(f"{name} = {said!r:.80}, needed which of the {layers} layers see a window")
+
+
+def _scale(scale: float) -> float:
+    """1 / √n to the last digit, n the whole number that ``config.json`` says.
+
+    Raises:
+        ValueError: if it is that of none.
+    """
+    if not 1e-6 <= scale <= 1.0:
+        raise ValueError(f"softmax_scale = {scale:g}, needed 1 / √query_pre_attn_scalar, from 1e-06 to 1")
+    return round(scale**-2) ** -0.5

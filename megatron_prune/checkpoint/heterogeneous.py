@@ -76,16 +76,12 @@ def _layer(model: ModelConfig, layer: ModelConfig) -> dict[str, Any]:
     return {"attention": attention, "ffn": mlp}
 
 
-def runs_in_megatron_core(config: ModelConfig) -> bool:
-    """Whether ``HeterogeneousTransformerConfig`` can say the model: query heads are the same wherever there are any."""
-    return len(set(config.each("num_attention_heads")) - {0}) <= 1 and not set(config.differing) & {"rotary_base", "rope_scaling"}
-
-
-def sizes(text: Any, heads: int, where: object) -> dict[str, int | tuple[int, ...]]:
+def sizes(text: Any, heads: int, layers: int, where: object) -> dict[str, int | tuple[int, ...]]:
     """Fields of :class:`ModelConfig` that differ by layer, from the argument's value.
 
     Args:
         heads: query heads of layers whose entry does not say them.
+        layers: how many the model has.
 
     Raises:
         CheckpointError: if it is no such object, or has a layer that is not carried.
@@ -99,11 +95,17 @@ def sizes(text: Any, heads: int, where: object) -> dict[str, int | tuple[int, ..
             got = "no ffn" if mlp is None else "a block that is replaced with a linear layer"
             raise CheckpointError(here, got=got, needed="attention and ffn, whole or no_op")
         own = attention.num_attention_heads or heads
-        groups = attention.num_query_groups or own // (attention.n_heads_in_group or own)
+        if not own and not attention.no_op:
+            raise CheckpointError(f"{here}: query heads", got="nothing", needed="a number, here or as num_attention_heads")
+        groups = attention.num_query_groups or own // (attention.n_heads_in_group or own or 1)
         channels = 0 if mlp.no_op else mlp.ffn_hidden_size
         if channels is None:
             raise CheckpointError(f"{here}: ffn_hidden_size", got="nothing", needed="a number, or no_op")
+        if attention.no_op and not channels:
+            raise CheckpointError(here, got="neither attention nor ffn", needed="a layer with one of them, or no such layer")
         found["num_attention_heads"].append(0 if attention.no_op else own)
         found["num_query_groups"].append(0 if attention.no_op else groups)
         found["ffn_hidden_size"].append(channels)
+    if (count := len(found["ffn_hidden_size"])) != layers:
+        raise CheckpointError(f"{where}: {ARGUMENT}", got=f"{count} layers", needed=str(layers))
     return {name: values[0] if len(set(values)) == 1 else tuple(values) for name, values in found.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_prune.arch.blocks.block import BLOCKS
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.errors import PlanError, raise_all
 from megatron_prune.planning.plan import ALL, LAYER_AXES, LayerPlan, Plan, shape_of
@@ -47,6 +48,9 @@ def check_plan(plan: Plan, config: ModelConfig, where: object) -> None:
         problems += _shard_problems(entry, sizes)
         if not any(sizes.values()):
             problems.append(f"layer {entry.layer}: neither its attention nor its mlp stays; leave the layer out")
+    for kind in map(BLOCKS.get, config.blocks):
+        if plan.layers and not any(plan.size(kind.axes[0], number) for number in range(len(plan.layers))):
+            problems.append(f"no layer keeps its {kind.half}")
     raise_all(PlanError, f"{where} does not fit the checkpoint", problems)
     plan.new_config(config)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Mapping
 
+from megatron_prune.arch.blocks.block import BLOCKS
 from megatron_prune.arch.model import FIELDS, ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.axes.axis import AXES
@@ -103,6 +104,17 @@ def resolve_target(
     whole = {(axis, layer): target.units(axis, layer, config) for axis in CHOSEN_BY_LAYER for layer in kept}
     sizes = {AXES.get(axis).field: tuple(whole[axis, layer] for layer in kept) for axis in CHOSEN_BY_LAYER}
     return replace(target, config=replace(target.config, **sizes), by_layer=whole)
+
+
+def check_kinds(config: ModelConfig, new: ModelConfig) -> None:
+    """Refuse a shape in which no layer has attention, or none a feed-forward block: no class and no argument says that.
+
+    Raises:
+        InputError: naming the half.
+    """
+    for kind in map(BLOCKS.get, config.blocks):
+        if not any(new.of_layer(layer).units(kind.axes[0]) for layer in range(new.num_layers)):
+            raise InputError(f"no layer keeps its {kind.half}", needed="one layer that does")
 
 
 def _emptied(config: ModelConfig, by_layer: Sizes) -> tuple[int, ...]:

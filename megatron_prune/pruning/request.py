@@ -24,7 +24,7 @@ from megatron_prune.planning.multiples import check_multiples, parse_multiples
 from megatron_prune.planning.plan import Plan, load_plan
 from megatron_prune.planning.selection import needed_scores
 from megatron_prune.planning.shapes import candidates, check_budget
-from megatron_prune.planning.target import CHOSEN_BY_LAYER, Target, check_target, resolve_target
+from megatron_prune.planning.target import CHOSEN_BY_LAYER, Target, check_kinds, check_target, resolve_target
 from megatron_prune.pruning.allocation import check_allocation, read_bounds
 from megatron_prune.pruning.target_options import TargetOptions, by_layer, metrics_of, vocab_alone
 from megatron_prune.surgery.basis import NO_ROTATION
@@ -178,6 +178,8 @@ def read_request(
         raise InputError("nothing to prune", got="no size smaller than the model's", do="ask for a smaller size, or drop layers")
     check_multiples(config, target.config, multiples)
     check_target(config, target, layout, prune_type)
+    if target.by_layer:
+        check_kinds(config, target.config)
     family.check_expressible(target.config)
     _check_axes(config, target, common)
     return Request(target=target, **common)
@@ -191,6 +193,8 @@ def _by_layer_plan(options: TargetOptions, model: Opened) -> ModelConfig:
     """
     if several := [f"--{name}" for name in ("params", "ratio", "memory") if getattr(options, name) is not None]:
         raise InputError(f"--uniform and {', '.join(several)} both say how large the model becomes", do="give one of the two")
+    if options.allocate != "uniform":
+        raise InputError(f"--uniform and --allocate {options.allocate}", do="give one of the two")
     plan = load_plan(Path(options.plan))
     check_plan(plan, model.config, options.plan)
     if plan.vocab is not None and not options.vocab_plan:

@@ -31,6 +31,7 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import layer_tensors
 from megatron_prune.arch.tensors import tensor_shape
 from megatron_prune.checkpoint.adapter import KEY
+from megatron_prune.runtime.layers import NormedRowParallelLinear
 from megatron_prune.runtime.model import RunningModel
 
 
@@ -159,7 +160,10 @@ def add_adapters(running: RunningModel, lora: AdapterConfig) -> list[Adapter]:
             described = config.of_layer(layer)
             adapter = Adapter(lora, described, layer, tensor, base.weight, sequence_parallel=sequence_parallel)
             base.add_module("adapter", adapter)
-            base.register_forward_hook(_add)
+            if isinstance(base, NormedRowParallelLinear):  # W + s B A is under the norm
+                base.beside = lambda inputs, adapter=adapter: adapter(inputs)  # no second name for its parameters
+            else:
+                base.register_forward_hook(_add)
             added.append(adapter)
     if module.pre_process and module.config.recompute_granularity == "full":
         module.embedding.register_forward_hook(lambda _, inputs, output: output.requires_grad_(True))  # or no layer is run again

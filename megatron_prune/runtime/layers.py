@@ -8,6 +8,7 @@ sequence parallelism; its MLP keeps and copies the halves of gate and up apart.
 from __future__ import annotations
 
 import importlib.util
+from typing import Callable
 
 import torch
 from megatron.core import parallel_state
@@ -118,14 +119,21 @@ class _RMSNormOnCpu(torch.autograd.Function):
 
 
 class NormedRowParallelLinear(RowParallelLinear):
-    """A row-parallel matrix followed by a norm of the whole output, as in Megatron-Bridge's Gemma 3."""
+    """A row-parallel matrix followed by a norm of the whole output, as in Megatron-Bridge's Gemma 3.
+
+    Attributes:
+        beside: what is added to the matrix's output before the norm, from its input (an adapter); ``None`` for nothing.
+    """
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **given: object):
         super().__init__(input_size, output_size, config=config, **given)
         self.post_layernorm = RMSNorm(config, output_size, eps=config.layernorm_epsilon)
+        self.beside: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(inputs)
+        if self.beside is not None:
+            output = output + self.beside(inputs)
         return self.post_layernorm(output), bias
 
 

@@ -34,7 +34,7 @@ _MODEL_SWITCHES = {
     "swiglu": lambda config: True,
     "disable_bias_linear": lambda config: True,
     "group_query_attention": lambda config: config.each("num_query_groups") != config.each("num_attention_heads"),
-    "use_rope_scaling": lambda config: config.rope_scaling is not None and config.rope_scaling.kind == "llama3",
+    "use_rope_scaling": lambda config: any(scaling and scaling.kind == "llama3" for scaling in config.each("rope_scaling")),
 }
 _MODEL_CHOICES = {"normalization": "RMSNorm", "position_embedding_type": "rope"}
 _TRAINING = """
@@ -141,7 +141,8 @@ def check_megatron_flags(flags: dict[str, Any], config: ModelConfig) -> None:
         if name in _MODEL:
             actual: Any = _FIXED[name] if name in _FIXED else config.uniform(name) if hasattr(config, name) else None
             if name == "rope_scaling_factor":  # a default of GPT_ARGS, of no effect without scaling
-                actual = config.rope_scaling.factor if config.rope_scaling else value
+                factors = {scaling.factor for scaling in config.each("rope_scaling") if scaling}
+                actual = factors.pop() if len(factors) == 1 else value
         elif name in _MODEL_SWITCHES:
             actual = _MODEL_SWITCHES[name](config)
         else:

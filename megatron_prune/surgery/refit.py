@@ -317,7 +317,7 @@ class Refit:
             new_norm, head = (scale(folds, basis.encode * weight) * weight / gain - offset).float(), None
         else:
             ones = torch.ones(self._config.hidden_size)
-            through = self._block_fit.through(folds, basis.reading(factors))
+            through = self._block_fit.through(folds, factors[:, None] * basis.decode)  # the new norm's factors are 1
             new_norm, head = ones - offset, whole(HEAD) @ through.float()
         ends = {EMBEDDING: embedding, FINAL_NORM: new_norm} | ({} if head is None else {HEAD: head})
         return {tensor.role: value for tensor, value in ends.items()}

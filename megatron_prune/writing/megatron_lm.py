@@ -28,7 +28,8 @@ def say_flags(
     """Log the arguments, to be pasted behind ``pretrain_gpt.py``, and warn of what they cannot say; or that it cannot run it."""
     if unknown := unknown_there(config):
         log.warning("Megatron-LM's pretrain_gpt.py cannot run this model: it has %s", ", ".join(unknown))
-        log.warning("what can: recover, score, sample and evaluate of this project, and Megatron-Bridge's provider of the family")
+        bridge = ", and Megatron-Bridge's provider of the family" if config.is_uniform else ""
+        log.warning("what can: recover, score, sample and evaluate of this project%s", bridge)
         return
     flags = megatron_lm_flags(config, layout, dtype, ckpt_format=ckpt_format, transformer_impl=transformer_impl)
     log.info("Megatron-LM's arguments for it: %s", shlex.join(["--load", str(load.absolute()), *flags]))

@@ -375,6 +375,8 @@ def adapted(source: Path, modules: tuple[str, ...]) -> torch.nn.Module:
             {"micro_batch_size": 2, "sequence_parallel": True, "recompute_granularity": "full"},
         ),
         ((2, 2, 1), "qwen3, by layer", None, tuple(ROLES), {"micro_batch_size": 3}),
+        ((1, 1, 1), "gemma3_text", None, tuple(ROLES), {"micro_batch_size": 2}),
+        ((2, 1, 1), "gemma3_text", None, tuple(ROLES), {"micro_batch_size": 6, "sequence_parallel": True}),
         ((4, 1, 1), "llama, 2", None, tuple(ROLES), {"micro_batch_size": 6}),
         (
             (2, 1, 1),

@@ -21,7 +21,7 @@ from megatron_prune.planning.allocators.allocator import ALLOCATORS, Bounds
 from megatron_prune.planning.costs import Costs, whole
 from megatron_prune.planning.knapsack import choose
 from megatron_prune.planning.shapes import axis_step
-from megatron_prune.planning.target import CHOSEN_BY_LAYER, Target, check_target, resolve_target
+from megatron_prune.planning.target import CHOSEN_BY_LAYER, Target, check_kinds, check_target, resolve_target
 
 FREEDOMS = ((("ffn",), False), (("ffn",), True), (CHOSEN_BY_LAYER, False), (CHOSEN_BY_LAYER, True))
 """Of the candidates: (axes that are cut, whether whole blocks may go)."""
@@ -100,6 +100,7 @@ def _holds(target: Target, bounds: Bounds) -> bool:
     """Whether ranks can share a shape, and the model's class can say it."""
     try:
         check_target(bounds.config, target, bounds.layout, bounds.prune_type)
+        check_kinds(bounds.config, target.config)
         bounds.check(target.config)
     except InputError:
         return False
@@ -113,7 +114,8 @@ def sizes(bounds: Bounds, config: ModelConfig, kind: BlockKind, axes: tuple[str,
         config: of the layer.
     """
     for kept in _combinations(bounds, config, kind, axes):
-        within = all(bounds.least <= kept[axis] / config.units(axis) <= bounds.most for axis in kind.axes if axis in axes)
+        shares = [kept[axis] / config.units(axis) for axis in kind.axes if axis in axes]
+        within = all(bounds.least <= share and (share <= bounds.most or share == 1.0) for share in shares)
         if within and _divides(bounds, config, kept):
             yield kept
     stays = bounds.layout.pipeline > 1 and kind == config.kinds[-1]  # else the layers that stay need not divide over the stages

@@ -24,7 +24,7 @@ from megatron_prune.planning.make import make_plan
 from megatron_prune.planning.plan import LayerPlan, Plan, shape_of
 from megatron_prune.planning.selection import needed_scores
 from megatron_prune.planning.shapes import candidates
-from megatron_prune.planning.target import PRUNE_TYPES, Target, check_target, resolve_target
+from megatron_prune.planning.target import PRUNE_TYPES, Target, check_kinds, check_target, resolve_target
 from megatron_prune.pruning.request import read_request
 from megatron_prune.pruning.target_options import TargetOptions
 
@@ -53,8 +53,8 @@ def plans(draw, config: ModelConfig) -> Plan:
         head = [head for group in (range(groups) if kv_head is None else kv_head) for head in of_group(group)]
         if ffn != [] or kv_head != []:
             layers.append(LayerPlan(layer=layer, ffn=ffn, kv_head=kv_head, head=head))
-    if not layers:
-        layers = [LayerPlan(layer=0)]
+    if not any(entry.ffn != [] for entry in layers) or not any(entry.kv_head != [] for entry in layers):
+        layers = [LayerPlan(layer=0)]  # a model keeps a block of each kind
     old = shape_of(config)
     new = {**old, "num_layers": len(layers)}
     for axis, field in (("ffn", "ffn_hidden_size"), ("kv_head", "num_query_groups"), ("head", "num_attention_heads")):
@@ -255,6 +255,23 @@ def test_a_layer_that_loses_its_last_block_goes_and_one_block_must_stay():
     assert resolve_target(DIFFERS, by_layer=every).config.num_layers == 1
 
 
+def test_a_half_that_no_layer_keeps_is_refused_in_options_and_in_a_plan():
+    every = dict.fromkeys(range(SMALL.num_layers), 0)
+    with pytest.raises(InputError, match="no layer keeps its attention"):
+        check_kinds(SMALL, resolve_target(SMALL, by_layer=by_layer(head=every, kv_head=every)).config)
+    with pytest.raises(InputError, match="no layer keeps its mlp"):
+        check_kinds(SMALL, resolve_target(SMALL, by_layer=by_layer(ffn=every)).config)
+    with pytest.raises(InputError, match="no layer keeps its mlp"):
+        request(SMALL, drop_mlp=(0, 1, 2, 3), metric="magnitude")
+    said = dropping()
+    for row in said["layers"]:
+        row.update(mlp="none")
+        row.pop("ffn", None)
+    del said["layers"][1]
+    with pytest.raises(PlanError, match="no layer keeps its mlp"):
+        read(said)
+
+
 def test_layers_that_scores_choose_are_refused_beside_sizes_by_layer():
     with pytest.raises(InputError, match="(?s)sizes by layer, and layers that scores choose.*--drop_layers"):
         resolve_target(SMALL, num_layers=3, by_layer=by_layer(ffn={1: 6}))
@@ -356,13 +373,18 @@ def request(config: ModelConfig, **options):
     return read_request(TargetOptions(**options), model, ParallelLayout(), family, prune_type="balance", has_text=False)
 
 
-def test_a_plan_by_layer_becomes_shapes_alike_of_as_many_parameters(tmp_path):
+@pytest.mark.parametrize("drops", [True, False])
+def test_a_plan_by_layer_becomes_shapes_alike_of_as_many_parameters(tmp_path, drops):
+    said = dropping()
+    if not drops:  # a twin of a plan that keeps all layers keeps them
+        said["layers"].append({**said["layers"][0], "layer": 3})
     path = tmp_path / "p.json"
-    path.write_text(json.dumps(dropping()))
-    most = parameter_count(read(dropping()).new_config(SMALL))
+    path.write_text(json.dumps(said))
+    most = parameter_count(read(said).new_config(SMALL))
     shapes = request(SMALL, plan=str(path), uniform=True, metric="magnitude").shapes
     assert shapes and all(shape.is_uniform for shape in shapes)
-    assert all(shape.hidden_size == SMALL.hidden_size and shape.num_layers == SMALL.num_layers for shape in shapes)
+    assert all(shape.hidden_size == SMALL.hidden_size for shape in shapes)
+    assert any(shape.num_layers < SMALL.num_layers for shape in shapes) == drops
     assert 0.98 * most < max(map(parameter_count, shapes)) <= most
 
 
@@ -370,6 +392,7 @@ def test_a_plan_by_layer_becomes_shapes_alike_of_as_many_parameters(tmp_path):
     "change, options, words",
     [
         (lambda said: None, {"params": "100"}, "--uniform and --params both say how large"),
+        (lambda said: None, {"allocate": "free"}, "--uniform and --allocate free"),
         (lambda said: None, {"ffn_hidden_size_remain": 12}, "a budget and --ffn_hidden_size_remain both say what stays"),
         (lambda said: said.update(layers=said["layers"][:1]), {}, "the layers of .* are alike.*leave --uniform out"),
         (lambda said: said.update(vocab=[0, 1, 5]), {}, "cuts the vocabulary too.*--vocab_plan"),
