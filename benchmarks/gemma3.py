@@ -64,8 +64,8 @@ def row(name: str, folder: Path, texts: list[str]) -> None:
     """A line of the table."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     found = " | ".join(f"{bits_per_byte(model, tokenizer, text):.3f}" for text in texts)
     print(f"| {name} | {model.num_parameters() / 1e6:.1f} M | {found} |", flush=True)
 

@@ -60,3 +60,9 @@ class Axis:
         whole = config.units(self.dealt_as or self.name)
         each = self.count(config) // whole if whole else 0
         return range(rank * whole // ranks * each, (rank + 1) * whole // ranks * each)
+
+
+def layer_axes() -> tuple[str, ...]:
+    """Names of the axes whose units are chosen, and may be counted, layer by layer; one that is dealt out with another after it."""
+    found = [name for name in AXES.names() if AXES.get(name).per_layer]
+    return tuple(sorted(found, key=lambda name: bool(AXES.get(name).dealt_as)))

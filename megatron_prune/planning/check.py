@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from megatron_prune.arch.blocks.block import BLOCKS
 from megatron_prune.arch.model import ModelConfig
+from megatron_prune.axes.axis import layer_axes
 from megatron_prune.errors import PlanError, raise_all
-from megatron_prune.planning.plan import ALL, LAYER_AXES, LayerPlan, Plan, shape_of
+from megatron_prune.planning.plan import ALL, LayerPlan, Plan, shape_of
 
 
 def check_plan(plan: Plan, config: ModelConfig, where: object) -> None:
@@ -41,8 +42,8 @@ def check_plan(plan: Plan, config: ModelConfig, where: object) -> None:
     for number, entry in enumerate(plan.layers):
         if not 0 <= entry.layer < config.num_layers:
             continue
-        old, sizes = config.of_layer(entry.layer), {axis: plan.size(axis, number) for axis in LAYER_AXES}
-        for axis in LAYER_AXES:
+        old, sizes = config.of_layer(entry.layer), {axis: plan.size(axis, number) for axis in layer_axes()}
+        for axis in layer_axes():
             problems += _unit_problems(f"layer {entry.layer}: {axis}", entry.units(axis), old.units(axis), sizes[axis])
         problems += _head_problems(entry, old, sizes)
         problems += _shard_problems(entry, sizes)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.axes.axis import AXES
-from megatron_prune.planning.plan import LAYER_AXES, LayerPlan, Plan, shape_of, sizes_after
+from megatron_prune.axes.axis import AXES, layer_axes
+from megatron_prune.planning.plan import LayerPlan, Plan, shape_of, sizes_after
 from megatron_prune.planning.selection import Scores, keep_heads, keep_layers, keep_units, shard_counts
 from megatron_prune.planning.target import Target
 
@@ -40,7 +40,7 @@ def make_plan(
     else:
         kept = [layer for layer in range(config.num_layers) if layer not in target.drop_layers]
     layers = [_layer_plan(config, layer, target, scores, prune_type=prune_type, ranks=ranks) for layer in kept]
-    layers = [entry for entry in layers if any(entry.units(axis) != [] for axis in LAYER_AXES)]  # without a block it only hands on
+    layers = [entry for entry in layers if any(entry.units(axis) != [] for axis in layer_axes())]  # without a block it only hands on
     old = shape_of(config)
     width = {"hidden_size": new.hidden_size}
     return Plan(
@@ -57,8 +57,8 @@ def make_plan(
 
 def _layer_plan(model: ModelConfig, layer: int, target: Target, scores: Scores, *, prune_type: str, ranks: int) -> LayerPlan:
     """What stays of a layer that stays."""
-    found: dict[str, list[int] | None] = dict.fromkeys(LAYER_AXES)
-    sizes, config = {axis: target.units(axis, layer, model) for axis in LAYER_AXES}, model.of_layer(layer)
+    found: dict[str, list[int] | None] = dict.fromkeys(layer_axes())
+    sizes, config = {axis: target.units(axis, layer, model) for axis in layer_axes()}, model.of_layer(layer)
     for axis in ("ffn", "kv_head"):
         if sizes[axis] != AXES.get(axis).count(config):
             choose = lambda: keep_units(axis, scores[axis, layer], sizes[axis], config, ranks, prune_type)

@@ -11,13 +11,13 @@ from pydantic import Field
 
 from megatron_prune.arch.blocks.block import BLOCKS
 from megatron_prune.arch.model import FIELDS, PER_LAYER, SHAPE_FIELDS, ModelConfig
+from megatron_prune.axes.axis import layer_axes
 from megatron_prune.errors import PlanError
 from megatron_prune.files.documents import STRICT, parse_versioned, read_bytes, shorten
 from megatron_prune.planning.layer_sizes import halves
 
 FORMAT, VERSION = "megatron-prune plan", 2
 ALL, ROTATED, NONE = "all", "rotated", "none"
-LAYER_AXES = ("ffn", "kv_head", "head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Plan:
         layers = []
         for entry in self.layers:
             gone = {half: axes for half, axes in halves().items() if all(entry.units(axis) == [] for axis in axes)}
-            there = [axis for axis in LAYER_AXES if not any(axis in axes for axes in gone.values())]
+            there = [axis for axis in layer_axes() if not any(axis in axes for axes in gone.values())]
             body = {"layer": entry.layer, **dict.fromkeys(gone, NONE), **{axis: keep(entry.units(axis)) for axis in there}}
             layers.append({**body, **({"shards": entry.shards} if entry.shards else {})})
         head = {
@@ -207,7 +207,7 @@ def sizes_after(old: Shape, hidden: list[int] | None, layers: list[LayerPlan], v
     new = {**old, "num_layers": len(layers)}
     new |= {} if hidden is None else {"hidden_size": len(hidden)}
     new |= {} if vocab is None else {"vocab_size": len(vocab)}
-    for axis in LAYER_AXES:
+    for axis in layer_axes():
         before, counts = old[FIELDS[axis]], []
         for entry in layers:
             whole = before if isinstance(before, int) else before[entry.layer] if entry.layer < len(before) else 0
@@ -242,7 +242,7 @@ class _LayerEntry:
             PlanError: if it does not say what stays along an axis, or says two things.
         """
         found, gone = {}, {axis for half, axes in halves().items() if getattr(self, half) == NONE for axis in axes}
-        for axis in LAYER_AXES:
+        for axis in layer_axes():
             units = getattr(self, axis)
             if (units is None) != (axis in gone):
                 got = "nothing" if units is None else f"units, and a block that is {NONE}"

@@ -8,13 +8,11 @@ from typing import Mapping
 from megatron_prune.arch.blocks.block import BLOCKS
 from megatron_prune.arch.model import FIELDS, ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.axes.axis import AXES
+from megatron_prune.axes.axis import AXES, layer_axes
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.planning.layer_sizes import Sizes, completed, paired
 
 PRUNE_TYPES = ["balance", "global", "unbalance"]
-CHOSEN_BY_LAYER = ("ffn", "kv_head", "head")
-"""Axes whose units are chosen, and may be counted, layer by layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +99,8 @@ def resolve_target(
     )
     if not by_layer:
         return target
-    whole = {(axis, layer): target.units(axis, layer, config) for axis in CHOSEN_BY_LAYER for layer in kept}
-    sizes = {AXES.get(axis).field: tuple(whole[axis, layer] for layer in kept) for axis in CHOSEN_BY_LAYER}
+    whole = {(axis, layer): target.units(axis, layer, config) for axis in layer_axes() for layer in kept}
+    sizes = {AXES.get(axis).field: tuple(whole[axis, layer] for layer in kept) for axis in layer_axes()}
     return replace(target, config=replace(target.config, **sizes), by_layer=whole)
 
 
@@ -157,7 +155,7 @@ def check_parallel(old: ModelConfig, new: ModelConfig, layout: ParallelLayout, p
     Raises:
         InputError: naming what does not divide, and the legal values.
     """
-    sizes = {axis: new.units(axis) for axis in CHOSEN_BY_LAYER}
+    sizes = {axis: new.units(axis) for axis in layer_axes()}
     _check_divides(_division_problems(old, sizes, layout, prune_type, "{}_remain"), old, new, layout, prune_type)
 
 
@@ -172,7 +170,7 @@ def check_target(config: ModelConfig, target: Target, layout: ParallelLayout, pr
     problems = []
     for layer in range(config.num_layers):
         if layer not in (target.drop_layers or ()):
-            sizes = {axis: target.units(axis, layer, config) for axis in CHOSEN_BY_LAYER}
+            sizes = {axis: target.units(axis, layer, config) for axis in layer_axes()}
             problems += _division_problems(config.of_layer(layer), sizes, layout, prune_type, f"layer {layer}: {{}}")
     _check_divides(problems, config, target.config, layout, prune_type)
 

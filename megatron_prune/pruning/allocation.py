@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.axes.axis import layer_axes
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import Family
 from megatron_prune.importance.metric import METRICS, metric_named
 from megatron_prune.planning.allocators.allocator import ALLOCATORS, Bounds
 from megatron_prune.planning.budget import Budget
-from megatron_prune.planning.target import CHOSEN_BY_LAYER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def check_allocation(bounds: Bounds, metric_of: dict[str, str], *, has_text: boo
         got = "--no-refit" if has_text else "no text"
         do = "name text with --data (--data self will do), without --no-refit"
         raise InputError("--allocate free measures on text, and compares re-fitted models", got=got, do=do)
-    for axis in CHOSEN_BY_LAYER:
+    for axis in layer_axes():
         if axis not in metric_named(name := metric_of[axis]).axes:
             able = [other for other in METRICS.names() if axis in METRICS.get(other).axes]
             raise InputError(f"metric {name} cannot score the axis {axis}", needed="one of " + ", ".join(able))

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
-from megatron_prune.axes.axis import AXES
+from megatron_prune.axes.axis import AXES, layer_axes
 from megatron_prune.config import require_positive
 from megatron_prune.errors import InputError, PlanError
 from megatron_prune.families.family import Family
@@ -24,7 +24,7 @@ from megatron_prune.planning.multiples import check_multiples, parse_multiples
 from megatron_prune.planning.plan import Plan, load_plan
 from megatron_prune.planning.selection import needed_scores
 from megatron_prune.planning.shapes import candidates, check_budget
-from megatron_prune.planning.target import CHOSEN_BY_LAYER, Target, check_kinds, check_target, resolve_target
+from megatron_prune.planning.target import Target, check_kinds, check_target, resolve_target
 from megatron_prune.pruning.allocation import check_allocation, read_bounds
 from megatron_prune.pruning.target_options import TargetOptions, by_layer, metrics_of, vocab_alone
 from megatron_prune.surgery.basis import NO_ROTATION
@@ -67,7 +67,7 @@ class Request:
 
     def probed_axes(self) -> set[str]:
         """Axes along which the costs of blocks are measured."""
-        return set(CHOSEN_BY_LAYER) if self.allocator.measures_costs else set()
+        return set(layer_axes()) if self.allocator.measures_costs else set()
 
     def rotates(self, config: ModelConfig) -> bool:
         """Whether the plan will (or, within a budget, may) rotate the stream."""

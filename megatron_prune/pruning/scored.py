@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune.arch.tensors import tensor_ids
-from megatron_prune.axes.axis import AXES
+from megatron_prune.axes.axis import AXES, layer_axes
 from megatron_prune.errors import InputError
 from megatron_prune.importance.artifact import ScoresManifest, load_scores
 from megatron_prune.importance.metric import metric_named
 from megatron_prune.importance.scoring import score
 from megatron_prune.importance.statistics import Statistics
 from megatron_prune.planning.selection import Scores
-from megatron_prune.planning.target import CHOSEN_BY_LAYER
 from megatron_prune.pruning.measure import Subject
 from megatron_prune.pruning.request import Request
 from megatron_prune.runtime.reporting import progress_bar
@@ -57,7 +56,7 @@ class Scored:
             metric_of: axis → name of the metric that scores it.
         """
         found: Scores = {}
-        for axis in CHOSEN_BY_LAYER:
+        for axis in layer_axes():
             wanted = [(axis, layer) for layer in AXES.get(axis).places(self.subject.config)]
             scores = self.scores(metric_of[axis], wanted, [])
             found |= {place: scores[place] for place in wanted}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.axes.axis import AXES
+from megatron_prune.axes.axis import AXES, layer_axes
 from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
@@ -18,7 +18,6 @@ from megatron_prune.opening.foreign import ForeignOptions
 from megatron_prune.opening.opened import open_megatron
 from megatron_prune.opening.source import PARAM_DTYPES
 from megatron_prune.planning.plan import shape_of
-from megatron_prune.planning.target import CHOSEN_BY_LAYER
 from megatron_prune.pruning.costs import measured_costs, needed_moments
 from megatron_prune.pruning.engines.megatron import MegatronEngine
 from megatron_prune.pruning.measure import (
@@ -106,16 +105,16 @@ def choosing_metrics(metrics: list[str]) -> dict[str, str]:
         InputError: if none of them scores one of these axes.
     """
     chosen = metrics_of(TargetOptions(), has_text=True, held=metrics)
-    for axis in CHOSEN_BY_LAYER:
+    for axis in layer_axes():
         if chosen[axis] not in metrics:
             able = [name for name in METRICS.names() if axis in METRICS.get(name).axes]
             got, needed = ", ".join(metrics), "one of " + ", ".join(able)
             raise InputError(f"--costs: none of the metrics scores {axis}", got=got, needed=needed)
-    return {axis: chosen[axis] for axis in CHOSEN_BY_LAYER}
+    return {axis: chosen[axis] for axis in layer_axes()}
 
 
 def _chosen_by_layer(config: ModelConfig) -> list[tuple[str, int]]:
-    return [(axis, layer) for axis in CHOSEN_BY_LAYER for layer in AXES.get(axis).places(config)]
+    return [(axis, layer) for axis in layer_axes() for layer in AXES.get(axis).places(config)]
 
 
 def metric_names(given: tuple[str, ...]) -> list[str]:

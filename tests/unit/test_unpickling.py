@@ -80,6 +80,10 @@ GUARDED = {
         "AutoModelForCausalLM.from_pretrained": "a GGUF file of a known digest",
         "AutoTokenizer.from_pretrained": "a GGUF file of a known digest",
     },
+    "benchmarks/gemma3.py": {
+        "AutoModelForCausalLM.from_pretrained": TRANSFORMERS,
+        "AutoTokenizer.from_pretrained": TRANSFORMERS,
+    },
     "benchmarks/recovery.py": {
         "transformers.AutoModelForCausalLM.from_pretrained": TRANSFORMERS,
         "AutoConfig.from_pretrained": "JSON",

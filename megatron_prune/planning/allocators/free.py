@@ -16,15 +16,16 @@ import numpy as np
 
 from megatron_prune.arch.blocks.block import BlockKind
 from megatron_prune.arch.model import FIELDS, ModelConfig
+from megatron_prune.axes.axis import layer_axes
 from megatron_prune.errors import InputError
 from megatron_prune.planning.allocators.allocator import ALLOCATORS, Bounds
 from megatron_prune.planning.costs import Costs, whole
 from megatron_prune.planning.knapsack import choose
 from megatron_prune.planning.shapes import axis_step
-from megatron_prune.planning.target import CHOSEN_BY_LAYER, Target, check_kinds, check_target, resolve_target
+from megatron_prune.planning.target import Target, check_kinds, check_target, resolve_target
 
-FREEDOMS = ((("ffn",), False), (("ffn",), True), (CHOSEN_BY_LAYER, False), (CHOSEN_BY_LAYER, True))
-"""Of the candidates: (axes that are cut, whether whole blocks may go)."""
+FREEDOMS = ((("ffn",), False), (("ffn",), True), (None, False), (None, True))
+"""Of the candidates: (axes that are cut, ``None`` for all that are chosen by layer; whether whole blocks may go)."""
 
 Kept = dict[str, int]
 """Units along the axes of a block that stay; all 0 where it goes."""
@@ -38,7 +39,7 @@ class Free:
     def targets(self, bounds: Bounds, costs: Costs | None, uniform: list[Target]) -> list[Target]:
         found: list[Target] = []
         for axes, may_go in FREEDOMS:
-            target = allocated(bounds, costs, axes, may_go=may_go)
+            target = allocated(bounds, costs, axes or layer_axes(), may_go=may_go)
             if target is not None and all(target.by_layer != other.by_layer for other in found) and _holds(target, bounds):
                 found.append(target)
         if not found and not uniform:
@@ -155,6 +156,6 @@ def _block_cost(bounds: Bounds, config: ModelConfig, kind: BlockKind, kept: Kept
     """What a block adds to the cost of a model, in the budget's unit: that of a second layer which has nothing else."""
     if not any(kept.values()):
         return 0
-    units = {FIELDS[axis]: (config.units(axis), kept.get(axis, 0)) for axis in CHOSEN_BY_LAYER}
+    units = {FIELDS[axis]: (config.units(axis), kept.get(axis, 0)) for axis in layer_axes()}
     two = replace(config, num_layers=2, **units)
     return bounds.budget.cost(two) - bounds.budget.cost(replace(config, num_layers=1))
