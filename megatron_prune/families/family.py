@@ -71,6 +71,7 @@ class Family:
         stated: keys that a ``config.json`` made from nothing begins with.
         heads_divide_hidden: transformers' class refuses ``hidden_size % num_attention_heads != 0`` (and, reading it of the model as
             a whole, heads that differ by layer).
+        needs_bos: its models are lost on text that does not begin with the BOS token, wherever the text was cut.
         form: name of the form that is to be written, or ``"plain"``, where one was asked for; else what a model needs.
     """
 
@@ -84,6 +85,7 @@ class Family:
     idle: dict[str, tuple[type, ...]] = field(default_factory=dict)
     stated: dict[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})
     heads_divide_hidden: bool = False
+    needs_bos: bool = False
     form: str | None = None
 
     @functools.cached_property

@@ -65,5 +65,6 @@ FAMILIES.register("gemma3_text")(
         idle={"hidden_act": (str, type(None))},
         stated={"hidden_activation": "gelu_pytorch_tanh"},
         heads_divide_hidden=True,
+        needs_bos=True,
     )
 )

@@ -109,6 +109,11 @@ class Opened:
         return value if type(value) is int else None
 
     @property
+    def leading(self) -> int | None:
+        """The token that every sample of text begins with; ``None`` where its family does not need one."""
+        return self.bos if self.family.needs_bos else None
+
+    @property
     def rows(self) -> int | None:
         """Rows of the embedding; of a tokenizer alone what a ``config.json`` beside it says, if one does.
 

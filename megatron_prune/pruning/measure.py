@@ -124,6 +124,7 @@ def obtain_calibration(options: CalibrationOptions, subject: Subject, folder: Pa
         max_position_embeddings=subject.config.max_position_embeddings,
         vocab_size=subject.config.vocab_size,
         field=options.data_field,
+        leading=subject.model.leading,
         self_samples=lambda count: own_samples(options, subject, count),
     )
     world.barrier()

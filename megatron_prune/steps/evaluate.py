@@ -63,7 +63,7 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
         )
     if model.tokenizer is None:
         raise InputError(f"{model.path} keeps no tokenizer", do="name one with --tokenizer")
-    settings = {"seq_length": options.seq_length, "count": options.windows, "field": options.data_field}
+    settings = {"seq_length": options.seq_length, "count": options.windows, "field": options.data_field, "leading": model.leading}
     drawn = draw_windows(options.data, model.tokenizer, **settings)
     windows = drawn.tokens
     if windows.max() >= model.config.vocab_size:

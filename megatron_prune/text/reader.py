@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,15 @@ class Drawn:
     tokens: torch.Tensor
     lengths: torch.Tensor
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+def led(drawn: Drawn, token: int | None) -> Drawn:
+    """Samples that begin with ``token`` (``None``: as they do), which stands in place of a token that is never predicted."""
+    if token is None:
+        return drawn
+    tokens = drawn.tokens.clone()
+    tokens[:, 0] = token
+    return replace(drawn, tokens=tokens, facts={**drawn.facts, "leading": token})
 
 
 class Reader(ABC):

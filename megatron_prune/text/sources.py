@@ -14,7 +14,7 @@ import torch
 from megatron_prune.errors import InputError
 from megatron_prune.text.contents import check_read_once
 from megatron_prune.text.encoder import Encoder
-from megatron_prune.text.reader import TRAIN, Drawn, Reader, open_reader
+from megatron_prune.text.reader import TRAIN, Drawn, Reader, led, open_reader
 from megatron_prune.text.readers.samples import Self
 from megatron_prune.text.tokens import Calibration, check_samples, tensor_digest
 
@@ -115,6 +115,7 @@ def load_calibration(
     vocab_size: int,
     split: str = TRAIN,
     field: str = "text",
+    leading: int | None = None,
     self_samples: Callable[[int], torch.Tensor] | None = None,
 ) -> Calibration:
     """Read every source and mix them: a pure function of its arguments and the files, so alike on every rank.
@@ -127,6 +128,7 @@ def load_calibration(
         nsamples: samples of each source; how much a source counts is its weight's business.
         split: of data sets: ``train`` is the one for calibration, whatever its name there.
         field: name of the text in records.
+        leading: the token that every sample begins with, if the model needs one.
         self_samples: count → int64 [count, seq_length], drawn from the unpruned model with the caller's seed.
 
     Returns:
@@ -146,7 +148,7 @@ def load_calibration(
         _prepare(reader, self_samples)
     drawn: dict[int, Drawn] = {}
     for number in sorted(range(len(readers)), key=lambda number: isinstance(readers[number], Self)):
-        drawn[number] = readers[number].draw(seq_length=seq_length, count=nsamples, seed=seed)
+        drawn[number] = led(readers[number].draw(seq_length=seq_length, count=nsamples, seed=seed), leading)
         _check_tokens(specs[number].name, drawn[number], vocab_size)
     weights = [spec.weight for spec in specs]
     settings = [{"name": reader.label, "seq_length": seq_length, "seed": seed} for reader in readers]

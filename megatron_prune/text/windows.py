@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_prune.text.encoder import Encoder
-from megatron_prune.text.reader import TEST, Drawn, open_reader
+from megatron_prune.text.reader import TEST, Drawn, led, open_reader
 
 
 def read_windows(
@@ -30,9 +30,21 @@ def read_windows(
     return draw_windows(source, tokenizer_dir, seq_length=seq_length, count=count, field=field).tokens
 
 
-def draw_windows(source: str | Path, tokenizer_dir: Path | None, *, seq_length: int, count: int, field: str = "text") -> Drawn:
-    """:func:`read_windows` with the facts about what was read (``split`` …)."""
+def draw_windows(
+    source: str | Path,
+    tokenizer_dir: Path | None,
+    *,
+    seq_length: int,
+    count: int,
+    field: str = "text",
+    leading: int | None = None,
+) -> Drawn:
+    """:func:`read_windows` with the facts about what was read (``split`` …).
+
+    Args:
+        leading: the token that every window begins with, if the model needs one.
+    """
     reader = open_reader(str(source), encode=Encoder(tokenizer_dir), field=field, split=TEST)
     if reader.needs_tokenizer:
         reader.encode.load()
-    return reader.windows(seq_length=seq_length, count=count)
+    return led(reader.windows(seq_length=seq_length, count=count), leading)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import logits, state_dict
+from tiny import TEXT, logits, state_dict
 
 from megatron_prune.checkpoint import megatron, torch_archive
 from megatron_prune.checkpoint.manifest import FILE, RECIPE_FILE
@@ -21,6 +21,7 @@ from megatron_prune.steps.export import ExportOptions, export
 from megatron_prune.steps.prune import PruneOptions, parse, prune
 from megatron_prune.steps.prune_hf import PruneHfOptions, prune_hf
 from megatron_prune.steps.verify import VerifyOptions, verify
+from megatron_prune.text.windows import draw_windows
 
 
 def converted(source, target, **changes):
@@ -161,6 +162,19 @@ def test_one_token_has_no_perplexity(tiny, tmp_path):
     m = converted(tiny("llama"), tmp_path / "m")
     with pytest.raises(InputError, match="at least 2"):
         evaluate(EvaluateOptions(load_dir=str(m), data="none", seq_length=1), World())
+
+
+def test_windows_begin_with_bos_where_a_family_needs_it(tiny, tmp_path):
+    hf = tiny("gemma3_text", dtype="float32")
+    m, text, output = converted(hf, tmp_path / "m"), tmp_path / "text.txt", tmp_path / "result.json"
+    text.write_text(TEXT * 20)
+    evaluate(EvaluateOptions(load_dir=str(m), data=str(text), seq_length=16, windows=3, output=str(output)), World())
+    tokens = draw_windows(str(text), hf, seq_length=16, count=3).tokens
+    assert tokens[:, 0].any()
+    tokens[:, 0] = 0  # its BOS
+    found = logits(hf, tokens)[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(found, tokens[:, 1:].flatten()).exp().item()
+    assert json.loads(output.read_text())["perplexity"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_estimate_reads_the_file_it_is_given(tmp_path, capsys):

@@ -179,6 +179,14 @@ def test_text_without_a_tokenizer_is_refused(load, tmp_path):
         load(f"{tmp_path}/a.txt:1", tokenizer_dir=tmp_path)
 
 
+def test_samples_begin_with_the_token_that_a_model_needs(load, tmp_path):
+    (tmp_path / "a.txt").write_text(words(400))
+    plain, led = (load(f"{tmp_path}/a.txt:1", leading=leading) for leading in (None, 5))
+    assert (led.tokens[:, 0] == 5).all() and not (plain.tokens[:, 0] == 5).all()
+    assert torch.equal(led.tokens[:, 1:], plain.tokens[:, 1:])  # the first token is never predicted
+    assert led.provenance[0]["leading"] == 5 and "leading" not in plain.provenance[0]
+
+
 def test_no_source_at_all_is_refused():
     with pytest.raises(InputError, match="without a source"):
         load_calibration([], tokenizer_dir=None, seq_length=8, nsamples=1, seed=0, max_position_embeddings=8, vocab_size=9)
