@@ -40,6 +40,9 @@ MODELS = {
     "no attention, no mlp": change(
         BASE, num_attention_heads=(12, 0, 12, 6), num_query_groups=(6, 0, 6, 6), ffn_hidden_size=(0, 48, 24, 48), qkv_bias=True
     ),
+    "four ranks": change(
+        BASE, num_attention_heads=(12, 8, 0, 12), num_query_groups=(4, 4, 0, 12), ffn_hidden_size=(48, 12, 24, 0), tie_embeddings=True
+    ),
     "windows, rotary bases": change(BASE, sliding_window=(5, 5, None, 5), rotary_base=(100.0, 100.0, 10000.0, 100.0)),
     "gemma": change(
         BASE,
@@ -55,11 +58,11 @@ MODELS = {
         ffn_hidden_size=(48, 24, 48, 12),
     ),
 }
-LAYOUTS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)]
+LAYOUTS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (4, 1)]
 CASES = [
     pytest.param(name, *layout, id="{}, TP {} PP {}".format(name, *layout))
     for number, name in enumerate(MODELS)
-    for layout in (LAYOUTS if name in ("no attention, no mlp", "gemma") else LAYOUTS[number % 2 :: 2])
+    for layout in (LAYOUTS if name in ("no attention, no mlp", "gemma", "four ranks") else LAYOUTS[number % 2 :: 2])
     if layout[0] in legal_tensor_sizes(MODELS[name])
 ]
 
@@ -91,7 +94,8 @@ def test_logits_are_those_of_the_formulas(model, ranks, name, tp, pp):
 @pytest.mark.parametrize("ckpt_format", ["torch_dist", "torch"])
 def test_weights_travel_through_layouts_bit_for_bit(model, tmp_path, name, ckpt_format):
     checkpoint, weights = model(name)
-    options = {"target_tensor_parallel_size": 3, "target_pipeline_parallel_size": 2, "ckpt_format": ckpt_format}
+    tensor = max(size for size in (3, 4) if size in legal_tensor_sizes(MODELS[name]))
+    options = {"target_tensor_parallel_size": tensor, "target_pipeline_parallel_size": 2, "ckpt_format": ckpt_format}
     transfer(TransferOptions(load_dir=str(checkpoint), save_dir=str(tmp_path / "t"), **options), World())
     opened = megatron.open_checkpoint(tmp_path / "t")
     assert opened.config == MODELS[name]
