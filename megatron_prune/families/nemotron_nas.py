@@ -160,6 +160,16 @@ def _unsaid(config: ModelConfig) -> str:
     return "" if config.activation == "silu" and not config.after_norms else "blocks that are not Llama's"
 
 
+def _caution(config: ModelConfig) -> str:
+    """llama.cpp goes on to the next layer where one has no feed-forward block, and loses what its attention adds."""
+    layers = [layer for layer in range(config.num_layers) if [kind.half for kind in config.of_layer(layer).kinds] == ["attention"]]
+    return f"llama.cpp leaves out the attention of layers without a feed-forward block ({_named(layers)}); vLLM does not" if layers else ""
+
+
+def _named(layers: list[int]) -> str:
+    return ", ".join(map(str, layers[:8])) + (", …" if len(layers) > 8 else "")
+
+
 def _write(hf: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     left = ("auto_map", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
     return {
@@ -180,7 +190,9 @@ def _block(layer: ModelConfig) -> dict[str, Any]:
     heads, groups, width = layer.num_attention_heads, layer.num_query_groups, layer.ffn_hidden_size
     each = heads // groups if groups else None
     ffn: dict[str, Any] = {"no_op": not width, "replace_with_linear": False}
-    if width:
+    if not width:
+        ffn["ffn_mult"] = None  # llama.cpp's converter asks for it everywhere, as NVIDIA's files have it
+    else:
         ffn["intermediate_size"] = width
         if factor := factor_of(width, layer.hidden_size):
             ffn["ffn_mult"] = factor
@@ -195,4 +207,5 @@ NEMOTRON_NAS = Form(
     unsaid=_unsaid,
     write=_write,
     whole=lambda hf: bool(hf.get("auto_map")),
+    caution=_caution,
 )

@@ -30,6 +30,7 @@ from megatron_prune.text.tokens import Calibration
 
 TOKENS = torch.randint(2, 307, (2, 20), generator=torch.Generator().manual_seed(2))
 OLD = os.environ.get("TRANSFORMERS_4_PYTHON")
+VLLM = os.environ.get("VLLM_PYTHON")
 
 
 @pytest.fixture
@@ -273,6 +274,43 @@ def test_the_configuration_that_leaves_is_read_as_attributes(tiny, tmp_path, ver
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "home")}
     done = subprocess.run([python, "-c", _AS_VLLM_READS, str(folder)], env=env, check=True, capture_output=True, text=True)
     assert done.stdout.split("\n")[:2] == [str(list(config.num_query_groups)), str(list(config.ffn_hidden_size))]
+
+
+_IN_VLLM = """
+import json
+import sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 64, "max_num_seqs": 2}
+    model = LLM(sys.argv[1], trust_remote_code=True, **settings)
+    greedy = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+    (answer,) = model.generate([{"prompt_token_ids": json.loads(sys.argv[2])}], greedy)
+    print("TOKENS", list(answer.outputs[0].token_ids))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(VLLM is None, reason="VLLM_PYTHON names no Python with vLLM")
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_vllm_goes_on_as_the_formulas_do(tiny, tmp_path, family):
+    config = dataclasses.replace(
+        with_attention_first(family),
+        hidden_size=384,
+        kv_channels=64,  # vLLM's kernels have sizes of their own
+        num_attention_heads=(6, 0, 6, 6),
+        num_query_groups=(2, 0, 3, 6),
+    )
+    folder = write_model(tmp_path / "hf", config, written_as(family, "nemotron-nas"), beside=tiny(family), dtype=torch.float32)
+    tokens = TOKENS[0, :7].tolist()
+    (tmp_path / "run.py").write_text(_IN_VLLM)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env |= {"HF_HOME": str(tmp_path / "home"), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run([VLLM, tmp_path / "run.py", folder, str(tokens)], env=env, check=True, capture_output=True, text=True)
+    weights = {tensor: data.double() for tensor, data in weights_of(config).items()}
+    for _ in range(10):
+        tokens.append(int(dense_logits(config, weights, torch.tensor([tokens]))[0, -1].argmax()))
+    assert f"TOKENS {tokens[7:]}" in done.stdout
 
 
 def test_the_code_of_others_is_never_run(tiny, tmp_path):

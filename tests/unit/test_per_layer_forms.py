@@ -160,6 +160,13 @@ def nas_models(draw, name: str) -> ModelConfig:
     return dataclasses.replace(config, **sizes, hidden_size=draw(st.sampled_from([48, 50, 576])))
 
 
+def test_what_llama_cpp_loses_is_said_with_the_layers():
+    config = dataclasses.replace(like_tiny("llama"), ffn_hidden_size=(96, 0, 96, 96))
+    assert "(1)" in NEMOTRON_NAS.caution(config) and NEMOTRON_NAS.caution(like_tiny("llama")) == ""
+    alone = dataclasses.replace(config, ffn_hidden_size=(96, 96, 96, 96), num_attention_heads=(12, 0, 12, 12), num_query_groups=(6, 0, 6, 6))
+    assert NEMOTRON_NAS.caution(alone) == ""
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
 @given(st.data())
 def test_block_configs_are_read_back_the_same_by_us_and_by_the_class_that_goes_along(name, data):
@@ -177,6 +184,7 @@ def test_block_configs_are_read_back_the_same_by_us_and_by_the_class_that_goes_a
         assert (block.attention.no_op, block.ffn.no_op) == (not sizes.num_query_groups, not sizes.ffn_hidden_size)
         if not block.attention.no_op:
             assert real.num_attention_heads // block.attention.n_heads_in_group == sizes.num_query_groups
+        assert ("ffn_mult" in hf["block_configs"][layer]["ffn"]) or not block.ffn.no_op  # llama.cpp's converter reads it of these
         if not block.ffn.no_op:
             width = (
                 width_of(block.ffn.ffn_mult, real.hidden_size) if hasattr(block.ffn, "ffn_mult") else block.ffn.intermediate_size
