@@ -91,6 +91,7 @@ class PerLayerModel:
     """Makes transformers' model without a head one whose layers differ."""
 
     _auto_class = "AutoModel"
+    base_model_prefix = "model"  # Gemma 3's class of transformers 4 has none, and loses the weights
 
     def __init__(self, config):
         with alike(config) as differing:
@@ -104,6 +105,7 @@ class PerLayerForCausalLM:
     """Makes transformers' model for causal language modelling one whose layers differ."""
 
     _auto_class = "AutoModelForCausalLM"
+    base_model_prefix = "model"
     decoder = None
 
     def __init__(self, config):
