@@ -90,7 +90,7 @@ class Costs:
         config, scale = self.config.of_layer(layer), self.scale(kind)
         found = {_counted(axis, whole(kind, config)): 0.0}
         for number, level in enumerate(levels(kind)):
-            if level.axis == axis:
+            if level.axis == axis or not level.share:  # without units along any axis the block is left out
                 added = max(0.0, float(self.alone[kind.name][layer, number]) - self.dense)
                 found.setdefault(_counted(axis, sizes_at(level, kind, config)), added * float(scale[number]))
         sizes = sorted(found, reverse=True)

@@ -148,15 +148,19 @@ def training_seconds(config: ModelConfig, run: Training, *, tokens: float, devic
 
 
 def activation_bytes(config: ModelConfig, layout: ParallelLayout, run: Training) -> int:
-    """Activations kept for the backward pass on the first stage (which has as many micro-batches in flight as stages)."""
+    """Activations kept for the backward pass on the fullest stage: the first has as many micro-batches in flight as there are
+    stages, each after it one less; the last has the logits."""
     tokens, ranks = run.seq_length * run.micro_batch_size, layout.tensor
     width = 2 if run.mixed_precision else 4
     stream = config.hidden_size / (ranks if run.sequence_parallel else 1)
     kept = lambda kind, layer: 2 * stream + sum(map(layer.size, _inside(kind))) / ranks  # the norm's and the linears' inputs
-    layers = map(config.of_layer, range(config.num_layers // layout.pipeline))
-    each = sum(stream if run.recompute else sum(kept(kind, layer) for kind in layer.kinds) for layer in layers)
-    logits = 2 * 4 * tokens * layout.padded_vocab(config.vocab_size) // ranks if layout.pipeline == 1 else 0
-    return int(tokens * width * each * layout.pipeline) + logits
+    layers = map(config.of_layer, range(config.num_layers))
+    each = [stream if run.recompute else sum(kept(kind, layer) for kind in layer.kinds) for layer in layers]
+    count = config.num_layers // layout.pipeline
+    stages = [sum(each[stage * count : (stage + 1) * count]) * (layout.pipeline - stage) for stage in range(layout.pipeline)]
+    found = [int(tokens * width * stage) for stage in stages]
+    found[-1] += 2 * 4 * tokens * layout.padded_vocab(config.vocab_size) // ranks
+    return max(found)
 
 
 def _inside(kind: BlockKind) -> list[str]:

@@ -202,6 +202,8 @@ def _by_layer_plan(options: TargetOptions, model: Opened) -> ModelConfig:
         raise PlanError(f"--uniform: {options.plan} cuts the vocabulary too", do=do)
     tokens = load_plan(Path(options.vocab_plan)) if options.vocab_plan else None
     new = plan.with_tokens_of(tokens).new_config(model.config)
+    if model.config.tie_embeddings and not new.tie_embeddings and not options.untie:
+        raise PlanError(f"--uniform: {options.plan} gives the head a matrix of its own", do="give --untie too")
     if new.is_uniform:
         raise PlanError(f"--uniform: the layers of {options.plan} are alike", do="leave --uniform out")
     return new

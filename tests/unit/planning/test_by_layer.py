@@ -388,6 +388,16 @@ def test_a_plan_by_layer_becomes_shapes_alike_of_as_many_parameters(tmp_path, dr
     assert 0.98 * most < max(map(parameter_count, shapes)) <= most
 
 
+def test_the_twin_of_an_untied_plan_is_untied(tmp_path):
+    tied = dataclasses.replace(SMALL, tie_embeddings=True)
+    said = {**dropping(), "untied": True}
+    (tmp_path / "p.json").write_text(json.dumps(said))
+    with pytest.raises(PlanError, match="(?s)a matrix of its own.*--untie"):
+        request(tied, plan=str(tmp_path / "p.json"), uniform=True, metric="magnitude")
+    shapes = request(tied, plan=str(tmp_path / "p.json"), uniform=True, untie=True, metric="magnitude").shapes
+    assert shapes and not any(shape.tie_embeddings for shape in shapes)
+
+
 @pytest.mark.parametrize(
     "change, options, words",
     [

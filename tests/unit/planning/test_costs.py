@@ -57,6 +57,12 @@ def test_costs_of_heads_and_of_groups_add_up_and_a_block_that_goes_has_its_own(h
     assert ADDING_UP.of(0, ATTENTION, {"head": heads, "kv_head": groups}) == pytest.approx(expected)
 
 
+def test_fewer_heads_than_were_measured_lie_on_the_way_to_none():
+    many = dataclasses.replace(ADDING_UP, config=dataclasses.replace(WIDE, num_attention_heads=48))
+    found = [many.of(0, ATTENTION, {"head": 6 * each, "kv_head": 6}) for each in (8, 2, 1)]
+    assert found == pytest.approx([0, 3, 6])
+
+
 def test_a_larger_size_never_costs_more_and_none_costs_less_than_nothing():
     odd = costs([-1, 3, 2, 2.5], [0] * 7, [0] * 4, [0] * 7)
     found = [odd.of(1, MLP, {"ffn": channels}) for channels in range(40, -1, -1)]
