@@ -69,7 +69,8 @@ def attention(config: ModelConfig, weight, normed: torch.Tensor) -> torch.Tensor
     if config.qk_norm:
         q, k = norm(config, q, weight("q_norm")), norm(config, k, weight("k_norm"))
     assert config.rope_scaling is None
-    places = torch.arange(count, dtype=torch.float64)[:, None] * config.rotary_base ** (-torch.arange(0, d, 2).double() / d)
+    rates = torch.zeros(d // 2) if config.rotary_base is None else config.rotary_base ** (-torch.arange(0, d, 2).double() / d)
+    places = torch.arange(count, dtype=torch.float64)[:, None] * rates
     cos, sin = (part.repeat(1, 2)[None, :, None] for part in (places.cos(), places.sin()))
     turn = lambda x: x * cos + torch.cat([-x[..., d // 2 :], x[..., : d // 2]], dim=-1) * sin
     q, k, v = turn(q), turn(k).repeat_interleave(heads // groups, 2), v.repeat_interleave(heads // groups, 2)

@@ -62,6 +62,7 @@ class ModelConfig:
         blocks: kinds of block that layers are made of, in order; sizes of others are 0.
         qkv_bias, qk_norm, after_norms: whether the roles with that trait are there.
         zero_centered_norms: a norm multiplies with one plus its weight (Megatron's ``layernorm_zero_centered_gamma``).
+        rotary_base: of the rotary positions; ``None`` for attention without positions.
         activation: between gate and up: ``"silu"``, or ``"gelu_tanh"``.
         softmax_scale: of attention; ``None`` is 1 / √kv_channels, and that number becomes ``None``.
         scaled_embedding: the embedding's output is multiplied by √hidden_size, rounded to the dtype of the model.
@@ -79,7 +80,7 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     norm_epsilon: float = 1e-6
-    rotary_base: float | tuple[float, ...] = 10000.0
+    rotary_base: float | tuple[float | None, ...] | None = 10000.0
     rope_scaling: RopeScaling | tuple[RopeScaling | None, ...] | None = None
     max_position_embeddings: int = 2048
     sliding_window: int | tuple[int | None, ...] | None = None
@@ -237,7 +238,7 @@ PER_LAYER = {
     "ffn_hidden_size": "size",
     "num_attention_heads": "size",
     "num_query_groups": "size",
-    "rotary_base": "float",
+    "rotary_base": "float | None",
     "rope_scaling": "RopeScaling | None",
     "sliding_window": "int | None",
     "activation": "Literal",

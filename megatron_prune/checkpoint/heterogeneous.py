@@ -52,14 +52,14 @@ def encoded(config: ModelConfig) -> str | None:
     """The argument's value; ``None`` where layers are alike in shape."""
     if config.is_uniform:
         return None
-    base, scaling = config.each("rotary_base")[0], config.each("rope_scaling")[0]
+    scaling = config.each("rope_scaling")[0]
     described = {
         "hidden_act": config.each("activation")[0],
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "num_attention_heads": max(config.each("num_attention_heads")),
         "tie_word_embeddings": config.tie_embeddings,
-        "rope_theta": base,
+        "rope_theta": config.each("rotary_base")[0],
         "rope_scaling": {"factor": scaling.factor if scaling else 8.0},
         "block_configs": [_layer(config, config.of_layer(layer)) for layer in range(config.num_layers)],
     }

@@ -52,6 +52,7 @@ def unknown_there(config: ModelConfig) -> list[str]:
         "a gated tanh GELU": config.activation == "gelu_tanh",
         "an embedding times √hidden_size": config.scaled_embedding,
         "rotary positions that differ by layer": bool({"rotary_base", "rope_scaling"} & set(config.differing)),
+        "layers without rotary positions": None in config.each("rotary_base"),
         "layers of different sizes": not config.is_uniform,
     }
     return [what for what, there in found.items() if there]

@@ -290,7 +290,10 @@ class Family:
         by_layer = {name for entries in self.entries if entries.by_layer for name in entries.fields}
         if lost := [name for name in config.differing if name not in by_layer]:
             return [f"{name}, which differs by layer" for name in lost]
-        read = self.model_config(self._fresh(config))
+        try:
+            read = self.model_config(self._fresh(config))
+        except CheckpointError as error:  # a value that its keys never have
+            return [str(error).partition("\n")[0]]
         return [item.name for item in fields(config) if getattr(read, item.name) != getattr(config, item.name)]
 
     def _divides(self, config: ModelConfig) -> bool:

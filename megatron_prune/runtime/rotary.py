@@ -16,8 +16,10 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
     ``base ** (-2i / d)``; scaled as ``config.rope_scaling`` says (see :class:`RopeScaling`): linear divides by the factor; llama3
     divides wavelengths above context / low_freq_factor, keeps those below context / high_freq_factor, and blends between.
     """
-    d, scaling = config.kv_channels, config.uniform("rope_scaling")
-    frequencies = 1.0 / config.uniform("rotary_base") ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
+    d, scaling, base = config.kv_channels, config.uniform("rope_scaling"), config.uniform("rotary_base")
+    if base is None:
+        return torch.zeros(d // 2)  # turned by nothing
+    frequencies = 1.0 / base ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":

@@ -44,6 +44,9 @@ MODELS = {
         BASE, num_attention_heads=(12, 8, 0, 12), num_query_groups=(4, 4, 0, 12), ffn_hidden_size=(48, 12, 24, 0), tie_embeddings=True
     ),
     "windows, rotary bases": change(BASE, sliding_window=(5, 5, None, 5), rotary_base=(100.0, 100.0, 10000.0, 100.0)),
+    "no positions in some layers": change(
+        BASE, rotary_base=(10000.0, None, 10000.0, None), ffn_hidden_size=(48, 12, 48, 48), num_attention_heads=(12, 6, 12, 12)
+    ),
     "gemma": change(
         BASE,
         sliding_window=(5, 5, None, 5),

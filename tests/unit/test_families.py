@@ -231,6 +231,14 @@ def test_names_and_shapes_of_all_tensors_are_those_of_transformers_own_model(fam
     assert room.architecture == type(model).__name__
 
 
+def test_a_model_without_positions_is_one_that_no_class_says_yet(family):
+    config = FAMILIES.get(family).model_config(tiny_config(family).to_dict())
+    with pytest.raises(InputError, match="cannot express.*rope_"):
+        FAMILIES.get(family).check_expressible(dataclasses.replace(config, rotary_base=None))
+    with pytest.raises(InputError, match="cannot express"):
+        FAMILIES.get(family).check_expressible(dataclasses.replace(config, rotary_base=(None, *[1e4] * (config.num_layers - 1))))
+
+
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
