@@ -129,11 +129,9 @@ class _LayerSums:
         self._stream = Moment(stage, config.hidden_size) if STREAM in moments else None
         self._cosines = torch.zeros((), dtype=torch.float64, device=stage.device)
         self._last = _last(walk, walk.stream)
-        inside = config.size(config.kinds[-1].inside_space) if config.kinds else 0
+        inside = config.size(config.kinds[-1].inside_space)
         self._rows = _rows(walk, moments, calibration, inside=inside)
         self._entered: Tensor | None = None
-        if not config.kinds:
-            self._pass_by()
 
     def see(self, block: OpenBlock, stream: Tensor, normed: Tensor, inside: Tensor, after: Tensor, batch: slice) -> None:
         kind, weights = block.kind, self._walk.weights[batch].to(stream.device)
@@ -148,12 +146,6 @@ class _LayerSums:
             self._cosines += (cosines * weights).sum(dtype=torch.float64)
             if self._rows is not None:
                 self._rows.add(self._walk.numbers[batch], self._entered, inside)
-
-    def _pass_by(self) -> None:
-        """A layer without blocks hands on what enters it."""
-        self._cosines += self._walk.weights.double().sum()
-        for batch in self._walk.batches() if self._rows is not None else ():
-            self._rows.add(self._walk.numbers[batch], self._walk.on_device(self._walk.stream[batch]), None)
 
     def finish(self) -> LayerStatistics:
         stage = self._walk.stage

@@ -11,13 +11,11 @@ from torch import Tensor
 
 from megatron_prune.errors import InputError
 from megatron_prune.importance.statistics import Statistics, read_all, replace_file
+from megatron_prune.importance.walk import BATCH_TOKENS
 from megatron_prune.runtime.forward import token_losses
 from megatron_prune.runtime.model import RunningModel
 from megatron_prune.runtime.world import World
 from megatron_prune.text.tokens import Calibration
-
-BATCH_TOKENS = 4096
-"""Tokens that go through the model together."""
 
 
 def collect_losses(

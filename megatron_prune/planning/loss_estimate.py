@@ -30,16 +30,13 @@ def rank_candidates(
 
 
 def cut_axes(config: ModelConfig, new: ModelConfig) -> list[str]:
-    """Axes on which ``new`` is smaller; query heads that go with their KV group are not cut themselves."""
-    return [name for name in VARIED if _units_each(new, name) < _units_each(config, name)]
+    """Axes on which ``new``, or a layer of it, is smaller than a model whose layers are alike.
 
-
-def cut_axes_of(config: ModelConfig, new: ModelConfig) -> list[str]:
-    """Axes on which any layer of ``new`` is smaller than those of a model whose layers are alike."""
-    found = set()
-    for layer in map(new.of_layer, range(new.num_layers)):
-        found |= {axis for axis in cut_axes(config, layer) if axis != "head" or layer.units("head")}
-    return [axis for axis in VARIED if axis in found]
+    Query heads that go with their KV group are not cut themselves.
+    """
+    layers = [new] if new.is_uniform else [new.of_layer(layer) for layer in range(new.num_layers)]
+    less = lambda name, layer: _units_each(layer, name) < _units_each(config, name) and (name != "head" or layer.units(name))
+    return [name for name in VARIED if any(less(name, layer) for layer in layers)]
 
 
 def loss_estimate(config: ModelConfig, scores: Scores, *, even: float = 0.0) -> Callable[[ModelConfig], float]:

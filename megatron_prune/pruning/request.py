@@ -18,7 +18,7 @@ from megatron_prune.opening.opened import Opened
 from megatron_prune.planning.allocators.allocator import ALLOCATORS, Allocator, Bounds
 from megatron_prune.planning.budget import read_budget
 from megatron_prune.planning.check import check_plan, kept_tokens
-from megatron_prune.planning.loss_estimate import cut_axes, cut_axes_of
+from megatron_prune.planning.loss_estimate import cut_axes
 from megatron_prune.planning.make import whole_plan
 from megatron_prune.planning.multiples import check_multiples, parse_multiples
 from megatron_prune.planning.plan import Plan, load_plan
@@ -235,7 +235,7 @@ def _uniform_shapes(
     """
     able = [axis for axis in AXES.names() if axis in metric_named(common["metric_of"][axis]).axes]
     if twin_of is not None:
-        able = [axis for axis in able if axis == "ffn" or axis in cut_axes_of(bounds.config, twin_of)]
+        able = [axis for axis in able if axis == "ffn" or axis in cut_axes(bounds.config, twin_of)]
 
     def legal(shape: ModelConfig) -> bool:
         try:

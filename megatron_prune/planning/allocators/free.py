@@ -68,7 +68,7 @@ def allocated(bounds: Bounds, costs: Costs, axes: tuple[str, ...], *, may_go: bo
         of_layer = config.of_layer(layer)
         if (of_layer, kind.name) not in options:
             kept = list(sizes(bounds, of_layer, kind, axes, may_go=may_go))
-            spent = [_block_cost(bounds, of_layer, kind, each) for each in kept]
+            spent = [_block_cost(bounds, of_layer, each) for each in kept]
             options[of_layer, kind.name] = kept, np.array(spent, dtype=np.int64)
     mine = [options[config.of_layer(layer), kind.name] for layer, kind in blocks]
     if not all(kept for kept, _ in mine):
@@ -77,7 +77,7 @@ def allocated(bounds: Bounds, costs: Costs, axes: tuple[str, ...], *, may_go: bo
         np.array([costs.of(layer, kind, each) for each in kept]) for (layer, kind), (kept, _) in zip(blocks, mine)
     ]
     of_layers = [(config.of_layer(layer), kind) for layer, kind in blocks]
-    outside = bounds.budget.cost(config) - sum(_block_cost(bounds, one, kind, whole(kind, one)) for one, kind in of_layers)
+    outside = bounds.budget.cost(config) - sum(_block_cost(bounds, one, whole(kind, one)) for one, kind in of_layers)
     chosen = choose([spent for _, spent in mine], losses, bounds.budget.limit(config) - outside)
     if chosen is None:
         return None
@@ -152,7 +152,7 @@ def _divides(bounds: Bounds, config: ModelConfig, kept: Kept) -> bool:
     return True
 
 
-def _block_cost(bounds: Bounds, config: ModelConfig, kind: BlockKind, kept: Kept) -> int:
+def _block_cost(bounds: Bounds, config: ModelConfig, kept: Kept) -> int:
     """What a block adds to the cost of a model, in the budget's unit: that of a second layer which has nothing else."""
     if not any(kept.values()):
         return 0
