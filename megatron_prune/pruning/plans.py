@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import islice
 from typing import Any, Iterator
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.axes.axis import AXES
+from megatron_prune.planning.allocators.allocator import Depth
 from megatron_prune.planning.costs import Costs
 from megatron_prune.planning.loss_estimate import loss_estimate, rank_candidates
 from megatron_prune.planning.make import make_plan
 from megatron_prune.planning.plan import Plan
-from megatron_prune.planning.selection import Scores, needed_scores
+from megatron_prune.planning.selection import Scores, keep_layers, needed_scores
 from megatron_prune.planning.target import Target
 from megatron_prune.pruning.measure import Subject
 from megatron_prune.pruning.request import Request
@@ -55,10 +57,26 @@ def make_plans(
 
 def _within_budget(request: Request, scored: Scored, costs: Costs | None, count: int) -> list[Target]:
     uniform = best_targets(request, scored, count) if request.shapes else []
-    targets = request.allocator.targets(request.bounds, costs, uniform)
+    depths = _depths(request, scored) if costs is not None else ()
+    targets = request.allocator.targets(request.bounds, costs, uniform, depths)
     if scored.subject.world.is_main and costs is not None and not any(target.by_layer for target in targets):
         log.warning("no sizes by layer that the budget leaves room for can be shared by the ranks and said by the model's class")
     return targets
+
+
+def _depths(request: Request, scored: Scored) -> list[Depth]:
+    """Of every depth that the shapes with layers alike have, the layers that go, chosen by the scores."""
+    config = scored.subject.config
+    depths = sorted({shape.num_layers for shape in request.shapes} - {config.num_layers})
+    if not depths:
+        return []
+    scores = scored.scores(request.metric_of["layer"], [("layer", None)], [config.num_layers - depth for depth in depths])
+    loss, found = loss_estimate(config, scores, even=1.0), []
+    for depth in depths:
+        kept = keep_layers(scores, config.num_layers, depth)
+        goes = tuple(layer for layer in range(config.num_layers) if layer not in kept)
+        found.append(Depth(goes, loss(dataclasses.replace(config, num_layers=depth))))
+    return found
 
 
 def _selects(subject: Subject) -> dict[str, str]:

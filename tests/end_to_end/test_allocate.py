@@ -16,7 +16,9 @@ from megatron_prune.arch.blocks.block import BLOCKS
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.errors import InputError
 from megatron_prune.opening.opened import open_huggingface
+from megatron_prune.planning.allocators.free import Free
 from megatron_prune.planning.costs import Costs, levels, sizes_at
+from megatron_prune.planning.loss_estimate import LOSS_WEIGHTS
 from megatron_prune.pruning import costs as measuring
 from megatron_prune.pruning.engines.huggingface import HuggingFaceEngine
 from megatron_prune.pruning.measure import CalibrationOptions, Subject, measure
@@ -184,6 +186,19 @@ def test_the_best_of_free_and_uniform_shapes_is_written_and_keeps_the_budget(tmp
     loaded = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     with torch.no_grad():
         assert torch.isfinite(loaded(SAMPLES[:2]).logits).all()
+
+
+def test_blocks_of_layers_that_may_go_first_are_those_that_a_depth_alone_would_drop(tmp_path, monkeypatch):
+    given, plain = [], Free.targets
+    monkeypatch.setattr(Free, "targets", lambda self, *words: given.append(words[-1]) or plain(self, *words))
+    model = build_tiny(tmp_path / "model", "llama", dtype="float32", num_key_value_heads=6)
+    run(model, tmp_path / "out")
+    assert 1 in {len(layers) for layers, _ in given[0]}
+    for layers, loss in given[0]:
+        run(model, tmp_path / "alone", allocate="uniform", ratio=None, num_layers_remain=4 - len(layers), overwrite=True)
+        kept = [entry["layer"] for entry in json.loads((tmp_path / "alone" / "plan.json").read_text())["layers"]]
+        assert sorted([*layers, *kept]) == [0, 1, 2, 3]
+        assert loss == pytest.approx(LOSS_WEIGHTS["layer"] * np.log(4 / len(kept)))
 
 
 def test_a_stopped_run_goes_on_with_the_blocks_that_are_left(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Protocol
+from typing import Callable, NamedTuple, Protocol, Sequence
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
@@ -37,6 +37,13 @@ class Bounds:
     most: float = 1.0
 
 
+class Depth(NamedTuple):
+    """Layers that may go as one block, and what the model is expected to lose by it, in nats a token."""
+
+    layers: tuple[int, ...]
+    loss: float
+
+
 class Allocator(Protocol):
     """Deals a budget out to layers.
 
@@ -46,10 +53,11 @@ class Allocator(Protocol):
 
     measures_costs: bool
 
-    def targets(self, bounds: Bounds, costs: Costs | None, uniform: list[Target]) -> list[Target]:
+    def targets(self, bounds: Bounds, costs: Costs | None, uniform: list[Target], depths: Sequence[Depth] = ()) -> list[Target]:
         """The shapes to be fitted and compared, those first that promise most.
 
         Args:
+            costs, depths: where it measures costs.
             uniform: shapes within the budget whose layers are alike, the best first.
 
         Raises:

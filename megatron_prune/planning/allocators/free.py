@@ -1,8 +1,8 @@
 """Every layer has sizes of its own, so that the model loses least within the budget, by what each block was measured to cost.
 
 Channels of feed-forward blocks add up well, heads and whole blocks less so (``planning/costs.py``): so there are several
-candidates, of which some leave these alone, and the best shapes with layers alike stand beside them. They are fitted and judged
-on text: what is chosen is never worse there than the best of those.
+candidates, of which some leave these alone, and one lets a block of layers go first; the best shapes with layers alike stand
+beside them. They are fitted and judged on text: what is chosen is never worse there than the best of those.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 from math import lcm
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from megatron_prune.arch.blocks.block import BlockKind
 from megatron_prune.arch.model import FIELDS, ModelConfig
 from megatron_prune.axes.axis import layer_axes
 from megatron_prune.errors import InputError
-from megatron_prune.planning.allocators.allocator import ALLOCATORS, Bounds
+from megatron_prune.planning.allocators.allocator import ALLOCATORS, Bounds, Depth
 from megatron_prune.planning.costs import Costs, whole
 from megatron_prune.planning.knapsack import choose
 from megatron_prune.planning.shapes import axis_step
@@ -36,10 +36,10 @@ class Free:
 
     measures_costs = True
 
-    def targets(self, bounds: Bounds, costs: Costs | None, uniform: list[Target]) -> list[Target]:
+    def targets(self, bounds: Bounds, costs: Costs | None, uniform: list[Target], depths: Sequence[Depth] = ()) -> list[Target]:
         found: list[Target] = []
-        for axes, may_go in FREEDOMS:
-            target = allocated(bounds, costs, axes or layer_axes(), may_go=may_go)
+        tried = [allocated(bounds, costs, axes or layer_axes(), may_go=may_go) for axes, may_go in FREEDOMS]
+        for target in [*tried, *_shallower(bounds, costs, depths)]:
             if target is not None and all(target.by_layer != other.by_layer for other in found) and _holds(target, bounds):
                 found.append(target)
         if not found and not uniform:
@@ -54,12 +54,32 @@ class Free:
 ALLOCATORS.register("free")(Free())
 
 
-def allocated(bounds: Bounds, costs: Costs, axes: tuple[str, ...], *, may_go: bool) -> Target | None:
+def _shallower(bounds: Bounds, costs: Costs, depths: Sequence[Depth]) -> list[Target]:
+    """The shape without one of some blocks of layers that is expected to lose least, if any meets the budget."""
+    found = []
+    for layers, loss in depths:
+        target = allocated(bounds, costs, layer_axes(), may_go=False, gone=layers)
+        if target is not None and _holds(target, bounds):
+            found.append((loss + expected_loss(costs, target), len(layers), target))
+    return [min(found, key=lambda one: one[:2])[2]] if found else []
+
+
+def expected_loss(costs: Costs, target: Target) -> float:
+    """What the blocks that are cut add to the loss; layers that go are not counted."""
+    stay = [layer for layer in range(costs.config.num_layers) if layer not in (target.drop_layers or ())]
+    kept = lambda layer, kind: {axis: target.units(axis, layer, costs.config) for axis in kind.axes}
+    return sum(costs.of(layer, kind, kept(layer, kind)) for layer in stay for kind in costs.config.of_layer(layer).kinds)
+
+
+def allocated(
+    bounds: Bounds, costs: Costs, axes: tuple[str, ...], *, may_go: bool, gone: tuple[int, ...] = ()
+) -> Target | None:
     """The sizes by layer that are expected to lose least; ``None`` if none meet the budget.
 
     Args:
         axes: along which blocks are cut.
         may_go: whether whole blocks may go.
+        gone: layers of which nothing stays.
     """
     config = bounds.config
     blocks = [(layer, kind) for layer in range(config.num_layers) for kind in config.of_layer(layer).kinds]
@@ -70,7 +90,8 @@ def allocated(bounds: Bounds, costs: Costs, axes: tuple[str, ...], *, may_go: bo
             kept = list(sizes(bounds, of_layer, kind, axes, may_go=may_go))
             spent = [_block_cost(bounds, of_layer, each) for each in kept]
             options[of_layer, kind.name] = kept, np.array(spent, dtype=np.int64)
-    mine = [options[config.of_layer(layer), kind.name] for layer, kind in blocks]
+    nothing = lambda kind: ([dict.fromkeys(kind.axes, 0)], np.zeros(1, dtype=np.int64))
+    mine = [nothing(kind) if layer in gone else options[config.of_layer(layer), kind.name] for layer, kind in blocks]
     if not all(kept for kept, _ in mine):
         return None
     losses = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_prune.planning.allocators.allocator import ALLOCATORS, Bounds
+from typing import Sequence
+
+from megatron_prune.planning.allocators.allocator import ALLOCATORS, Bounds, Depth
 from megatron_prune.planning.costs import Costs
 from megatron_prune.planning.target import Target
 
@@ -12,7 +14,7 @@ class Uniform:
 
     measures_costs = False
 
-    def targets(self, bounds: Bounds, costs: Costs | None, uniform: list[Target]) -> list[Target]:
+    def targets(self, bounds: Bounds, costs: Costs | None, uniform: list[Target], depths: Sequence[Depth] = ()) -> list[Target]:
         return uniform
 
 

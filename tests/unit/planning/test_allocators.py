@@ -15,7 +15,7 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.errors import InputError
-from megatron_prune.planning.allocators.allocator import ALLOCATORS, Bounds
+from megatron_prune.planning.allocators.allocator import ALLOCATORS, Bounds, Depth
 from megatron_prune.planning.allocators.free import allocated
 from megatron_prune.planning.budget import Budget
 from megatron_prune.planning.costs import Costs
@@ -34,6 +34,7 @@ MODEL = ModelConfig(
     tie_embeddings=True,
 )
 FOUR = dataclasses.replace(MODEL, num_layers=4)
+UNIFORM = Target(config=dataclasses.replace(FOUR, ffn_hidden_size=8), drop_layers=())
 
 
 def bounds(budget: Budget, config: ModelConfig = MODEL, **changes) -> Bounds:
@@ -167,12 +168,36 @@ def test_a_smaller_cache_is_worth_more_where_sequences_are_long():
 
 
 def test_every_candidate_stands_once_and_uniform_shapes_stand_last():
-    uniform = [Target(config=dataclasses.replace(FOUR, ffn_hidden_size=8), drop_layers=())]
+    uniform = [UNIFORM]
     kept, costs = bounds(Budget(ratio=0.3), FOUR), random_costs(1, FOUR)
     found = ALLOCATORS.get("free").targets(kept, costs, uniform)
     assert found[-1] is uniform[0] and 2 <= len(found) <= 5
     assert len({frozenset(target.by_layer.items()) for target in found}) == len(found)
     assert ALLOCATORS.get("uniform").targets(kept, None, uniform) == uniform
+
+
+@given(st.integers(0, 10**6), st.floats(0.2, 0.5), st.lists(st.floats(0, 1.5), min_size=3, max_size=3))
+@settings(max_examples=10)
+def test_the_block_of_layers_that_goes_first_is_the_one_by_which_least_is_lost(seed, ratio, losses):
+    """Without it the budget is dealt out as in a model that never had these layers."""
+    kept, costs = bounds(Budget(params=round((1 - ratio) * parameter_count(FOUR))), FOUR), random_costs(seed, FOUR)
+    costs = dataclasses.replace(costs, together={name: np.full(len(each), 2.0) for name, each in costs.together.items()})  # unscaled
+    depths = [Depth(layers, loss) for layers, loss in zip([(1,), (1, 2), (0, 1, 2)], losses)]
+    expected = {}
+    for layers, added in depths:
+        stay = [layer for layer in range(4) if layer not in layers]
+        alone = {name: rows[stay] for name, rows in costs.alone.items()}
+        fewer = dataclasses.replace(costs, config=FOUR.of_layers(stay), alone=alone)
+        found = allocated(dataclasses.replace(kept, config=fewer.config), fewer, AXES, may_go=False)
+        expected |= {layers: added + loss(fewer, dataclasses.replace(found, drop_layers=()))} if found else {}
+    nothing = ((MLP, {"ffn": 0}), (ATTENTION, {"head": 0, "kv_head": 0}))
+    lost = []
+    for target in ALLOCATORS.get("free").targets(kept, costs, [UNIFORM], depths)[:-1]:
+        if target.drop_layers in dict(depths) and all(target.by_layer.values()):
+            left_out = sum(costs.of(layer, kind, sizes) for layer in target.drop_layers for kind, sizes in nothing)
+            lost.append(dict(depths)[target.drop_layers] + loss(costs, target) - left_out)
+    assert bool(lost) == bool(expected)
+    assert not lost or min(lost) == pytest.approx(min(expected.values()), abs=1e-9)
 
 
 def test_a_candidate_that_the_class_cannot_say_is_left_out():
