@@ -137,14 +137,15 @@ def evaluate(checkpoint: Path, text: str, options: argparse.Namespace) -> dict:
         return json.loads(output.read_text())
 
 
-def run(verb: str, *arguments: object, tp: int = 1) -> None:
-    """A command of the product, under torchrun where there are several ranks."""
+def run(verb: str, *arguments: object, tp: int = 1) -> str:
+    """A command of the product, under torchrun where there are several ranks → what it says."""
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(tp)] if tp > 1 else [sys.executable]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // tp))}
     command = [*start, "-m", "megatron_prune", verb, *map(str, arguments)]
     done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-4000:]}")
+    return done.stderr
 
 
 if __name__ == "__main__":
