@@ -56,7 +56,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "apply_layernorm_1p": True,
         "layernorm_zero_centered_gamma": True,
         "softmax_scale": config.kv_channels**-0.5 if config.softmax_scale is None else config.softmax_scale,
-        "rotary_base": [(some or layers)[0].rotary_base for some in (local, world)],
+        "rotary_base": [first_base(some or layers) for some in (local, world)],
         "rotary_seq_len_interpolation_factor": None,
         "use_rope_scaling": bool(scaling and scaling.kind == "llama3"),
         "rope_scaling_factor": scaling.factor if scaling and scaling.kind == "linear" else 1.0,
@@ -65,6 +65,11 @@ def write(config: ModelConfig) -> dict[str, Any]:
     if local and world:
         found["window_attn_skip_freq"] = [int(layer.sliding_window is not None) for layer in layers]
     return found
+
+
+def first_base(layers: list[ModelConfig]) -> float:
+    """The first rotary base of some layers; the usual one where they have no positions: what cannot run these is told so."""
+    return next((layer.rotary_base for layer in layers if layer.rotary_base), 10000.0)
 
 
 def read(stored: dict[str, Any], layers: int) -> tuple[dict[str, Any], list[str]]:

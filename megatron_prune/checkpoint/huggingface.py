@@ -273,6 +273,20 @@ def copy_side_files(source: Path, target: Path) -> None:
         shutil.copyfile(file, target / name)
 
 
+def tokenizer_bos(folder: Path) -> int | None:
+    """The number of the token that a tokenizer names ``bos_token``, as its JSON files say it; ``None`` where they do not.
+
+    Raises:
+        CheckpointError: if one of them is damaged.
+    """
+    read = lambda name: read_json(folder / name) if (folder / name).is_file() else {}
+    text = lambda token: token.get("content") if isinstance(token, dict) else token
+    bos = text(read("tokenizer_config.json").get("bos_token"))
+    added = read("tokenizer.json").get("added_tokens")
+    ids = [token.get("id") for token in added if text(token) == bos] if bos and isinstance(added, list) else []
+    return next((number for number in ids if type(number) is int), None)
+
+
 def resolve(name_or_path: str, *, weights: bool = True) -> Path:
     """A local directory, or the snapshot of a hub id (fetched on first use).
 

@@ -98,20 +98,35 @@ class Opened:
 
     @functools.cached_property
     def bos(self) -> int | None:
-        """``bos_token_id`` of its configuration; ``None`` where that names none.
+        """``bos_token_id`` of its configuration, or of one beside its tokenizer; ``None`` where these name none.
 
         Raises:
             CheckpointError: if its ``config.json`` is damaged.
         """
-        folder = self.folder or self.tokenizer
-        config = folder / "config.json" if folder else None
-        value = read_json(config).get("bos_token_id") if config and config.exists() else None
-        return value if type(value) is int else None
+        for folder in filter(None, (self.folder, self.tokenizer)):
+            config = folder / "config.json"
+            value = read_json(config).get("bos_token_id") if config.exists() else None
+            if type(value) is int:
+                return value
+        return None
 
     @property
     def leading(self) -> int | None:
-        """The token that every sample of text begins with; ``None`` where its family does not need one."""
-        return self.bos if self.family.needs_bos else None
+        """The token that every sample of text begins with; ``None`` where its family does not need one.
+
+        Raises:
+            InputError: if it needs one, and neither its configuration nor its tokenizer says which.
+        """
+        if not self.family.needs_bos:
+            return None
+        found = self.bos if self.bos is not None or self.tokenizer is None else huggingface.tokenizer_bos(self.tokenizer)
+        if found is None:
+            raise InputError(
+                f"{self.path}: text for a {self.family.name} model begins with its BOS token",
+                got="no bos_token_id, and no tokenizer that names a bos_token",
+                do="name a directory of its tokenizer with --tokenizer",
+            )
+        return found
 
     @property
     def rows(self) -> int | None:

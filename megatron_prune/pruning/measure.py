@@ -85,6 +85,8 @@ def request_key(options: CalibrationOptions, subject: Subject, **more: object) -
     """What an interrupted run must have been asked for to be gone on with."""
     fields = {name: getattr(options, name) for name in CalibrationOptions.__dataclass_fields__}
     fields["files"] = [stamps(spec.name) for spec in parse_data(options.data)]
+    if subject.model.leading is not None:
+        fields["leading"] = subject.model.leading
     return json.dumps({**fields, **more, "content_id": subject.model.identity}, sort_keys=True, default=str)
 
 

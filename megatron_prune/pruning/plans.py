@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from itertools import islice
 from typing import Any, Iterator
 
@@ -65,7 +64,7 @@ def _within_budget(request: Request, scored: Scored, costs: Costs | None, count:
 
 
 def _depths(request: Request, scored: Scored) -> list[Depth]:
-    """Of every depth that the shapes with layers alike have, the layers that go, chosen by the scores."""
+    """Of every depth that the shapes with layers alike have, the layers that go, chosen by the scores; none where layers differ."""
     config = scored.subject.config
     depths = sorted({shape.num_layers for shape in request.shapes} - {config.num_layers})
     if not depths:
@@ -75,7 +74,7 @@ def _depths(request: Request, scored: Scored) -> list[Depth]:
     for depth in depths:
         kept = keep_layers(scores, config.num_layers, depth)
         goes = tuple(layer for layer in range(config.num_layers) if layer not in kept)
-        found.append(Depth(goes, loss(dataclasses.replace(config, num_layers=depth))))
+        found.append(Depth(goes, loss(config.of_layers(kept))))
     return found
 
 

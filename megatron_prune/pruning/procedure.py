@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Iterator
 
+from megatron_prune.errors import InputError
 from megatron_prune.families.family import Family
 from megatron_prune.files import staging
 from megatron_prune.importance.artifact import load_calibration_file
@@ -82,9 +83,17 @@ def pruned(job: Job, save: Path) -> Iterator[tuple[Plan, Source]]:
 
 
 def _calibration(job: Job, folder: Path) -> Calibration:
-    """The text: that of the scores, where no other was named."""
+    """The text: that of the scores, where no other was named.
+
+    Raises:
+        InputError: if it does not begin as the model's text must.
+    """
     if job.kept_scores and job.options.data is None:
         if known := load_calibration_file(job.kept_scores, job.subject.config):
+            leading = job.subject.model.leading
+            if leading is not None and (known.tokens[:, 0] != leading).any():
+                what = f"{job.kept_scores} was measured on samples that do not begin with the BOS token, which this model needs"
+                raise InputError(what, do="score again, or name text with --data")
             return known
     return obtain_calibration(job.options, job.subject, folder)
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.description import Told
@@ -50,8 +50,8 @@ def compare(options: CompareOptions, world: World) -> None:
     if options.output:
         staging.check_file(Path(options.output))
     evaluations = [_read(options.before_evaluation), _read(options.after_evaluation)]
-    protocols = [{key: e[key] for key in ("text", "windows", "seq_length")} for e in evaluations if e]
-    if len(protocols) == 2 and protocols[0] != protocols[1]:
+    protocols = [{key: e[key] for key in ("text", "windows", "seq_length", "begins_with_bos") if key in e} for e in evaluations if e]
+    if len(protocols) == 2 and {"begins_with_bos": False, **protocols[0]} != {"begins_with_bos": False, **protocols[1]}:
         raise InputError("the two evaluations are not of the same text", got=protocols[0], needed=protocols[1])
     rows = [_facts(name, options, e, world) for name, e in zip((options.before, options.after), evaluations)]
     if not world.is_main:
@@ -79,6 +79,7 @@ class _Evaluation(TypedDict):
     text: str
     windows: Annotated[int, Field(gt=0)]
     seq_length: Annotated[int, Field(gt=0)]
+    begins_with_bos: NotRequired[bool]
 
 
 def _read(path: str | None) -> _Evaluation | None:

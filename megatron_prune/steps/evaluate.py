@@ -91,6 +91,7 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
             **{name: value for name, value in drawn.facts.items() if name in ("split", "files", "passed_over")},
             "windows": len(windows),
             "seq_length": options.seq_length,
+            "begins_with_bos": model.leading is not None,
             "dtype": options.dtype,
             "tensor_parallel": layout.tensor,
             "pipeline_parallel": layout.pipeline,

@@ -61,6 +61,9 @@ MODELS = {
         ffn_hidden_size=(48, 24, 48, 12),
     ),
 }
+MODELS["gemma, some layers without positions"] = change(
+    MODELS["gemma"], activation="gelu_tanh", softmax_scale=0.2, rotary_base=(None, 100.0, None, None)
+)
 LAYOUTS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (4, 1)]
 CASES = [
     pytest.param(name, *layout, id="{}, TP {} PP {}".format(name, *layout))

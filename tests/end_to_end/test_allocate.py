@@ -168,13 +168,14 @@ def stored(folder: Path) -> int:
     return total
 
 
-def test_the_best_of_free_and_uniform_shapes_is_written_and_keeps_the_budget(tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])  # layers that differ in windows and positions alone
+def test_the_best_of_free_and_uniform_shapes_is_written_and_keeps_the_budget(tmp_path, monkeypatch, family):
     from transformers import AutoModelForCausalLM
 
     seen = []
     plain = measuring.log.info
     monkeypatch.setattr("megatron_prune.pruning.fit.log.info", lambda *words: seen.append(words) or plain(*words))
-    model = build_tiny(tmp_path / "model", "llama", dtype="float32", num_key_value_heads=6)
+    model = build_tiny(tmp_path / "model", family, dtype="float32", num_key_value_heads=6)
     out = run(model, tmp_path / "out", min_layer_ratio=0.25)
     assert 0.6 * stored(model) < stored(out) <= 0.75 * stored(model)
     losses = {summary: lost for form, summary, lost in (words for words in seen if "held-out" in words[0])}

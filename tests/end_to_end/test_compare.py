@@ -46,3 +46,7 @@ def test_evaluations_of_different_texts_are_refused(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         main(words)
     assert left.value.code == 2 and "not of the same text" in capsys.readouterr().err
+    words[-1] = evaluation(tmp_path, "a.json", 20.0, begins_with_bos=True)  # the other, of an earlier version, does not say it
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "not of the same text" in capsys.readouterr().err

@@ -38,7 +38,7 @@ class Bounds:
 
 
 class Depth(NamedTuple):
-    """Layers that may go as one block, and what the model is expected to lose by it, in nats a token."""
+    """Layers that may go before sizes are dealt out, and what the model is expected to lose by it, in nats a token."""
 
     layers: tuple[int, ...]
     loss: float

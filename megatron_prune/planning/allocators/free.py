@@ -1,15 +1,15 @@
 """Every layer has sizes of its own, so that the model loses least within the budget, by what each block was measured to cost.
 
 Channels of feed-forward blocks add up well, heads and whole blocks less so (``planning/costs.py``): so there are several
-candidates, of which some leave these alone, and one lets a block of layers go first; the best shapes with layers alike stand
-beside them. They are fitted and judged on text: what is chosen is never worse there than the best of those.
+candidates, of which some leave these alone, and one lets some layers go first, where they are alike; the best shapes with
+layers alike stand beside them. They are fitted and judged on text: what is chosen is never worse there than the best of those.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from math import lcm
+from math import inf, lcm
 from typing import Iterator, Sequence
 
 import numpy as np
@@ -38,9 +38,8 @@ class Free:
 
     def targets(self, bounds: Bounds, costs: Costs | None, uniform: list[Target], depths: Sequence[Depth] = ()) -> list[Target]:
         found: list[Target] = []
-        tried = [allocated(bounds, costs, axes or layer_axes(), may_go=may_go) for axes, may_go in FREEDOMS]
-        for target in [*tried, *_shallower(bounds, costs, depths)]:
-            if target is not None and all(target.by_layer != other.by_layer for other in found) and _holds(target, bounds):
+        for target in [*_freely(bounds, costs), *_shallower(bounds, costs, depths)]:
+            if all(target.by_layer != other.by_layer for other in found) and _holds(target, bounds):
                 found.append(target)
         if not found and not uniform:
             raise InputError(
@@ -54,14 +53,24 @@ class Free:
 ALLOCATORS.register("free")(Free())
 
 
+def _freely(bounds: Bounds, costs: Costs) -> Iterator[Target]:
+    """The shape of every freedom that makes use of it."""
+    for axes, may_go in FREEDOMS:
+        target = allocated(bounds, costs, axes or layer_axes(), may_go=may_go)
+        if target is not None and (not may_go or target.drop_layers or not all(target.by_layer.values())):
+            yield target
+
+
 def _shallower(bounds: Bounds, costs: Costs, depths: Sequence[Depth]) -> list[Target]:
-    """The shape without one of some blocks of layers that is expected to lose least, if any meets the budget."""
-    found = []
-    for layers, loss in depths:
+    """The shape without the layers of one of ``depths`` that is expected to lose least, if any meets the budget."""
+    best, least = None, inf
+    for layers, loss in sorted(depths, key=lambda depth: depth.loss):
+        if loss >= least:  # whatever is cut besides
+            break
         target = allocated(bounds, costs, layer_axes(), may_go=False, gone=layers)
-        if target is not None and _holds(target, bounds):
-            found.append((loss + expected_loss(costs, target), len(layers), target))
-    return [min(found, key=lambda one: one[:2])[2]] if found else []
+        if target is not None and _holds(target, bounds) and loss + expected_loss(costs, target) < least:
+            best, least = target, loss + expected_loss(costs, target)
+    return [best] if best else []
 
 
 def expected_loss(costs: Costs, target: Target) -> float:
