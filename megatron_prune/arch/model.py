@@ -133,6 +133,11 @@ class ModelConfig:
         return dataclasses.replace(self, num_layers=len(layers), **values)
 
     @property
+    def first_rotary_base(self) -> float:
+        """Rotary base of the first layer that has positions; the usual one where none has."""
+        return next((base for base in self.each("rotary_base") if base), 10000.0)
+
+    @property
     def differing(self) -> tuple[str, ...]:
         """Fields in which layers differ."""
         return tuple(name for name in PER_LAYER if isinstance(getattr(self, name), tuple))

@@ -44,10 +44,11 @@ def write(config: ModelConfig) -> dict[str, Any]:
     """Arguments that say what others do not; none of a model that is not made so."""
     if any(getattr(config, name) != value for name, value in _TRAITS.items()):
         return {}
-    layers = [config.of_layer(layer) for layer in range(config.num_layers)]
-    local = [layer for layer in layers if layer.sliding_window is not None]
-    world = [layer for layer in layers if layer.sliding_window is None]
-    scaling = next((layer.rope_scaling for layer in world if layer.rope_scaling), None)
+    layers = range(config.num_layers)
+    windows = [config.of_layer(layer).sliding_window for layer in layers]
+    local = [layer for layer in layers if windows[layer] is not None]
+    world = [layer for layer in layers if windows[layer] is None]
+    scaling = next((found for layer in world if (found := config.of_layer(layer).rope_scaling)), None)
     found: dict[str, Any] = {
         "spec": SPEC.rsplit(".", 1),
         "swiglu": False,
@@ -56,20 +57,15 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "apply_layernorm_1p": True,
         "layernorm_zero_centered_gamma": True,
         "softmax_scale": config.kv_channels**-0.5 if config.softmax_scale is None else config.softmax_scale,
-        "rotary_base": [first_base(some or layers) for some in (local, world)],
+        "rotary_base": [config.of_layers(some or layers).first_rotary_base for some in (local, world)],
         "rotary_seq_len_interpolation_factor": None,
         "use_rope_scaling": bool(scaling and scaling.kind == "llama3"),
         "rope_scaling_factor": scaling.factor if scaling and scaling.kind == "linear" else 1.0,
-        "window_size": (local[0].sliding_window - 1, 0) if local else None,
+        "window_size": (windows[local[0]] - 1, 0) if local else None,
     }
     if local and world:
-        found["window_attn_skip_freq"] = [int(layer.sliding_window is not None) for layer in layers]
+        found["window_attn_skip_freq"] = [int(window is not None) for window in windows]
     return found
-
-
-def first_base(layers: list[ModelConfig]) -> float:
-    """The first rotary base of some layers; the usual one where they have no positions: what cannot run these is told so."""
-    return next((layer.rotary_base for layer in layers if layer.rotary_base), 10000.0)
 
 
 def read(stored: dict[str, Any], layers: int) -> tuple[dict[str, Any], list[str]]:

@@ -37,7 +37,7 @@ def megatron_args(
 def _common(config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype, tokenizer: str | None, transformer_impl: str) -> dict:
     most = lambda field: max(config.each(field))
     scaling = config.each("rope_scaling")[0]
-    base = gemma3_args.first_base([config.of_layer(layer) for layer in range(config.num_layers)])
+    base = config.first_rotary_base
     window = config.each("sliding_window")[0]
     return dict(
         num_layers=config.num_layers,
