@@ -7,14 +7,18 @@
 #   HIDDEN_SIZE_REMAIN  NUM_ATTENTION_HEADS_REMAIN  NUM_QUERY_GROUPS_REMAIN  FFN_HIDDEN_SIZE_REMAIN
 #   NUM_LAYERS_REMAIN            sizes that stay                               (default: all)
 #   DROP_LAYERS                  layers that go, 0-based, such as 7,13         (default: none)
+#   DROP_ATTENTION, DROP_MLP     layers whose attention, or MLP, goes alone    (default: none)
+#   LAYER_SIZES                  JSON file of sizes by layer                   (default: none)
 #   PRUNE_TYPE                   balance, global or unbalance                  (default balance)
 #   PARAMS, RATIO, MEMORY        a budget instead of sizes, such as 90M, 0.25, 2GiB
+#   ALLOCATE, SEARCH             free: sizes by layer within it / shapes to compare (default uniform, 1)
 #   METRIC, SEED                 how units are scored                          (default: the best for each axis, 1234)
 #   DATA, SCORES                 text to measure on / scores that were kept    (default: the model's own samples)
 #   PLAN, SAVE_PLAN              apply a plan / also write the plan here       (default: none)
 #   VOCAB_PLAN                   keep the tokens of this plan (of megatron-prune vocab select)
+#   TARGET_FAMILY                Hugging Face family it will be exported as    (default: its own)
 #   GPT_ARGS                     Megatron's own arguments; they must agree with the checkpoint
-#   Further arguments are passed on, such as --overwrite.
+#   Further arguments are passed on, such as --overwrite, --untie or --uniform.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 require LOAD_DIR "a Megatron checkpoint"
@@ -30,13 +34,19 @@ add --num_query_groups_remain "${NUM_QUERY_GROUPS_REMAIN:-}"
 add --ffn_hidden_size_remain "${FFN_HIDDEN_SIZE_REMAIN:-}"
 add --num_layers_remain "${NUM_LAYERS_REMAIN:-}"
 add --drop_layers "${DROP_LAYERS:-}"
+add --drop_attention "${DROP_ATTENTION:-}"
+add --drop_mlp "${DROP_MLP:-}"
+add --layer_sizes "${LAYER_SIZES:-}"
 add --params "${PARAMS:-}"
 add --ratio "${RATIO:-}"
 add --memory "${MEMORY:-}"
+add --allocate "${ALLOCATE:-}"
+add --search "${SEARCH:-}"
 add --metric "${METRIC:-}"
 add --scores "${SCORES:-}"
 add --plan "${PLAN:-}"
 add --vocab_plan "${VOCAB_PLAN:-}"
+add --target-family "${TARGET_FAMILY:-}"
 # shellcheck disable=SC2206  # several sources are several words
 if [ -n "${DATA:-}" ]; then PRUNE_ARGS+=(--data $DATA); fi
 add --save-plan "${SAVE_PLAN:-}"

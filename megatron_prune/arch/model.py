@@ -162,6 +162,7 @@ class ModelConfig:
                 f"{field} is not one number for the model: layers differ",
                 got=f"{most}, but {', '.join(others[:8])}{more}",
                 needed="a model whose layers are alike, or sizes by layer",
+                do="name sizes with --layer_sizes, or, within a budget, have them chosen with --allocate free",
             )
         return value
 
@@ -314,7 +315,9 @@ def check_fields(described: ModelConfig | RopeScaling, what: str) -> None:
                 for layer, one in enumerate(value):
                     check_value(kind, one, f"{what} {field.name} in layer {layer}")
                 continue
-        check_value("int" if kind == "size" and (value or _is_there(described, field.name)) else kind, value, f"{what} {field.name}")
+        check_value(
+            "int" if kind == "size" and (value or _is_there(described, field.name)) else kind, value, f"{what} {field.name}"
+        )
 
 
 def _is_there(config: ModelConfig, field: str) -> bool:

@@ -92,7 +92,7 @@ def _tensor_problems(config: ModelConfig, tensor: int) -> list[str]:
     for layer in range(config.num_layers if config.differing else 1):
         for problem in _layer_problems(config.of_layer(layer), tensor):
             found.setdefault(problem, []).append(layer)
-    where = lambda layers: f" in layer {layers[0]}" + (f" and {len(layers) - 1} more" if len(layers) > 1 else "")
+    where = lambda layers: (" in layer " if len(layers) == 1 else " in layers ") + ", ".join(map(str, layers))
     return [problem + ("" if config.is_uniform else where(layers)) for problem, layers in found.items()]
 
 

@@ -21,7 +21,7 @@ log = logging.getLogger("megatron_prune")
 
 _TABLE = "tokenizer.json"
 _OWN_ENDS = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
-GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
+SIDE_FILES = GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
 
 
 def describe(hf_config: dict[str, Any], config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -45,15 +45,21 @@ def rewrite_side_files(folder: Path, vocab_size: int | None = None) -> None:
     Args:
         vocab_size: of the model; token ids beyond are left out.
     """
-    mends = {
-        TOKENIZER: lambda data: _with_ends(_tokenizer(data), folder),
-        GENERATION: lambda data: _without_absent(data, vocab_size, GENERATION),
-    }
-    for name, mend in mends.items():
+    for name in SIDE_FILES:
         if (folder / name).is_file():
-            data = read_json(folder / name)
-            if (mended := mend(data)) != data:
+            mended = settings(folder, name, vocab_size)
+            if mended != read_json(folder / name):
                 (folder / name).write_text(json.dumps(mended, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def settings(folder: Path, name: str, vocab_size: int | None = None) -> dict[str, Any]:
+    """What one of :data:`SIDE_FILES` says, in words that both read.
+
+    Args:
+        vocab_size: as for :func:`rewrite_side_files`.
+    """
+    data = read_json(folder / name)
+    return _with_ends(_tokenizer(data), folder) if name == TOKENIZER else _without_absent(data, vocab_size, name)
 
 
 def _tokenizer(data: dict[str, Any]) -> dict[str, Any]:

@@ -25,8 +25,8 @@ def choose_family(recorded: Family, asked: str | None) -> Family:
     if asked == NEMOTRON_NAS.name:
         return replace(recorded, form=asked)
     suffix = f"-{PER_LAYER.name}"
-    family, kin = FAMILIES.get(asked.removesuffix(suffix)), recorded.kin()
-    if family.name not in (recorded.name, *kin):
+    name, kin = asked.removesuffix(suffix), recorded.kin()
+    if name not in (recorded.name, *kin):
         forms = [*(name + suffix for name in kin), NEMOTRON_NAS.name]
         raise InputError(f"--target-family {asked}", got=f"a {recorded.name} model", needed="one of " + ", ".join((*kin, *forms)))
-    return replace(family, form=PER_LAYER.name if asked.endswith(suffix) else "plain")
+    return replace(FAMILIES.get(name), form=PER_LAYER.name if asked.endswith(suffix) else "plain")

@@ -212,13 +212,17 @@ class Family:
         able = "write the model as what can say it: "
         if form is not None:
             if why := self._form_unsaid(form, config):
-                raise InputError(f"{self._named(form)} cannot say this model", got=why, do=able + self._able(config))
+                other = self._able(config)
+                do = able + other if other != NONE else "choose sizes that it can say: no other family or form says these either"
+                raise InputError(f"{self._named(form)} cannot say this model", got=why, do=do)
             return
         if not is_plain(config):
             raise InputError(
                 f"transformers' {self.architecture} has layers that are alike",
                 got=differences(config),
-                do=able + self._able(config) + "; or prune it to the uniform shape (--uniform)",
+                do=able
+                + self._able(config)
+                + "; or keep layers alike (a plan becomes such a one with prune --plan PLAN --uniform)",
             )
         if lost := self._unsaid(config):
             raise InputError(
@@ -306,7 +310,7 @@ class Family:
         if not is_plain(config):
             as_form = [(form, replace(family, form=form.name)) for form in FORMS for family in kin]
             able += dict.fromkeys(family._named(form) for form, family in as_form if not family._form_unsaid(form, config))
-        return ", ".join(f"--target-family {name}" for name in able) or "there is none"
+        return ", ".join(f"--target-family {name}" for name in able) or NONE
 
     def _fresh(self, config: ModelConfig) -> dict[str, Any]:
         hf: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name, **self.stated}
@@ -316,6 +320,7 @@ class Family:
         return hf
 
 
+NONE = "there is none"
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _DERIVED = ("num_key_value_heads", "head_dim")
 
@@ -349,6 +354,11 @@ def family_of(hf: dict[str, Any]) -> Family:
     Raises:
         CheckpointError: if it names none, or one that is not supported.
     """
+    if len(forms := [form.name for form in FORMS if form.said_in(hf)]) > 1:
+        do = "remove what the weights do not have"
+        raise CheckpointError(
+            "config.json says twice what single layers are", got=" and ".join(forms), needed="one of the two", do=do
+        )
     model_type = _plain(hf).get("model_type") if NEMOTRON_NAS.said_in(hf) else hf.get("model_type")
     if model_type not in FAMILIES.names():
         raise CheckpointError(

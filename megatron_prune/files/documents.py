@@ -12,6 +12,7 @@ import os
 import re
 import reprlib
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -65,14 +66,25 @@ def read_text(path: Path, *, limit: int = LIMIT, error: type[InputError] = Check
 
 
 def read_json(
-    path: Path, kind: type[T] = dict[str, Any], *, error: type[InputError] = CheckpointError, do: str | None = None
+    path: Path,
+    kind: type[T] = dict[str, Any],
+    *,
+    error: type[InputError] = CheckpointError,
+    do: str | None = None,
+    once: bool = False,
 ) -> T:
     """A JSON file as a value of ``kind``: see :func:`parse_json`."""
-    return parse_json(read_bytes(path, error=error, do=do), kind, path, error=error, do=do)
+    return parse_json(read_bytes(path, error=error, do=do), kind, path, error=error, do=do, once=once)
 
 
 def parse_json(
-    text: str | bytes, kind: type[T], where: object, *, error: type[InputError] = CheckpointError, do: str | None = None
+    text: str | bytes,
+    kind: type[T],
+    where: object,
+    *,
+    error: type[InputError] = CheckpointError,
+    do: str | None = None,
+    once: bool = False,
 ) -> T:
     """JSON as a value of ``kind``, a type annotation whose every part is checked; nothing is converted.
 
@@ -81,6 +93,7 @@ def parse_json(
         where: the file, for messages.
         error: what is raised.
         do: what the user can do about a damaged file.
+        once: a field that stands twice is refused; else the last one counts, as everywhere.
 
     Raises:
         InputError (of the kind ``error``): naming the field, what was got and what was needed.
@@ -88,13 +101,17 @@ def parse_json(
     from pydantic import ValidationError
 
     try:
-        return _reader(kind).validate_json(text, strict=True)
+        found = _reader(kind).validate_json(text, strict=True)
     except ValidationError as found:
         problem, *others = found.errors(include_url=False)
     except InputError as found:  # a dataclass's own check
         raise (error if type(found) is InputError else type(found))(f"{where}: {found}") from None
     except RecursionError:
         raise error(f"{where} is nested too deeply", do=do) from None
+    else:
+        if once and (twice := _twice(text)):
+            raise error(f"{where}", got=f"the field {twice} twice", needed="every field once", do=do)
+        return found
     if problem["type"] == "json_invalid":
         raise error(f"{where} is not JSON", got=problem["msg"], do=do) from None
     place = lambda of: ".".join(_key(part) for part in of["loc"] if not _KIND.fullmatch(str(part)))
@@ -104,6 +121,17 @@ def parse_json(
     got = None if problem["type"] == "missing" else shorten(problem["input"])
     needed = _NEEDED.get(problem["type"], problem["msg"].removeprefix("Input should be "))
     raise error(f"{where}" + (f": {field}" if field else ""), got=got, needed=needed + more, do=do) from None
+
+
+def _twice(text: str | bytes) -> str | None:
+    """A field of valid JSON that stands twice in one object, for a message."""
+    found: list[str] = []
+
+    def looked_at(pairs: list[tuple[str, Any]]) -> None:
+        found.extend(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+
+    json.loads(text, object_pairs_hook=looked_at)
+    return shorten(found[0], 40) if found else None
 
 
 _NEEDED = {
@@ -131,13 +159,14 @@ def parse_versioned(
     Raises:
         InputError (of the kind ``error``): also if it is of another format or of a later version.
     """
-    held = parse_json(text, dict[str, Any], where, error=error, do=do)
+    held = parse_json(text, dict[str, Any], where, error=error, do=do, once=True)
     if held.pop("format", None) != format:
         raise error(f"{where} is something else", needed=f'"format": "{format}"', do=do)
     found = held.pop("version", None)
     if type(found) is not int or not 1 <= found <= version:
         needed = f"version {version}" if version == 1 else f"version 1 to {version}"
-        raise error(f"{where}", got=f"version {shorten(found)}", needed=needed, do="update megatron-prune")
+        later = type(found) is int and found > version
+        raise error(f"{where}", got=f"version {shorten(found)}", needed=needed, do="update megatron-prune" if later else do)
     return parse_json(json.dumps(held), kind, where, error=error, do=do)
 
 

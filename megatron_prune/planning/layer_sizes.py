@@ -18,9 +18,7 @@ Sizes = dict[tuple[str, int], int]
 """(axis, layer before pruning) → units that stay; 0 drops the block."""
 
 _Size = Annotated[int, Field(ge=1)] | None
-_DO = (
-    'name a JSON file of sizes by layer, such as {"3": {"ffn_hidden_size": 800, "num_query_groups": 2}, "5": {"mlp": "none"}}'
-)
+_DO = 'name a JSON file of sizes by layer, such as {"3": {"ffn_hidden_size": 800, "num_query_groups": 2}, "5": {"mlp": "none"}}'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +41,9 @@ def read_layer_sizes(path: Path) -> Sizes:
         InputError: if it is not such a file, or says two things of a block.
     """
     found: Sizes = {}
-    for word, entry in read_json(path, dict[str, _LayerSizes], error=InputError, do=_DO).items():
-        if not word.isdecimal() or len(word) > 6:
-            raise InputError(f"{path}", got=f"{word[:20]!r}", needed="numbers of layers, such as \"3\"", do=_DO)
+    for word, entry in read_json(path, dict[str, _LayerSizes], error=InputError, do=_DO, once=True).items():
+        if len(word) > 6 or not word.isdecimal() or str(int(word)) != word:
+            raise InputError(f"{path}", got=f"{word[:20]!r}", needed='numbers of layers, such as "3"', do=_DO)
         layer, said = int(word), {axis: getattr(entry, field) for axis, field in FIELDS.items() if hasattr(entry, field)}
         for half, axes in halves().items():
             gone = getattr(entry, half) == "none"

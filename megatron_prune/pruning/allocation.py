@@ -8,7 +8,7 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.axes.axis import layer_axes
 from megatron_prune.config import option
-from megatron_prune.errors import InputError
+from megatron_prune.errors import InputError, reason
 from megatron_prune.families.family import Family
 from megatron_prune.importance.metric import METRICS, metric_named
 from megatron_prune.planning.allocators.allocator import ALLOCATORS, Bounds
@@ -80,4 +80,10 @@ def check_allocation(bounds: Bounds, metric_of: dict[str, str], *, has_text: boo
             raise InputError(f"metric {name} cannot score the axis {axis}", needed="one of " + ", ".join(able))
     config = bounds.config
     if config.is_uniform and config.num_layers > 1 and config.units("ffn") > 1:
-        bounds.check(replace(config, ffn_hidden_size=(config.units("ffn") - 1, *[config.units("ffn")] * (config.num_layers - 1))))
+        differing = (config.units("ffn") - 1, *[config.units("ffn")] * (config.num_layers - 1))
+        try:
+            bounds.check(replace(config, ffn_hidden_size=differing))
+        except InputError as error:
+            do = "leave --allocate free out, or --target-family (then what can say such layers is written)"
+            got = reason(error)
+            raise InputError("--allocate free makes layers of different sizes", got=got, do=do) from None

@@ -25,7 +25,7 @@ class PruningOptions(TargetOptions, FitOptions, CheckOptions):
     def wants_text(self) -> bool:
         """Whether anything is measured: text or scores were named, re-fitting asked for, or a metric needs it."""
         named = self.data is not None or self.scores is not None or bool(self.refit)
-        if self.plan or vocab_alone(self):
+        if (self.plan and not self.uniform) or vocab_alone(self):
             return named
         return named or any(metric_named(name).needs for name in metrics_of(self, has_text=False).values())
 

@@ -164,13 +164,13 @@ def read_request(
         budget = dataclasses.replace(budget, vocab_size=len(vocab_plan.vocab) if options.vocab_plan else None)
         bounds = read_bounds(options, _untied(options, config), budget, multiples, layout, family, prune_type=prune_type)
         allocator, shapes = ALLOCATORS.get(options.allocate), ()
+        if allocator.measures_costs:
+            check_allocation(bounds, common["metric_of"], has_text=has_text, refit=refit)
         if config.is_uniform or not allocator.measures_costs:
             shapes = _uniform_shapes(bounds, sizes, common, twin_of)
         else:
             check_budget(bounds.config, budget, multiple_of=multiples, layout=layout, fixed=sizes)
-        if allocator.measures_costs:
-            check_allocation(bounds, common["metric_of"], has_text=has_text, refit=refit)
-        return Request(shapes=shapes, bounds=bounds, allocator=allocator, **common)
+        return Request(shapes=allocator.alike(bounds, shapes), bounds=bounds, allocator=allocator, **common)
     uniform = {name.removesuffix("_remain"): getattr(options, name) for name in TargetOptions.SIZES}
     target = resolve_target(config, **uniform, by_layer=by_layer(options))
     target = dataclasses.replace(target, config=_untied(options, target.config))
@@ -195,6 +195,9 @@ def _by_layer_plan(options: TargetOptions, model: Opened) -> ModelConfig:
         raise InputError(f"--uniform and {', '.join(several)} both say how large the model becomes", do="give one of the two")
     if options.allocate != "uniform":
         raise InputError(f"--uniform and --allocate {options.allocate}", do="give one of the two")
+    if not model.config.is_uniform:
+        got, do = "one whose layers differ already", "prune the model that it was cut from, with that one's plan"
+        raise InputError("--uniform starts from a model whose layers are alike", got=got, do=do)
     plan = load_plan(Path(options.plan))
     check_plan(plan, model.config, options.plan)
     if plan.vocab is not None and not options.vocab_plan:
@@ -244,16 +247,20 @@ def _uniform_shapes(
             return False
         return True
 
-    found = candidates(
-        bounds.config,
-        bounds.budget,
-        multiple_of=bounds.multiple_of,
-        layout=bounds.layout,
-        prune_type=bounds.prune_type,
-        legal=legal,
-        fixed=sizes,
-        axes=tuple(able),
-    )
+    try:
+        found = candidates(
+            bounds.config,
+            bounds.budget,
+            multiple_of=bounds.multiple_of,
+            layout=bounds.layout,
+            prune_type=bounds.prune_type,
+            legal=legal,
+            fixed=sizes,
+            axes=tuple(able),
+        )
+    except InputError:
+        bounds.check(bounds.config)  # a class that cannot say the model itself is why there is no shape
+        raise
     return tuple(found)
 
 

@@ -23,6 +23,7 @@ from megatron_prune.families.family import family_of
 from megatron_prune.importance.walk import BATCH_TOKENS
 from megatron_prune.opening.foreign import ForeignOptions, told
 from megatron_prune.opening.opened import open_either
+from megatron_prune.planning.layer_sizes import read_layer_sizes
 from megatron_prune.planning.resources import (
     Text,
     Training,
@@ -62,6 +63,7 @@ class EstimateOptions(ForeignOptions):
     num_attention_heads_remain: int | None = option("query heads that stay", None)
     num_query_groups_remain: int | None = option("KV groups that stay", None)
     num_layers_remain: int | None = option("layers that stay", None)
+    layer_sizes: str | None = option("JSON file of sizes by layer, as that of prune", None)
     micro_batch_size: int = option("sequences in a forward pass of recovery", 1)
     seq_length: int = option("tokens in a sequence of recovery", 4096)
     nsamples: int = option("samples of calibration text, of all sources together", 256)
@@ -108,6 +110,7 @@ def estimate(options: EstimateOptions, world: World) -> None:
         num_attention_heads=options.num_attention_heads_remain,
         num_query_groups=options.num_query_groups_remain,
         num_layers=options.num_layers_remain,
+        by_layer=read_layer_sizes(Path(options.layer_sizes)) if options.layer_sizes else None,
     ).config
     layout.check(config)
     layout.check(target)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import both_versions, huggingface, megatron
 from megatron_prune.checkpoint.huggingface import VOCABULARY_FILES
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.tied_copy import check_tied_copy
@@ -91,11 +91,19 @@ def _same_vocabulary(checkpoint: MegatronCheckpoint, folder: Path, world: World)
             ("generation_config", "chat_template", "tokenizer_config")
         )
         if name not in said and decides and megatron.differing_files(folder, {plain: checkpoint.manifest.files[name]}):
-            said[name] = f"not that of {folder}"
+            if not _say_the_same((checkpoint.path / name).parent, folder, plain):
+                said[name] = f"not that of {folder}"
     decisive = [name for name in said if VOCABULARY_FILES.fullmatch(Path(name).name)]
     for name, text in said.items() if world.is_main else ():
         log.log(logging.ERROR if name in decisive else logging.WARNING, "%s: %s", checkpoint.path / name, text)
     return not decisive
+
+
+def _say_the_same(kept: Path, folder: Path, name: str) -> bool:
+    """Whether a file says the same in two directories, though one is written for both versions of transformers."""
+    if name not in both_versions.SIDE_FILES or not (folder / name).is_file():
+        return False
+    return both_versions.settings(kept, name) == both_versions.settings(folder, name)
 
 
 def _tokens(options: VerifyOptions, folder: Path, checkpoint: MegatronCheckpoint) -> torch.Tensor:

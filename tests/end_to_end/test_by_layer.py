@@ -141,6 +141,18 @@ def test_a_budget_is_dealt_out_over_layers_that_differ(home, tmp_path):
     assert 0.8 * parameter_count(MODEL) < parameter_count(found) <= 0.85 * parameter_count(MODEL)
 
 
+def test_a_plan_becomes_the_shape_alike_with_no_more_than_the_models_own_text(home, tmp_path):
+    (tmp_path / "sizes.json").write_text('{"1": {"ffn_hidden_size": 40}, "2": {"num_query_groups": 2}}')
+    common, plan = {"load": str(home / "alike")}, str(tmp_path / "plan.json")
+    sizes = {"layer_sizes": str(tmp_path / "sizes.json"), "metric": "magnitude", "refit": False}
+    prune(PruneOptions(**common, save=str(tmp_path / "differing"), save_plan=plan, **sizes), World())
+    text = {"nsamples": 2, "seq_length": 16, "reconstruct": 0}
+    prune(PruneOptions(**common, save=str(tmp_path / "twin"), plan=plan, uniform=True, **text), World())
+    differing, twin = (oracle.model_of(tmp_path / name)[0] for name in ("differing", "twin"))
+    assert twin.is_uniform and not differing.is_uniform
+    assert 0.95 * parameter_count(differing) < parameter_count(twin) <= parameter_count(differing)
+
+
 def test_facts_estimates_and_tables_tell_sizes_by_layer(home, tmp_path, capsys):
     said = lambda *argv: (main([*map(str, argv)]), capsys.readouterr().out)[1]
     sizes = {name: list(getattr(MODEL, name)) for name in ("ffn_hidden_size", "num_attention_heads", "num_query_groups")}
@@ -155,6 +167,10 @@ def test_facts_estimates_and_tables_tell_sizes_by_layer(home, tmp_path, capsys):
     estimates = json.loads(said("estimate", home / "m", "--json", "--target-tensor-parallel-size", 2))
     assert estimates["parameters"] == estimates["target_parameters"] == parameters
     assert estimates["steps"]["conversion"]["disk"] == pytest.approx(2 * parameters, rel=0.1)
+    (tmp_path / "sizes.json").write_text('{"1": {"mlp": "none"}}')
+    smaller = json.loads(said("estimate", home / "m", "--json", "--layer-sizes", tmp_path / "sizes.json"))
+    mlp = 3 * MODEL.ffn_hidden_size[1] * MODEL.hidden_size + MODEL.hidden_size  # its matrices and its norm
+    assert smaller["target_parameters"] == parameters - mlp
     output = tmp_path / "table.json"
     said("compare", "--before", home / "hf", "--after", home / "hf", "--max-new-tokens", 2, "--output", output)
     assert json.loads(output.read_text())["before"].items() >= {**sizes, "parameters": parameters}.items()
@@ -194,12 +210,29 @@ UNLIKE = "is not one number for the model: layers differ got: .* in layer 1"
 REFUSED = {
     "one size for layers that differ": ("m", ["--ffn_hidden_size_remain", "20"], f"ffn_hidden_size {UNLIKE}"),
     "heads of layers that differ": ("m", ["--num_attention_heads_remain", "6"], f"num_attention_heads {UNLIKE}"),
-    "a budget of shapes alike": ("m", ["--ratio", "0.2"], UNLIKE),
+    "a budget of shapes alike": ("m", ["--ratio", "0.2"], f"{UNLIKE}.*chosen with --allocate free"),
+    "a budget and a form that cannot say the model": (
+        "alike",
+        ["--ratio", "0.2", "--target_family", "nemotron-nas"],
+        "nemotron-nas cannot say this model got: norms of queries and keys",
+    ),
+    "sizes by layer and a class of layers alike": (
+        "alike",
+        ["--ratio", "0.2", "--allocate", "free", "--target_family", "qwen3", "--data", "self"],
+        "--allocate free makes layers of different sizes got: .* has layers that are alike .* leave --allocate free out",
+    ),
     "every block": ("alike", ["--drop_attention", ALL, "--drop_mlp", ALL], "empties every block"),
     "a layer that is not there": ("alike", ["--drop_mlp", "4"], "layer 4: needed 0 to 3"),
     "a layer twice": ("alike", ["--drop_attention", "1,1"], "layer 1 stands twice"),
     "a block that is not there": ("m", ["--drop_attention", "0"], "layer 0 has no attention"),
     "a wider layer": ("m", ["--layer_sizes", '{"1": {"ffn_hidden_size": 41}}'], "layer 1: ffn_hidden_size 41 is larger .* 40"),
+    "a layer twice in a file": (
+        "alike",
+        ["--layer_sizes", '{"1": {"ffn_hidden_size": 4}, "1": {"mlp": "none"}}'],
+        "the field '1' twice needed: every field once",
+    ),
+    "a layer by two spellings": ("alike", ["--layer_sizes", '{"1": {"ffn_hidden_size": 4}, "01": {"mlp": "none"}}'], "got: '01'"),
+    "a digit of another script": ("alike", ["--layer_sizes", '{"١": {"ffn_hidden_size": 4}}'], 'numbers of layers, such as "3"'),
     "a file that is none": ("m", ["--layer_sizes", '{"1": {"width": 4}}'], "width.*no field of that name"),
     "an odd multiple": (
         "alike",
@@ -228,7 +261,7 @@ def test_what_is_refused_leaves_nothing_behind(home, tmp_path, capsys, name):
             contradiction(home, tmp_path / "p.json")
             argv = [*argv[:number], str(tmp_path / "p.json"), *argv[number + 1 :]]
     before = set(tmp_path.iterdir())
-    metric = [] if "--plan" in argv or "--uniform" in argv else ["--metric", "magnitude"]
+    metric = [] if {"--plan", "--uniform", "--allocate"} & {*argv} else ["--metric", "magnitude"]
     with pytest.raises(SystemExit) as error:
         main(["prune", "--load", str(home / source), "--save", str(tmp_path / "out"), *metric, *argv])
     told = " ".join(capsys.readouterr().err.split())

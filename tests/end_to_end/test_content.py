@@ -286,6 +286,16 @@ def test_a_tokenizer_that_is_not_that_of_the_directory_is_an_error_of_verify(hom
     fails(f"verify --load-dir {home}/torch_dist-1 --hf-dir {hf}", "tokenizer.json: not that of", code=1)
 
 
+def test_a_file_that_says_the_same_for_both_versions_of_transformers_is_no_other(home, tmp_path, capsys):
+    assert ended(f"export --load-dir {home}/cut --save-dir {tmp_path}/hf") == 0
+    written = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps({**written, "tokenizer_class": "TokenizersBackend"}))
+    verify = f"verify --load-dir {home}/cut --hf-dir {tmp_path}/hf"
+    assert ended(verify) == 0 and "not that of" not in capsys.readouterr().err
+    (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps({**written, "eos_token": "<other>"}))
+    assert ended(verify) == 0 and "tokenizer_config.json: not that of" in capsys.readouterr().err
+
+
 def test_a_pruned_hugging_face_directory_keeps_digests_of_its_weights(home, tmp_path, fails):
     assert ended(f"export --load-dir {home}/cut --save-dir {tmp_path}/hf") == 0
     assert ended(f"convert --load-dir {tmp_path}/hf --save-dir {tmp_path}/m") == 0

@@ -36,6 +36,8 @@ def test_the_scripts_run_the_whole_path_under_torchrun(tiny, tmp_path, stub):
         "TP": 2,
         "FFN_HIDDEN_SIZE_REMAIN": 64,
         "DROP_LAYERS": "1,2",
+        "DROP_ATTENTION": "3",
+        "TARGET_FAMILY": "qwen2-per-layer",
         "PRUNE_TYPE": "global",
         "METRIC": "random",
         "SAVE_PLAN": tmp_path / "plan.json",
@@ -48,7 +50,10 @@ def test_the_scripts_run_the_whole_path_under_torchrun(tiny, tmp_path, stub):
     assert run_file(*given_to_python(stub, "scripts/megatron_to_hf.sh", LOAD_DIR=tmp_path / "t", SAVE_DIR=tmp_path / "back")) == 0
     assert megatron.open_checkpoint(tmp_path / "t").format == "torch"
     config = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert (config["num_hidden_layers"], config["intermediate_size"]) == (2, 64)
+    assert config["num_hidden_layers"] == 2
+    said = lambda layer: {"intermediate_size": config["intermediate_size"]} | config["per_layer_config"].get(layer, {})
+    assert [said(layer)["intermediate_size"] for layer in "01"] == [64, 64]
+    assert [said(layer).get("skip") for layer in "01"] == [None, ["attention"]]
     assert json.loads((tmp_path / "plan.json").read_text())["new"]["num_layers"] == 2
 
 

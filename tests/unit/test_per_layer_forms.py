@@ -163,7 +163,9 @@ def nas_models(draw, name: str) -> ModelConfig:
 def test_what_llama_cpp_loses_is_said_with_the_layers():
     config = dataclasses.replace(like_tiny("llama"), ffn_hidden_size=(96, 0, 96, 96))
     assert "(1)" in NEMOTRON_NAS.caution(config) and NEMOTRON_NAS.caution(like_tiny("llama")) == ""
-    alone = dataclasses.replace(config, ffn_hidden_size=(96, 96, 96, 96), num_attention_heads=(12, 0, 12, 12), num_query_groups=(6, 0, 6, 6))
+    alone = dataclasses.replace(
+        config, ffn_hidden_size=(96, 96, 96, 96), num_attention_heads=(12, 0, 12, 12), num_query_groups=(6, 0, 6, 6)
+    )
     assert NEMOTRON_NAS.caution(alone) == ""
 
 
@@ -333,9 +335,23 @@ def test_nemotron_nas_is_refused_for_what_it_cannot_say(name, changes, word):
 
 def test_what_is_asked_for_is_of_the_same_architecture():
     assert written_as("llama", "mistral-per-layer").name == "mistral"
-    for asked in ("qwen2", "qwen2-per-layer"):
+    for asked in ("qwen2", "qwen2-per-layer", "foo-per-layer", "per-layer"):
         with pytest.raises(InputError, match="llama, mistral, llama-per-layer, mistral-per-layer, nemotron-nas"):
             written_as("llama", asked)
+
+
+def test_a_file_in_two_forms_is_refused():
+    hf = {"model_type": "nemotron-nas", "block_configs": [], "per_layer_config": {"1": {"intermediate_size": 8}}}
+    with pytest.raises(CheckpointError, match="(?s)says twice.*per-layer and nemotron-nas.*one of the two"):
+        family_of(hf)
+
+
+def test_heads_that_no_form_can_say_are_told_so():
+    config = dataclasses.replace(like_tiny("gemma3_text"), num_attention_heads=(12, 6, 12, 12))
+    assert config.hidden_size % 12 == 0
+    config = dataclasses.replace(config, num_attention_heads=(12, 10, 12, 12), num_query_groups=(2, 2, 2, 2))
+    with pytest.raises(InputError, match="(?s)cannot say this model.*10, 12 attention heads.*no other family or form"):
+        FAMILIES.get("gemma3_text").check_expressible(config)
 
 
 def test_layers_that_are_alike_are_written_for_the_stock_class_whatever_form_is_asked_for():

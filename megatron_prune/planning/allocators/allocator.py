@@ -36,6 +36,10 @@ class Bounds:
     least: float = 0.0
     most: float = 1.0
 
+    def allow(self, share: float) -> bool:
+        """Whether that share of a layer's units may stay along an axis, where its block stays."""
+        return self.least <= share and (share <= self.most or share == 1.0)
+
 
 class Depth(NamedTuple):
     """Layers that may go before sizes are dealt out, and what the model is expected to lose by it, in nats a token."""
@@ -52,6 +56,9 @@ class Allocator(Protocol):
     """
 
     measures_costs: bool
+
+    def alike(self, bounds: Bounds, shapes: Sequence[ModelConfig]) -> tuple[ModelConfig, ...]:
+        """Of shapes within the budget whose layers are alike, those that may be compared."""
 
     def targets(self, bounds: Bounds, costs: Costs | None, uniform: list[Target], depths: Sequence[Depth] = ()) -> list[Target]:
         """The shapes to be fitted and compared, those first that promise most.

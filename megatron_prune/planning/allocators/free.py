@@ -37,6 +37,10 @@ class Free:
 
     measures_costs = True
 
+    def alike(self, bounds: Bounds, shapes: Sequence[ModelConfig]) -> tuple[ModelConfig, ...]:
+        shares = lambda shape: (shape.units(axis) / bounds.config.units(axis) for axis in layer_axes())
+        return tuple(shape for shape in shapes if all(map(bounds.allow, shares(shape))))
+
     def targets(self, bounds: Bounds, costs: Costs | None, uniform: list[Target], depths: Sequence[Depth] = ()) -> list[Target]:
         found: list[Target] = []
         go = {bounds.config.num_layers - target.config.num_layers for target in uniform[:1]}
@@ -84,9 +88,7 @@ def expected_loss(costs: Costs, target: Target) -> float:
     return sum(costs.of(layer, kind, kept(layer, kind)) for layer in stay for kind in costs.config.of_layer(layer).kinds)
 
 
-def allocated(
-    bounds: Bounds, costs: Costs, axes: tuple[str, ...], *, may_go: bool, gone: tuple[int, ...] = ()
-) -> Target | None:
+def allocated(bounds: Bounds, costs: Costs, axes: tuple[str, ...], *, may_go: bool, gone: tuple[int, ...] = ()) -> Target | None:
     """The sizes by layer that are expected to lose least; ``None`` if none meet the budget.
 
     Args:
@@ -107,9 +109,7 @@ def allocated(
     mine = [nothing(kind) if layer in gone else options[config.of_layer(layer), kind.name] for layer, kind in blocks]
     if not all(kept for kept, _ in mine):
         return None
-    losses = [
-        np.array([costs.of(layer, kind, each) for each in kept]) for (layer, kind), (kept, _) in zip(blocks, mine)
-    ]
+    losses = [np.array([costs.of(layer, kind, each) for each in kept]) for (layer, kind), (kept, _) in zip(blocks, mine)]
     of_layers = [(config.of_layer(layer), kind) for layer, kind in blocks]
     outside = bounds.budget.cost(config) - sum(_block_cost(bounds, one, whole(kind, one)) for one, kind in of_layers)
     chosen = choose([spent for _, spent in mine], losses, bounds.budget.limit(config) - outside)
@@ -150,8 +150,7 @@ def sizes(bounds: Bounds, config: ModelConfig, kind: BlockKind, axes: tuple[str,
     """
     for kept in _combinations(bounds, config, kind, axes):
         shares = [kept[axis] / config.units(axis) for axis in kind.axes if axis in axes]
-        within = all(bounds.least <= share and (share <= bounds.most or share == 1.0) for share in shares)
-        if within and _divides(bounds, config, kept):
+        if all(map(bounds.allow, shares)) and _divides(bounds, config, kept):
             yield kept
     stays = bounds.layout.pipeline > 1 and kind == config.kinds[-1]  # else the layers that stay need not divide over the stages
     if may_go and not stays:

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from megatron_prune.errors import CheckpointError, InputError, PlanError
-from megatron_prune.files.documents import STRICT, open_regular, parse_json, read_bytes, read_json, read_text, shorten
+from megatron_prune.files.documents import (
+    STRICT,
+    open_regular,
+    parse_json,
+    parse_versioned,
+    read_bytes,
+    read_json,
+    read_text,
+    shorten,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +68,21 @@ def test_what_is_wrong_is_named(text, said):
     with pytest.raises(CheckpointError) as found:
         parse_json(text, Outer, "f.json")
     assert said in str(found.value)
+
+
+def test_a_field_twice_is_refused_where_it_may_stand_once():
+    text = '{"name": "a", "inner": {"size": 3, "size": 4}}'
+    assert parse_json(text, Outer, "f.json").inner.size == 4
+    with pytest.raises(CheckpointError, match="f.json\n  got: the field 'size' twice\n  needed: every field once"):
+        parse_json(text, Outer, "f.json", once=True)
+
+
+@pytest.mark.parametrize("version, update", [("null", False), ("0", False), ('"2"', False), ("3", True)])
+def test_a_version_is_refused_and_only_a_later_one_is_an_update_away(version, update):
+    text = f'{{"format": "us", "version": {version}, "name": "a", "inner": {{"size": 3}}}}'
+    with pytest.raises(CheckpointError, match="needed: version 1 to 2") as error:
+        parse_versioned(text, Outer, "f.json", format="us", version=2, do="write it again")
+    assert ("update megatron-prune" in str(error.value)) == update and ("write it again" in str(error.value)) != update
 
 
 def test_an_own_check_of_a_description_speaks_for_itself():

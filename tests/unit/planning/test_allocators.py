@@ -68,11 +68,7 @@ def shape(config: ModelConfig, layers: tuple[tuple[int, int, int], ...]) -> Mode
     return dataclasses.replace(sized, ffn_hidden_size=ffn, num_query_groups=groups, num_attention_heads=heads)
 
 
-EVERY = [
-    (ffn, groups, groups * each)
-    for ffn in (16, 12, 8, 4, 0)
-    for groups, each in [*product((4, 3, 2, 1), (2, 1)), (0, 0)]
-]
+EVERY = [(ffn, groups, groups * each) for ffn in (16, 12, 8, 4, 0) for groups, each in [*product((4, 3, 2, 1), (2, 1)), (0, 0)]]
 """Every (channels, groups, heads) that a layer of ``MODEL`` can keep in steps of 4 channels."""
 
 
@@ -148,6 +144,17 @@ def test_limits_hold_where_a_block_stays(seed, ratio):
             assert units in (0, FOUR.units(axis)) or 0.5 <= units / FOUR.units(axis) <= 0.75
 
 
+def test_limits_hold_for_shapes_whose_layers_are_alike():
+    sizes = ((16, 8, 4), (14, 8, 4), (8, 8, 4), (16, 8, 2), (12, 4, 4))  # channels, query heads, groups: of 16, 8, 4
+    named = [dict(zip(("ffn_hidden_size", "num_attention_heads", "num_query_groups"), size)) for size in sizes]
+    shapes = [dataclasses.replace(FOUR, **size) for size in named]
+    held = bounds(Budget(ratio=0.3), FOUR, least=0.6, most=0.8)
+    assert ALLOCATORS.get("free").alike(held, shapes) == (shapes[0],)
+    held = bounds(Budget(ratio=0.3), FOUR, least=0.5, most=0.8)
+    assert ALLOCATORS.get("free").alike(held, shapes) == (shapes[0], *shapes[2:])
+    assert ALLOCATORS.get("uniform").alike(held, shapes) == tuple(shapes)
+
+
 @given(st.integers(0, 10**6), st.integers(5000, 9000))
 @settings(max_examples=10)
 def test_memory_counts_what_every_layer_caches(seed, memory):
@@ -181,7 +188,9 @@ def test_every_candidate_stands_once_and_uniform_shapes_stand_last():
 def test_the_block_of_layers_that_goes_first_is_the_one_by_which_least_is_lost(seed, ratio, losses):
     """Without it the budget is dealt out as in a model that never had these layers."""
     kept, costs = bounds(Budget(params=round((1 - ratio) * parameter_count(FOUR))), FOUR), random_costs(seed, FOUR)
-    costs = dataclasses.replace(costs, together={name: np.full(len(each), 2.0) for name, each in costs.together.items()})  # unscaled
+    costs = dataclasses.replace(
+        costs, together={name: np.full(len(each), 2.0) for name, each in costs.together.items()}
+    )  # unscaled
     depths = [Depth(layers, loss) for layers, loss in zip([(1,), (1, 2), (0, 1, 2)], losses)]
     expected = {}
     for layers, added in depths:

@@ -347,6 +347,11 @@ def test_a_layer_that_ranks_cannot_share_is_refused_by_its_number(prune_type, si
         check_target(SMALL, target, layout, prune_type)
 
 
+def test_every_layer_that_ranks_cannot_share_is_named():
+    with pytest.raises(InputError, match="24 FFN channels do not divide over 5 ranks in layers 0, 2, 3\n"):
+        ParallelLayout(tensor=5).check(dataclasses.replace(SMALL, ffn_hidden_size=(24, 25, 24, 24)))
+
+
 def test_sizes_that_stay_as_they_are_are_not_held_against_a_layer():
     odd = dataclasses.replace(SMALL, ffn_hidden_size=(24, 24, 24, 7))
     target = resolve_target(odd, by_layer=by_layer(ffn={0: 9}))
@@ -415,6 +420,14 @@ def test_a_plan_that_cannot_be_made_alike_is_refused(tmp_path, change, options, 
     (tmp_path / "p.json").write_text(json.dumps(said))
     with pytest.raises(InputError, match=f"(?s){words}"):
         request(SMALL, plan=str(tmp_path / "p.json"), uniform=True, **options)
+
+
+def test_what_differs_already_is_not_made_alike(tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps(dropping()))
+    with pytest.raises(
+        InputError, match="(?s)--uniform starts from a model whose layers are alike.*differ already.*that one's plan"
+    ):
+        request(DIFFERS, plan=str(tmp_path / "p.json"), uniform=True)
 
 
 def test_uniform_without_a_plan_is_refused():
