@@ -1,9 +1,9 @@
 """Every layer has sizes of its own, so that the model loses least within the budget, by what each block was measured to cost.
 
 Channels of feed-forward blocks add up well, heads and whole blocks less so (``planning/costs.py``): so there are several
-candidates, of which some leave these alone, and two let some layers go first, where they are alike: as many as promise most, and
-as many as the best shape with layers alike does without. Shapes with layers alike stand beside them. They are fitted and judged on
-text: what is chosen is never worse there than the best of those.
+candidates, of which some leave these alone, and one lets some layers go first, where they are alike: as many as promise most.
+Shapes with layers alike stand beside them. They are fitted and judged on text: what is chosen is never worse there than the best
+of those.
 """
 
 from __future__ import annotations
@@ -43,10 +43,7 @@ class Free:
 
     def targets(self, bounds: Bounds, costs: Costs | None, uniform: list[Target], depths: Sequence[Depth] = ()) -> list[Target]:
         found: list[Target] = []
-        go = {bounds.config.num_layers - target.config.num_layers for target in uniform[:1]}
-        as_deep = [depth for depth in depths if len(depth.layers) in go]
-        shallower = [*_shallower(bounds, costs, depths), *_shallower(bounds, costs, as_deep)]
-        for target in [*_freely(bounds, costs), *shallower]:
+        for target in [*_freely(bounds, costs), *_shallower(bounds, costs, depths)]:
             if all(target.by_layer != other.by_layer for other in found) and _holds(target, bounds):
                 found.append(target)
         if not found and not uniform:

@@ -209,17 +209,6 @@ def test_the_block_of_layers_that_goes_first_is_the_one_by_which_least_is_lost(s
     assert not lost or min(lost) == pytest.approx(min(expected.values()), abs=1e-9)
 
 
-def test_one_shape_does_without_the_layers_that_the_best_uniform_one_does_without():
-    """Also where another depth promises more."""
-    depths = [Depth((2,), 0.0), Depth((1, 2), 50.0)]
-    kept, costs = bounds(Budget(ratio=0.55), FOUR), random_costs(1, FOUR)
-    shallow = dataclasses.replace(UNIFORM, config=dataclasses.replace(UNIFORM.config, num_layers=2), drop_layers=None)
-    found = ALLOCATORS.get("free").targets(kept, costs, [shallow, UNIFORM], depths)
-    gone = [target.drop_layers for target in found[:-2] if all(target.by_layer.values())]
-    assert gone.count((2,)) == gone.count((1, 2)) == 1
-    assert all(parameter_count(target.config) <= kept.budget.limit(FOUR) for target in found[:-2])
-
-
 def test_a_candidate_that_the_class_cannot_say_is_left_out():
     def check(shape: ModelConfig) -> None:
         if "num_attention_heads" in shape.differing:
