@@ -7,7 +7,7 @@ import io
 import json
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+PROSE = Path(__file__).parent / "fixtures" / "prose.md"
 
 PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -16,8 +16,8 @@ OTHER = "Zwölf Boxkämpfer jagen Viktor. Съешь ещё этих мягки�
 
 
 def text() -> str:
-    """What all are trained on."""
-    return (ROOT / "README.md").read_text(encoding="utf-8")[:12000] + OTHER * 8
+    """What all are trained on: an early README, kept as it was, since every tokenizer is another one where a word of it changes."""
+    return PROSE.read_text(encoding="utf-8") + OTHER * 8
 
 
 def write_json(folder: Path, tokenizer, config: dict) -> Path:
