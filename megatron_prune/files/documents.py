@@ -130,7 +130,7 @@ def _twice(text: str | bytes) -> str | None:
     def looked_at(pairs: list[tuple[str, Any]]) -> None:
         found.extend(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
 
-    json.loads(text, object_pairs_hook=looked_at)
+    json.loads(text, object_pairs_hook=looked_at, parse_int=str)  # no limit on digits
     return shorten(found[0], 40) if found else None
 
 

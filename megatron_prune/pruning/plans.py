@@ -59,9 +59,7 @@ def _within_budget(request: Request, scored: Scored, costs: Costs | None, count:
     depths = _depths(request, scored) if costs is not None else ()
     targets = request.allocator.targets(request.bounds, costs, uniform, depths)
     if scored.subject.world.is_main and costs is not None and not any(target.by_layer for target in targets):
-        log.warning(
-            "layers stay alike: no other sizes keep to the budget, to the limits on layers, to what ranks can share and the class can say"
-        )
+        log.warning("layers stay alike: no other sizes keep to the budget and the limits, for these ranks and the model's class")
     return targets
 
 

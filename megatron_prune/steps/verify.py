@@ -103,7 +103,10 @@ def _say_the_same(kept: Path, folder: Path, name: str) -> bool:
     """Whether a file says the same in two directories, though one is written for both versions of transformers."""
     if name not in both_versions.SIDE_FILES or not (folder / name).is_file():
         return False
-    return both_versions.settings(kept, name) == both_versions.settings(folder, name)
+    try:
+        return both_versions.settings(kept, name) == both_versions.settings(folder, name)
+    except InputError:  # damaged, and so another
+        return False
 
 
 def _tokens(options: VerifyOptions, folder: Path, checkpoint: MegatronCheckpoint) -> torch.Tensor:

@@ -294,6 +294,9 @@ def test_a_file_that_says_the_same_for_both_versions_of_transformers_is_no_other
     assert ended(verify) == 0 and "not that of" not in capsys.readouterr().err
     (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps({**written, "eos_token": "<other>"}))
     assert ended(verify) == 0 and "tokenizer_config.json: not that of" in capsys.readouterr().err
+    (tmp_path / "hf/generation_config.json").write_text("[")
+    ended(verify)
+    assert "generation_config.json: not that of" in capsys.readouterr().err
 
 
 def test_a_pruned_hugging_face_directory_keeps_digests_of_its_weights(home, tmp_path, fails):
