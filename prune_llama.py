@@ -5,7 +5,7 @@ Prune a Megatron checkpoint under tensor and pipeline parallelism: score, plan, 
 
 import sys
 
-from megatron_prune.cli import run_verb
+from megatron_prune.cli.main import run_verb
 
 if __name__ == "__main__":
     run_verb("prune", sys.argv[1:], prog="prune_llama.py")

@@ -26,6 +26,7 @@ setup(
         "xxhash>=3.4",
         "pydantic>=2.8",
         "pyyaml>=6",
+        "shtab>=1.7",
         "psutil>=5.9",
         "rich>=13",
         "datasets>=4",
@@ -48,5 +49,5 @@ setup(
         "wandb": ["wandb>=0.16"],
         "gpu": ["transformer-engine[pytorch]"],
     },
-    entry_points={"console_scripts": ["megatron-prune=megatron_prune.cli:main"]},
+    entry_points={"console_scripts": ["megatron-prune=megatron_prune.cli.main:main"]},
 )

@@ -97,7 +97,7 @@ def copy_once(work: Path) -> float:
 
 _CHILD = """
 import sys
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 main(sys.argv[1:])
 print("peak", next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

@@ -38,6 +38,7 @@ from rich.table import Table
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.cli.parser import parse
 from megatron_prune.files import staging
 from megatron_prune.planning.resources import training_flops
 from megatron_prune.recovery import launch
@@ -46,12 +47,11 @@ from megatron_prune.recovery.data import BatchSizes, build_datasets
 from megatron_prune.recovery.flags import filled
 from megatron_prune.recovery.history import HISTORY, draw_losses, peak_flops, read_history
 from megatron_prune.recovery.optimizer import OptimizerOptions
-from megatron_prune.recovery.options import RULES
+from megatron_prune.recovery.options import RULES, RecoverOptions
 from megatron_prune.recovery.trainer import Trainer
 from megatron_prune.runtime.layers import has_transformer_engine
 from megatron_prune.runtime.model import build_model, stop_parallel
 from megatron_prune.runtime.world import World
-from megatron_prune.steps import recover
 from megatron_prune.text.pair import open_pair
 
 OURS, THEIRS = "megatron-prune", "transformers.Trainer"
@@ -465,7 +465,7 @@ def dense_loss(work: Path, flags: list[object]) -> float:
     kept, words = work / "dense_loss.json", [str(word) for word in flags]
     if kept.is_file() and json.loads(kept.read_text())["flags"] == words:
         return json.loads(kept.read_text())["loss"]
-    options = filled(recover.parse([*words, "--save", str(work / "runs" / "dense")], "recover"), RULES)
+    options = filled(parse(RecoverOptions, [*words, "--save", str(work / "runs" / "dense")], prog="recover"), RULES)
     world, dtype, batches = World(), recovery_settings.compute_dtype(options), options.global_batch_size
     tensors = megatron.open_checkpoint(Path(options.load)).tensors
     trainer = Trainer(

@@ -215,7 +215,7 @@ def memory(options: argparse.Namespace) -> None:
 
 
 def _peak(arguments: list[str]) -> int:
-    code = "import resource, sys\nfrom megatron_prune.cli import main\nmain(sys.argv[1:])\n"
+    code = "import resource, sys\nfrom megatron_prune.cli.main import main\nmain(sys.argv[1:])\n"
     code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     return int(done.stdout.split("peak ")[1])

@@ -60,7 +60,7 @@ def check() -> None:
     """Refuse an image whose Transformer Engine or Apex cannot be used."""
     megatron = "megatron.core.extensions.transformer_engine"
     # apex.normalization: the unrelated package called apex on PyPI has none.
-    for name in ("transformer_engine.pytorch", "apex.normalization", megatron, "megatron_prune.cli"):
+    for name in ("transformer_engine.pytorch", "apex.normalization", megatron, "megatron_prune.cli.main"):
         try:
             importlib.import_module(name)
         except Exception as error:  # noqa: BLE001  whatever it is, it cannot be used

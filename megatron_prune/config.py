@@ -1,32 +1,51 @@
-"""Command-line options as frozen dataclasses: one field, one flag, one default, one help text.
-
-A flag may be written with dashes or underscores (``--load-dir``, ``--load_dir``); unknown flags are refused.
-"""
+"""Options as frozen dataclasses: one field, one flag (``cli/parser.py``), one default, one help text."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import math
 import re
-import sys
-import types
-import typing
-from dataclasses import MISSING, Field, field, fields
-from typing import Any, Callable, TypeVar
+from dataclasses import MISSING, Field, field
+from typing import Any, Callable
 
 from megatron_prune.errors import InputError
 
-Options = TypeVar("Options")
+GROUPS = {
+    "model": "what is read, and what is written",
+    "shape": "what is to stay",
+    "text": "the text",
+    "how": "how it is done",
+    "run": "how it runs",
+    "expert": "seldom needed",
+}
+"""Groups of the help, in its order → their titles."""
 
 
-def option(help: str, default: Any = MISSING, *, choices: list[str] | None = None, least: float | None = None) -> Any:
+def option(
+    help: str,
+    default: Any = MISSING,
+    *,
+    group: str = "how",
+    choices: list[str] | None = None,
+    least: float | None = None,
+    former: tuple[str, ...] = (),
+    positional: bool = False,
+    exists: bool = False,
+) -> Any:
     """A dataclass field that becomes a flag; required when it has no default.
 
     Args:
+        group: where the help shows it, one of :data:`GROUPS`.
         least: the lowest number that is taken.
+        former: other names that the flag had, or has in other programs; they are taken too.
+        positional: the value may also stand alone, without the flag.
+        exists: the value names files or directories of this machine, which must be there.
     """
-    metadata = {"help": help, "choices": choices, "least": least}
+    assert group in GROUPS, group
+    metadata = {"help": help, "group": group, "choices": choices, "least": least}
+    metadata |= {"former": former, "positional": positional, "exists": exists}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
@@ -90,21 +109,6 @@ def nonempty(given: str) -> str:
     return given
 
 
-class Parser(argparse.ArgumentParser):
-    """One that takes whole flags alone, and refuses ``--flag=--``, which argparse reads as a list of no values."""
-
-    def __init__(self, *, prog: str, description: str | None):
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
-
-    def parse_args(self, args: list[str] | None = None) -> argparse.Namespace:
-        """The values of all flags; a bad one ends the process with code 2."""
-        words = sys.argv[1:] if args is None else args
-        for word in words:
-            if re.fullmatch(r"--?[^=]+=--", word):
-                self.error(f"argument {word.removesuffix('=--')}: '--' is no value")
-        return super().parse_args(words)
-
-
 def truth(text: str) -> bool:
     """``true`` or ``false``."""
     if text not in ("true", "false"):
@@ -119,63 +123,28 @@ def read_value(item: Field, annotation: type, text: str) -> Any:
         ValueError: saying what is wrong with it.
     """
     try:
-        value = _at_least({**_TYPES, "bool": truth}[annotation.__name__], item.metadata["least"])(text)
+        return reader(item, annotation)(text)
     except argparse.ArgumentTypeError as error:
         raise ValueError(str(error)) from None
+
+
+def reader(item: Field, annotation: type) -> Callable[[str], Any]:
+    """What turns one word into the value of a field, or raises ``argparse.ArgumentTypeError`` saying what is wrong with it."""
+    read = _at_least({**_TYPES, "bool": truth}[annotation.__name__], item.metadata["least"])
     choices = item.metadata["choices"]
-    if choices and value not in choices:
-        raise ValueError(f"{text[:40]!r} is none of " + ", ".join(map(str, choices)))
-    return value
+
+    def chosen(text: str) -> Any:
+        value = read(text)
+        if value not in choices:
+            near = difflib.get_close_matches(text, map(str, choices), n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is none of {', '.join(map(str, choices))}{meant}")
+        return value
+
+    return chosen if choices else read
 
 
-_TYPES = {"int": whole, "float": finite, "str": nonempty, "tuple": integers}
-_METAVARS = {"int": "N", "float": "X", "tuple": "N,N"}
-
-
-def add_options(parser: argparse.ArgumentParser, kind: type, chosen: list[Field] | None = None) -> None:
-    """Give ``parser`` a flag for every field of a dataclass (or for the ``chosen`` ones)."""
-    hints = typing.get_type_hints(kind)
-    for item in fields(kind) if chosen is None else chosen:
-        annotation, optional = hints[item.name], False
-        if isinstance(annotation, types.UnionType):
-            annotation, optional = next(part for part in typing.get_args(annotation) if part is not type(None)), True
-        name = (typing.get_origin(annotation) or annotation).__name__
-        spellings = _spellings(item)
-        common = {"dest": item.name, "help": item.metadata["help"] + _default_text(item)}
-        if name == "bool" and optional:  # --this or --no-this, and None where nothing is said
-            parser.add_argument(*spellings, action=argparse.BooleanOptionalAction, default=item.default, **common)
-        elif name == "bool":
-            parser.add_argument(*spellings, action="store_true", **common)
-        elif annotation == tuple[str, ...]:
-            parser.add_argument(*spellings, nargs="+", type=nonempty, default=item.default, metavar=item.name.upper(), **common)
-        else:
-            parser.add_argument(
-                *spellings,
-                type=_at_least(_TYPES[name], item.metadata["least"]),
-                choices=item.metadata["choices"],
-                required=item.default is MISSING,
-                default=None if item.default is MISSING else item.default,
-                metavar=None if item.metadata["choices"] else _METAVARS.get(name, item.name.upper()),
-                **common,
-            )
-
-
-def _spellings(item: Field) -> list[str]:
-    return list(dict.fromkeys([f"--{item.name.replace('_', '-')}", f"--{item.name}"]))
-
-
-def _default_text(item: Field) -> str:
-    if any(item.default is empty for empty in (MISSING, None, False, ())):
-        return ""
-    shown = " ".join(item.default) if isinstance(item.default, tuple) and isinstance(item.default[0], str) else item.default
-    return f" (default: {shown})"
-
-
-def parse(kind: type[Options], argv: list[str], *, prog: str, description: str) -> Options:
-    """Read ``argv`` into ``kind``; argparse exits with code 2 on a bad flag."""
-    parser = Parser(prog=prog, description=description)
-    add_options(parser, kind)
-    return kind(**vars(parser.parse_args(argv)))
+_TYPES: dict[str, Callable[[str], Any]] = {"int": whole, "float": finite, "str": nonempty, "tuple": integers}
 
 
 def require_positive(options: Any, *names: str) -> None:

@@ -1,7 +1,7 @@
 """Every error a user can cause, under one root.
 
 A message says what was wrong, what was got, what was needed and what to do. Errors are raised before the first
-collective and alike on every rank; the command line turns them into exit code 2 (see ``cli.py``).
+collective and alike on every rank; the command line turns them into exit code 2 (see ``cli/``).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import state_dict
 
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 
 Tensors = dict[str, torch.Tensor]
 

@@ -19,7 +19,7 @@ Edit = Callable[[dict[str, Any]], Any]
 
 def converted(source: Path, root: Path, *, fmt: str = "torch", tp: int = 1, pp: int = 1) -> Path:
     options = {"target_tensor_parallel_size": tp, "target_pipeline_parallel_size": pp, "ckpt_format": fmt}
-    convert(ConvertOptions(load_dir=str(source), save_dir=str(root), **options), World())
+    convert(ConvertOptions(load=str(source), save=str(root), **options), World())
     return root
 
 

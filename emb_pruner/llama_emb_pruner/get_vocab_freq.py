@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_prune.cli import run_verb
-from megatron_prune.config import Parser, nonempty
+from megatron_prune.cli.main import run_verb
+from megatron_prune.cli.parser import Parser
+from megatron_prune.config import nonempty
 from megatron_prune.errors import InputError, PruneError
 from megatron_prune.files import staging
 

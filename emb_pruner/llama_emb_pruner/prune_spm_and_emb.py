@@ -6,8 +6,9 @@ and the kept tokens need are added where the list lacks them.
 
 import sys
 
-from megatron_prune.cli import run_verb
-from megatron_prune.config import Parser, nonempty
+from megatron_prune.cli.main import run_verb
+from megatron_prune.cli.parser import Parser
+from megatron_prune.config import nonempty
 
 PROG = "prune_spm_and_emb.py"
 

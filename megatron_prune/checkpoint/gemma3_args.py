@@ -77,7 +77,10 @@ def read(stored: dict[str, Any], layers: int) -> tuple[dict[str, Any], list[str]
     found: dict[str, Any] = {**_TRAITS, "qk_norm": True}
     try:
         bases, local = _bases(stored.get("rotary_base")), _local(stored, layers)
-        window, factor = _window(stored.get("window_size")), _positive(stored.get("rope_scaling_factor", 1.0), "rope_scaling_factor")
+        window, factor = (
+            _window(stored.get("window_size")),
+            _positive(stored.get("rope_scaling_factor", 1.0), "rope_scaling_factor"),
+        )
         scale = stored.get("softmax_scale")
         if scale is not None:
             found["softmax_scale"] = _scale(_positive(scale, "softmax_scale"))
@@ -112,7 +115,13 @@ def _window(value: Any) -> int | None:
         return None
     if type(value) is int and 0 < value < 1 << 31:
         return value
-    if isinstance(value, (list, tuple)) and len(value) == 2 and type(value[0]) is int and 0 <= value[0] < 1 << 31 and value[1] == 0:
+    if (
+        isinstance(value, (list, tuple))
+        and len(value) == 2
+        and type(value[0]) is int
+        and 0 <= value[0] < 1 << 31
+        and value[1] == 0
+    ):
         return value[0] + 1
     raise ValueError(f"window_size = {value!r:.80}, needed how many tokens a local layer sees")
 

@@ -220,7 +220,9 @@ def _add(
             problems.append(f"{file}: {tensor.name} of layer {layer}: shape {tuple(part.shape)} does not add up to {full}")
         elif part.numel():
             region = torch_archive.region_of(part, file)
-            found.add(layer, region, patches(tensor, config, full[0], mine), replica=copy or (tensor.split == "none" and rank > 0))
+            found.add(
+                layer, region, patches(tensor, config, full[0], mine), replica=copy or (tensor.split == "none" and rank > 0)
+            )
     return problems
 
 

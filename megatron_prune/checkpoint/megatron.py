@@ -23,7 +23,8 @@ from megatron_prune.checkpoint import legacy, manifest, torch_dist
 from megatron_prune.checkpoint.description import Description, Told, check_flags, check_goes_back_to, describe, settle
 from megatron_prune.checkpoint.digests import digest_file
 from megatron_prune.checkpoint.manifest import Manifest
-from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS, megatron_args, padded_as_stored
+from megatron_prune.checkpoint.megatron_args import megatron_args, padded_as_stored
+from megatron_prune.checkpoint.options import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError
 from megatron_prune.families.family import FAMILIES, family_for
@@ -31,7 +32,6 @@ from megatron_prune.files.documents import LIMIT, read_text, shorten
 
 TRACKER, RELEASE, HF_FOLDER, PLAN_FILE = "latest_checkpointed_iteration.txt", "release", "hf", "plan.json"
 TOKENIZER = "tokenizer"
-FORMATS = ["torch_dist", "torch"]
 _FORMATS = {"torch_dist": torch_dist, "torch": legacy}
 
 

@@ -14,9 +14,7 @@ import torch
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import gemma3_args, heterogeneous
-
-TRANSFORMER_IMPLS = ["transformer_engine", "local"]
-"""Megatron-LM's words for whose modules its layers are made of; the first is its default."""
+from megatron_prune.checkpoint.options import TRANSFORMER_IMPLS
 
 
 def megatron_args(
@@ -34,7 +32,9 @@ def megatron_args(
     return Namespace(**_common(config, layout, dtype, tokenizer, transformer_impl) | gemma3_args.write(config))
 
 
-def _common(config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype, tokenizer: str | None, transformer_impl: str) -> dict:
+def _common(
+    config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype, tokenizer: str | None, transformer_impl: str
+) -> dict:
     most = lambda field: max(config.each(field))
     scaling = config.each("rope_scaling")[0]
     base = config.first_rotary_base

@@ -11,7 +11,7 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig, RopeScaling
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
+from megatron_prune.checkpoint.options import TRANSFORMER_IMPLS
 
 _DTYPES = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}
 _LLAMA3 = RopeScaling(kind="llama3", factor=8.0)

@@ -162,8 +162,14 @@ def _unsaid(config: ModelConfig) -> str:
 
 def _caution(config: ModelConfig) -> str:
     """llama.cpp goes on to the next layer where one has no feed-forward block, and loses what its attention adds."""
-    layers = [layer for layer in range(config.num_layers) if [kind.half for kind in config.of_layer(layer).kinds] == ["attention"]]
-    return f"llama.cpp leaves out the attention of layers without a feed-forward block ({_named(layers)}); vLLM does not" if layers else ""
+    layers = [
+        layer for layer in range(config.num_layers) if [kind.half for kind in config.of_layer(layer).kinds] == ["attention"]
+    ]
+    return (
+        f"llama.cpp leaves out the attention of layers without a feed-forward block ({_named(layers)}); vLLM does not"
+        if layers
+        else ""
+    )
 
 
 def _named(layers: list[int]) -> str:

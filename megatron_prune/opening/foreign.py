@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.description import Told
-from megatron_prune.config import option, require_positive
+from megatron_prune.config import require_positive
 from megatron_prune.errors import InputError
+from megatron_prune.opening.options import ForeignOptions
 from megatron_prune.runtime.megatron_flags import model_fields
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForeignOptions:
-    """What is said of a checkpoint that does not say all itself."""
-
-    hf_dir: str | None = option(
-        "Hugging Face model that the checkpoint is of: what its arguments do not say, config.json and tokenizer (default: those kept "
-        "in it)",
-        None,
-    )
-    believe: str | None = option("who is right where its arguments and --hf-dir differ", None, choices=["args", "hf"])
-    vocab_size: int | None = option("tokens without padding, where it does not say", None)
-    rotary_base: float | None = option("base of the rotary embedding, where it does not say", None)
-    ignore_args: tuple[str, ...] = option("stored arguments that are not known here, and change nothing", ())
 
 
 def told(options: ForeignOptions, flags: dict[str, Any] | None = None) -> Told:

@@ -40,7 +40,9 @@ def make_plan(
     else:
         kept = [layer for layer in range(config.num_layers) if layer not in target.drop_layers]
     layers = [_layer_plan(config, layer, target, scores, prune_type=prune_type, ranks=ranks) for layer in kept]
-    layers = [entry for entry in layers if any(entry.units(axis) != [] for axis in layer_axes())]  # without a block it only hands on
+    layers = [
+        entry for entry in layers if any(entry.units(axis) != [] for axis in layer_axes())
+    ]  # without a block it only hands on
     old = shape_of(config)
     width = {"hidden_size": new.hidden_size}
     return Plan(

@@ -12,6 +12,9 @@ from megatron_prune.axes.axis import AXES, layer_axes
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.planning.layer_sizes import Sizes, completed, paired
 
+HIDDEN_METHODS = ["rotate", "select"]
+"""How residual channels are cut: after a rotation of the stream, or as they are."""
+
 PRUNE_TYPES = ["balance", "global", "unbalance"]
 
 
@@ -185,9 +188,7 @@ def _check_divides(problems: list[str], old: ModelConfig, new: ModelConfig, layo
         layout.check(new, "the requested shape")
 
 
-def _division_problems(
-    old: ModelConfig, sizes: dict[str, int], layout: ParallelLayout, prune_type: str, name: str
-) -> list[str]:
+def _division_problems(old: ModelConfig, sizes: dict[str, int], layout: ParallelLayout, prune_type: str, name: str) -> list[str]:
     """What of a layer does not divide.
 
     Args:

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.axes.axis import layer_axes
-from megatron_prune.config import option
 from megatron_prune.errors import InputError, reason
 from megatron_prune.families.family import Family
 from megatron_prune.importance.metric import METRICS, metric_named
-from megatron_prune.planning.allocators.allocator import ALLOCATORS, Bounds
+from megatron_prune.planning.allocators.allocator import Bounds
 from megatron_prune.planning.budget import Budget
-
-
-@dataclass(frozen=True, kw_only=True)
-class AllocationOptions:
-    """How a budget is dealt out to layers."""
-
-    allocate: str = option(
-        "within a budget: uniform, all layers keep one shape; free, each has sizes of its own, by what every block is measured "
-        "to cost the model (best of several such shapes and of the best uniform ones)",
-        "uniform",
-        choices=ALLOCATORS.names(),
-    )
-    min_layer_ratio: float = option("share of a layer's units that stays at least, where its block stays (--allocate free)", 0.0)
-    max_layer_ratio: float = option("share of a layer's units that stays at most, where it is cut (--allocate free)", 1.0)
+from megatron_prune.pruning.options import AllocationOptions
 
 
 def read_bounds(

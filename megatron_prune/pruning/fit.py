@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megatron_prune.checkpoint.role_store import RoleStore
-from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.importance.statistics import Statistics
 from megatron_prune.opening.source import PARAM_DTYPES, Source
 from megatron_prune.planning.plan import Plan
-from megatron_prune.pruning.measure import CalibrationOptions, Subject
+from megatron_prune.pruning.measure import Subject
+from megatron_prune.pruning.options import FitOptions
 from megatron_prune.pruning.stream import stream_basis
 from megatron_prune.runtime.reporting import log, progress_bar
 from megatron_prune.surgery.basis import (
@@ -26,37 +25,19 @@ from megatron_prune.surgery.refit import Refit
 from megatron_prune.text.tokens import Calibration
 
 
-@dataclass(frozen=True, kw_only=True)
-class FitOptions(CalibrationOptions):
-    """How what stays is re-fitted on the text."""
+def fit_of(options: FitOptions) -> Fit:
+    """The options as the engine's.
 
-    refit: bool | None = option("re-fit what stays by least squares (default: where there is text)", None)
-    sequential: bool | None = option(
-        "fit every block to mend what the pruned ones before it left, or to the dense model's own stream (default: the stream; "
-        "where that leaves a model far from the dense one, both ways, and the better one stays)",
-        None,
+    Raises:
+        InputError: if a number is negative or not finite.
+    """
+    for name in ("ridge", "reader_ridge", "reconstruct"):
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')}", got=value, needed="at least 0 and finite")
+    return Fit(
+        sequential=bool(options.sequential), writers=options.ridge, readers=options.reader_ridge, passes=options.reconstruct
     )
-    ridge: float | None = option(
-        "how strongly o and down are held to the cut matrices, as a share of the moment's mean diagonal (default: for each "
-        "what predicts one half of the samples best from the other)",
-        None,
-    )
-    reader_ridge: float | None = option("the same for q, k, v, gate and up, where hidden units are cut", None)
-    reconstruct: int = option(
-        "passes over the text in which all matrices of a cut block are fitted together; 0 leaves it at least squares", 4
-    )
-
-    def fit(self) -> Fit:
-        """The engine's options.
-
-        Raises:
-            InputError: if a number is negative or not finite.
-        """
-        for name in ("ridge", "reader_ridge", "reconstruct"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise InputError(f"--{name}", got=value, needed="at least 0 and finite")
-        return Fit(sequential=bool(self.sequential), writers=self.ridge, readers=self.reader_ridge, passes=self.reconstruct)
 
 
 def best_fit(
@@ -74,7 +55,7 @@ def best_fit(
     """
     found, world = [], subject.world
     for number, plan in enumerate(plans):
-        fit, basis = options.fit(), stream_basis(plan, subject, statistics)
+        fit, basis = fit_of(options), stream_basis(plan, subject, statistics)
         parts = folder / ("refit" if len(plans) == 1 else f"refit_{number}")
         given = (plan, basis, subject, calibration, PARAM_DTYPES[options.dtype])
         best = refitted(fit, parts, *given)
@@ -99,7 +80,7 @@ SEVERE = 0.5
 """Nats a token above the dense model's loss from which on mending may be better (``docs/quality.md``)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Refitted:
     """A re-fitted model.
 

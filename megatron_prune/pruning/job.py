@@ -11,13 +11,13 @@ from megatron_prune.families.family import Family
 from megatron_prune.importance.artifact import scores_digest
 from megatron_prune.importance.metric import metric_named
 from megatron_prune.planning.costs_file import CostsManifest, has_costs
-from megatron_prune.pruning.fit import FitOptions
+from megatron_prune.pruning.fit import fit_of
+from megatron_prune.pruning.asked import kept_metrics, wants_text
 from megatron_prune.pruning.flags import check_effect
-from megatron_prune.pruning.measure import CalibrationOptions, Subject, check_measurable, request_key
-from megatron_prune.pruning.options import PruningOptions
+from megatron_prune.pruning.measure import Subject, check_measurable, request_key
+from megatron_prune.pruning.options import CalibrationOptions, FitOptions, PruningOptions, TargetOptions
 from megatron_prune.pruning.request import Request, read_request
 from megatron_prune.pruning.scored import check_scores
-from megatron_prune.pruning.target_options import TargetOptions
 from megatron_prune.pruning.tokens import kept_vocabulary
 from megatron_prune.runtime.reporting import log
 from megatron_prune.surgery.basis import NO_ROTATION
@@ -76,7 +76,7 @@ def settle(options: PruningOptions, subject: Subject, family: Family, *, prune_t
     Raises:
         InputError: on options, a plan, scores or a tokenizer that do not fit the model or each other.
     """
-    config, layout, text = subject.config, subject.layout, options.wants_text()
+    config, layout, text = subject.config, subject.layout, wants_text(options)
     refit = text and options.refit is not False
     request = read_request(
         options,
@@ -85,14 +85,14 @@ def settle(options: PruningOptions, subject: Subject, family: Family, *, prune_t
         family,
         prune_type=prune_type,
         has_text=text,
-        held=options.kept_metrics(),
+        held=kept_metrics(options),
         refit=options.refit is not False,
     )
     trimmed = kept_vocabulary(options, request, subject.model)
     kept_scores = Path(options.scores) if options.scores else None
     if kept_scores is None:
         subject.engine.check_metrics(sorted({*request.metrics(config), *request.fallback_metrics(config)}))
-    options.fit()
+    fit_of(options)
     check_seed(options.seed)
     check_effect(options, request, config, text=text, refit=refit)
     if text and kept_scores:

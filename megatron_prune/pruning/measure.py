@@ -11,7 +11,7 @@ import torch
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint.tensor_map import TensorMap
-from megatron_prune.config import option, require_positive
+from megatron_prune.config import require_positive
 from megatron_prune.errors import InputError
 from megatron_prune.importance.artifact import load_calibration_file, save_calibration
 from megatron_prune.importance.collect import collect
@@ -21,6 +21,7 @@ from megatron_prune.importance.whole_units import check_shared
 from megatron_prune.opening.opened import Opened
 from megatron_prune.opening.source import PARAM_DTYPES
 from megatron_prune.pruning.engines.engine import Engine
+from megatron_prune.pruning.options import CalibrationOptions
 from megatron_prune.runtime.reporting import log, progress_bar
 from megatron_prune.runtime.world import World
 from megatron_prune.text.contents import summary
@@ -30,24 +31,6 @@ from megatron_prune.text.tokens import Calibration
 
 SEQ_LENGTH = 512
 """Tokens in a sample where nothing else is asked for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationOptions:
-    """The text that a model is measured on, and what it is computed in."""
-
-    data: tuple[str, ...] | None = option(
-        "files of text, JSON, CSV or Parquet, folders, Megatron .bin/.idx, data set names, or self (own samples), each with "
-        ":WEIGHT if wanted (default: self; named text is mixed half and half with self)",
-        None,
-    )
-    data_field: str = option("name of the text in JSONL records and data sets", "text")
-    nsamples: int = option("samples from each source", 128, least=1)
-    seq_length: int | None = option(
-        "tokens in a sample (default: 512, or the model's context where that is shorter)", None, least=2
-    )
-    seed: int = option("seed of all that is drawn: windows, own samples, the random metric", 1234)
-    dtype: str = option("what to compute in", "fp32", choices=["fp32", "bf16", "fp16"])
 
 
 @dataclass(frozen=True, kw_only=True)

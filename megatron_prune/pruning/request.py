@@ -26,7 +26,8 @@ from megatron_prune.planning.selection import needed_scores
 from megatron_prune.planning.shapes import candidates, check_budget
 from megatron_prune.planning.target import Target, check_kinds, check_target, resolve_target
 from megatron_prune.pruning.allocation import check_allocation, read_bounds
-from megatron_prune.pruning.target_options import TargetOptions, by_layer, metrics_of, vocab_alone
+from megatron_prune.pruning.asked import by_layer, metrics_of, vocab_alone
+from megatron_prune.pruning.options import TargetOptions
 from megatron_prune.surgery.basis import NO_ROTATION
 
 

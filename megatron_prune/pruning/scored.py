@@ -48,7 +48,6 @@ class Scored:
             scores = score(metric, subject.tensors, subject.layout, wanted, subject.world, advance)
         return scores | {("block", count): metric.block_scores(count) for count in (dropped if metric.block_wise else ())}
 
-
     def by_layer(self, metric_of: dict[str, str]) -> Scores:
         """The scores of all units that are chosen layer by layer, of every layer.
 

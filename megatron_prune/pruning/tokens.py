@@ -11,9 +11,9 @@ from megatron_prune.files.region import Scratch
 from megatron_prune.opening.opened import Opened
 from megatron_prune.opening.source import PARAM_DTYPES, Source
 from megatron_prune.planning.plan import Plan
-from megatron_prune.pruning.measure import CalibrationOptions, Subject
+from megatron_prune.pruning.measure import Subject
+from megatron_prune.pruning.options import CalibrationOptions, TargetOptions
 from megatron_prune.pruning.request import Request
-from megatron_prune.pruning.target_options import TargetOptions
 from megatron_prune.runtime.reporting import progress_bar
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.surgery.fold_tokens import FoldedRows, changing_rows, fold_rows, hidden_states, respelled

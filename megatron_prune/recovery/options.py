@@ -5,68 +5,85 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.config import option, require_positive
-from megatron_prune.opening.foreign import ForeignOptions
+from megatron_prune.opening.options import ForeignOptions
 from megatron_prune.recovery.flags import SEPARATE_DATA, Needs, filled
-from megatron_prune.writing.check import CheckOptions
+from megatron_prune.runtime.megatron_flags import MegatronFlags
+from megatron_prune.runtime.options import LayoutOptions
+from megatron_prune.writing.options import CheckOptions
 
 DECAY_STYLES = ["cosine", "linear", "constant", "inverse-square-root"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecoverOptions(ForeignOptions, CheckOptions):
+class RecoverOptions(ForeignOptions, CheckOptions, LayoutOptions):
     """Win back what pruning cost: train a Megatron checkpoint, plain or distilled from the unpruned model."""
 
-    load: str = option("Megatron checkpoint to start from: its root, or an iteration directory")
-    save: str = option("directory of the run; a run that was interrupted there goes on")
+    FOREIGN: ClassVar = MegatronFlags(trains=True)
+    EXAMPLES: ClassVar = {
+        "all": "torchrun --nproc-per-node 3 -m megatron_prune recover --load ckpt/pruned --save ckpt/run --teacher ckpt/dense "
+        "--data-path data/corpus_text_document --train-iters 100 --global-batch-size 64",
+        "text": "--data-path 0.7 data/a_text_document 0.3 data/b_text_document --split 98,2,0",
+        "how": "--lr 1e-4 --lr-warmup-iters 20 --teacher ckpt/dense",
+        "run": "--bf16 --micro-batch-size 4 --save-interval 200",
+    }
+
+    load: str = option("Megatron checkpoint to start from: its root, or an iteration directory", group="model", exists=True)
+    save: str = option("directory of the run; a run that was interrupted there goes on", group="model")
     train_iters: int = option("steps in all")
 
-    data_path: tuple[str, ...] = option("prefixes of .bin/.idx pairs, each after its weight or all without", ())
-    split: str | None = option("shares of the documents for training, validation, test (default: 969,30,1)", None)
-    train_data_path: tuple[str, ...] = option("blend to train on, instead of --data-path", ())
-    valid_data_path: tuple[str, ...] = option("blend that held-out losses are measured on", ())
-    test_data_path: tuple[str, ...] = option("blend that the end is measured on", ())
-    answers_only: bool = option("count the assistant's tokens alone: pairs of preprocess --answers-only", False)
-    data_cache_path: str | None = option("directory for the indices of the data (default: in --save)", None)
-    seq_length: int | None = option("tokens in a sequence (default: 4096, or the model's context where that is shorter)", None)
-    seed: int = option("seed of the order of the data and of dropout", 1234)
+    data_path: tuple[str, ...] = option("prefixes of .bin/.idx pairs, each after its weight or all without", (), group="text")
+    split: str | None = option("shares of the documents for training, validation, test (default: 969,30,1)", None, group="text")
+    train_data_path: tuple[str, ...] = option("blend to train on, instead of --data-path", (), group="text")
+    valid_data_path: tuple[str, ...] = option("blend that held-out losses are measured on", (), group="text")
+    test_data_path: tuple[str, ...] = option("blend that the end is measured on", (), group="text")
+    answers_only: bool = option("count the assistant's tokens alone: pairs of preprocess --answers-only", False, group="text")
+    data_cache_path: str | None = option("directory for the indices of the data (default: in --save)", None, group="model")
+    seq_length: int | None = option(
+        "tokens in a sequence (default: 4096, or the model's context where that is shorter)", None, group="text"
+    )
+    seed: int = option("seed of the order of the data and of dropout", 1234, group="run")
 
-    micro_batch_size: int = option("sequences in a forward pass", 1)
+    micro_batch_size: int = option("sequences in a forward pass", 1, group="run")
     global_batch_size: int = option("sequences in a step, over all data-parallel copies", 1024)
     lr: float = option("learning rate after the warm-up", 2.5e-5)
-    min_lr: float | None = option("learning rate at the end (default: 1e-05)", None)
-    lr_decay_style: str = option("how it falls", "cosine", choices=DECAY_STYLES)
-    lr_decay_iters: int | None = option("steps over which it falls (default: all)", None)
+    min_lr: float | None = option("learning rate at the end (default: 1e-05)", None, group="expert")
+    lr_decay_style: str = option("how it falls", "cosine", choices=DECAY_STYLES, group="expert")
+    lr_decay_iters: int | None = option("steps over which it falls (default: all)", None, group="expert")
     lr_warmup_iters: int | None = option("steps over which it rises (default: 50, or a tenth of all where that is less)", None)
-    weight_decay: float = option("decoupled weight decay", 0.01)
-    clip_grad: float = option("norm that the gradient is cut down to; 0 for never", 1.0)
-    adam_beta1: float = option("decay of Adam's first moment", 0.9)
-    adam_beta2: float = option("decay of Adam's second moment", 0.95)
-    adam_eps: float = option("Adam's epsilon", 1e-8)
-    bf16: bool = option("compute in bfloat16, with float32 copies of the weights", False)
-    fp16: bool = option("compute in float16, with float32 copies of the weights and a scaled loss", False)
-    initial_loss_scale: float | None = option("of --fp16 (default: 131072)", None)
+    weight_decay: float = option("decoupled weight decay", 0.01, group="expert")
+    clip_grad: float = option("norm that the gradient is cut down to; 0 for never", 1.0, group="expert")
+    adam_beta1: float = option("decay of Adam's first moment", 0.9, group="expert")
+    adam_beta2: float = option("decay of Adam's second moment", 0.95, group="expert")
+    adam_eps: float = option("Adam's epsilon", 1e-8, group="expert")
+    bf16: bool = option("compute in bfloat16, with float32 copies of the weights", False, group="run")
+    fp16: bool = option("compute in float16, with float32 copies of the weights and a scaled loss", False, group="run")
+    initial_loss_scale: float | None = option("of --fp16 (default: 131072)", None, group="expert")
 
-    save_interval: int = option("steps between checkpoints; a held-out loss goes with each", 500)
-    keep: int = option("newest checkpoints that stay, beside the best", 2)
-    eval_interval: int | None = option("steps between held-out losses (default: --save-interval)", None)
-    eval_iters: int = option("global batches that a held-out loss is measured on, the same every time", 10)
-    early_stop: int = option("end after so many held-out losses that are no better than the best; 0: never", 0)
-    log_interval: int = option("steps between lines of the log", 10)
-    wandb_project: str | None = option("also log to this project of Weights & Biases", None)
+    save_interval: int = option("steps between checkpoints; a held-out loss goes with each", 500, group="run")
+    keep: int = option("newest checkpoints that stay, beside the best", 2, group="run")
+    eval_interval: int | None = option("steps between held-out losses (default: --save-interval)", None, group="run")
+    eval_iters: int = option("global batches that a held-out loss is measured on, the same every time", 10, group="run")
+    early_stop: int = option("end after so many held-out losses that are no better than the best; 0: never", 0, group="run")
+    log_interval: int = option("steps between lines of the log", 10, group="run")
+    wandb_project: str | None = option("also log to this project of Weights & Biases", None, group="model")
 
-    teacher: str | None = option("unpruned Megatron checkpoint to distil from, at the same TP × PP", None)
-    teacher_logits: str | None = option("distil from answers that megatron-prune teach kept, instead", None)
+    teacher: str | None = option("unpruned Megatron checkpoint to distil from, at the same TP × PP", None, exists=True)
+    teacher_logits: str | None = option("distil from answers that megatron-prune teach kept, instead", None, exists=True)
     distill_weight: float | None = option(
         "share of the KL divergence from the teacher, beside cross-entropy (default: 0.5)", None
     )
     distill_temperature: float | None = option("temperature of both distributions (default: 1)", None)
 
-    hidden_weight: float = option("count 1 - CKA of layers' outputs and the teacher's so much beside; 0: not at all", 0.0)
-    hidden_layers: tuple[int, ...] = option("student's layers that are compared, 0-based (default: four evenly spread)", ())
+    hidden_weight: float = option(
+        "count 1 - CKA of layers' outputs and the teacher's so much beside; 0: not at all", 0.0, group="expert"
+    )
+    hidden_layers: tuple[int, ...] = option(
+        "student's layers that are compared, 0-based (default: four evenly spread)", (), group="expert"
+    )
 
     lora_r: int | None = option("train adapters of this rank alone (default: train the model)", None)
     lora_alpha: float | None = option("an adapter counts this over its rank (default: 16)", None)
@@ -75,16 +92,16 @@ class RecoverOptions(ForeignOptions, CheckOptions):
         "matrices with an adapter, as Hugging Face (q_proj …) or Megatron (linear_qkv …) calls them (default: all)", None
     )
 
-    sequence_parallel: bool = option("split activations between the tensor-parallel regions over the ranks too", False)
-    recompute_activations: bool = option("the same as --recompute-granularity selective", False)
-    recompute_granularity: str | None = option(
-        "work out activations again: of attention, or of all", None, choices=["selective", "full"]
+    sequence_parallel: bool = option(
+        "split activations between the tensor-parallel regions over the ranks too", False, group="expert"
     )
-    recompute_method: str | None = option("which layers with full", None, choices=["uniform", "block"])
-    recompute_num_layers: int | None = option("layers in a unit (uniform) or of a stage (block)", None)
-    tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
-    pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
-    overwrite: bool = option("begin anew, removing what a run left in --save", False)
+    recompute_activations: bool = option("the same as --recompute-granularity selective", False, group="expert")
+    recompute_granularity: str | None = option(
+        "work out activations again: of attention, or of all", None, choices=["selective", "full"], group="expert"
+    )
+    recompute_method: str | None = option("which layers with full", None, choices=["uniform", "block"], group="expert")
+    recompute_num_layers: int | None = option("layers in a unit (uniform) or of a stage (block)", None, group="expert")
+    overwrite: bool = option("begin anew, removing what a run left in --save", False, group="run")
     megatron: dict[str, Any] = field(default_factory=dict)
 
 

@@ -82,7 +82,12 @@ class HuggingFaceBlock:
     """
 
     def __init__(
-        self, kind: BlockKind, config: ModelConfig, layer: nn.Module, module_of: Callable[[str], str], positions: tuple[Tensor, Tensor]
+        self,
+        kind: BlockKind,
+        config: ModelConfig,
+        layer: nn.Module,
+        module_of: Callable[[str], str],
+        positions: tuple[Tensor, Tensor],
     ):
         self.kind, self._window, self._positions = kind, config.uniform("sliding_window"), positions
         self._norm = layer.get_submodule(module_of(kind.norm))

@@ -7,6 +7,7 @@ flags of training are accepted and have no effect on pruning. (Names: Megatron-L
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_prune.arch.model import ModelConfig, RopeScaling
@@ -64,16 +65,41 @@ def add_megatron_flags(parser: argparse.ArgumentParser) -> None:
         "Megatron's arguments", "shape: must agree with the checkpoint; training: accepted, without effect"
     )
     for name in sorted({*_MODEL, *_MODEL_SWITCHES, *_MODEL_CHOICES, *_TRAINING, *_TRAINING_SWITCHES} - taken):
-        spellings = dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])
+        flag = f"--{name.replace('_', '-')}"
         shown = None if name in _MODEL or name in _MODEL_SWITCHES else argparse.SUPPRESS
         if name in _MODEL_SWITCHES or name in _TRAINING_SWITCHES:
-            group.add_argument(*spellings, dest=name, action="store_true", help=shown)
+            group.add_argument(flag, dest=name, action="store_true", help=shown)
         elif name in _MODEL:
-            group.add_argument(*spellings, dest=name, type=_MODEL[name], help=shown, metavar="N")
+            group.add_argument(flag, dest=name, type=_MODEL[name], help=shown, metavar="N")
         else:
-            group.add_argument(
-                *spellings, dest=name, nargs="*" if name in ("data_path", "rampup_batch_size") else None, help=shown
-            )
+            group.add_argument(flag, dest=name, nargs="*" if name in ("data_path", "rampup_batch_size") else None, help=shown)
+
+
+@dataclass(frozen=True)
+class MegatronFlags:
+    """Megatron's flags as one of a verb's options (``FOREIGN``): a dictionary of those that describe the model and were given.
+
+    Attributes:
+        trains: the verb follows flags of training, and refuses those that it does not follow.
+        field: the option.
+    """
+
+    trains: bool = False
+    field: str = "megatron"
+
+    def add(self, parser: argparse.ArgumentParser) -> None:
+        """Give a parser all of the flags."""
+        add_megatron_flags(parser)
+
+    def read(self, namespace: argparse.Namespace) -> dict[str, Any]:
+        """The option's value.
+
+        Raises:
+            InputError: on flags of training that are not followed.
+        """
+        if self.trains:
+            refuse_training_flags(namespace)
+        return megatron_flags(namespace)
 
 
 _CHANGES_TRAINING = {

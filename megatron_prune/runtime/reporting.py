@@ -1,30 +1,80 @@
-"""What a run says on standard error: the log, and bars."""
+"""What a run says on standard error: the log, and how far long work is.
+
+On a terminal that is a bar. Elsewhere (a file, Slurm's log, ``tee``) it is a line every :data:`EVERY` seconds.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from typing import Callable, Iterator
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+import sys
+import time
+from collections.abc import Callable, Iterator
 
 log = logging.getLogger("megatron_prune")
+
+EVERY = 30.0
+"""Seconds between lines where there is no terminal."""
 
 
 @contextlib.contextmanager
 def progress_bar(label: str, total: int, *, shown: bool, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
-    """A bar on standard error, on one process; it counts bytes, or what ``unit`` says."""
+    """How far work is, on standard error and on one process; it counts bytes, or what ``unit`` says."""
+    if not shown or not log.isEnabledFor(logging.INFO):
+        yield lambda count: None
+    elif sys.stderr.isatty():
+        with _bar(label, total, unit) as advance:
+            yield advance
+    else:
+        yield _Lines(label, total, unit)
+
+
+@contextlib.contextmanager
+def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
     amount = (DownloadColumn(),) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
     columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=total)
         yield lambda count: bar.advance(task, count)
+        bar.update(task, completed=total)  # work that ended is done, whatever was skipped in it
+
+
+class _Lines:
+    """Called with what was done since; says so now and then, never for work that is over before the first line."""
+
+    def __init__(self, label: str, total: int, unit: str):
+        self._label, self._total, self._unit = label, total, unit
+        self._done, self._start = 0, time.monotonic()
+        self._said = self._start
+
+    def __call__(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._said < EVERY or not self._total:
+            return
+        self._said, passed = now, now - self._start
+        done, total = min(self._done, self._total), self._total
+        amount = f"{shown_bytes(done)} of {shown_bytes(total)}" if self._unit == "bytes" else f"{done} of {total} {self._unit}"
+        left = f", about {shown_time(passed * (total - done) / done)} left" if done else ""
+        log.info("%s: %s, %s%s", self._label, amount, shown_time(passed), left)
+
+
+def shown_bytes(count: float) -> str:
+    """Bytes in words."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            break
+        count, unit = count / 1000, {"B": "KB", "KB": "MB", "MB": "GB", "GB": "TB"}[unit]
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def shown_time(seconds: float) -> str:
+    """A duration in words."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"

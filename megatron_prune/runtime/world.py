@@ -1,4 +1,5 @@
-"""The processes of this run, as torchrun started them."""
+"""The processes of this run, as torchrun started them. torch is imported when they first speak to each other: a message about a
+bad command line need not wait for it."""
 
 from __future__ import annotations
 
@@ -6,12 +7,12 @@ import datetime
 import os
 import re
 from dataclasses import dataclass
-from typing import Any, Callable
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any, Callable
 
 from megatron_prune.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,9 @@ class World:
         Args:
             always: also for a world of one (megatron-core needs a group).
         """
+        import torch
+        import torch.distributed as dist
+
         if dist.is_initialized() or (self.size == 1 and not always):
             return
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -72,6 +76,8 @@ class World:
         if self.size == 1:
             return [value]
         self.connect()
+        import torch.distributed as dist
+
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, value)
         return gathered
@@ -99,11 +105,15 @@ class World:
         """
         assert value.is_contiguous()
         if self.size > 1:
+            import torch.distributed as dist
+
             self.connect()
             dist.broadcast(value, 0)
         return value
 
     def disconnect(self) -> None:
         """Leave the process group."""
+        import torch.distributed as dist
+
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.description import Told
-from megatron_prune.config import option, require_positive
+from megatron_prune.config import require_positive
 from megatron_prune.errors import InputError, reason
 from megatron_prune.files import staging
 from megatron_prune.files.documents import read_json
@@ -25,19 +24,7 @@ from megatron_prune.planning.plan import shown_size
 from megatron_prune.runtime.stock_model import load_stock_model
 from megatron_prune.runtime.world import World
 from megatron_prune.text.encoder import load_tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareOptions:
-    """Print a before/after table of two Hugging Face models, with a sample generation of each by stock transformers."""
-
-    before: str = option("Hugging Face model: a directory, or a hub id")
-    after: str = option("Hugging Face model: a directory, or a hub id")
-    before_evaluation: str | None = option("JSON file of `evaluate --output` for the first", None)
-    after_evaluation: str | None = option("JSON file of `evaluate --output` for the second", None)
-    prompt: str = option("what both continue", "The capital of France is")
-    max_new_tokens: int = option("length of the continuation", 24)
-    output: str | None = option("also write the table to this JSON file", None)
+from megatron_prune.verbs.compare import CompareOptions
 
 
 def compare(options: CompareOptions, world: World) -> None:
@@ -50,7 +37,9 @@ def compare(options: CompareOptions, world: World) -> None:
     if options.output:
         staging.check_file(Path(options.output))
     evaluations = [_read(options.before_evaluation), _read(options.after_evaluation)]
-    protocols = [{key: e[key] for key in ("text", "windows", "seq_length", "begins_with_bos") if key in e} for e in evaluations if e]
+    protocols = [
+        {key: e[key] for key in ("text", "windows", "seq_length", "begins_with_bos") if key in e} for e in evaluations if e
+    ]
     if len(protocols) == 2 and {"begins_with_bos": False, **protocols[0]} != {"begins_with_bos": False, **protocols[1]}:
         raise InputError("the two evaluations are not of the same text", got=protocols[0], needed=protocols[1])
     rows = [_facts(name, options, e, world) for name, e in zip((options.before, options.after), evaluations)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,35 +11,16 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import HEAD, TensorId
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.manifest import Manifest
-from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.checkpoint.tied_copy import check_tied_copy
-from megatron_prune.config import option, require_positive
+from megatron_prune.config import require_positive
 from megatron_prune.opening.opened import open_huggingface
 from megatron_prune.opening.side_files import say_links
 from megatron_prune.runtime.world import World
-from megatron_prune.writing.check import CheckOptions
+from megatron_prune.verbs.convert import ConvertOptions
 from megatron_prune.writing.megatron import write_megatron
 from megatron_prune.writing.output import Output
 from megatron_prune.writing.overwrite import MEGATRON, check_output
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertOptions(CheckOptions):
-    """Turn a Hugging Face model into a Megatron checkpoint."""
-
-    load_dir: str = option("Hugging Face model: a directory, or a hub id")
-    save_dir: str = option("Megatron checkpoint to write")
-    target_tensor_parallel_size: int = option("tensor-parallel ranks it is written for", 1)
-    target_pipeline_parallel_size: int = option("pipeline stages it is written for", 1)
-    target_params_dtype: str | None = option("element type (default: as stored)", None, choices=["fp32", "bf16", "fp16"])
-    ckpt_format: str = option("checkpoint layout", "torch_dist", choices=megatron.FORMATS)
-    transformer_impl: str = option(
-        "whose modules Megatron-LM is to load it into; torch_dist suits both", TRANSFORMER_IMPLS[0], choices=TRANSFORMER_IMPLS
-    )
-    make_vocab_size_divisible_by: int = option("the padded vocabulary is a multiple of this × the tensor-parallel size", 128)
-    overwrite: bool = option("replace an existing output directory", False)
-    strict: bool = option("refuse weights that hold NaN or infinity instead of warning", False)
 
 
 def convert(options: ConvertOptions, world: World) -> None:
@@ -55,8 +35,8 @@ def convert(options: ConvertOptions, world: World) -> None:
         pipeline=options.target_pipeline_parallel_size,
         vocab_divisible_by=options.make_vocab_size_divisible_by,
     )
-    save = Path(options.save_dir)
-    folder = huggingface.resolve(options.load_dir)
+    save = Path(options.save)
+    folder = huggingface.resolve(options.load)
     check_output(save, MEGATRON, overwrite=options.overwrite, source=folder)
     say_links(folder, world)
     model = open_huggingface(folder, world)
@@ -72,7 +52,7 @@ def convert(options: ConvertOptions, world: World) -> None:
             content_id=content_id(report.digests),
             hf_dtypes=describe_dtypes(megatron.stored_dtypes(model.tensors), model.checkpoint.tied_head_dtype),
             tied_head_stored=model.checkpoint.tied_head_stored,
-            recipe=[*model.recipe, {"step": "convert", "from": Path(options.load_dir).name}],
+            recipe=[*model.recipe, {"step": "convert", "from": Path(options.load).name}],
         )
 
     write_megatron(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.description import Told
-from megatron_prune.config import Parser, add_options, nonempty, option, require_positive
+from megatron_prune.config import require_positive
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import family_of
 from megatron_prune.importance.walk import BATCH_TOKENS
-from megatron_prune.opening.foreign import ForeignOptions, told
+from megatron_prune.opening.foreign import told
 from megatron_prune.opening.opened import open_either
 from megatron_prune.planning.layer_sizes import read_layer_sizes
 from megatron_prune.planning.resources import (
@@ -42,51 +41,12 @@ from megatron_prune.planning.target import resolve_target
 from megatron_prune.pruning.costs import SAMPLES
 from megatron_prune.pruning.engines.megatron import SAMPLED_TOGETHER
 from megatron_prune.pruning.measure import SEQ_LENGTH
+from megatron_prune.runtime.reporting import shown_bytes
 from megatron_prune.runtime.world import World
 from megatron_prune.surgery.kept import AFTER
+from megatron_prune.verbs.estimate import EstimateOptions
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class EstimateOptions(ForeignOptions):
-    """Say what steps would need in memory per rank and on disk, without reading weights."""
-
-    path: str = option("Hugging Face directory, config.json, hub id, or Megatron checkpoint")
-    target_tensor_parallel_size: int = option("tensor-parallel ranks", 1)
-    target_pipeline_parallel_size: int = option("pipeline stages", 1)
-    data_parallel_size: int = option("data-parallel copies in scoring, re-fitting and recovery", 1)
-    make_vocab_size_divisible_by: int = option("the padded vocabulary is a multiple of this × the tensor-parallel size", 128)
-    target_params_dtype: str = option("element type of checkpoints and of recovery", "bf16", choices=list(ITEM_BYTES))
-    hidden_size_remain: int | None = option("residual channels that stay", None)
-    ffn_hidden_size_remain: int | None = option("feed-forward channels that stay", None)
-    num_attention_heads_remain: int | None = option("query heads that stay", None)
-    num_query_groups_remain: int | None = option("KV groups that stay", None)
-    num_layers_remain: int | None = option("layers that stay", None)
-    layer_sizes: str | None = option("JSON file of sizes by layer, as that of prune", None)
-    micro_batch_size: int = option("sequences in a forward pass of recovery", 1)
-    seq_length: int = option("tokens in a sequence of recovery", 4096)
-    nsamples: int = option("samples of calibration text, of all sources together", 256)
-    sample_length: int | None = option(
-        "tokens in a sample of calibration text (default: 512, or the model's context where that is shorter)", None, least=2
-    )
-    recompute: bool = option("recovery recomputes activations layer by layer", False)
-    distill: bool = option("recovery is distilled from the unpruned model beside it", False)
-    train_tokens: float = option("tokens of the recovery", 12e9, least=1)
-    device_tflops: float = option("what a device can do at best, TFLOP/s (H100 in bf16: 989)", 989.0, least=1e-6)
-    mfu: float = option("share of it that training reaches", 0.4, least=1e-6)
-    json: bool = option("print JSON", False)
-
-
-def parse(argv: list[str], prog: str) -> EstimateOptions:
-    """Read the command line: the model is positional."""
-    parser = Parser(prog=prog, description=EstimateOptions.__doc__)
-    flags = [item for item in EstimateOptions.__dataclass_fields__.values() if item.name != "path"]
-    parser.add_argument(
-        "path", type=nonempty, metavar="CKPT|HF", help=EstimateOptions.__dataclass_fields__["path"].metadata["help"]
-    )
-    add_options(parser, EstimateOptions, flags)
-    return EstimateOptions(**vars(parser.parse_args(argv)))
 
 
 def estimate(options: EstimateOptions, world: World) -> None:
@@ -97,7 +57,7 @@ def estimate(options: EstimateOptions, world: World) -> None:
     """
     sizes = ["target_tensor_parallel_size", "target_pipeline_parallel_size", "data_parallel_size"]
     require_positive(options, *sizes, "make_vocab_size_divisible_by", "micro_batch_size", "seq_length", "nsamples")
-    config = read_config(options.path, world, told(options))
+    config = read_config(options.load, world, told(options))
     layout = ParallelLayout(
         tensor=options.target_tensor_parallel_size,
         pipeline=options.target_pipeline_parallel_size,
@@ -120,16 +80,16 @@ def estimate(options: EstimateOptions, world: World) -> None:
     if options.json:
         print(json.dumps(facts, indent=2))
         return
-    table = Table("step", "memory of a process", "disk written", title=f"{escape(options.path)}: estimates")
+    table = Table("step", "memory of a process", "disk written", title=f"{escape(options.load)}: estimates")
     for step, need in facts["steps"].items():
-        table.add_row(step, _size(need["memory_per_rank"]), _size(need["disk"]))
+        table.add_row(step, shown_bytes(need["memory_per_rank"]), shown_bytes(need["disk"]))
     Console().print(table)
-    parts = ", ".join(f"{name} {_size(amount)}" for name, amount in facts["steps"]["recovery"]["parts"].items())
+    parts = ", ".join(f"{name} {shown_bytes(amount)}" for name, amount in facts["steps"]["recovery"]["parts"].items())
     print(f"parameters: {facts['parameters']:,} → {facts['target_parameters']:,}; a recovery rank: {parts}")
     recovery = facts["steps"]["recovery"]
     print(
         f"recovery on {options.train_tokens:,.0f} tokens with {recovery['devices']} device{'s' if recovery['devices'] > 1 else ''} "
-        f"(a rank saves through {_size(recovery['host_memory_to_save'])} of host memory) at {options.mfu:.0%} of {options.device_tflops:g} TFLOP/s: {timedelta(seconds=round(recovery['seconds']))}"
+        f"(a rank saves through {shown_bytes(recovery['host_memory_to_save'])} of host memory) at {options.mfu:.0%} of {options.device_tflops:g} TFLOP/s: {timedelta(seconds=round(recovery['seconds']))}"
     )
 
 
@@ -200,11 +160,3 @@ def read_config(name_or_path: str, world: World, beside: Told = Told()) -> Model
         return open_either(name_or_path, world, beside).config
     hf_config = huggingface.read_config(path if path.exists() else huggingface.fetch_config(name_or_path))
     return family_of(hf_config).model_config(hf_config)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            break
-        count, unit = count / 1000, {"B": "KB", "KB": "MB", "MB": "GB", "GB": "TB"}[unit]
-    return f"{count:.1f} {unit}"

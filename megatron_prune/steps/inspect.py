@@ -4,7 +4,6 @@ weights are not sound."""
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -14,36 +13,13 @@ from rich.text import Text
 from megatron_prune.arch.model import FIELDS
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.checkpoint.tensor_map import TensorMap
-from megatron_prune.config import Parser, add_options, nonempty
 from megatron_prune.errors import plain
 from megatron_prune.opening.facts import describe
-from megatron_prune.opening.foreign import ForeignOptions, told
+from megatron_prune.opening.foreign import told
 from megatron_prune.opening.opened import open_either
 from megatron_prune.opening.source import observe
 from megatron_prune.runtime.world import World
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectOptions(ForeignOptions):
-    """Print what a Megatron checkpoint or a Hugging Face model is, without reading its weights unless asked to."""
-
-    path: str
-    weights: bool = False
-    json: bool = False
-
-
-def parse(argv: list[str], prog: str) -> InspectOptions:
-    """Read the command line."""
-    parser = Parser(prog=prog, description=InspectOptions.__doc__)
-    parser.add_argument("path", type=nonempty, metavar="CKPT|HF", help="Megatron checkpoint, Hugging Face directory, or hub id")
-    parser.add_argument(
-        "--weights",
-        action="store_true",
-        help="read all weights; name those that hold NaN or infinity, and those that are not as they were written (exit code 1)",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    add_options(parser, ForeignOptions)
-    return InspectOptions(**vars(parser.parse_args(argv)))
+from megatron_prune.verbs.inspect import InspectOptions
 
 
 def inspect(options: InspectOptions, world: World) -> int:
@@ -55,7 +31,7 @@ def inspect(options: InspectOptions, world: World) -> int:
     Raises:
         CheckpointError: if it is not a whole checkpoint of a kind this project knows.
     """
-    model = open_either(options.path, world, told(options))
+    model = open_either(options.load, world, told(options))
     facts = describe(model)
     if options.weights:
         report = observe(world, model.source(), None, label="reading")
@@ -67,7 +43,7 @@ def inspect(options: InspectOptions, world: World) -> int:
     if options.json:
         print(json.dumps(facts, indent=2))
         return int(differs)
-    table = Table(show_header=False, title=Text(options.path))  # no markup: names may hold brackets
+    table = Table(show_header=False, title=Text(options.load))  # no markup: names may hold brackets
     for key, value in facts.items():
         if key == "recipe":
             value = "\n".join(_recipe_line(entry) for entry in value) or "-"

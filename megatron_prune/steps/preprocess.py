@@ -7,12 +7,10 @@ import json
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator
 
 from megatron_prune import __version__
-from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.opening.opened import open_tokenizer
@@ -25,28 +23,10 @@ from megatron_prune.text.documents import DocumentReader, check_split, open_begu
 from megatron_prune.text.encoder import Encoder, load_tokenizer, tokenizer_digest
 from megatron_prune.text.pair import numpy_dtype
 from megatron_prune.text.parts import Coding, check_prefix, join_parts, pair_files, place_pairs, write_parts
-from megatron_prune.text.reader import TRAIN, stamps
+from megatron_prune.text.reader import stamps
 from megatron_prune.text.workers import check_workers, cores
+from megatron_prune.verbs.preprocess import PreprocessOptions
 from megatron_prune.writing.overwrite import check_pair
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreprocessOptions:
-    """Tokenise text for training: PREFIX_KEY_document.bin and .idx, as Megatron-LM reads them, for every key."""
-
-    input: tuple[str, ...] = option(
-        "text, JSON lines, JSON and Parquet files (text also .gz .bz2 .xz .zst), folders, owner/name on the Hugging Face hub, "
-        "known data sets (wikitext2, c4 …); records may hold talks"
-    )
-    output_prefix: str = option("start of the names of the files to write")
-    tokenizer: str = option("Hugging Face directory or hub id, or a Megatron checkpoint that keeps a tokenizer")
-    json_keys: tuple[str, ...] = option("names of the texts (or talks) in records; a pair of files for each", ("text",))
-    answers_only: bool = option("also mark which tokens of talks the assistant says, for recover --answers-only", False)
-    append_eod: bool | None = option("end every document with the tokenizer's end-of-text token", True)
-    tokenizer_hf_include_special_tokens: bool = option("keep what the tokenizer itself puts around a text (Llama: BOS)", False)
-    workers: int | None = option("processes that tokenise (default: the cores that may be used)", None)
-    split: str = option("split of data sets", TRAIN)
-    overwrite: bool = option("replace existing files", False)
 
 
 def preprocess(options: PreprocessOptions, world: World) -> None:
@@ -72,7 +52,7 @@ def preprocess(options: PreprocessOptions, world: World) -> None:
     check_split(options.split, sources)
     for line in filter(None, (summary(source.name, source.contents()) for source in sources)):
         log.info("%s", line)
-    with staging.work(Path(options.output_prefix), _key(facts, coding, folder), main=True, agree=world.agree) as work:
+    with staging.work(Path(options.save), _key(facts, coding, folder), main=True, agree=world.agree) as work:
         start = time.monotonic()
         size, parts, left_out = _tokenise(sources, options, coding, work)
         record = _record(sources, options, coding, facts)
@@ -91,7 +71,7 @@ def preprocess(options: PreprocessOptions, world: World) -> None:
 
 def outputs(options: PreprocessOptions, key: str) -> dict[str, Path]:
     """Ending → file that is written for a key."""
-    prefix = Path(options.output_prefix)
+    prefix = Path(options.save)
     check_prefix(prefix)
     return pair_files(prefix.with_name(f"{prefix.name}_{key}_document"))
 
@@ -112,13 +92,13 @@ def _check(options: PreprocessOptions, world: World) -> None:
     keys = options.json_keys
     if len(set(keys)) < len(keys) or any(not key or "/" in key for key in keys):
         raise InputError("--json-keys", got=" ".join(keys), needed="different names that can be part of a file's name")
-    if options.output_prefix.endswith("/"):
-        raise InputError("--output-prefix", got=options.output_prefix, needed="a directory and the start of a file's name")
+    if options.save.endswith("/"):
+        raise InputError("--output-prefix", got=options.save, needed="a directory and the start of a file's name")
     for key in keys:
         for files in _pairs(options, key):
             for file in files.values():
                 staging.check_file(file, inputs=map(Path, options.input))
-            check_pair(files, staging.unfinished(Path(options.output_prefix)), options.overwrite)
+            check_pair(files, staging.unfinished(Path(options.save)), options.overwrite)
 
 
 def _tokenizer_facts(options: PreprocessOptions, tokenizer: Any) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any
 
 from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.tied_copy import check_tied_copy
-from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.families.choice import choose_family
 from megatron_prune.files import staging
@@ -22,32 +21,13 @@ from megatron_prune.opening.opened import open_huggingface
 from megatron_prune.opening.side_files import say_links
 from megatron_prune.pruning.engines.huggingface import HuggingFaceEngine
 from megatron_prune.pruning.measure import Subject
-from megatron_prune.pruning.options import PruningOptions
 from megatron_prune.pruning.procedure import prune_model
-from megatron_prune.pruning.target_options import TargetOptions
+from megatron_prune.pruning.options import TargetOptions
 from megatron_prune.runtime.world import World
+from megatron_prune.verbs.prune_hf import PruneHfOptions
 from megatron_prune.writing.cut import Form
 from megatron_prune.writing.huggingface import parse_size
 from megatron_prune.writing.overwrite import HUGGING_FACE, check_output
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneHfOptions(PruningOptions):
-    """Prune a Hugging Face model to a smaller shape, by scores or by a plan, and re-fit what stays; single process."""
-
-    model_name_or_path: str = option("Hugging Face model: a directory, or a hub id")
-    output_path: str = option("Hugging Face directory to write")
-    prune_config_path: str | None = option(
-        "JSON file with hidden_size_remain, num_attention_heads_remain, ffn_hidden_size_remain, drop_layers "
-        "(and num_query_groups_remain, num_layers_remain) (default: prune_config.json, where no size, budget or plan is given)",
-        None,
-    )
-    target_family: str | None = option(
-        "write as another family of the same architecture, such as mistral; or layers that differ as llama-per-layer "
-        "(transformers, with a file of code) or nemotron-nas (vLLM and others)",
-        None,
-    )
-    max_shard_size: str = option("split weight files larger than this", "5GB")
 
 
 def prune_hf(options: PruneHfOptions, world: World) -> None:
@@ -56,8 +36,8 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
     Raises:
         InputError: on a request, plan or model that does not fit; nothing is written.
     """
-    save = Path(options.output_path)
-    folder = huggingface.resolve(options.model_name_or_path)
+    save = Path(options.save)
+    folder = huggingface.resolve(options.load)
     check_output(save, HUGGING_FACE, overwrite=options.overwrite, source=folder, inputs=(options.scores,))
     say_links(folder, world)
     if options.save_plan:

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 
-from megatron_prune.config import Parser, add_options
 from megatron_prune.opening.opened import open_megatron
-from megatron_prune.recovery.options import RecoverOptions, filled_options
+from megatron_prune.recovery.options import filled_options
 from megatron_prune.runtime.layout import run_layout
-from megatron_prune.runtime.megatron_flags import add_megatron_flags, megatron_flags, refuse_training_flags
 from megatron_prune.runtime.world import World
-
-
-def parse(argv: list[str], prog: str) -> RecoverOptions:
-    """Read the command line; Megatron's own model flags end in ``RecoverOptions.megatron``."""
-    parser = Parser(prog=prog, description=RecoverOptions.__doc__)
-    shown = [item for item in dataclasses.fields(RecoverOptions) if item.name != "megatron"]
-    add_options(parser, RecoverOptions, shown)
-    add_megatron_flags(parser)
-    namespace = parser.parse_args(argv)
-    refuse_training_flags(namespace)
-    return RecoverOptions(**{item.name: getattr(namespace, item.name) for item in shown}, megatron=megatron_flags(namespace))
+from megatron_prune.verbs.recover import RecoverOptions
 
 
 def recover(options: RecoverOptions, world: World) -> int:

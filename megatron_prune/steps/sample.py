@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
-from megatron_prune.opening.foreign import ForeignOptions
 from megatron_prune.opening.opened import open_megatron
 from megatron_prune.pruning.engines.megatron import MegatronEngine
 from megatron_prune.pruning.measure import CalibrationOptions, Subject, own_samples
@@ -17,20 +14,7 @@ from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
 from megatron_prune.text.artifact import save_samples
 from megatron_prune.text.sources import check_amount, check_seed
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleOptions(ForeignOptions):
-    """Sample text from a Megatron checkpoint, to be given to --data."""
-
-    load: str = option("Megatron checkpoint: its root, or an iteration directory")
-    save: str = option("file to write, *.safetensors")
-    nsamples: int = option("samples", 128)
-    seq_length: int = option("tokens in a sample", 512)
-    seed: int = option("seed of the draws", 1234)
-    dtype: str = option("what to compute in", "fp32", choices=["fp32", "bf16", "fp16"])
-    tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
-    pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
+from megatron_prune.verbs.sample import SampleOptions
 
 
 def sample(options: SampleOptions, world: World) -> None:

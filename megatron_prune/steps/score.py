@@ -2,53 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.axes.axis import AXES, layer_axes
-from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.importance.artifact import FILE, ScoresManifest, save_scores
 from megatron_prune.importance.metric import METRICS, metric_named
 from megatron_prune.importance.parameters import separate
 from megatron_prune.importance.scoring import all_scores
-from megatron_prune.opening.foreign import ForeignOptions
 from megatron_prune.opening.opened import open_megatron
 from megatron_prune.opening.source import PARAM_DTYPES
 from megatron_prune.planning.plan import shape_of
 from megatron_prune.pruning.costs import measured_costs, needed_moments
 from megatron_prune.pruning.engines.megatron import MegatronEngine
 from megatron_prune.pruning.measure import (
-    CalibrationOptions,
     Subject,
     check_measurable,
     measure,
     obtain_calibration,
     request_key,
 )
-from megatron_prune.pruning.target_options import BEST, TargetOptions, metrics_of
+from megatron_prune.pruning.asked import metrics_of
+from megatron_prune.pruning.options import TargetOptions
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
+from megatron_prune.verbs.score import ScoreOptions
 from megatron_prune.writing.overwrite import SCORES, check_output
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreOptions(CalibrationOptions, ForeignOptions):
-    """Score the units of every axis of a Megatron checkpoint on calibration text."""
-
-    load: str = option("Megatron checkpoint: its root, or an iteration directory")
-    save: str = option("directory of scores to write")
-    metrics: tuple[str, ...] = option(
-        "metrics to score with, with parameters where they have any, as in obs:damping=0.1", tuple(sorted(set(BEST.values())))
-    )
-    tokenizer: str | None = option("Hugging Face directory of the tokenizer (default: kept in the checkpoint)", None)
-    tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
-    pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
-    costs: bool = option("also measure what every block costs the model at every size, for prune --allocate free", False)
-    overwrite: bool = option("replace an existing output directory", False)
 
 
 def score(options: ScoreOptions, world: World) -> None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_prune.config import option, require_positive
+from megatron_prune.config import require_positive
 from megatron_prune.errors import InputError, PruneError
 from megatron_prune.files import staging
-from megatron_prune.opening.foreign import ForeignOptions
 from megatron_prune.opening.opened import open_megatron
 from megatron_prune.opening.source import PARAM_DTYPES
 from megatron_prune.recovery.flags import SEPARATE_DATA, SHARED, filled
@@ -22,32 +20,8 @@ from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.reporting import log, progress_bar
 from megatron_prune.runtime.world import World
 from megatron_prune.text.sources import check_seed
+from megatron_prune.verbs.teach import TeachOptions
 from megatron_prune.writing.overwrite import TEACHER, check_output
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeachOptions(ForeignOptions):
-    """Write a teacher's most probable tokens for every token that a recovery will train on; its data arguments must be the same."""
-
-    load: str = option("Megatron checkpoint of the teacher: its root, or an iteration directory")
-    save: str = option("directory to write")
-    train_iters: int = option("steps of the recovery")
-    global_batch_size: int = option("sequences in a step of the recovery")
-    data_path: tuple[str, ...] = option("as for recover", ())
-    split: str | None = option("as for recover (default: 969,30,1)", None)
-    train_data_path: tuple[str, ...] = option("as for recover", ())
-    valid_data_path: tuple[str, ...] = option("as for recover", ())
-    test_data_path: tuple[str, ...] = option("as for recover", ())
-    seq_length: int | None = option("as for recover (default: 4096, or the model's context where that is shorter)", None)
-    seed: int = option("as for recover", 1234)
-    eval_iters: int = option("as for recover", 10)
-    top_k: int = option("tokens that are kept of each distribution", 64)
-    distill_temperature: float = option("temperature of the distributions", 1.0)
-    micro_batch_size: int = option("sequences in a forward pass", 1)
-    dtype: str = option("what to compute in", "fp32", choices=["fp32", "bf16", "fp16"])
-    tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
-    pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
-    overwrite: bool = option("replace an existing output directory", False)
 
 
 def teach(options: TeachOptions, world: World) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -13,9 +13,8 @@ from megatron_prune.checkpoint import both_versions, huggingface, megatron
 from megatron_prune.checkpoint.huggingface import VOCABULARY_FILES
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.tied_copy import check_tied_copy
-from megatron_prune.config import option, require_positive
+from megatron_prune.config import require_positive
 from megatron_prune.errors import InputError
-from megatron_prune.opening.foreign import ForeignOptions
 from megatron_prune.opening.opened import open_huggingface, open_megatron
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.reporting import log
@@ -23,21 +22,9 @@ from megatron_prune.runtime.stock_model import load_stock_model
 from megatron_prune.runtime.world import World
 from megatron_prune.text.encoder import load_tokenizer
 from megatron_prune.text.windows import read_windows
+from megatron_prune.verbs.verify import VerifyOptions
 
 TEXT = "The quick brown fox jumps over the lazy dog. In 1969, people first walked on the Moon; 384,400 km from home."
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifyOptions(ForeignOptions):
-    """Compare logits of a Megatron checkpoint, running under TP × PP, with those of a Hugging Face model."""
-
-    load_dir: str = option("Megatron checkpoint: its root, or an iteration directory")
-    hf_dir: str = option("Hugging Face model: a directory, or a hub id")
-    text: str | None = option("text file to compare on (default: a built-in sentence)", None)
-    seq_length: int = option("tokens of it to compare on, at most", 128)
-    tolerance: float = option("largest allowed difference of a logit; both sides compute in float32", 1e-3, least=0)
-    tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None)
-    pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None)
 
 
 def verify(options: VerifyOptions, world: World) -> int:
@@ -53,7 +40,7 @@ def verify(options: VerifyOptions, world: World) -> int:
     folder = huggingface.resolve(options.hf_dir)
     model = open_huggingface(folder, world)
     check_tied_copy(model.checkpoint)
-    checkpoint = open_megatron(options.load_dir, world, options).checkpoint
+    checkpoint = open_megatron(options.load, world, options).checkpoint
     compared = [item.name for item in fields(ModelConfig)] if checkpoint.own else SHAPE_FIELDS
     differing = [name for name in compared if getattr(model.config, name) != getattr(checkpoint.config, name)]
     if differing:

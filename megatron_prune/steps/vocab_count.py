@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune import __version__
-from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.opening.opened import open_with_vocabulary
@@ -19,28 +17,15 @@ from megatron_prune.text.contents import check_read_once, summary
 from megatron_prune.text.documents import DocumentReader, check_split, open_begun
 from megatron_prune.text.encoder import Encoder
 from megatron_prune.text.pair import open_pair
-from megatron_prune.text.reader import TRAIN, reader_kind, stamps
+from megatron_prune.text.reader import reader_kind, stamps
 from megatron_prune.text.sources import split_weight
 from megatron_prune.text.workers import check_workers, cores
+from megatron_prune.verbs.vocab_count import VocabCountOptions
 from megatron_prune.vocabulary.counting import Tally, count_documents, count_pair
 from megatron_prune.vocabulary.counts import Corpus, Counts, is_counts
 from megatron_prune.vocabulary.folder import vocabulary_of
 from megatron_prune.vocabulary.vocabulary import Vocabulary
 from megatron_prune.writing.overwrite import check_counts, is_list_of_counts
-
-
-@dataclass(frozen=True, kw_only=True)
-class VocabCountOptions:
-    """Count the tokens of corpora: text, JSON lines, Parquet, talks, folders, data sets, Megatron .bin/.idx pairs."""
-
-    tokenizer: str = option("Hugging Face directory or hub id, or a Megatron checkpoint that keeps a tokenizer")
-    input: tuple[str, ...] = option("corpora; each with :WEIGHT for its share (then all), else occurrences add up")
-    output: str = option("file of counts to write (safetensors)")
-    data_field: str = option("name of the text (or talk) in records", "text")
-    split: str = option("split of data sets", TRAIN)
-    workers: int | None = option("processes that tokenise (default: the cores that may be used)", None)
-    text: str | None = option("also write a text file of lines 'id count', the most frequent first", None)
-    overwrite: bool = option("replace an existing file", False)
 
 
 def vocab_count(options: VocabCountOptions, world: World) -> None:
@@ -52,7 +37,7 @@ def vocab_count(options: VocabCountOptions, world: World) -> None:
     if world.size > 1:
         raise InputError("vocab count is started as one process", got=f"{world.size}", do="say how many work with --workers")
     check_workers(options.workers)
-    output = Path(options.output)
+    output = Path(options.save)
     if options.text and os.path.realpath(options.text) == os.path.realpath(output):
         raise InputError("--output and --text are the same file", got=options.text, do="name another")
     for file, is_ours in ((output, is_counts), *([(Path(options.text), is_list_of_counts)] if options.text else [])):

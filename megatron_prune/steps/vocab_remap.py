@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy
 
 from megatron_prune.checkpoint import megatron
-from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.runtime.reporting import log, progress_bar
@@ -20,18 +18,9 @@ from megatron_prune.text.answers import has_mask
 from megatron_prune.text.encoder import load_tokenizer, tokenizer_digest
 from megatron_prune.text.pair import Pair, numpy_dtype, open_pair, read_record
 from megatron_prune.text.parts import check_prefix, pair_files, place_pairs
+from megatron_prune.verbs.vocab_remap import VocabRemapOptions
 from megatron_prune.vocabulary.id_map import MAP_FILE, IdMap, load_map
 from megatron_prune.writing.overwrite import check_pair
-
-
-@dataclass(frozen=True, kw_only=True)
-class VocabRemapOptions:
-    """Renumber tokenised data for a trimmed vocabulary. A dropped token becomes the tokens that its text falls into."""
-
-    input: str = option("prefix of the .bin/.idx pair")
-    output_prefix: str = option("prefix of the pair to write")
-    map: str = option(f"the trimmed model (Hugging Face directory or Megatron checkpoint), or its {MAP_FILE}")
-    overwrite: bool = option("replace existing files", False)
 
 
 def vocab_remap(options: VocabRemapOptions, world: World) -> None:
@@ -42,7 +31,7 @@ def vocab_remap(options: VocabRemapOptions, world: World) -> None:
     """
     if world.size > 1:
         raise InputError("vocab remap is started as one process", got=f"{world.size}")
-    prefix = Path(options.output_prefix)
+    prefix = Path(options.save)
     check_prefix(prefix)
     for file in pair_files(prefix).values():
         staging.check_file(file, inputs=[Path(options.map)] if Path(options.map).is_file() else [])

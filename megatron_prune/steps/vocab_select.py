@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.opening.foreign import told
 from megatron_prune.opening.opened import open_with_vocabulary
 from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
+from megatron_prune.verbs.vocab_select import VocabSelectOptions
 from megatron_prune.vocabulary.choice import choose, files_of, plan_of, show
 from megatron_prune.vocabulary.folder import vocabulary_of
-from megatron_prune.vocabulary.request import SelectOptions, check_select
-
-
-@dataclass(frozen=True, kw_only=True)
-class VocabSelectOptions(SelectOptions):
-    """Choose the tokens that stay, report what that saves and costs, and write a plan for trim, prune or a teacher."""
-
-    save_plan: str | None = option("write the plan here", None)
+from megatron_prune.vocabulary.request import check_select
 
 
 def vocab_select(options: VocabSelectOptions, world: World) -> None:
@@ -33,7 +25,7 @@ def vocab_select(options: VocabSelectOptions, world: World) -> None:
     if world.size > 1:
         raise InputError("vocab select is started as one process", got=f"{world.size}")
     check_select(options)
-    model = open_with_vocabulary(options.load_dir, world, tokenizer=options.tokenizer, beside=told(options))
+    model = open_with_vocabulary(options.load, world, tokenizer=options.tokenizer, beside=told(options))
     vocabulary = vocabulary_of(model)
     model.say_notes()
     if options.save_plan and model.config is None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import both_versions, huggingface, megatron
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.tied_copy import check_tied_copy
-from megatron_prune.config import option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.opening.foreign import told
@@ -24,33 +23,15 @@ from megatron_prune.pruning.request import Request
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
+from megatron_prune.verbs.vocab_trim import VocabTrimOptions
 from megatron_prune.vocabulary.choice import Chosen, choose, files_of, plan_of, show
 from megatron_prune.vocabulary.folder import vocabulary_of
 from megatron_prune.vocabulary.request import SelectOptions, check_select
 from megatron_prune.vocabulary.selection import PRIOR
-from megatron_prune.writing.check import CheckOptions
 from megatron_prune.writing.cut import Form, write_cut
 from megatron_prune.writing.huggingface import parse_size
 from megatron_prune.writing.output import Output, staged
 from megatron_prune.writing.overwrite import HUGGING_FACE, MEGATRON, check_output
-
-
-@dataclass(frozen=True, kw_only=True)
-class VocabTrimOptions(CalibrationOptions, SelectOptions, CheckOptions):
-    """Cut the vocabulary of a Hugging Face model, a Megatron checkpoint at its own TP × PP, or a tokenizer alone."""
-
-    save_dir: str = option("directory to write: of the same kind")
-    plan: str | None = option("keep the tokens of this plan (of megatron-prune vocab select)", None)
-    fold: bool = option(
-        "fit the head's rows on text (--data …) to take over what dropped tokens said (default: rows stay as they are)", False
-    )
-    tokenizer_only: bool = option("write the tokenizer alone, no weights", False)
-    ckpt_format: str | None = option(
-        "layout of a Megatron result (default: that of the source)", None, choices=["torch_dist", "torch"]
-    )
-    max_shard_size: str = option("split weight files of a Hugging Face result larger than this", "5GB")
-    overwrite: bool = option("replace an existing output directory", False)
-    strict: bool = option("refuse weights that hold NaN or infinity instead of warning", False)
 
 
 def vocab_trim(options: VocabTrimOptions, world: World) -> None:
@@ -59,20 +40,20 @@ def vocab_trim(options: VocabTrimOptions, world: World) -> None:
     Raises:
         InputError: if the model, the counts, the request or the output do not do; nothing is written.
     """
-    save = Path(options.save_dir)
+    save = Path(options.save)
     check_select(options)
     parse_size(options.max_shard_size)
     chosen_otherwise = [*SelectOptions.CRITERIA, "multiple_of"]
     if options.plan and (options.prior != PRIOR or any(getattr(options, name) is not None for name in chosen_otherwise)):
         raise InputError("--plan and what else says which tokens stay", do="give one of the two")
     _check_fold(options)
-    source = Path(options.load_dir) if Path(options.load_dir).exists() else None
+    source = Path(options.load) if Path(options.load).exists() else None
     kind = MEGATRON if source and megatron.is_megatron(source) and not options.tokenizer_only else HUGGING_FACE
     if options.tokenizer:
         staging.check_output(save, overwrite=options.overwrite, source=Path(options.tokenizer))
     check_output(save, kind, overwrite=options.overwrite, source=source)
     _check_written(options, kind is MEGATRON)
-    model = open_with_vocabulary(options.load_dir, world, tokenizer=options.tokenizer, beside=told(options))
+    model = open_with_vocabulary(options.load, world, tokenizer=options.tokenizer, beside=told(options))
     vocabulary = vocabulary_of(model)
     huggingface.side_files(vocabulary.folder)
     model.say_notes()

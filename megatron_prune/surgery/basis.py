@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megatron_prune.surgery.maps import SpaceMap
 
-HIDDEN_METHODS = ["rotate", "select"]
 
 NO_ROTATION = "a model with a norm after its blocks: its weight stands between what writes to the stream and the stream"
 """Why no rotation of such a stream is exact: diag(g) after the division by the root mean square does not commute with it."""

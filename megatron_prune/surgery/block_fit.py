@@ -60,7 +60,9 @@ class BlockFit:
         self._walk, self._old, self._new, self._basis, self._fit = walk, config, new, basis, fit
         self.folds = folds_of(walk.count)
 
-    def readers(self, norm: Tensor, whole: dict[str, Tensor], dense: OpenBlock, new: OpenBlock, pruned: Tensor) -> dict[str, Tensor]:
+    def readers(
+        self, norm: Tensor, whole: dict[str, Tensor], dense: OpenBlock, new: OpenBlock, pruned: Tensor
+    ) -> dict[str, Tensor]:
         """What reads the stream of a block, fitted; float64 by role.
 
         Args:
@@ -73,9 +75,7 @@ class BlockFit:
         through = self.solved(reading.shape, lambda: self.through(folds, reading))
         return {role: matrix @ through for role, matrix in whole.items()}
 
-    def norm_moments(
-        self, dense: Callable[[Tensor], Tensor], new: Callable[[Tensor], Tensor], pruned: Tensor
-    ) -> Folds | None:
+    def norm_moments(self, dense: Callable[[Tensor], Tensor], new: Callable[[Tensor], Tensor], pruned: Tensor) -> Folds | None:
         """Second moment of the pruned norm's output, [width, width], and of the dense one's with it; on the first process."""
         walk = self._walk
         sums = _FoldMoments(walk, self.folds, pruned.shape[-1], walk.stream.shape[-1])

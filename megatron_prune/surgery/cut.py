@@ -48,9 +48,7 @@ class Cut:
         """The kept tokens' rows alone, of a model that is otherwise cut already."""
         return self._carried(tensor, data, scratch, lambda space: space == "vocab")
 
-    def _carried(
-        self, tensor: TensorId, data: torch.Tensor, scratch: Scratch, wanted: Callable[[str], bool]
-    ) -> torch.Tensor:
+    def _carried(self, tensor: TensorId, data: torch.Tensor, scratch: Scratch, wanted: Callable[[str], bool]) -> torch.Tensor:
         maps = {space: found for space, found in self._of(tensor.layer).items() if wanted(space)}
         return carried(tensor.role, data, maps, scratch)
 

@@ -15,7 +15,8 @@ from typing import Any, Iterable, Iterator, Sequence
 
 from megatron_prune.errors import InputError
 from megatron_prune.text.encoder import Encoder
-from megatron_prune.text.reader import TRAIN, Reader, TextReader, open_reader
+from megatron_prune.text.reader import Reader, TextReader, open_reader
+from megatron_prune.text.splits import TRAIN
 from megatron_prune.text.streams import is_compressed
 from megatron_prune.text.talks import Span
 

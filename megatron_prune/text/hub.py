@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_prune.errors import InputError, reason
-from megatron_prune.text.reader import TEST, TRAIN
+from megatron_prune.text.splits import TEST, TRAIN
 
 
 @dataclass(frozen=True, kw_only=True)

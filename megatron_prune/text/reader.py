@@ -21,11 +21,9 @@ from megatron_prune.registry import Registry
 from megatron_prune.text.contents import facts_of, walk
 from megatron_prune.text.draw import check_enough, random_starts, whole_windows, windows_at
 from megatron_prune.text.encoder import Encoder
+from megatron_prune.text.splits import TRAIN
 
 READERS: Registry[type[Reader]] = Registry("source of text", "megatron_prune.text.readers")
-
-TRAIN, TEST = "train", "test"
-"""The two purposes a split is named for; a data set has its own names for them (``Reader.split_name``)."""
 
 _PAIR = (".bin", ".idx")
 

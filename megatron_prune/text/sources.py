@@ -14,8 +14,9 @@ import torch
 from megatron_prune.errors import InputError
 from megatron_prune.text.contents import check_read_once
 from megatron_prune.text.encoder import Encoder
-from megatron_prune.text.reader import TRAIN, Drawn, Reader, led, open_reader
+from megatron_prune.text.reader import Drawn, Reader, led, open_reader
 from megatron_prune.text.readers.samples import Self
+from megatron_prune.text.splits import TRAIN
 from megatron_prune.text.tokens import Calibration, check_samples, tensor_digest
 
 MOST_TOKENS = 1 << 32

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from megatron_prune.text.encoder import Encoder
-from megatron_prune.text.reader import TEST, Drawn, led, open_reader
+from megatron_prune.text.reader import Drawn, led, open_reader
+from megatron_prune.text.splits import TEST
 
 
 def read_windows(

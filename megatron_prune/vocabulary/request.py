@@ -2,57 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import torch_archive
-from megatron_prune.config import option, require_positive
+from megatron_prune.config import require_positive
 from megatron_prune.errors import InputError, reason
 from megatron_prune.files import staging
 from megatron_prune.files.documents import read_bytes, read_text, shorten
 from megatron_prune.files.hidden import located
-from megatron_prune.opening.foreign import ForeignOptions
 from megatron_prune.runtime.reporting import log
 from megatron_prune.text.contents import summary
 from megatron_prune.text.documents import open_documents
-from megatron_prune.text.reader import TRAIN
 from megatron_prune.text.sources import split_weight
+from megatron_prune.text.splits import TRAIN
 from megatron_prune.vocabulary.counts import Counts, load_counts, merged
+from megatron_prune.vocabulary.options import SelectOptions
 from megatron_prune.vocabulary.selection import PRIOR, Wanted, tokens_of_scripts, tokens_of_texts
 from megatron_prune.vocabulary.vocabulary import Vocabulary
 
 LINES = 20_000
 """Lines of held-out text that are encoded."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelectOptions(ForeignOptions):
-    """Which tokens stay."""
-
-    load_dir: str = option("model: a Hugging Face directory or hub id, or a Megatron checkpoint; or a tokenizer alone")
-    tokenizer: str | None = option("directory of the tokenizer, for a model that keeps none", None)
-    counts: tuple[str, ...] = option("files of megatron-prune vocab count, each with :WEIGHT if wanted", ())
-    remain_vocab_size: int | None = option("tokens that stay: the exact size, specials and bytes included", None)
-    min_count: float | None = option("keep tokens that the corpus makes at least this often, at any step of encoding", None)
-    coverage: float | None = option("keep as many tokens as this share of all occurrences takes, such as 0.9999", None)
-    keep: str | None = option("file of texts, one a line, whose tokens all stay", None)
-    keep_ids: str | None = option("file of ids that all stay: a list or tensor of torch.save, or one number a line", None)
-    keep_script: str | None = option("keep all tokens of these Unicode scripts, such as Han,Latin", None)
-    multiple_of: int | None = option(
-        "round the size up to a multiple of this with further tokens (default: 1; where no exact size is asked for, what "
-        "Megatron pads a checkpoint's vocabulary to)",
-        None,
-    )
-    prior: float = option("weight, 0 to 1, of what a tokenizer learnt early against the counts", PRIOR)
-    held_out: tuple[str, ...] = option("texts that were not counted: the report says what becomes of them", ())
-    data_field: str = option("name of the text in JSONL and data sets", "text")
-    report: str | None = option("also write the report here, as JSON", None)
-    save_ids: str | None = option("also write the old ids that stay, in their new order: an int64 tensor of torch.save", None)
-
-    CRITERIA = ("remain_vocab_size", "min_count", "coverage", "keep", "keep_ids", "keep_script")
 
 
 def check_select(options: SelectOptions) -> None:
@@ -82,7 +54,7 @@ def check_select(options: SelectOptions) -> None:
     named = [located(Path(path)) for path in files if path]
     if len(set(named)) < len(named):
         raise InputError("two outputs are the same file", got=", ".join(map(str, named)), do="name different ones")
-    save = getattr(options, "save_dir", None)
+    save = getattr(options, "save", None)
     for path in named:
         staging.check_file(path, beside=Path(save) if save else None)
     if len(set(options.counts)) < len(options.counts):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, TypeVar
 
@@ -12,7 +11,6 @@ from megatron_prune.arch.tensors import tensor_ids
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.stream import StreamReport, check_ends
 from megatron_prune.checkpoint.tensor_map import TensorMap
-from megatron_prune.config import option
 from megatron_prune.errors import InputError, PruneError
 from megatron_prune.evaluation.one_layer import check_in_transformers
 from megatron_prune.runtime.world import World
@@ -21,15 +19,6 @@ log = logging.getLogger("megatron_prune")
 T = TypeVar("T")
 
 FAILED = "the check of what was written failed (--no-check leaves it out); nothing is put in place"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckOptions:
-    """What every step that writes a model has."""
-
-    no_check: bool = option(
-        "leave out the check of what was written (it is reopened and compared before it is put in place)", False
-    )
 
 
 def check_megatron(world: World, partial: Path, config: ModelConfig) -> None:

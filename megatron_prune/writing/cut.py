@@ -10,7 +10,7 @@ from megatron_prune.arch.tensors import tensor_ids
 from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
-from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
+from megatron_prune.checkpoint.options import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.evaluation.model_card import model_card
 from megatron_prune.families.family import Family

@@ -14,7 +14,7 @@ from megatron_prune.arch.tensors import EMBEDDING, TensorId
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.manifest import Manifest
-from megatron_prune.checkpoint.megatron_args import TRANSFORMER_IMPLS
+from megatron_prune.checkpoint.options import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.stream import StreamReport
 from megatron_prune.opening.source import Source, run
 from megatron_prune.runtime.world import World

@@ -30,7 +30,7 @@ def home(tiny, tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("allocate")
     for name, changes in (("model", {}), ("other", {"seed": 1})):
         folder = tiny("qwen2", dtype="float32", num_key_value_heads=4, **changes)
-        convert(ConvertOptions(load_dir=str(folder), save_dir=str(home / name)), World())
+        convert(ConvertOptions(load=str(folder), save=str(home / name)), World())
     (home / "text.txt").write_text("".join(f"{number}: {TEXT}" for number in range(60)))
     return home
 
@@ -102,7 +102,7 @@ def test_kept_costs_are_used_by_the_route_without_megatron_too(home, tiny, score
     sizes = []
     for ratio in (0.15, 0.3):
         given = {"scores": str(scored()), "allocate": "free", "ratio": ratio, "reconstruct": 0}
-        prune_hf(PruneHfOptions(model_name_or_path=str(model), output_path=str(tmp_path / f"{ratio}"), **given), World())
+        prune_hf(PruneHfOptions(load=str(model), save=str(tmp_path / f"{ratio}"), **given), World())
         sizes.append(parameter_count(huggingface.open_model(tmp_path / f"{ratio}").tensors.config))
     whole = parameter_count(huggingface.open_model(model).tensors.config)
     assert sizes[1] <= 0.7 * whole < sizes[0] <= 0.85 * whole

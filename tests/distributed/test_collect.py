@@ -130,7 +130,7 @@ def model(tiny, tmp_path_factory):
             family, changes, _ = MODELS[name]
             source = tiny(family, dtype="float32", **changes)
             target = tmp_path_factory.mktemp("collect") / "megatron"
-            convert(ConvertOptions(load_dir=str(source), save_dir=str(target)), World())
+            convert(ConvertOptions(load=str(source), save=str(target)), World())
             made[name] = str(target), source
         return made[name]
 
@@ -238,7 +238,7 @@ def test_broken_weights_name_the_layer_on_every_rank(ranks, tmp_path, tensor, va
     weights = load_file(hf / "model.safetensors")
     weights[tensor].view(-1)[:48] = value  # a row; of the embedding that of token 0
     save_file(weights, hf / "model.safetensors", {"format": "pt"})
-    convert(ConvertOptions(load_dir=str(hf), save_dir=str(tmp_path / "m")), World())
+    convert(ConvertOptions(load=str(hf), save=str(tmp_path / "m")), World())
     samples = {**SAMPLES, "tokens": [[0, *tokens[1:]] for tokens in SAMPLES["tokens"]]}
     arguments = (str(tmp_path / "m"), str(tmp_path / "sums"), samples)
     for size, tp, pp in ((1, 1, 1), (3, 3, 1), (2, 1, 2)):

@@ -22,9 +22,9 @@ def steps(source, ckpt_format: str, folder) -> list[tuple[str, dict]]:
     """Into a checkpoint ``m``, to other ranks in ``t``, and ``back``."""
     parallel = {"target_tensor_parallel_size": 3, "target_pipeline_parallel_size": 2, "ckpt_format": ckpt_format}
     return [
-        ("convert", {"load_dir": str(source), "save_dir": str(folder / "m"), **parallel}),
-        ("transfer", {"load_dir": str(folder / "m"), "save_dir": str(folder / "t"), "target_tensor_parallel_size": 2}),
-        ("export", {"load_dir": str(folder / "t"), "save_dir": str(folder / "back")}),
+        ("convert", {"load": str(source), "save": str(folder / "m"), **parallel}),
+        ("transfer", {"load": str(folder / "m"), "save": str(folder / "t"), "target_tensor_parallel_size": 2}),
+        ("export", {"load": str(folder / "t"), "save": str(folder / "back")}),
     ]
 
 

@@ -151,7 +151,7 @@ def made(tiny, tmp_path_factory):
         key = (family, repr(changes))
         if key not in known:
             source, target = tiny(family, dtype="float32", **changes), tmp_path_factory.mktemp("model") / "megatron"
-            convert(ConvertOptions(load_dir=str(source), save_dir=str(target)), World())
+            convert(ConvertOptions(load=str(source), save=str(target)), World())
             known[key] = str(target), source, reference(source)
         return known[key]
 
@@ -267,7 +267,7 @@ def _spoiled(tiny, home: Path, name: str, change) -> str:
             save_file(tensors, source / file.name, metadata={"format": "pt"})
         else:
             (source / file.name).write_bytes(file.read_bytes())
-    convert(ConvertOptions(load_dir=str(source), save_dir=str(home / "megatron")), World())
+    convert(ConvertOptions(load=str(source), save=str(home / "megatron")), World())
     return str(home / "megatron")
 
 

@@ -24,7 +24,7 @@ from megatron_prune.importance.collect import collect
 from megatron_prune.importance.statistics import LayerStatistics, Statistics
 from megatron_prune.importance.walk import layer_reader
 from megatron_prune.planning.plan import load_plan
-from megatron_prune.pruning.target_options import BEST
+from megatron_prune.pruning.options import BEST
 from megatron_prune.runtime.huggingface_stage import HuggingFaceStage, able_family
 from megatron_prune.runtime.stage import reader
 from megatron_prune.runtime.world import World
@@ -191,7 +191,7 @@ def megatron(tiny, tmp_path_factory):
             source, target = home / "source", home / "checkpoint"
             shutil.copytree(tiny(family, dtype="float32", **changes), source)
             even_final_norm(source)
-            convert(ConvertOptions(load_dir=str(source), save_dir=str(target)), World())
+            convert(ConvertOptions(load=str(source), save=str(target)), World())
             made[key] = source, target
         return made[key]
 
@@ -206,7 +206,7 @@ def even_final_norm(folder: Path) -> None:
 
 
 def by_hf(source: Path, save: Path, **options) -> Path:
-    prune_hf(PruneHfOptions(model_name_or_path=str(source), output_path=str(save), **options), World())
+    prune_hf(PruneHfOptions(load=str(source), save=str(save), **options), World())
     return save
 
 
@@ -258,7 +258,7 @@ def test_a_refitted_model_is_that_of_the_megatron_route(megatron, by_hf_alone, r
     ranks(tp).run(rank_jobs.run_steps, ("prune", options))
     theirs = tmp_path / "exported"
     aim = {"target_family": asked["target_family"]} if "target_family" in asked else {}
-    export(ExportOptions(load_dir=str(tmp_path / "cut"), save_dir=str(theirs), **aim), World())
+    export(ExportOptions(load=str(tmp_path / "cut"), save=str(theirs), **aim), World())
     assert (ours / "config.json").read_text() == (theirs / "config.json").read_text()
     left, right = state_dict(ours), state_dict(theirs)
     assert left.keys() == right.keys()
@@ -303,7 +303,7 @@ def test_a_run_without_data_measures_on_the_models_own_samples_and_imports_no_me
     words += ["--ffn-hidden-size-remain", "60", "--nsamples", "8", "--seq-length", "24"]
     code = (
         "import sys; sys.modules['megatron'] = None\n"
-        "from megatron_prune.cli import run_verb\n"
+        "from megatron_prune.cli.main import run_verb\n"
         f"run_verb('prune-hf', {[str(word) for word in words]!r}, prog='prune_hf')\n"
         "assert not [name for name in sys.modules if name.startswith('megatron.')]\n"
     )

@@ -102,7 +102,7 @@ def test_weights_travel_through_layouts_bit_for_bit(model, tmp_path, name, ckpt_
     checkpoint, weights = model(name)
     tensor = max(size for size in (3, 4) if size in legal_tensor_sizes(MODELS[name]))
     options = {"target_tensor_parallel_size": tensor, "target_pipeline_parallel_size": 2, "ckpt_format": ckpt_format}
-    transfer(TransferOptions(load_dir=str(checkpoint), save_dir=str(tmp_path / "t"), **options), World())
+    transfer(TransferOptions(load=str(checkpoint), save=str(tmp_path / "t"), **options), World())
     opened = megatron.open_checkpoint(tmp_path / "t")
     assert opened.config == MODELS[name]
     for tensor, data in weights.items():

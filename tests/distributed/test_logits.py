@@ -72,7 +72,7 @@ def model(tiny, tmp_path_factory):
             nested = any(isinstance(value, dict) for value in changes.values())
             home = tmp_path_factory.mktemp("model")
             source = tiny_module.build_tiny(home / "hf", family, **changes) if nested else tiny(family, **changes)
-            convert(ConvertOptions(load_dir=str(source), save_dir=str(home / "megatron")), World())
+            convert(ConvertOptions(load=str(source), save=str(home / "megatron")), World())
             made[key] = str(home / "megatron"), source, tiny_module.logits(source, TOKENS)
         return made[key]
 

@@ -105,7 +105,7 @@ def rank_state(source: Path, tp: int, pp: int, rank: int, stage: int) -> dict[st
 def converted(source: Path, save: Path, tp: int, pp: int, **options) -> Path:
     options |= {"target_tensor_parallel_size": tp, "target_pipeline_parallel_size": pp}
     convert(
-        ConvertOptions(load_dir=str(source), save_dir=str(save), make_vocab_size_divisible_by=PADDED // tp, **options), World()
+        ConvertOptions(load=str(source), save=str(save), make_vocab_size_divisible_by=PADDED // tp, **options), World()
     )
     return save
 
@@ -173,9 +173,9 @@ def test_megatron_cores_own_loader_reads_a_pruned_checkpoint_with_the_args_store
     options |= {"tensor_model_parallel_size": written_tp, "num_layers_remain": 2}
     ranks(written_tp).run(rank_jobs.run_steps, ("prune", options))
     # of Megatron-LM's defaults, padding depends on TP: write the result again with the padding of the TP that will load it
-    moved = {"load_dir": str(tmp_path / "cut"), "save_dir": str(tmp_path / "moved"), "target_tensor_parallel_size": written_tp}
+    moved = {"load": str(tmp_path / "cut"), "save": str(tmp_path / "moved"), "target_tensor_parallel_size": written_tp}
     transfer(TransferOptions(**moved, make_vocab_size_divisible_by=PADDED // written_tp), World())
-    export(ExportOptions(load_dir=str(tmp_path / "cut"), save_dir=str(tmp_path / "hf")), World())
+    export(ExportOptions(load=str(tmp_path / "cut"), save=str(tmp_path / "hf")), World())
     folder = str(tmp_path / "moved/release")
     stored = ranks(1).run(rank_jobs.load_common, folder)[0]
     expected = megatron_lm_args(tmp_path / "hf", written_tp, 1)
@@ -221,7 +221,7 @@ SAVES = [("llama", 2, 2), ("llama", 4, 1), ("mistral", 1, 2), ("qwen2", 3, 1), (
 def test_a_checkpoint_of_megatron_cores_own_writer_exports_to_the_exact_model(tiny, ranks, tmp_path, name, tp, pp, singleton):
     source = tiny(name, **MODELS[name])
     root = saved_by_megatron_core(ranks, source, tmp_path / "run", tp, pp, singleton=singleton)
-    export(ExportOptions(load_dir=str(root), save_dir=str(tmp_path / "hf"), hf_dir=str(source), target_family=name), World())
+    export(ExportOptions(load=str(root), save=str(tmp_path / "hf"), hf_dir=str(source), target_family=name), World())
     names = sorted(path.name for path in source.iterdir())
     assert filecmp.cmpfiles(source, tmp_path / "hf", names, shallow=False) == (names, [], [])
 
@@ -236,7 +236,7 @@ def test_a_checkpoint_of_megatron_cores_own_writer_is_pruned_like_the_model_it_c
         ranks(2).run(
             rank_jobs.run_steps, ("prune", {**options, "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1})
         )
-        export(ExportOptions(load_dir=str(tmp_path / save), save_dir=str(tmp_path / f"{save}-hf"), hf_dir=str(source)), World())
+        export(ExportOptions(load=str(tmp_path / save), save=str(tmp_path / f"{save}-hf"), hf_dir=str(source)), World())
     assert (tmp_path / "theirs.json").read_text() == (tmp_path / "ours.json").read_text()
     for file in ("model.safetensors", "config.json"):
         assert filecmp.cmp(tmp_path / "theirs-hf" / file, tmp_path / "ours-hf" / file, shallow=False)

@@ -49,7 +49,7 @@ def megatron(tiny, tmp_path_factory):
         if key not in made:
             target = tmp_path_factory.mktemp("megatron") / "checkpoint"
             source = tiny(family, **changes)
-            convert(ConvertOptions(load_dir=str(source), save_dir=str(target)), World())
+            convert(ConvertOptions(load=str(source), save=str(target)), World())
             made[key] = source, target
         return made[key]
 
@@ -65,12 +65,12 @@ def prune(pool, checkpoint: Path, save: Path, tp: int, pp: int = 1, **options) -
 
 
 def exported(checkpoint: Path, save: Path, **options) -> Path:
-    export(ExportOptions(load_dir=str(checkpoint), save_dir=str(save), **options), World())
+    export(ExportOptions(load=str(checkpoint), save=str(save), **options), World())
     return save
 
 
 def by_prune_hf(source: Path, plan: Path, save: Path, **options) -> Path:
-    prune_hf(PruneHfOptions(model_name_or_path=str(source), output_path=str(save), plan=str(plan), **options), World())
+    prune_hf(PruneHfOptions(load=str(source), save=str(save), plan=str(plan), **options), World())
     return save
 
 
@@ -226,8 +226,8 @@ def test_global_makes_the_same_plan_at_every_tp_pp_and_number_of_copies(megatron
     ]
     prune_hf(
         PruneHfOptions(
-            model_name_or_path=str(source),
-            output_path=str(tmp_path / "hf"),
+            load=str(source),
+            save=str(tmp_path / "hf"),
             prune_config_path=_write(tmp_path / "sizes.json", sizes),
             save_plan=str(tmp_path / "hf.json"),
             metric=metric,
@@ -366,7 +366,7 @@ def test_unequal_shards_transfer_to_equal_ones_and_export_to_the_same_bytes(mega
     assert_same_model(exported(tmp_path / "cut", tmp_path / "direct"), oracle)
     for tp, pp, target in ((1, 1, "torch"), (2, 2, "torch_dist"), (4, 1, "torch")):
         moved = tmp_path / f"tp{tp}"
-        options = {"load_dir": str(tmp_path / "cut"), "save_dir": str(moved), "ckpt_format": target}
+        options = {"load": str(tmp_path / "cut"), "save": str(moved), "ckpt_format": target}
         options |= {"target_tensor_parallel_size": tp, "target_pipeline_parallel_size": pp}
         transfer(TransferOptions(**options), World())
         assert_same_model(exported(moved, tmp_path / f"exported{tp}"), oracle)

@@ -70,7 +70,7 @@ def checkpoints(tiny, tmp_path_factory):
                 config = dataclasses.replace(per_layer.mixed(name), **changes)
                 family_of, beside = FAMILIES.get(name), source
                 source = per_layer.write_model(save.with_name("hf"), config, family_of, beside=beside, dtype=torch.float32)
-            convert(ConvertOptions(load_dir=str(source), save_dir=str(save)), World())
+            convert(ConvertOptions(load=str(source), save=str(save)), World())
             made[key] = source, str(save)
         return made[key]
 
@@ -119,7 +119,7 @@ def check_course(records: list[dict[str, Any]], wanted: reference.Course) -> Non
 
 def check_weights(save: Path, source: Path, wanted: reference.Course, hf: Path) -> None:
     """What training added to every tensor, as it is exported to ``hf``."""
-    export(ExportOptions(load_dir=str(save), save_dir=str(hf)), World())
+    export(ExportOptions(load=str(save), save=str(hf)), World())
     before, after = state_dict(source), state_dict(hf)
     expected = dict(wanted.model.named_parameters())
     assert set(before) == set(after) == set(expected)
@@ -309,7 +309,7 @@ def test_layers_are_compared_with_those_of_the_teacher(
     teacher, taught = checkpoints("llama", {"seed": 5})
     cut = PruneOptions(load=taught, save=str(tmp_path / "p"), drop_layers=(1, 2), hidden_size_remain=36, metric="random")
     prune(cut, World())
-    export(ExportOptions(load_dir=str(tmp_path / "p"), save_dir=str(tmp_path / "p-hf")), World())
+    export(ExportOptions(load=str(tmp_path / "p"), save=str(tmp_path / "p-hf")), World())
     options = {**options, "teacher": taught, "distill_weight": weight, "hidden_weight": 0.7, "hidden_layers": chosen}
     records = run(ranks, layout, str(tmp_path / "p"), tmp_path / "run", data, **options)
     wanted = dense(tmp_path / "p-hf", drawn[0], teacher=teacher, weight=weight, layers=pairs, hidden_weight=0.7)
@@ -329,7 +329,7 @@ def test_layers_that_lost_a_block_are_compared_with_whole_ones(ranks, checkpoint
         load=taught, save=str(tmp_path / "p"), drop_attention=(0,), drop_mlp=(3,), drop_layers=(1,), metric="magnitude"
     )
     prune(cut, World())
-    export(ExportOptions(load_dir=str(tmp_path / "p"), save_dir=str(tmp_path / "p-hf")), World())
+    export(ExportOptions(load=str(tmp_path / "p"), save=str(tmp_path / "p-hf")), World())
     options = {**options, "teacher": taught, "distill_weight": 0.5, "hidden_weight": 0.7, "hidden_layers": (0, 2)}
     records = run(ranks, layout, str(tmp_path / "p"), tmp_path / "run", data, **options)
     wanted = dense(tmp_path / "p-hf", drawn[0], teacher=teacher, weight=0.5, layers=((0, 1), (2, 3)), hidden_weight=0.7)
@@ -405,7 +405,7 @@ def test_adapters_train_as_those_of_peft(ranks, checkpoints, data, drawn, tmp_pa
     held_out = [record["held_out_loss"] for record in records if "held_out_loss" in record]
     assert held_out[1] == pytest.approx(reference.cross_entropy(wanted.model, drawn[1]), rel=LOSS)
     assert abs(held_out[1] - held_out[0]) > 1e-3
-    export(ExportOptions(load_dir=str(tmp_path / "run"), save_dir=str(tmp_path / "peft"), adapter_only=True), World())
+    export(ExportOptions(load=str(tmp_path / "run"), save=str(tmp_path / "peft"), adapter_only=True), World())
     found = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     expected = {name.replace(".default", ""): value for name, value in wanted.model.named_parameters() if value.requires_grad}
     assert set(found) == set(expected)
@@ -428,7 +428,7 @@ def test_16_bits_come_near_to_float32(ranks, checkpoints, data, plain, tmp_path,
     assert [record["loss"] for record in steps] != pytest.approx(wanted.losses, rel=LOSS)  # it did compute in 16 bits
     assert [record["grad_norm"] for record in steps] == pytest.approx(wanted.norms, rel=2e-2)
     assert [record["lr"] for record in steps] == pytest.approx(wanted.rates, rel=1e-9)
-    export(ExportOptions(load_dir=str(tmp_path / "run"), save_dir=str(tmp_path / "hf")), World())
+    export(ExportOptions(load=str(tmp_path / "run"), save=str(tmp_path / "hf")), World())
     before, after = state_dict(source), state_dict(tmp_path / "hf")
     for name, parameter in wanted.model.named_parameters():
         update, error = parameter.detach() - before[name], after[name] - parameter.detach()

@@ -69,7 +69,7 @@ def model(tiny, tmp_path_factory):
             if name == "layers that differ":
                 config, beside = per_layer.mixed(family), source
                 source = per_layer.write_model(home / "hf", config, FAMILIES.get(family), beside=beside)
-            convert(ConvertOptions(load_dir=str(source), save_dir=str(home / "megatron")), World())
+            convert(ConvertOptions(load=str(source), save=str(home / "megatron")), World())
             made[name] = str(home / "megatron"), source
         return made[name]
 

@@ -16,14 +16,14 @@ from tiny import TEXT, state_dict
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.checkpoint import megatron
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 from megatron_prune.importance.artifact import ScoresManifest, load_calibration_file, load_scores
 from megatron_prune.importance.metric import METRICS
 from megatron_prune.planning.make import make_plan
 from megatron_prune.planning.plan import load_plan, shape_of
 from megatron_prune.planning.selection import needed_scores
 from megatron_prune.planning.target import resolve_target
-from megatron_prune.pruning.target_options import BEST
+from megatron_prune.pruning.options import BEST
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.export import ExportOptions, export
@@ -39,7 +39,7 @@ def home(tiny, tmp_path_factory) -> Path:
     """``qwen2`` and ``other`` (the same shape, other weights) at TP 1 in float32, and ``text.txt``."""
     home = tmp_path_factory.mktemp("scores")
     for name, changes in (("qwen2", {}), ("other", {"seed": 1})):
-        convert(ConvertOptions(load_dir=str(tiny("qwen2", dtype="float32", **changes)), save_dir=str(home / name)), World())
+        convert(ConvertOptions(load=str(tiny("qwen2", dtype="float32", **changes)), save=str(home / name)), World())
     (home / "text.txt").write_text("".join(f"{number}: {TEXT}" for number in range(60)))
     return home
 
@@ -216,7 +216,7 @@ def test_a_budget_gives_a_shape_within_it_that_transformers_loads(scored, home, 
     else:
         limit = 100_000 if "params" in budget else parameter_count(old) * (1 - budget["ratio"])
         assert 0.85 * limit < parameter_count(new) <= limit
-    export(ExportOptions(load_dir=str(tmp_path / "cut"), save_dir=str(tmp_path / "hf")), World())
+    export(ExportOptions(load=str(tmp_path / "cut"), save=str(tmp_path / "hf")), World())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     assert model.num_parameters() == parameter_count(new)
     assert model(torch.arange(8)[None]).logits.isfinite().all()
@@ -276,8 +276,8 @@ def words(home: Path, verb: str, tmp_path: Path, *more: object) -> list:
 def test_scores_of_another_checkpoint_are_refused(scored, home, tiny, tmp_path, refused):
     base = ["--save", tmp_path / "out", "--scores", scored(), "--ffn_hidden_size_remain", 48]
     refused(["prune", "--load", home / "other", *base], "made from another model of the same shape.*score this checkpoint")
-    convert(ConvertOptions(load_dir=str(tiny("qwen3")), save_dir=str(tmp_path / "wider")), World())
-    convert(ConvertOptions(load_dir=str(tiny("llama")), save_dir=str(tmp_path / "llama")), World())
+    convert(ConvertOptions(load=str(tiny("qwen3")), save=str(tmp_path / "wider")), World())
+    convert(ConvertOptions(load=str(tiny("llama")), save=str(tmp_path / "llama")), World())
     refused(["prune", "--load", tmp_path / "llama", *base], "another shape.*num_query_groups: 6 there, 12 here")
     refused(["prune", "--load", tmp_path / "wider", *base], "another model")
 
@@ -377,7 +377,7 @@ def test_a_rotated_plan_needs_text(home, ranks, tmp_path, refused):
     again = prune(ranks(1), home, tmp_path / "again", data=(f"{home / 'text.txt'}:1",), plan=str(plan))
     assert again[-1] == "refit/outer"
     for name in ("rotated", "again"):
-        export(ExportOptions(load_dir=str(tmp_path / name), save_dir=str(tmp_path / f"{name}_hf")), World())
+        export(ExportOptions(load=str(tmp_path / name), save=str(tmp_path / f"{name}_hf")), World())
     ours, theirs = (state_dict(tmp_path / f"{name}_hf") for name in ("rotated", "again"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
@@ -447,7 +447,7 @@ def test_pruning_that_was_stopped_goes_on(home, whole, ranks, tmp_path, prefix, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "cut.json"]
     assert load_plan(tmp_path / "cut.json") == load_plan(Path(f"{whole}.json"))
     for path in (whole, tmp_path / "cut"):
-        export(ExportOptions(load_dir=str(path), save_dir=str(tmp_path / f"{path.name}_hf")), World())
+        export(ExportOptions(load=str(path), save=str(tmp_path / f"{path.name}_hf")), World())
     ours, theirs = (state_dict(tmp_path / f"{name}_hf") for name in ("cut", "whole"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
@@ -465,7 +465,7 @@ def test_layers_re_fitted_for_another_cut_are_not_used(home, ranks, tmp_path, ch
     prune(ranks(1), home, tmp_path / "alone", data=data, **{**CUT, **change})
     assert filed[-1] == "refit/outer" and "refit/layer_0000" in filed
     for name in ("cut", "alone"):
-        export(ExportOptions(load_dir=str(tmp_path / name), save_dir=str(tmp_path / f"{name}_hf")), World())
+        export(ExportOptions(load=str(tmp_path / name), save=str(tmp_path / f"{name}_hf")), World())
     ours, theirs = (state_dict(tmp_path / f"{name}_hf") for name in ("cut", "alone"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 

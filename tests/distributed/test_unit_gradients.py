@@ -38,7 +38,7 @@ LAYOUTS = [(1, 1, 1), (2, 1, 1), (3, 1, 1), (2, 2, 1), (1, 1, 2)]
 def made(tiny, tmp_path_factory) -> tuple[str, Path]:
     """(Megatron checkpoint, Hugging Face directory) with biases, in float32."""
     source, target = tiny("qwen2", dtype="float32"), tmp_path_factory.mktemp("model") / "megatron"
-    convert(ConvertOptions(load_dir=str(source), save_dir=str(target)), World())
+    convert(ConvertOptions(load=str(source), save=str(target)), World())
     return str(target), source
 
 

@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 
 if __name__ == "__main__":
     if os.environ["RANK"] == "1":

@@ -155,7 +155,7 @@ def run(model: Path, save: Path, **options) -> Path:
         save_samples(samples, SAMPLES, {"content_id": "for a test"})
     given = {"ratio": 0.25, "allocate": "free", "metric": "activation", "reconstruct": 0, **options}
     text = {"data": (str(samples),), "nsamples": len(SAMPLES), "seq_length": SAMPLES.shape[1]}
-    prune_hf(PruneHfOptions(model_name_or_path=str(model), output_path=str(save), **text, **given), World())
+    prune_hf(PruneHfOptions(load=str(model), save=str(save), **text, **given), World())
     return save
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 from megatron_prune.errors import InputError
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
@@ -67,9 +67,9 @@ def shared(tiny, tmp_path_factory):
     """Checkpoints that no test changes: qwen2 (12 heads in 6 groups) at TP 1, and a llama of 12 groups."""
     home = tmp_path_factory.mktemp("shared")
     for name in ("qwen2", "llama"):
-        convert(ConvertOptions(load_dir=str(tiny(name)), save_dir=str(home / name)), World())
+        convert(ConvertOptions(load=str(tiny(name)), save=str(home / name)), World())
     legacy = {"ckpt_format": "torch", "target_tensor_parallel_size": 2}
-    convert(ConvertOptions(load_dir=str(tiny("qwen2")), save_dir=str(home / "legacy"), **legacy), World())
+    convert(ConvertOptions(load=str(tiny("qwen2")), save=str(home / "legacy"), **legacy), World())
     return home
 
 
@@ -176,8 +176,8 @@ def test_a_rank_count_that_does_not_fit_is_refused_before_any_collective_by_ever
     before, load = contents(tmp_path), str(shared / "legacy")
     for step, options in (
         (prune, PruneOptions(load=load, save=str(tmp_path / "out"), ffn_hidden_size_remain=48)),
-        (verify, VerifyOptions(load_dir=load, hf_dir=str(tiny("qwen2")))),
-        (evaluate, EvaluateOptions(load_dir=load, data=str(tmp_path / "text"), seq_length=8, output=str(tmp_path / "out.json"))),
+        (verify, VerifyOptions(load=load, hf_dir=str(tiny("qwen2")))),
+        (evaluate, EvaluateOptions(load=load, data=str(tmp_path / "text"), seq_length=8, output=str(tmp_path / "out.json"))),
     ):
         with pytest.raises(InputError, match=re.compile(f"{size} processes for TP 2 × PP 1.*multiple of 2", re.DOTALL)):
             step(options, Deaf(0, size, 0))

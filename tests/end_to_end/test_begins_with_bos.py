@@ -46,7 +46,7 @@ def test_which_token_it_is(tiny, tmp_path):
 def home(tiny, tmp_path_factory) -> Path:
     """``m``: a Gemma at TP 1, and ``text.txt``."""
     home = tmp_path_factory.mktemp("bos")
-    convert(ConvertOptions(load_dir=str(tiny("gemma3_text", dtype="float32")), save_dir=str(home / "m")), World())
+    convert(ConvertOptions(load=str(tiny("gemma3_text", dtype="float32")), save=str(home / "m")), World())
     (home / "text.txt").write_text(TEXT * 20)
     return home
 
@@ -82,5 +82,5 @@ def test_a_stopped_run_without_it_is_begun_anew(home, tmp_path, monkeypatch):
 
 def test_evaluations_say_it(home, tmp_path):
     settings = {"data": str(home / "text.txt"), "windows": 1, "seq_length": 16, "output": str(tmp_path / "e.json")}
-    evaluate(EvaluateOptions(load_dir=str(home / "m"), **settings), World())
+    evaluate(EvaluateOptions(load=str(home / "m"), **settings), World())
     assert json.loads((tmp_path / "e.json").read_text())["begins_with_bos"] is True

@@ -20,7 +20,7 @@ from tiny import TEXT, state_dict
 
 from megatron_prune.arch.tensors import HEAD, TensorId, parameter_count
 from megatron_prune.checkpoint import megatron
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 from megatron_prune.families.family import FAMILIES
 from megatron_prune.importance.artifact import load_scores
 from megatron_prune.planning.make import whole_plan
@@ -46,16 +46,16 @@ def home(tiny, tmp_path_factory) -> Path:
     beside = tiny("qwen3", dtype="float32")
     per_layer.write_model(home / "hf", MODEL, FAMILIES.get("qwen3"), beside=beside, dtype=torch.float32)
     for source, save in ((home / "hf", home / "m"), (beside, home / "alike")):
-        convert(ConvertOptions(load_dir=str(source), save_dir=str(save)), World())
+        convert(ConvertOptions(load=str(source), save=str(save)), World())
     (home / "text.txt").write_text(TEXT * 30)
     return home
 
 
 def test_verify_and_evaluate_say_what_the_formulas_do(home, tmp_path):
-    assert verify(VerifyOptions(load_dir=str(home / "m"), hf_dir=str(home / "hf")), World()) == 0
+    assert verify(VerifyOptions(load=str(home / "m"), hf_dir=str(home / "hf")), World()) == 0
     settings = {"seq_length": 32, "windows": 3}
     output = tmp_path / "result.json"
-    evaluate(EvaluateOptions(load_dir=str(home / "m"), data=str(home / "text.txt"), output=str(output), **settings), World())
+    evaluate(EvaluateOptions(load=str(home / "m"), data=str(home / "text.txt"), output=str(output), **settings), World())
     tokens = draw_windows(str(home / "text.txt"), home / "hf", seq_length=32, count=3).tokens
     found = oracle.logits(*oracle.model_of(home / "m"), tokens)[:, :-1]
     expected = torch.nn.functional.cross_entropy(found.flatten(0, 1), tokens[:, 1:].flatten()).exp().item()
@@ -116,15 +116,15 @@ def test_a_vocabulary_is_trimmed_as_of_any_model(home, ranks, tmp_path, fold):
     options = {"counts": (str(counts),), "remain_vocab_size": 280, "save_ids": str(tmp_path / "ids.safetensors")}
     if fold:
         options |= {"fold": True, "data": (str(home / "text.txt"),), "nsamples": 12, "seq_length": 24}
-    vocab_trim(VocabTrimOptions(load_dir=str(home / "hf"), save_dir=str(tmp_path / "hf"), **options), World())
+    vocab_trim(VocabTrimOptions(load=str(home / "hf"), save=str(tmp_path / "hf"), **options), World())
     config, weights = oracle.model_of(tmp_path / "hf")
     assert config == replace(MODEL, vocab_size=280)
     old, head = oracle.model_of(home / "hf")[1][HEAD], weights[HEAD]
     kept = [int((old == row).all(dim=1).nonzero()) for row in head] if not fold else None
     if fold:
-        split = {"load_dir": str(home / "hf"), "save_dir": str(tmp_path / "two"), "target_tensor_parallel_size": 2}
+        split = {"load": str(home / "hf"), "save": str(tmp_path / "two"), "target_tensor_parallel_size": 2}
         convert(ConvertOptions(**split), World())
-        again = {**options, "load_dir": str(tmp_path / "two"), "save_dir": str(tmp_path / "trimmed"), "save_ids": None}
+        again = {**options, "load": str(tmp_path / "two"), "save": str(tmp_path / "trimmed"), "save_ids": None}
         ranks(2).run(rank_jobs.run_steps, ("vocab_trim", again))
         other = oracle.model_of(tmp_path / "trimmed")[1][HEAD]
         assert (other - head).abs().max() < 1e-4 * head.abs().max()
@@ -183,8 +183,8 @@ def test_an_adapter_is_merged_into_layers_that_have_its_matrices(home, ranks, tm
     options |= {"seq_length": 16, "global_batch_size": 4, "micro_batch_size": 2, "eval_iters": 1, "train_iters": 2}
     options |= {"lr": 2e-2, "lr_decay_style": "constant"}
     assert ranks(4).run(recover, {**options, "lora_r": 4, "lora_alpha": 12.0, **TP2_PP2}) == [0] * 4
-    export(ExportOptions(load_dir=str(tmp_path / "run"), save_dir=str(tmp_path / "peft"), adapter_only=True), World())
-    export(ExportOptions(load_dir=str(tmp_path / "run"), save_dir=str(tmp_path / "merged")), World())
+    export(ExportOptions(load=str(tmp_path / "run"), save=str(tmp_path / "peft"), adapter_only=True), World())
+    export(ExportOptions(load=str(tmp_path / "run"), save=str(tmp_path / "merged")), World())
     expected, adapter = state_dict(home / "hf"), load_file(tmp_path / "peft" / "adapter_model.safetensors")
     changed = {name.removesuffix(".lora_A.weight") for name in adapter if ".lora_A." in name}
     assert len(changed) == 3 * 4 + 3 * 3  # three layers have attention, three a feed-forward block
@@ -196,7 +196,7 @@ def test_an_adapter_is_merged_into_layers_that_have_its_matrices(home, ranks, tm
     found = state_dict(tmp_path / "merged")
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in expected.items())
-    moved = {"load_dir": str(tmp_path / "run"), "save_dir": str(tmp_path / "moved"), "target_tensor_parallel_size": 2}
+    moved = {"load": str(tmp_path / "run"), "save": str(tmp_path / "moved"), "target_tensor_parallel_size": 2}
     ranks(1).run(rank_jobs.run_steps, ("transfer", moved))
     config, weights = oracle.model_of(tmp_path / "moved")
     exported = oracle.model_of(tmp_path / "merged")[1]

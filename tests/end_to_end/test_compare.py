@@ -8,7 +8,7 @@ import pytest
 from tiny import state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 
 
 def evaluation(folder, name: str, perplexity: float, **changes) -> str:

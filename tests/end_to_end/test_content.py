@@ -20,7 +20,7 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId, tensor_ids
 from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.manifest import FILE, RECIPE_FILE, Manifest
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 from megatron_prune.files.region import Region
 from megatron_prune.runtime.model import stop_parallel
 from megatron_prune.runtime.world import World
@@ -37,7 +37,7 @@ def home(tiny, tmp_path_factory) -> Path:
     for ckpt_format, ranks in KINDS:
         layout = {"target_tensor_parallel_size": ranks, "ckpt_format": ckpt_format}
         save = str(home / f"{ckpt_format}-{ranks}")
-        convert(ConvertOptions(load_dir=str(tiny("qwen2")), save_dir=save, no_check=True, **layout), World())
+        convert(ConvertOptions(load=str(tiny("qwen2")), save=save, no_check=True, **layout), World())
     (home / "text.txt").write_text(TEXT)
     reference.write_pair(home / "pair", reference.documents(40))
     words = f"prune --load {home}/torch_dist-1 --save {home}/cut --hidden_size_remain 40 --metric random"
@@ -179,9 +179,9 @@ def test_exchanged_files_are_an_error(home, tmp_path, fails, kind, one, other):
 
 def test_a_file_of_another_checkpoint_in_its_place_is_an_error(home, tiny, tmp_path, fails):
     for ckpt_format, ranks, name in (("torch_dist", 1, "__0_0.distcp"), ("torch", 2, "mp_rank_01/model_optim_rng.pt")):
-        other = {"save_dir": str(tmp_path / f"other-{ckpt_format}"), "ckpt_format": ckpt_format, "no_check": True}
+        other = {"save": str(tmp_path / f"other-{ckpt_format}"), "ckpt_format": ckpt_format, "no_check": True}
         source = str(tiny("qwen2", seed=9))
-        convert(ConvertOptions(load_dir=source, target_tensor_parallel_size=ranks, **other), World())
+        convert(ConvertOptions(load=source, target_tensor_parallel_size=ranks, **other), World())
         m = Path(shutil.copytree(home / f"{ckpt_format}-{ranks}", tmp_path / ckpt_format))
         shutil.copyfile(tmp_path / f"other-{ckpt_format}/release" / name, m / "release" / name)
         fails(f"export --load-dir {m} --save-dir {tmp_path}/out", f"{name}: .* is not what was written")
@@ -319,7 +319,7 @@ def test_a_pruned_hugging_face_directory_keeps_digests_of_its_weights(home, tmp_
 def trained(tiny, tmp_path_factory) -> Path:
     """Runs of two steps, of the model (``run``) and of an adapter (``lora``)."""
     home = tmp_path_factory.mktemp("trained")
-    convert(ConvertOptions(load_dir=str(tiny("llama", num_hidden_layers=2)), save_dir=str(home / "m")), World())
+    convert(ConvertOptions(load=str(tiny("llama", num_hidden_layers=2)), save=str(home / "m")), World())
     reference.write_pair(home / "text", reference.documents(40))
     common = {"load": str(home / "m"), "data_path": (str(home / "text"),), "split": "80,10,10", "seq_length": 16, "eval_iters": 1}
     common |= {"train_iters": 2, "global_batch_size": 2, "micro_batch_size": 2, "save_interval": 1, "lr": 1e-3}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 
@@ -25,7 +25,7 @@ def made(tiny, tmp_path_factory):
     """A model (``hf``), its checkpoint (``m``), text, scores and samples; no test changes them."""
     home = tmp_path_factory.mktemp("made")
     shutil.copytree(tiny("qwen2"), home / "hf")
-    convert(ConvertOptions(load_dir=str(home / "hf"), save_dir=str(home / "m")), World())
+    convert(ConvertOptions(load=str(home / "hf"), save=str(home / "m")), World())
     (home / "text.txt").write_text("A small text for a small tokenizer. " * 60)
     text = ["--data", str(home / "text.txt:1"), "--nsamples", "2", "--seq-length", "16"]
     main(["score", "--load", str(home / "m"), "--save", str(home / "scores"), "--metrics", "activation", *text])

@@ -16,7 +16,7 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count, tensor_ids, tensor_shape
 from megatron_prune.checkpoint import huggingface
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 from megatron_prune.families.family import FAMILIES
 from megatron_prune.files.region import close_files
 from megatron_prune.planning.resources import PROCESS_BYTES, Training, rank_parameters, saving_memory, streaming_memory
@@ -25,7 +25,7 @@ from megatron_prune.steps.convert import ConvertOptions, convert
 
 CHILD = """
 import sys
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 main(sys.argv[1:])
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
@@ -75,7 +75,7 @@ def test_measuring_and_refitting_take_what_the_estimate_says(tmp_path, capsys):
     sizes = {"hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 2, "max_position_embeddings": 128}
     build_tiny(tmp_path / "m", head_dim=64, vocab_size=32000, **sizes)
     dense = str(tmp_path / "dense")
-    convert(ConvertOptions(load_dir=str(tmp_path / "m"), save_dir=dense), World())
+    convert(ConvertOptions(load=str(tmp_path / "m"), save=dense), World())
     (tmp_path / "text.txt").write_text("".join(f"{number} boxers chase {number * 7}. " for number in range(4000)))
     asked = ["--ffn-hidden-size-remain", "2048"]
     capsys.readouterr()
@@ -113,7 +113,7 @@ def test_recovery_takes_the_memory_and_the_time_that_the_estimate_says(tmp_path,
         sizes = {"hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": layers, "max_position_embeddings": 128}
         build_tiny(tmp_path / f"m{layers}", head_dim=64, vocab_size=32000, **sizes)
         start = str(tmp_path / f"start{layers}")
-        convert(ConvertOptions(load_dir=str(tmp_path / f"m{layers}"), save_dir=start), World())
+        convert(ConvertOptions(load=str(tmp_path / f"m{layers}"), save=start), World())
         capsys.readouterr()
         asked = ["--target-params-dtype", "fp32", "--seq-length", "128", "--micro-batch-size", "2", "--train-tokens", "1e6"]
         main(["estimate", start, *asked, "--device-tflops", "0.1", "--mfu", "1", "--json"])
@@ -132,8 +132,8 @@ def test_recovery_takes_the_memory_and_the_time_that_the_estimate_says(tmp_path,
 def test_the_fullest_rank_holds_what_the_estimate_says(tiny, tmp_path, tp, pp):
     source = tiny("qwen3", tie_word_embeddings=False)
     options = ConvertOptions(
-        load_dir=str(source),
-        save_dir=str(tmp_path / "m"),
+        load=str(source),
+        save=str(tmp_path / "m"),
         target_tensor_parallel_size=tp,
         target_pipeline_parallel_size=pp,
         ckpt_format="torch",
@@ -157,7 +157,7 @@ def test_inspect_counts_what_is_stored(tiny, tmp_path, capsys):
     assert facts["parameters"] == sum(tensor.numel() for tensor in stored.values())
     assert facts["weight_bytes"] == sum(tensor.numel() * 2 for tensor in stored.values())
     assert facts["dtype"] == {"bfloat16": len(stored)}
-    convert(ConvertOptions(load_dir=str(source), save_dir=str(tmp_path / "m"), target_tensor_parallel_size=4), World())
+    convert(ConvertOptions(load=str(source), save=str(tmp_path / "m"), target_tensor_parallel_size=4), World())
     main(["inspect", str(tmp_path / "m"), "--json"])
     again = json.loads(capsys.readouterr().out)
     assert again["parallel"] == {"tensor": 4, "pipeline": 1} and again["parameters"] == facts["parameters"]

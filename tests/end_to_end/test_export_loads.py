@@ -35,7 +35,7 @@ ARCHITECTURES = {
 
 
 def pruned(source, home, **options):
-    convert(ConvertOptions(load_dir=str(source), save_dir=str(home / "m")), World())
+    convert(ConvertOptions(load=str(source), save=str(home / "m")), World())
     prune(PruneOptions(load=str(home / "m"), save=str(home / "cut"), **options), World())
     return home / "cut"
 
@@ -46,7 +46,7 @@ def test_a_pruned_model_of_every_family_loads_generates_and_has_the_logits_of_th
 ):
     source = tiny(family, tie_word_embeddings=tied)
     cut = pruned(source, tmp_path, **SIZES)
-    export(ExportOptions(load_dir=str(cut), save_dir=str(tmp_path / "hf")), World())
+    export(ExportOptions(load=str(cut), save=str(tmp_path / "hf")), World())
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, output_loading_info=True)
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(model).__name__ == ARCHITECTURES[family]
@@ -72,21 +72,21 @@ def test_a_pruned_model_of_every_family_loads_generates_and_has_the_logits_of_th
 def test_lists_with_one_entry_per_layer_shrink_with_the_layers(tiny, tmp_path, family):
     source = tiny(family)
     assert len(json.loads((source / "config.json").read_text())["layer_types"]) == 4
-    export(ExportOptions(load_dir=str(pruned(source, tmp_path, **SIZES)), save_dir=str(tmp_path / "hf")), World())
+    export(ExportOptions(load=str(pruned(source, tmp_path, **SIZES)), save=str(tmp_path / "hf")), World())
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert len(config["layer_types"]) == config["num_hidden_layers"] == 3
 
 
 def test_a_hidden_size_that_llamas_class_cannot_say_is_refused_and_mistrals_class_says_it(tiny, ranks, tmp_path):
     source = tiny("llama", tie_word_embeddings=True)
-    convert(ConvertOptions(load_dir=str(source), save_dir=str(tmp_path / "m")), World())
+    convert(ConvertOptions(load=str(source), save=str(tmp_path / "m")), World())
     options = {"load": str(tmp_path / "m"), "save": str(tmp_path / "cut"), "metric": "magnitude", "hidden_size_remain": 40}
     with pytest.raises(InputError, match=r"(?s)LlamaForCausalLM.*hidden_size 40 with 12.*36.*--target-family mistral"):
         prune(PruneOptions(**options), World())
     assert not (tmp_path / "cut").exists()
 
     prune(PruneOptions(**options, target_family="mistral"), World())
-    export(ExportOptions(load_dir=str(tmp_path / "cut"), save_dir=str(tmp_path / "hf")), World())
+    export(ExportOptions(load=str(tmp_path / "cut"), save=str(tmp_path / "hf")), World())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     assert (type(model).__name__, model.config.sliding_window) == ("MistralForCausalLM", None)
     assert (model.config.hidden_size, model.config.num_attention_heads, model.config.head_dim) == (40, 12, 8)
@@ -99,14 +99,14 @@ def test_a_hidden_size_that_llamas_class_cannot_say_is_refused_and_mistrals_clas
 
 def test_a_llama_is_exported_as_mistral_and_computes_the_same(tiny, tmp_path):
     source = tiny("llama", tie_word_embeddings=True)
-    convert(ConvertOptions(load_dir=str(source), save_dir=str(tmp_path / "m")), World())
-    export(ExportOptions(load_dir=str(tmp_path / "m"), save_dir=str(tmp_path / "hf"), target_family="mistral"), World())
+    convert(ConvertOptions(load=str(source), save=str(tmp_path / "m")), World())
+    export(ExportOptions(load=str(tmp_path / "m"), save=str(tmp_path / "hf"), target_family="mistral"), World())
     assert json.loads((tmp_path / "hf/config.json").read_text())["architectures"] == ["MistralForCausalLM"]
     assert torch.equal(tiny_module.logits(tmp_path / "hf", TOKENS), tiny_module.logits(source, TOKENS))
 
 
 def test_a_family_of_another_architecture_is_refused(tiny, tmp_path):
-    convert(ConvertOptions(load_dir=str(tiny("qwen2")), save_dir=str(tmp_path / "m")), World())
+    convert(ConvertOptions(load=str(tiny("qwen2")), save=str(tmp_path / "m")), World())
     with pytest.raises(InputError, match="(?s)--target-family llama.*qwen2 model"):
-        export(ExportOptions(load_dir=str(tmp_path / "m"), save_dir=str(tmp_path / "hf"), target_family="llama"), World())
+        export(ExportOptions(load=str(tmp_path / "m"), save=str(tmp_path / "hf"), target_family="llama"), World())
     assert not (tmp_path / "hf").exists()

@@ -39,7 +39,7 @@ def models(tmp_path_factory):
     home = tmp_path_factory.mktemp("big")
     for name, seed in (("old", 0), ("new", 1)):
         build_tiny(home / name, "mistral", dtype="float32", seed=seed, **BIG)
-        options = {"load_dir": str(home / name), "save_dir": str(home / f"{name}-m"), "target_tensor_parallel_size": 2}
+        options = {"load": str(home / name), "save": str(home / f"{name}-m"), "target_tensor_parallel_size": 2}
         convert(ConvertOptions(**options), World())
     assert 40e6 < (home / "new/model.safetensors").stat().st_size < 80e6
     return home
@@ -48,9 +48,9 @@ def models(tmp_path_factory):
 def steps(models: Path, verb: str, which: str, out: Path) -> tuple[str, dict]:
     """The run that makes ``which`` at ``out``."""
     if verb == "convert":
-        return verb, {"load_dir": str(models / which), "save_dir": str(out), "target_tensor_parallel_size": 3, "overwrite": True}
+        return verb, {"load": str(models / which), "save": str(out), "target_tensor_parallel_size": 3, "overwrite": True}
     if verb == "export":
-        return verb, {"load_dir": str(models / f"{which}-m"), "save_dir": str(out), "overwrite": True}
+        return verb, {"load": str(models / f"{which}-m"), "save": str(out), "overwrite": True}
     sizes = {"ffn_hidden_size_remain": 1024, "drop_layers": (2,), "tensor_model_parallel_size": 1, "metric": "magnitude"}
     return verb, {"load": str(models / f"{which}-m"), "save": str(out), "overwrite": True, "ckpt_format": "torch", **sizes}
 
@@ -111,14 +111,14 @@ def test_a_kill_at_any_moment_leaves_the_old_state_or_the_new_one(context, model
     assert sorted(os.listdir(place)) == ["out"]
     assert same_tree(out, tmp_path / "new")
     if verb != "export":  # and what all of them were compared with is the right model
-        export(ExportOptions(load_dir=str(out), save_dir=str(tmp_path / "hf")), World())
+        export(ExportOptions(load=str(out), save=str(tmp_path / "hf")), World())
         if verb == "convert":
             assert same_tree(tmp_path / "hf", models / "new")
         else:
             plain = {"load": str(models / "new-m"), "save": str(tmp_path / "plain"), "ckpt_format": "torch_dist"}
             sizes = {"ffn_hidden_size_remain": 1024, "drop_layers": (2,), "tensor_model_parallel_size": 1, "metric": "magnitude"}
             prune(PruneOptions(**plain, **sizes), World())
-            export(ExportOptions(load_dir=str(tmp_path / "plain"), save_dir=str(tmp_path / "again/hf")), World())
+            export(ExportOptions(load=str(tmp_path / "plain"), save=str(tmp_path / "again/hf")), World())
             assert same_tree(tmp_path / "hf", tmp_path / "again/hf")
     else:
         assert same_tree(out, models / "new")

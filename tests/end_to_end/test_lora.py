@@ -33,7 +33,7 @@ def home(tmp_path_factory, tiny) -> Path:
     models = {"m": {}, "other": {"seed": 3}, "grouped": {"num_key_value_heads": 2}}
     for name, changes in models.items():
         source = tiny("llama", dtype="float32", num_hidden_layers=2, **changes)
-        convert(ConvertOptions(load_dir=str(source), save_dir=str(home / name)), World())
+        convert(ConvertOptions(load=str(source), save=str(home / name)), World())
         if name == "m":
             (home / "hf").symlink_to(source)
     reference.write_pair(home / "text", reference.documents(40))
@@ -61,8 +61,8 @@ def test_merged_and_through_peft_an_adapter_is_one_model_and_the_base_stays(home
     from peft import PeftModel
 
     before = {path: path.read_bytes() for path in (home / "m").rglob("*") if path.is_file()}
-    export(ExportOptions(load_dir=str(trained), save_dir=str(tmp_path / "merged")), World())
-    export(ExportOptions(load_dir=str(trained), save_dir=str(tmp_path / "peft"), adapter_only=True), World())
+    export(ExportOptions(load=str(trained), save=str(tmp_path / "merged")), World())
+    export(ExportOptions(load=str(trained), save=str(tmp_path / "peft"), adapter_only=True), World())
     merged = state_dict(tmp_path / "merged")
     expected = PeftModel.from_pretrained(reference.load(home / "hf"), tmp_path / "peft").merge_and_unload().state_dict()
     base = state_dict(home / "hf")
@@ -86,28 +86,28 @@ def test_a_checkpoint_holds_the_adapters_alone(trained):
 
 def test_only_what_is_named_changes(home, tmp_path):
     assert jobs.recover(World(), options(home, tmp_path / "run", lora_targets=("linear_fc2", "k_proj"), train_iters=2)) == 0
-    export(ExportOptions(load_dir=str(tmp_path / "run"), save_dir=str(tmp_path / "merged")), World())
+    export(ExportOptions(load=str(tmp_path / "run"), save=str(tmp_path / "merged")), World())
     base, merged = state_dict(home / "hf"), state_dict(tmp_path / "merged")
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
     assert changed == {f"model.layers.{n}.{each}.weight" for n in (0, 1) for each in ("mlp.down_proj", "self_attn.k_proj")}
-    export(ExportOptions(load_dir=str(tmp_path / "run"), save_dir=str(tmp_path / "peft"), adapter_only=True), World())
+    export(ExportOptions(load=str(tmp_path / "run"), save=str(tmp_path / "peft"), adapter_only=True), World())
     described = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert (described["target_modules"], described["r"], described["lora_alpha"]) == (["down_proj", "k_proj"], 4, 8.0)
     assert len(load_file(tmp_path / "peft" / "adapter_model.safetensors")) == 2 * 2 * 2
 
 
 def test_a_merge_by_transfer_is_that_of_the_export_and_goes_on_through_pruning(home, trained, tmp_path):
-    moved = TransferOptions(load_dir=str(trained), save_dir=str(tmp_path / "m2"), target_tensor_parallel_size=2)
+    moved = TransferOptions(load=str(trained), save=str(tmp_path / "m2"), target_tensor_parallel_size=2)
     transfer(moved, World())
-    export(ExportOptions(load_dir=str(tmp_path / "m2"), save_dir=str(tmp_path / "hf2")), World())
-    export(ExportOptions(load_dir=str(trained), save_dir=str(tmp_path / "hf")), World())
+    export(ExportOptions(load=str(tmp_path / "m2"), save=str(tmp_path / "hf2")), World())
+    export(ExportOptions(load=str(trained), save=str(tmp_path / "hf")), World())
     one, two = state_dict(tmp_path / "hf"), state_dict(tmp_path / "hf2")
     assert all(torch.equal(value, two[name]) for name, value in one.items()) and set(one) == set(two)
     cut = PruneOptions(
         load=str(tmp_path / "m2"), save=str(tmp_path / "p"), ffn_hidden_size_remain=48, tensor_model_parallel_size=1
     )
     prune(cut, World())
-    export(ExportOptions(load_dir=str(tmp_path / "p"), save_dir=str(tmp_path / "p-hf")), World())
+    export(ExportOptions(load=str(tmp_path / "p"), save=str(tmp_path / "p-hf")), World())
     assert state_dict(tmp_path / "p-hf")["model.layers.0.mlp.down_proj.weight"].shape == (48, 48)
 
 
@@ -171,10 +171,10 @@ def test_a_run_goes_on_at_any_other_layout(home, trained, ranks, tmp_path, model
 
 def test_a_model_that_moved_is_named_and_another_is_refused(home, tiny, tmp_path):
     source = tiny("llama", dtype="float32", num_hidden_layers=2)
-    convert(ConvertOptions(load_dir=str(source), save_dir=str(tmp_path / "m")), World())
+    convert(ConvertOptions(load=str(source), save=str(tmp_path / "m")), World())
     assert jobs.recover(World(), options(home, tmp_path / "run", load=str(tmp_path / "m"), train_iters=2)) == 0
     (tmp_path / "m").rename(tmp_path / "elsewhere")
-    wanted = {"load_dir": str(tmp_path / "run"), "save_dir": str(tmp_path / "hf")}
+    wanted = {"load": str(tmp_path / "run"), "save": str(tmp_path / "hf")}
     with pytest.raises(CheckpointError, match="(?s)the model that the adapter.*--base"):
         export(ExportOptions(**wanted), World())
     with pytest.raises(CheckpointError, match="(?s)other is not the model that the adapter.*--base"):
@@ -188,7 +188,7 @@ def test_a_model_that_moved_is_named_and_another_is_refused(home, tiny, tmp_path
 
 def test_what_is_no_adapter_is_not_written_as_one(home, tmp_path):
     with pytest.raises(InputError, match="--adapter-only.*m is no adapter"):
-        export(ExportOptions(load_dir=str(home / "m"), save_dir=str(tmp_path / "peft"), adapter_only=True), World())
+        export(ExportOptions(load=str(home / "m"), save=str(tmp_path / "peft"), adapter_only=True), World())
     assert not (tmp_path / "peft").exists()
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 
@@ -18,7 +18,7 @@ TEXT = "--data {text}:1 --nsamples 2 --seq-length 16"
 def made(tiny, tmp_path_factory):
     """Words that stand for paths."""
     home = tmp_path_factory.mktemp("made")
-    convert(ConvertOptions(load_dir=str(tiny("qwen2")), save_dir=str(home / "m")), World())
+    convert(ConvertOptions(load=str(tiny("qwen2")), save=str(home / "m")), World())
     (home / "text.txt").write_text("A small text for a small tokenizer. " * 60)
     (home / "held.txt").write_text("A small text.\n")
     names = {

@@ -18,9 +18,9 @@ from megatron_prune.steps.transfer import TransferOptions, transfer
 
 
 def round_trip(source, work):
-    convert(ConvertOptions(load_dir=str(source), save_dir=str(work / "m"), target_tensor_parallel_size=3), World())
-    transfer(TransferOptions(load_dir=str(work / "m"), save_dir=str(work / "t"), ckpt_format="torch"), World())
-    export(ExportOptions(load_dir=str(work / "t"), save_dir=str(work / "back")), World())
+    convert(ConvertOptions(load=str(source), save=str(work / "m"), target_tensor_parallel_size=3), World())
+    transfer(TransferOptions(load=str(work / "m"), save=str(work / "t"), ckpt_format="torch"), World())
+    export(ExportOptions(load=str(work / "t"), save=str(work / "back")), World())
     return state_dict(work / "back")
 
 

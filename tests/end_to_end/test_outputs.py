@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import build_tiny
 
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 from megatron_prune.files import atomic
 from megatron_prune.text.pair import open_pair
 

@@ -24,7 +24,7 @@ import torch
 from tiny import build_tiny
 
 from megatron_prune import __version__
-from megatron_prune.cli import main, run_verb
+from megatron_prune.cli.main import main, run_verb
 from megatron_prune.errors import InputError, PruneError
 from megatron_prune.runtime.world import World
 from megatron_prune.steps import preprocess as step
@@ -103,7 +103,7 @@ def test_every_byte_is_that_of_the_specification_for_any_number_of_workers(folde
     one, two = write_jsonl(tmp_path / "one.jsonl", rows[:45]), write_jsonl(tmp_path / "two.jsonl", rows[45:])
     for workers in (1, 3):
         prefix = tmp_path / "new" / f"by{workers}"
-        run(input=(one, two), output_prefix=prefix, tokenizer=folder, json_keys=("text", "title"), workers=workers)
+        run(input=(one, two), save=prefix, tokenizer=folder, json_keys=("text", "title"), workers=workers)
         for key in ("text", "title"):
             documents = encoded(tokenizer, [row[key] for row in rows], [1])
             assert written(prefix, key) == dense(documents)
@@ -148,7 +148,7 @@ def test_the_tokens_are_those_of_megatrons_own_tokenizer(folder, tmp_path):
         builder.finalize(str(tmp_path / "theirs.idx"))
         run(
             input=(file,),
-            output_prefix=tmp_path / "ours",
+            save=tmp_path / "ours",
             tokenizer=tmp_path / "begins",
             tokenizer_hf_include_special_tokens=special,
             overwrite=True,
@@ -167,7 +167,7 @@ def test_megatron_trains_on_it(folder, tokenizer, tmp_path):
 
     text = "\n\n".join(row["text"] for row in records(400, seed=2))
     (tmp_path / "text.txt.gz").write_bytes(gzip.compress(text.encode()))
-    run(input=(tmp_path / "text.txt.gz",), output_prefix=tmp_path / "x", tokenizer=folder, append_eod=False)
+    run(input=(tmp_path / "text.txt.gz",), save=tmp_path / "x", tokenizer=folder, append_eod=False)
     pair = open_pair(tmp_path / "x_text_document")
     stored = IndexedDataset(pair.prefix)
     assert "".join(tokenizer.decode(stored[number]) for number in range(len(stored))) == text
@@ -206,11 +206,11 @@ def test_a_checkpoint_lends_its_tokenizer(folder, tokenizer, tmp_path):
     main(["convert", "--load-dir", str(folder), "--save-dir", str(tmp_path / "megatron")])
     (tmp_path / "x.txt").write_text("some text")
     for number, name in enumerate(("megatron", "megatron/release")):
-        run(input=(tmp_path / "x.txt",), output_prefix=tmp_path / str(number), tokenizer=tmp_path / name, workers=1)
+        run(input=(tmp_path / "x.txt",), save=tmp_path / str(number), tokenizer=tmp_path / name, workers=1)
         assert written(tmp_path / str(number)) == dense(encoded(tokenizer, ["some text"], [1]))
     shutil.rmtree(tmp_path / "megatron" / "release" / "hf")
     with pytest.raises(InputError, match="megatron keeps no tokenizer"):
-        run(input=(tmp_path / "x.txt",), output_prefix=tmp_path / "x", tokenizer=tmp_path / "megatron")
+        run(input=(tmp_path / "x.txt",), save=tmp_path / "x", tokenizer=tmp_path / "megatron")
 
 
 def parts_of(work: Path) -> dict[str, int]:
@@ -220,7 +220,7 @@ def parts_of(work: Path) -> dict[str, int]:
 
 def test_a_stopped_run_goes_on_where_it_was(folder, tokenizer, tmp_path, monkeypatch):
     rows = records(60, seed=3)
-    asked = {"input": (write_jsonl(tmp_path / "x.jsonl", rows),), "output_prefix": tmp_path / "x", "tokenizer": folder}
+    asked = {"input": (write_jsonl(tmp_path / "x.jsonl", rows),), "save": tmp_path / "x", "tokenizer": folder}
     work, join = tmp_path / ".x.work/content", step.join_parts
     expected, found = dense(encoded(tokenizer, [row["text"] for row in rows], [1])), []
 
@@ -277,7 +277,7 @@ def test_a_mended_line_leaves_the_other_parts_as_they_were(folder, tokenizer, tm
     good = file.read_text().splitlines(keepends=True)
     file.write_text("".join([*good[:-1], "no\n"]))
     with pytest.raises(InputError, match="x.jsonl, line 61 is not JSON"):
-        run(input=(file,), output_prefix=tmp_path / "x", tokenizer=folder, workers=1)
+        run(input=(file,), save=tmp_path / "x", tokenizer=folder, workers=1)
     kept, found, join = parts_of(tmp_path / ".x.work/content"), {}, step.join_parts
 
     def watched(parts, *more):
@@ -286,7 +286,7 @@ def test_a_mended_line_leaves_the_other_parts_as_they_were(folder, tokenizer, tm
 
     monkeypatch.setattr(step, "join_parts", watched)
     write_jsonl(file, rows)
-    run(input=(file,), output_prefix=tmp_path / "x", tokenizer=folder, workers=1)
+    run(input=(file,), save=tmp_path / "x", tokenizer=folder, workers=1)
     assert written(tmp_path / "x") == dense(encoded(tokenizer, [row["text"] for row in rows], [1]))
     assert kept and kept.items() <= found.items()
 
@@ -296,7 +296,7 @@ import sys
 from megatron_prune.runtime.world import World
 from megatron_prune.steps import preprocess as step
 step.part_size = lambda total: 2000
-options = step.PreprocessOptions(input=(sys.argv[1],), output_prefix=sys.argv[2], tokenizer=sys.argv[3], workers=2)
+options = step.PreprocessOptions(input=(sys.argv[1],), save=sys.argv[2], tokenizer=sys.argv[3], workers=2)
 step.preprocess(options, World())
 """
 
@@ -340,7 +340,7 @@ def test_a_killed_run_leaves_no_process_and_no_output(folder, tokenizer, tmp_pat
         time.sleep(0.05)
     assert not [pid for pid in workers if alive(pid)]
     assert sorted(os.listdir(tmp_path)) == [".x.work", "x.jsonl"]
-    run(input=(file,), output_prefix=tmp_path / "x", tokenizer=folder, workers=2)
+    run(input=(file,), save=tmp_path / "x", tokenizer=folder, workers=2)
     assert written(tmp_path / "x") == dense(encoded(tokenizer, [row["text"] for row in rows], [1]))
     assert not work.exists()
 
@@ -401,8 +401,8 @@ def test_bad_input_is_refused_by_name(refused, folder, tokenizer, tmp_path):
         (["--input", tmp_path / "taken_text_document.bin"], "is not text"),
     ):
         refused(argv, pattern)
-    run(input=(good,), output_prefix=tmp_path / "z", tokenizer=tmp_path / "endless", append_eod=False, workers=1)
+    run(input=(good,), save=tmp_path / "z", tokenizer=tmp_path / "endless", append_eod=False, workers=1)
     assert open_pair(tmp_path / "z_text_document").total == 1
     assert json.loads((tmp_path / "z_text_document.json").read_text())["tokenizer"]["eod"] is None
     with pytest.raises(InputError, match="(?s)one process.*got: 2.*--workers"):
-        preprocess(PreprocessOptions(input=(str(good),), output_prefix="x", tokenizer=str(folder)), World(0, 2, 0))
+        preprocess(PreprocessOptions(input=(str(good),), save="x", tokenizer=str(folder)), World(0, 2, 0))

@@ -30,14 +30,14 @@ def real(tmp_path_factory):
 @pytest.mark.parametrize("tp, pp, ckpt_format", [(3, 1, "torch_dist"), (3, 2, "torch"), (1, 5, "torch_dist")])
 def test_every_byte_of_the_real_model_returns(real, tmp_path, tp, pp, ckpt_format):
     options = ConvertOptions(
-        load_dir=str(real / "model"),
-        save_dir=str(tmp_path / "m"),
+        load=str(real / "model"),
+        save=str(tmp_path / "m"),
         target_tensor_parallel_size=tp,
         target_pipeline_parallel_size=pp,
         ckpt_format=ckpt_format,
     )
     convert(options, World())
-    export(ExportOptions(load_dir=str(tmp_path / "m"), save_dir=str(tmp_path / "back")), World())
+    export(ExportOptions(load=str(tmp_path / "m"), save=str(tmp_path / "back")), World())
     names = sorted(file.name for file in (real / "model").iterdir())
     assert names == sorted(file.name for file in (tmp_path / "back").iterdir())
     for name in names:
@@ -48,7 +48,7 @@ def test_perplexity_under_three_ranks_is_that_of_transformers(real, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    convert(ConvertOptions(load_dir=str(real / "model"), save_dir=str(tmp_path / "m"), target_tensor_parallel_size=3), World())
+    convert(ConvertOptions(load=str(real / "model"), save=str(tmp_path / "m"), target_tensor_parallel_size=3), World())
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "megatron_prune"]
     data = ["--data", str(real / "held_out.txt"), "--windows", "3", "--output", str(tmp_path / "e.json")]
     subprocess.run([*launch, "evaluate", "--load-dir", str(tmp_path / "m"), *data], check=True)
@@ -71,13 +71,13 @@ def test_a_third_of_the_real_vocabulary_says_what_the_whole_one_said(real, tmp_p
     from megatron_prune.vocabulary.vocabulary import open_vocabulary
 
     model, counts = str(real / "model"), str(tmp_path / "counts")
-    vocab_count(VocabCountOptions(tokenizer=model, input=(str(real / "calibration.txt"),), output=counts), World())
+    vocab_count(VocabCountOptions(tokenizer=model, input=(str(real / "calibration.txt"),), save=counts), World())
     files = {
-        "save_dir": str(tmp_path / "out"),
+        "save": str(tmp_path / "out"),
         "report": str(tmp_path / "report.json"),
         "held_out": (str(real / "held_out.txt"),),
     }
-    vocab_trim(VocabTrimOptions(load_dir=model, counts=(counts,), remain_vocab_size=16384, **files), World())
+    vocab_trim(VocabTrimOptions(load=model, counts=(counts,), remain_vocab_size=16384, **files), World())
     report = json.loads((tmp_path / "report.json").read_text())  # made only if every covered line encodes as before, and no other
     assert report["held_out"]["same_encoding"] > 0.5 and report["held_out"]["more_tokens"] < 0.1
     whole, ids = open_vocabulary(real / "model", 49152), load_map(tmp_path / "out")

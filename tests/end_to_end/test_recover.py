@@ -31,7 +31,7 @@ import torch
 from ranks import RankFailed
 from tiny import state_dict
 
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.recovery.trainer import TrainingError
 from megatron_prune.runtime.world import World
@@ -50,7 +50,7 @@ def home(tmp_path_factory, tiny) -> Path:
     changes = {"m": {}, "taught": {"seed": 5, "intermediate_size": 132}, "other": {"vocab_size": 400}}
     for name, change in changes.items():
         source = tiny("llama", dtype="float32", num_hidden_layers=2, **change)
-        convert(ConvertOptions(load_dir=str(source), save_dir=str(home / name)), World())
+        convert(ConvertOptions(load=str(source), save=str(home / name)), World())
         os.symlink(source, home / {"m": "hf"}.get(name, f"{name}-hf"))
     reference.write_pair(home / "text", reference.documents(40))
     return home
@@ -466,7 +466,7 @@ def test_the_numbers_of_a_run_are_in_its_history_its_plot_and_tensorboard(run, w
     counts = (STEPS * BATCH, HELD_OUT * BATCH, HELD_OUT * BATCH)
     blend = ([str(home / "text")], None)
     _, _, test = reference.samples(blend, SPLIT, seq_length=LENGTH, seed=SEED, counts=counts)
-    export(ExportOptions(load_dir=str(save), save_dir=str(tmp_path / "hf")), World())
+    export(ExportOptions(load=str(save), save=str(tmp_path / "hf")), World())
     assert summary["test_loss"] == pytest.approx(reference.cross_entropy(reference.load(tmp_path / "hf"), test), rel=3e-6)
 
 
@@ -512,7 +512,7 @@ def test_weights_and_biases_gets_the_same_numbers(run, whole, tmp_path, monkeypa
 @pytest.mark.parametrize("which", ["iter_0000006", "best", "."])
 def test_a_checkpoint_of_a_run_is_exported_to_what_transformers_runs_alike(whole, tmp_path, home, which):
     save, tokens = whole(), torch.randint(0, 307, (2, 20), generator=torch.Generator().manual_seed(2))
-    export(ExportOptions(load_dir=str(save / which), save_dir=str(tmp_path / "hf")), World())
+    export(ExportOptions(load=str(save / which), save=str(tmp_path / "hf")), World())
     ours = torch.from_numpy(rank_jobs.logits(World(), str(save / which), tokens.tolist(), 1, 1))
     theirs = tiny_module.logits(tmp_path / "hf", tokens)
     assert (ours - theirs).abs().max() < 1e-4 * theirs.std()
@@ -536,7 +536,7 @@ def test_megatron_cores_own_loader_reads_the_model_of_a_run(whole, ranks, tmp_pa
     world = [World()] if tp * pp == 1 else None
     stock = rank_jobs.load_stock
     found = [stock(world[0], str(folder), args, 1, 1)] if world else ranks(tp * pp).run(stock, str(folder), args, tp, pp)
-    export(ExportOptions(load_dir=str(folder), save_dir=str(tmp_path / "hf")), World())
+    export(ExportOptions(load=str(folder), save=str(tmp_path / "hf")), World())
     theirs = {name: value.numpy() for name, value in state_dict(tmp_path / "hf").items()}
     for rank, parameters in enumerate(found):
         stage, shard = divmod(rank, tp)
@@ -563,7 +563,7 @@ def test_megatron_cores_own_loader_reads_the_model_of_a_run(whole, ranks, tmp_pa
 
 
 def test_a_run_begins_from_a_legacy_checkpoint_and_from_one_of_another_run(run, whole, tmp_path, home):
-    convert(ConvertOptions(load_dir=str(home / "hf"), save_dir=str(tmp_path / "old"), ckpt_format="torch"), World())
+    convert(ConvertOptions(load=str(home / "hf"), save=str(tmp_path / "old"), ckpt_format="torch"), World())
     assert run(tmp_path / "run", load=str(tmp_path / "old")) == 0
     assert history(tmp_path / "run") == history(whole())
     assert run(tmp_path / "next", load=str(whole() / "best"), train_iters=1, lr_warmup_iters=0) == 0

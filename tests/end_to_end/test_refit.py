@@ -50,7 +50,7 @@ def run(model: Path, save: Path, sizes: dict | None, **options) -> Path:
     given = {**defaults, **options}
     if given.get("refit") is False:
         given |= {"ridge": None, "reconstruct": 4}  # as they are by default
-    prune_hf(PruneHfOptions(model_name_or_path=str(model), output_path=str(save), **given), World())
+    prune_hf(PruneHfOptions(load=str(model), save=str(save), **given), World())
     return save
 
 
@@ -337,7 +337,7 @@ def test_a_writer_before_a_norm_takes_over_what_copies_of_its_channels_wrote(tmp
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     sizes = {"ffn_hidden_size_remain": 60}
     bare = tmp_path / "bare"
-    prune_hf(PruneHfOptions(model_name_or_path=str(model), output_path=str(bare), metric="magnitude", **sizes), World())
+    prune_hf(PruneHfOptions(load=str(model), save=str(bare), metric="magnitude", **sizes), World())
     fitted = run(model, tmp_path / "fitted", sizes, metric="magnitude", ridge=1e-8)
     dense = logits(model, SAMPLES)
     plan = json.loads((fitted / "plan.json").read_text())

@@ -26,15 +26,15 @@ def test_every_byte_returns(tiny, family, tmp_path, tp, pp, ckpt_format):
     source = tiny(family, tie_word_embeddings=family in ("llama", "qwen2"))
     convert(
         ConvertOptions(
-            load_dir=str(source),
-            save_dir=str(tmp_path / "megatron"),
+            load=str(source),
+            save=str(tmp_path / "megatron"),
             target_tensor_parallel_size=tp,
             target_pipeline_parallel_size=pp,
             ckpt_format=ckpt_format,
         ),
         World(),
     )
-    export(ExportOptions(load_dir=str(tmp_path / "megatron"), save_dir=str(tmp_path / "back")), World())
+    export(ExportOptions(load=str(tmp_path / "megatron"), save=str(tmp_path / "back")), World())
     assert_same_directory(source, tmp_path / "back")
 
 
@@ -42,26 +42,26 @@ def test_every_byte_returns(tiny, family, tmp_path, tp, pp, ckpt_format):
 def test_a_wider_dtype_and_transfers_in_between_lose_nothing(tiny, tmp_path, there, back):
     source = tiny("qwen3", tie_word_embeddings=False)
     steps = [(6, 2, "torch"), (3, 1, "torch_dist"), (12, 4, "torch_dist"), (2, 2, "torch")]
-    convert(ConvertOptions(load_dir=str(source), save_dir=str(tmp_path / "0"), target_params_dtype=there), World())
+    convert(ConvertOptions(load=str(source), save=str(tmp_path / "0"), target_params_dtype=there), World())
     for number, (tp, pp, ckpt_format) in enumerate(steps):
         transfer(
             TransferOptions(
-                load_dir=str(tmp_path / str(number)),
-                save_dir=str(tmp_path / str(number + 1)),
+                load=str(tmp_path / str(number)),
+                save=str(tmp_path / str(number + 1)),
                 target_tensor_parallel_size=tp,
                 target_pipeline_parallel_size=pp,
                 ckpt_format=ckpt_format,
             ),
             World(),
         )
-    export(ExportOptions(load_dir=str(tmp_path / "4"), save_dir=str(tmp_path / "back"), target_params_dtype=back), World())
+    export(ExportOptions(load=str(tmp_path / "4"), save=str(tmp_path / "back"), target_params_dtype=back), World())
     assert_same_directory(source, tmp_path / "back")
 
 
 def test_a_sharded_source_and_a_sharded_target(tiny, tmp_path):
     source = tiny("mistral", shard="30KB")
     assert len(list(source.glob("*.safetensors"))) > 3
-    convert(ConvertOptions(load_dir=str(source), save_dir=str(tmp_path / "m"), target_tensor_parallel_size=2), World())
-    export(ExportOptions(load_dir=str(tmp_path / "m"), save_dir=str(tmp_path / "back"), max_shard_size="30KB"), World())
+    convert(ConvertOptions(load=str(source), save=str(tmp_path / "m"), target_tensor_parallel_size=2), World())
+    export(ExportOptions(load=str(tmp_path / "m"), save=str(tmp_path / "back"), max_shard_size="30KB"), World())
     ours, theirs = state_dict(tmp_path / "back"), state_dict(source)
     assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in theirs)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import build_tiny
 
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 from megatron_prune.text.artifact import load_samples
 
 

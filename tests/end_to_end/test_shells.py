@@ -68,7 +68,7 @@ def test_every_tool_explains_itself(tool, capsys):
 
 
 def test_megatrons_arguments_must_agree_with_the_checkpoint(tiny, tmp_path):
-    convert(ConvertOptions(load_dir=str(tiny("qwen2")), save_dir=str(tmp_path / "m")), World())
+    convert(ConvertOptions(load=str(tiny("qwen2")), save=str(tmp_path / "m")), World())
     base = ["--load", str(tmp_path / "m"), "--save", str(tmp_path / "p"), "--ffn_hidden_size_remain", "64", "--metric", "random"]
     agreeing = [
         "--num-layers",
@@ -98,7 +98,7 @@ def test_an_unknown_argument_is_refused():
 @pytest.mark.parametrize("save", ["m", ".", "m/../m"])
 def test_an_output_that_would_take_the_input_away_is_refused(tiny, tmp_path, monkeypatch, save):
     monkeypatch.chdir(tmp_path)
-    convert(ConvertOptions(load_dir=str(tiny("qwen2")), save_dir="m"), World())
+    convert(ConvertOptions(load=str(tiny("qwen2")), save="m"), World())
     with pytest.raises(InputError, match="is, holds or lies in the input"):
         prune(parse(["--load", "m/release", "--save", save, "--ffn_hidden_size_remain", "64", "--overwrite"], "prune"), World())
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m"]
@@ -106,7 +106,7 @@ def test_an_output_that_would_take_the_input_away_is_refused(tiny, tmp_path, mon
 
 def test_two_machines_prune_as_one_does(tiny, tmp_path, stub, ranks):
     """Two torchrun agents with different node ranks, through the script and its variables, on loopback."""
-    convert(ConvertOptions(load_dir=str(tiny("qwen2")), save_dir=str(tmp_path / "m"), target_tensor_parallel_size=2), World())
+    convert(ConvertOptions(load=str(tiny("qwen2")), save=str(tmp_path / "m"), target_tensor_parallel_size=2), World())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -126,7 +126,7 @@ def test_two_machines_prune_as_one_does(tiny, tmp_path, stub, ranks):
 
 def test_the_script_scores_re_fits_and_keeps_to_a_budget_with_its_settings(tiny, tmp_path, stub, ranks):
     """The default metric, on text and own samples mixed, two sources in one variable."""
-    convert(ConvertOptions(load_dir=str(tiny("qwen2")), save_dir=str(tmp_path / "m")), World())
+    convert(ConvertOptions(load=str(tiny("qwen2")), save=str(tmp_path / "m")), World())
     (tmp_path / "text").write_text("words and more words, " * 200)
     settings = {"LOAD_DIR": tmp_path / "m", "SAVE_DIR": tmp_path / "p", "TP": 2, "RATIO": 0.25}
     settings |= {"DATA": f"{tmp_path / 'text'}:0.5 self:0.5", "SAVE_PLAN": tmp_path / "plan.json"}
@@ -142,11 +142,11 @@ def test_the_script_scores_re_fits_and_keeps_to_a_budget_with_its_settings(tiny,
 def test_the_script_recovers_with_its_settings(tiny, tmp_path, stub, ranks):
     """S4's name for it; a blend in one variable, a teacher's answers, adapters, two copies."""
     load, text = tmp_path / "m", tmp_path / "text.jsonl"
-    convert(ConvertOptions(load_dir=str(tiny("qwen2")), save_dir=str(load)), World())
+    convert(ConvertOptions(load=str(tiny("qwen2")), save=str(load)), World())
     text.write_text("".join(json.dumps({"text": f"Sentence {number} of a text. " * 3}) + "\n" for number in range(100)))
     pair = tmp_path / "pair_text_document"
     preprocess(
-        PreprocessOptions(input=(str(text),), tokenizer=str(load), output_prefix=str(tmp_path / "pair"), workers=1), World()
+        PreprocessOptions(input=(str(text),), tokenizer=str(load), save=str(tmp_path / "pair"), workers=1), World()
     )
     blend = f"0.7 {pair} 0.3 {pair}"
     lesson = {"load": str(load), "save": str(tmp_path / "taught"), "data_path": tuple(blend.split()), "top_k": 5}

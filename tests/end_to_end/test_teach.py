@@ -33,7 +33,7 @@ def home(tmp_path_factory, tiny) -> Path:
     models = {"m": {}, "s": {"intermediate_size": 48}, "other": {"vocab_size": 400}}
     for name, changes in models.items():
         source = tiny("llama", dtype="float32", num_hidden_layers=2, num_key_value_heads=6, **changes)
-        convert(ConvertOptions(load_dir=str(source), save_dir=str(home / name)), World())
+        convert(ConvertOptions(load=str(source), save=str(home / name)), World())
         if name == "m":
             (home / "hf").symlink_to(source)
     reference.write_pair(home / "text", reference.documents(60))

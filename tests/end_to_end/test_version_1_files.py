@@ -21,7 +21,7 @@ from ranks import forking_context
 from safetensors.torch import load_file
 from tiny import logits, state_dict
 
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 
 HOME = Path(__file__).resolve().parents[1] / "fixtures" / "v1"
 EXPECTED = json.loads((HOME / "expected.json").read_text(encoding="utf-8"))

@@ -23,7 +23,7 @@ from tiny import build_tiny, logits, state_dict
 from tokenizer_kinds import byte_level, gpt2_files, llama2, rank_file, text
 
 from megatron_prune.checkpoint import megatron
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 from megatron_prune.errors import CheckpointError, InputError, PlanError
 from megatron_prune.opening.opened import open_with_vocabulary
 from megatron_prune.planning.plan import load_plan
@@ -75,12 +75,12 @@ def counts(model, corpus, tmp_path_factory) -> Path:
 
 def count(model: Path, corpus: Path | list[str], output: Path, **more) -> None:
     inputs = tuple(corpus) if isinstance(corpus, list) else (str(corpus),)
-    vocab_count(VocabCountOptions(tokenizer=str(model), input=inputs, output=str(output), workers=1, **more), World())
+    vocab_count(VocabCountOptions(tokenizer=str(model), input=inputs, save=str(output), workers=1, **more), World())
 
 
 def trim(source: Path, save: Path, counts: Path | None = None, **more) -> Path:
     named = {"counts": (str(counts),)} if counts else {}
-    vocab_trim(VocabTrimOptions(load_dir=str(source), save_dir=str(save), **named, **more), World())
+    vocab_trim(VocabTrimOptions(load=str(source), save=str(save), **named, **more), World())
     return save
 
 
@@ -112,7 +112,7 @@ def test_counts_are_those_of_the_tokenizer_whatever_form_the_corpus_has(model, c
     pairs = [tuple(map(int, line.split())) for line in (tmp_path / "freq.txt").read_text().splitlines()]
     assert pairs == sorted(enumerate(by_line.tolist()), key=lambda pair: -pair[1])
     options = {"input": (str(tmp_path / "c.jsonl"),), "json_keys": ("body",), "append_eod": False, "workers": 1}
-    preprocess(PreprocessOptions(tokenizer=str(model), output_prefix=str(tmp_path / "p"), **options), World())
+    preprocess(PreprocessOptions(tokenizer=str(model), save=str(tmp_path / "p"), **options), World())
     count(model, tmp_path / "p_body_document", tmp_path / "pair")
     assert table(tmp_path / "pair") == by_line.tolist()
     weighted = [f"{tmp_path / 'c.jsonl'}:1", f"{corpus}:3"]
@@ -129,7 +129,7 @@ def test_any_number_of_workers_counts_the_same_and_a_killed_run_goes_on(model, t
     command = [sys.executable, "-m", "megatron_prune", "vocab", "count", "--tokenizer", str(model), "--input", str(big)]
     command += ["--output", str(tmp_path / "two"), "--workers", "2"]
     slow = "import megatron_prune.vocabulary.counting as c, sys; c._KEEP_EVERY = 0.0; c._PART = 1 << 17\n"
-    slow += "from megatron_prune.cli import main\nif __name__ == '__main__': main(sys.argv[1:])\n"
+    slow += "from megatron_prune.cli.main import main\nif __name__ == '__main__': main(sys.argv[1:])\n"
     script = tmp_path / "slow.py"
     script.write_text(slow)
     process = subprocess.Popen([sys.executable, str(script), *command[3:]], stderr=subprocess.DEVNULL)
@@ -220,14 +220,14 @@ def test_a_megatron_checkpoint_trimmed_under_ranks_is_the_trimmed_model(
     ranks, model, counts, tmp_path, size, tp, pp, ckpt_format
 ):
     layout = {"target_tensor_parallel_size": tp, "target_pipeline_parallel_size": pp, "make_vocab_size_divisible_by": 16}
-    convert(ConvertOptions(load_dir=str(model), save_dir=str(tmp_path / "m"), ckpt_format=ckpt_format, **layout), World())
-    asked = {"load_dir": str(tmp_path / "m"), "save_dir": str(tmp_path / "t"), "counts": (str(counts),), "coverage": 0.99}
+    convert(ConvertOptions(load=str(model), save=str(tmp_path / "m"), ckpt_format=ckpt_format, **layout), World())
+    asked = {"load": str(tmp_path / "m"), "save": str(tmp_path / "t"), "counts": (str(counts),), "coverage": 0.99}
     ranks(size).run(rank_jobs.run_steps, ("vocab_trim", asked))
     opened = megatron.open_checkpoint(tmp_path / "t")
     assert opened.format == ckpt_format and (opened.layout.tensor, opened.layout.pipeline) == (tp, pp)
     kept = opened.config.vocab_size
     assert kept % (16 * tp) == 0 and opened.layout.padded_vocab(kept) == kept  # filled with tokens: nothing is padded
-    export(ExportOptions(load_dir=str(tmp_path / "t"), save_dir=str(tmp_path / "back")), World())
+    export(ExportOptions(load=str(tmp_path / "t"), save=str(tmp_path / "back")), World())
     expected = trim(model, tmp_path / "expected", counts, remain_vocab_size=kept)
     names = files_of(expected)
     assert files_of(tmp_path / "back") == names
@@ -235,7 +235,7 @@ def test_a_megatron_checkpoint_trimmed_under_ranks_is_the_trimmed_model(
 
 
 def test_an_exact_size_is_padded_as_megatron_pads_and_the_true_size_is_kept(model, counts, tmp_path):
-    convert(ConvertOptions(load_dir=str(model), save_dir=str(tmp_path / "m"), target_tensor_parallel_size=2), World())
+    convert(ConvertOptions(load=str(model), save=str(tmp_path / "m"), target_tensor_parallel_size=2), World())
     trim(tmp_path / "m", tmp_path / "t", counts, remain_vocab_size=SIZE + 1)
     opened = megatron.open_checkpoint(tmp_path / "t")
     assert opened.config.vocab_size == SIZE + 1 and opened.layout.padded_vocab(SIZE + 1) == 512
@@ -249,23 +249,23 @@ def test_an_exact_size_is_padded_as_megatron_pads_and_the_true_size_is_kept(mode
 @pytest.fixture(scope="module")
 def plan(model, counts, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("plan") / "vocab.json"
-    options = {"load_dir": str(model), "counts": (str(counts),), "remain_vocab_size": 480, "save_plan": str(path)}
+    options = {"load": str(model), "counts": (str(counts),), "remain_vocab_size": 480, "save_plan": str(path)}
     vocab_select(VocabSelectOptions(**options), World())
     return path
 
 
 def by_prune_hf(source: Path, save: Path, **options) -> Path:
-    prune_hf(PruneHfOptions(model_name_or_path=str(source), output_path=str(save), **options), World())
+    prune_hf(PruneHfOptions(load=str(source), save=str(save), **options), World())
     return save
 
 
 @pytest.mark.parametrize("size, tp", [(1, 1), (3, 3)])
 def test_a_vocabulary_goes_in_one_run_with_other_axes(ranks, model, plan, tmp_path, size, tp):
-    convert(ConvertOptions(load_dir=str(model), save_dir=str(tmp_path / "m")), World())
+    convert(ConvertOptions(load=str(model), save=str(tmp_path / "m")), World())
     options = {"load": str(tmp_path / "m"), "vocab_plan": str(plan), "ffn_hidden_size_remain": 48, "metric": "magnitude"}
     options |= {"save": str(tmp_path / "p"), "save_plan": str(tmp_path / "all.json"), "tensor_model_parallel_size": tp}
     ranks(size).run(rank_jobs.run_steps, ("prune", options))
-    export(ExportOptions(load_dir=str(tmp_path / "p"), save_dir=str(tmp_path / "one")), World())
+    export(ExportOptions(load=str(tmp_path / "p"), save=str(tmp_path / "one")), World())
     alone = trim(model, tmp_path / "alone", plan=str(plan))
     oracle = load_plan(tmp_path / "all.json").with_tokens_of(None)
     assert oracle.made_by["vocab"] == load_plan(plan).made_by["vocab"]
@@ -306,23 +306,23 @@ def tokenised_lines(model: Path, folder: Path) -> list[str]:
     """Lines that are the documents of the pair ``old_text_document`` in ``folder``."""
     lines = [line for line in text().splitlines() if line.strip()]
     (folder / "c.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    options = {"input": (str(folder / "c.jsonl"),), "tokenizer": str(model), "output_prefix": str(folder / "old"), "workers": 1}
+    options = {"input": (str(folder / "c.jsonl"),), "tokenizer": str(model), "save": str(folder / "old"), "workers": 1}
     preprocess(PreprocessOptions(**options), World())
     return lines
 
 
 def test_recovery_trains_on_renumbered_data(ranks, model, plan, tmp_path):
     tokenised_lines(model, tmp_path)
-    convert(ConvertOptions(load_dir=str(model), save_dir=str(tmp_path / "m")), World())
+    convert(ConvertOptions(load=str(model), save=str(tmp_path / "m")), World())
     trim(tmp_path / "m", tmp_path / "t", plan=str(plan))
     old, new = (str(tmp_path / f"{name}_text_document") for name in ("old", "new"))
     run = {"load": str(tmp_path / "t"), "seq_length": 32, "train_iters": 2, "global_batch_size": 2, "lr": 1e-3}
     run |= {"split": "80,20,0", "eval_iters": 1, "tensor_model_parallel_size": 2}
     with pytest.raises(RankFailed, match="tokenizer that is not the model's|not in the model's vocabulary"):
         ranks(2).run(recover, {**run, "save": str(tmp_path / "no"), "data_path": (old,)})
-    vocab_remap(VocabRemapOptions(input=old, output_prefix=new, map=str(tmp_path / "t")), World())
+    vocab_remap(VocabRemapOptions(input=old, save=new, map=str(tmp_path / "t")), World())
     ranks(2).run(recover, {**run, "save": str(tmp_path / "r"), "data_path": (new,)})
-    export(ExportOptions(load_dir=str(tmp_path / "r"), save_dir=str(tmp_path / "back")), World())
+    export(ExportOptions(load=str(tmp_path / "r"), save=str(tmp_path / "back")), World())
     assert state_dict(tmp_path / "back")["lm_head.weight"].shape[0] == 480 == open_vocabulary(tmp_path / "back").rows
 
 
@@ -346,7 +346,7 @@ def test_renumbered_documents_are_the_same_text(model, counts, tmp_path, monkeyp
     lines = tokenised_lines(model, tmp_path)
     old, new = (str(tmp_path / f"{name}_text_document") for name in ("old", "new"))
     monkeypatch.setattr(pair, "_BLOCK", 97)  # blocks end inside sequences
-    vocab_remap(VocabRemapOptions(input=old, output_prefix=new, map=str(out)), World())
+    vocab_remap(VocabRemapOptions(input=old, save=new, map=str(out)), World())
     before, after = documents(old), documents(new)
     assert len(before) == len(after) == len(lines)
     whole, cut = (AutoTokenizer.from_pretrained(folder) for folder in (model, out))
@@ -359,11 +359,11 @@ def test_renumbered_documents_are_the_same_text(model, counts, tmp_path, monkeyp
     record = json.loads(Path(f"{new}.json").read_text())
     assert record["tokens"] == sum(map(len, after)) and record["tokenizer"]["vocab_size"] == SIZE
     with pytest.raises(InputError, match="trimmed vocabulary already"):
-        vocab_remap(VocabRemapOptions(input=new, output_prefix=str(tmp_path / "x"), map=str(out)), World())
+        vocab_remap(VocabRemapOptions(input=new, save=str(tmp_path / "x"), map=str(out)), World())
     for ending in ("bin", "idx"):  # a mask of answers would no longer be theirs
         Path(f"{old}_mask.{ending}").write_bytes(Path(f"{old}.{ending}").read_bytes())
     with pytest.raises(InputError, match="(?s)says which tokens are answers.*preprocess --answers-only"):
-        vocab_remap(VocabRemapOptions(input=old, output_prefix=str(tmp_path / "x"), map=str(out)), World())
+        vocab_remap(VocabRemapOptions(input=old, save=str(tmp_path / "x"), map=str(out)), World())
 
 
 def test_a_folder_is_counted_once_and_the_file_says_what_was_read(model, tmp_path):
@@ -422,7 +422,7 @@ def test_a_tokenizer_without_a_model(tmp_path):
     cut = open_vocabulary(out)
     assert cut.rows == 400 and len(cut.files) == 2
     with pytest.raises(InputError, match="a tokenizer alone"):
-        vocab_select(VocabSelectOptions(load_dir=str(source), remain_vocab_size=400, save_plan=str(tmp_path / "p")), World())
+        vocab_select(VocabSelectOptions(load=str(source), remain_vocab_size=400, save_plan=str(tmp_path / "p")), World())
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -505,11 +505,11 @@ def test_a_token_in_the_data_that_the_map_does_not_know(model, counts, tmp_path)
     builder.add_document(torch.tensor([5, 720]), [2])
     builder.finalize(str(tmp_path / "d.idx"))
     with pytest.raises(InputError, match="(?s)not made with the tokenizer.*token 720"):
-        vocab_remap(VocabRemapOptions(input=str(tmp_path / "d"), output_prefix=str(tmp_path / "n"), map=str(out)), World())
+        vocab_remap(VocabRemapOptions(input=str(tmp_path / "d"), save=str(tmp_path / "n"), map=str(out)), World())
     with pytest.raises(InputError, match="(?s)not made with this tokenizer.*token 720"):
         count(model, tmp_path / "d", tmp_path / "c")
     with pytest.raises(CheckpointError):
-        vocab_remap(VocabRemapOptions(input=str(tmp_path / "d"), output_prefix=str(tmp_path / "n"), map=str(tmp_path)), World())
+        vocab_remap(VocabRemapOptions(input=str(tmp_path / "d"), save=str(tmp_path / "n"), map=str(tmp_path)), World())
     assert not list(tmp_path.glob("n*"))
 
 
@@ -526,7 +526,7 @@ def test_the_verbs_on_the_command_line(model, counts, tmp_path, capsys):
 
 def test_a_subject_of_either_kind(model, tmp_path):
     assert open_with_vocabulary(str(model), World()).layout is None
-    convert(ConvertOptions(load_dir=str(model), save_dir=str(tmp_path / "m"), target_tensor_parallel_size=2), World())
+    convert(ConvertOptions(load=str(model), save=str(tmp_path / "m"), target_tensor_parallel_size=2), World())
     found = open_with_vocabulary(str(tmp_path / "m"), World())
     assert found.layout.tensor == 2 and vocabulary_of(found).rows == ROWS
     shutil.rmtree(tmp_path / "m/release/hf")
@@ -549,15 +549,15 @@ def test_a_folded_head_is_the_same_by_every_route(ranks, corpus, tmp_path, tied)
         assert torch.equal(value, expected[name]) == (name != head)
     changed = (sliced[head] != expected[head]).any(dim=1)
     assert 20 < int(changed.sum()) < SIZE
-    convert(ConvertOptions(load_dir=str(source), save_dir=str(tmp_path / "m")), World())
+    convert(ConvertOptions(load=str(source), save=str(tmp_path / "m")), World())
     for size, layout in ((2, 2), (3, 1)):
         checkpoint = tmp_path / f"m{size}"
         transfer(
-            TransferOptions(load_dir=str(tmp_path / "m"), save_dir=str(checkpoint), target_tensor_parallel_size=layout), World()
+            TransferOptions(load=str(tmp_path / "m"), save=str(checkpoint), target_tensor_parallel_size=layout), World()
         )
-        options = {"load_dir": str(checkpoint), "save_dir": str(tmp_path / f"t{size}"), **asked}
+        options = {"load": str(checkpoint), "save": str(tmp_path / f"t{size}"), **asked}
         ranks(size).run(rank_jobs.run_steps, ("vocab_trim", options))
-        export(ExportOptions(load_dir=str(tmp_path / f"t{size}"), save_dir=str(tmp_path / f"back{size}")), World())
+        export(ExportOptions(load=str(tmp_path / f"t{size}"), save=str(tmp_path / f"back{size}")), World())
         found = state_dict(tmp_path / f"back{size}")
         torch.testing.assert_close(found[head], expected[head], rtol=1e-4, atol=2e-5)
         assert all(torch.equal(found[name], expected[name]) for name in expected if name != head)
@@ -576,17 +576,17 @@ def test_text_without_a_fold_is_refused(model, tmp_path):
 def test_a_pair_of_another_tokenizer_is_not_renumbered(model, counts, corpus, tmp_path):
     out = trim(model, tmp_path / "t", counts, remain_vocab_size=SIZE)
     other = byte_level(tmp_path / "other", size=650)
-    options = {"input": (str(corpus),), "tokenizer": str(other), "output_prefix": str(tmp_path / "o"), "workers": 1}
+    options = {"input": (str(corpus),), "tokenizer": str(other), "save": str(tmp_path / "o"), "workers": 1}
     preprocess(PreprocessOptions(**options), World())
     pair = str(tmp_path / "o_text_document")
     for path in (out, out / "vocab_map.npz"):
         with pytest.raises(InputError, match="(?s)not made with the tokenizer that was trimmed.*other"):
-            vocab_remap(VocabRemapOptions(input=pair, output_prefix=str(tmp_path / "n"), map=str(path)), World())
+            vocab_remap(VocabRemapOptions(input=pair, save=str(tmp_path / "n"), map=str(path)), World())
     assert not list(tmp_path.glob("n*"))
 
 
 def test_a_model_that_keeps_no_tokenizer_is_given_one_and_keeps_its_files(model, counts, tmp_path):
-    convert(ConvertOptions(load_dir=str(model), save_dir=str(tmp_path / "m"), target_tensor_parallel_size=2), World())
+    convert(ConvertOptions(load=str(model), save=str(tmp_path / "m"), target_tensor_parallel_size=2), World())
     for file in (tmp_path / "m/release/hf").glob("*token*"):
         file.unlink()
     tokenizer = byte_level(tmp_path / "tok")
@@ -594,7 +594,7 @@ def test_a_model_that_keeps_no_tokenizer_is_given_one_and_keeps_its_files(model,
     with pytest.raises(InputError, match="keeps no tokenizer"):
         trim(tmp_path / "m", tmp_path / "t", counts, remain_vocab_size=SIZE)
     trim(tmp_path / "m", tmp_path / "t", counts, remain_vocab_size=SIZE, **named)
-    export(ExportOptions(load_dir=str(tmp_path / "t"), save_dir=str(tmp_path / "back")), World())
+    export(ExportOptions(load=str(tmp_path / "t"), save=str(tmp_path / "back")), World())
     expected = trim(model, tmp_path / "expected", counts, remain_vocab_size=SIZE)
     names = ["model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "vocab_map.npz"]
     assert filecmp.cmpfiles(tmp_path / "back", expected, names, shallow=False) == (names, [], [])
@@ -613,7 +613,7 @@ def test_outputs_that_would_be_lost(model, counts, corpus, tmp_path):
     with pytest.raises(InputError, match="same file"):
         count(model, corpus, tmp_path / "c", text=str(tmp_path / "c"))
     with pytest.raises(InputError, match="twice"):
-        vocab_select(VocabSelectOptions(load_dir=str(model), counts=(str(counts),) * 2, remain_vocab_size=SIZE), World())
+        vocab_select(VocabSelectOptions(load=str(model), counts=(str(counts),) * 2, remain_vocab_size=SIZE), World())
     assert list(tmp_path.iterdir()) == []
 
 

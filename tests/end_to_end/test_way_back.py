@@ -12,7 +12,7 @@ from tiny import TEXT, logits, state_dict
 
 from megatron_prune.checkpoint import megatron, torch_archive
 from megatron_prune.checkpoint.manifest import FILE, RECIPE_FILE
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 from megatron_prune.errors import InputError
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
@@ -25,7 +25,7 @@ from megatron_prune.text.windows import draw_windows
 
 
 def converted(source, target, **changes):
-    convert(ConvertOptions(load_dir=str(source), save_dir=str(target), **changes), World())
+    convert(ConvertOptions(load=str(source), save=str(target), **changes), World())
     return target
 
 
@@ -36,7 +36,7 @@ def config_of(path) -> dict:
 def test_another_models_config_does_not_bring_its_rope_along(tiny, tmp_path):
     m = converted(tiny("qwen2"), tmp_path / "m")
     other = tiny("qwen2", rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 777.0})
-    export(ExportOptions(load_dir=str(m), save_dir=str(tmp_path / "back"), hf_dir=str(other)), World())
+    export(ExportOptions(load=str(m), save=str(tmp_path / "back"), hf_dir=str(other)), World())
     tokens = torch.arange(20)[None]
     assert torch.equal(logits(tmp_path / "back", tokens), logits(tiny("qwen2"), tokens))
 
@@ -45,11 +45,11 @@ def test_another_models_config_does_not_bring_its_rope_along(tiny, tmp_path):
 def test_a_pruned_checkpoint_without_our_manifest_loads_again(tiny, tmp_path, hf_dir):
     m = converted(tiny("qwen3"), tmp_path / "m")
     prune(PruneOptions(load=str(m), save=str(tmp_path / "p"), drop_layers=(1, 2), metric="random"), World())
-    export(ExportOptions(load_dir=str(tmp_path / "p"), save_dir=str(tmp_path / "first")), World())
+    export(ExportOptions(load=str(tmp_path / "p"), save=str(tmp_path / "first")), World())
     (tmp_path / "p/release" / FILE).unlink()
     shutil.rmtree(tmp_path / "p/release/hf")
     side = tiny("qwen3") if hf_dir == "original" else tmp_path / "first"
-    options = {"load_dir": str(tmp_path / "p"), "save_dir": str(tmp_path / "again"), "hf_dir": str(side)}
+    options = {"load": str(tmp_path / "p"), "save": str(tmp_path / "again"), "hf_dir": str(side)}
     if hf_dir == "original":  # of another shape: the user says that it is of this model all the same
         with pytest.raises(InputError, match="num_layers: the stored arguments say 2, config.json 4"):
             export(ExportOptions(**options), World())
@@ -74,10 +74,10 @@ def test_padding_is_left_out_where_megatrons_args_do_not_tell_the_vocabulary(tin
         return content
 
     monkeypatch.setattr(torch_archive, "read_objects", without_vocabulary)
-    export(ExportOptions(load_dir=str(m), save_dir=str(tmp_path / "back"), hf_dir=str(source)), World())
+    export(ExportOptions(load=str(m), save=str(tmp_path / "back"), hf_dir=str(source)), World())
     ours, theirs = state_dict(tmp_path / "back"), state_dict(source)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    options = VerifyOptions(load_dir=str(m), hf_dir=str(source), tensor_model_parallel_size=1)
+    options = VerifyOptions(load=str(m), hf_dir=str(source), tensor_model_parallel_size=1)
     assert verify(options, World()) == 0
 
 
@@ -88,14 +88,14 @@ def test_the_config_names_the_commonest_dtype_on_both_routes(tiny, tmp_path):
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].float()
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     m = converted(source, tmp_path / "m")
-    export(ExportOptions(load_dir=str(m), save_dir=str(tmp_path / "back")), World())
+    export(ExportOptions(load=str(m), save=str(tmp_path / "back")), World())
     assert (tmp_path / "back/config.json").read_bytes() == (source / "config.json").read_bytes()
     plan = str(tmp_path / "plan.json")
     prune(
         PruneOptions(load=str(m), save=str(tmp_path / "p"), ffn_hidden_size_remain=48, metric="random", save_plan=plan), World()
     )
-    export(ExportOptions(load_dir=str(tmp_path / "p"), save_dir=str(tmp_path / "tp")), World())
-    prune_hf(PruneHfOptions(model_name_or_path=str(source), output_path=str(tmp_path / "hf_route"), plan=plan), World())
+    export(ExportOptions(load=str(tmp_path / "p"), save=str(tmp_path / "tp")), World())
+    prune_hf(PruneHfOptions(load=str(source), save=str(tmp_path / "hf_route"), plan=plan), World())
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "tp" / name).read_bytes() == (tmp_path / "hf_route" / name).read_bytes()
 
@@ -103,7 +103,7 @@ def test_the_config_names_the_commonest_dtype_on_both_routes(tiny, tmp_path):
 def test_a_pruned_directory_tells_how_it_came_to_be_also_after_another_conversion(tiny, tmp_path, capsys):
     m = converted(tiny("mistral"), tmp_path / "m")
     prune(PruneOptions(load=str(m), save=str(tmp_path / "p"), ffn_hidden_size_remain=48, metric="random"), World())
-    export(ExportOptions(load_dir=str(tmp_path / "p"), save_dir=str(tmp_path / "back")), World())
+    export(ExportOptions(load=str(tmp_path / "p"), save=str(tmp_path / "back")), World())
     main(["inspect", str(tmp_path / "back"), "--json"])
     assert [entry["step"] for entry in json.loads(capsys.readouterr().out)["recipe"]] == ["convert", "prune"]
     again = megatron.open_checkpoint(converted(tmp_path / "back", tmp_path / "again")).manifest
@@ -126,7 +126,7 @@ def test_a_unit_with_broken_weights_goes_first(tiny, tmp_path):
     prune(options, World())
     kept = {entry["layer"]: entry["ffn"] for entry in json.loads(plan.read_text())["layers"]}
     assert 17 not in kept[2] and 40 not in kept[1] and len(kept[0]) == 95
-    export(ExportOptions(load_dir=str(tmp_path / "p"), save_dir=str(tmp_path / "back"), strict=True), World())
+    export(ExportOptions(load=str(tmp_path / "p"), save=str(tmp_path / "back"), strict=True), World())
 
 
 @pytest.mark.parametrize(
@@ -161,14 +161,14 @@ def test_requests_that_contradict_themselves_are_refused(tiny, tmp_path, extra, 
 def test_one_token_has_no_perplexity(tiny, tmp_path):
     m = converted(tiny("llama"), tmp_path / "m")
     with pytest.raises(InputError, match="at least 2"):
-        evaluate(EvaluateOptions(load_dir=str(m), data="none", seq_length=1), World())
+        evaluate(EvaluateOptions(load=str(m), data="none", seq_length=1), World())
 
 
 def test_windows_begin_with_bos_where_a_family_needs_it(tiny, tmp_path):
     hf = tiny("gemma3_text", dtype="float32")
     m, text, output = converted(hf, tmp_path / "m"), tmp_path / "text.txt", tmp_path / "result.json"
     text.write_text(TEXT * 20)
-    evaluate(EvaluateOptions(load_dir=str(m), data=str(text), seq_length=16, windows=3, output=str(output)), World())
+    evaluate(EvaluateOptions(load=str(m), data=str(text), seq_length=16, windows=3, output=str(output)), World())
     tokens = draw_windows(str(text), hf, seq_length=16, count=3).tokens
     assert tokens[:, 0].any()
     tokens[:, 0] = 0  # its BOS

@@ -53,7 +53,7 @@ def _become(words: list[str], folder: Path, output: Path) -> None:
         os.chdir(folder)
         resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        from megatron_prune.cli import main
+        from megatron_prune.cli.main import main
 
         code = 0
         main(words)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import os
 import random
 import re
@@ -22,6 +21,8 @@ from child import run
 from commands import QUICK, SLOW
 from damage import FLAGS, damage, remove
 from materials import Materials
+
+from megatron_prune.verbs.table import options_of
 
 FORBIDDEN = ("Traceback (most recent", "did not foresee", "panicked at", "weights_only=False", "trust_remote_code", "\x1b[")
 
@@ -65,9 +66,7 @@ def case(seed: str, commands: list[str], materials: Materials, folder: Path) -> 
 
 def odd_flag(words: list[str], draw: random.Random) -> list[str]:
     """A flag of the verb with a value that may not fit."""
-    verb = "_".join(words[: 2 if words[0] == "vocab" else 1]).replace("-", "_")
-    step = importlib.import_module(f"megatron_prune.steps.{verb}")
-    kind = getattr(step, "".join(part.capitalize() for part in verb.split("_")) + "Options")
+    kind = options_of(" ".join(words[: 2 if words[0] == "vocab" else 1]))
     item = draw.choice([item for item in dataclasses.fields(kind) if item.name not in WRITES and item.metadata])
     spelled = f"--{item.name}"
     return [spelled] if item.default is False else [spelled, draw.choice(FLAGS)]
@@ -75,10 +74,7 @@ def odd_flag(words: list[str], draw: random.Random) -> list[str]:
 
 WRITES = {
     "save",
-    "save_dir",
     "output",
-    "output_path",
-    "output_prefix",
     "save_plan",
     "save_ids",
     "report",

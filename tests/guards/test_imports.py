@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import graphlib
+import subprocess
+import sys
 
 from trees import PACKAGE, ROOT, imports, modules, room
 
@@ -10,7 +12,7 @@ ORDER = (
     *(PACKAGE, "errors", "registry", "config"),
     *("files", "arch", "axes", "families", "checkpoint", "planning"),
     *("runtime", "opening", "text", "vocabulary", "evaluation", "importance", "surgery"),
-    *("writing", "pruning", "recovery", "steps", "cli", "__main__"),
+    *("writing", "pruning", "recovery", "verbs", "steps", "cli", "__main__"),
 )
 
 
@@ -40,3 +42,15 @@ def test_the_design_names_every_room():
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     missing = [name for name in ORDER[1:-1] if f"{name}/" not in text and f"{name}.py" not in text]
     assert not missing
+
+
+def test_no_verb_waits_for_torch_to_say_what_it_can_be_asked():
+    """Help, completion and messages about a command line: without what takes a second to import."""
+    code = (
+        "import sys\nfrom megatron_prune.cli import main, completion\nfrom megatron_prune.cli.parser import parser_of\n"
+        "from megatron_prune.verbs.table import VERBS, options_of\n"
+        "for verb in VERBS: parser_of(options_of(verb), verb).format_help()\n"
+        "print(*sorted({'torch', 'transformers', 'megatron', 'datasets', 'rich', 'pandas'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert found.stdout.split() == []

@@ -10,7 +10,7 @@ from tiny import FAMILIES as TINY
 from trees import PACKAGE, ROOT, modules
 
 from megatron_prune.axes.axis import AXES
-from megatron_prune.cli import VERBS
+from megatron_prune.verbs.table import VERBS
 from megatron_prune.families.family import FAMILIES
 from megatron_prune.importance.metric import METRICS
 from megatron_prune.text.reader import READERS

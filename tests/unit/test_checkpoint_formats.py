@@ -37,6 +37,7 @@ from megatron_prune.checkpoint import huggingface, legacy, megatron, torch_dist
 from megatron_prune.checkpoint.description import Told, describe, settle
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron_args import megatron_args, padded_as_stored
+from megatron_prune.checkpoint.options import FORMATS
 from megatron_prune.checkpoint.stream import stream
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.families.family import FAMILIES
@@ -689,7 +690,7 @@ def finished(tmp_path, ckpt_format):
     return root, model
 
 
-@pytest.mark.parametrize("ckpt_format", megatron.FORMATS)
+@pytest.mark.parametrize("ckpt_format", FORMATS)
 def test_a_finished_checkpoint_opens_by_its_root_and_by_its_iteration_directory(tmp_path, ckpt_format):
     root, model = finished(tmp_path, ckpt_format)
     assert (root / "latest_checkpointed_iteration.txt").read_text() == "release"
@@ -699,7 +700,7 @@ def test_a_finished_checkpoint_opens_by_its_root_and_by_its_iteration_directory(
         assert_same_model(read_all(opened.tensors), model)
 
 
-@pytest.mark.parametrize("ckpt_format", megatron.FORMATS)
+@pytest.mark.parametrize("ckpt_format", FORMATS)
 def test_a_checkpoint_of_ours_without_its_manifest_was_never_finished(tmp_path, ckpt_format):
     root, _ = finished(tmp_path, ckpt_format)
     (root / "release" / "megatron_prune.json").unlink()
@@ -707,7 +708,7 @@ def test_a_checkpoint_of_ours_without_its_manifest_was_never_finished(tmp_path, 
         megatron.open_checkpoint(root)
 
 
-@pytest.mark.parametrize("ckpt_format", megatron.FORMATS)
+@pytest.mark.parametrize("ckpt_format", FORMATS)
 def test_a_manifest_that_disagrees_with_the_args_is_refused(tmp_path, ckpt_format):
     root, _ = finished(tmp_path, ckpt_format)
     edit_json(root / "release" / "megatron_prune.json", lambda data: data["model"].update(ffn_hidden_size=22))

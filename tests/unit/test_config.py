@@ -1,4 +1,4 @@
-"""Options: flags made from dataclasses, and errors that a user can read."""
+"""Options as fields of dataclasses, and errors that a user can read."""
 
 from __future__ import annotations
 
@@ -10,74 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_prune.config import given as given_options
-from megatron_prune.config import integers, option, parse, require_positive
+from megatron_prune.config import integers, option, require_positive
 from megatron_prune.errors import CheckpointError, InputError, PlanError, PruneError, raise_all
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    load_dir: str = option("where from")
+    load: str = option("where from")
     kind: str = option("which", "b", choices=["a", "b"])
     size: int | None = option("how large", None)
     seed: int = option("which draw", 1234)
     rate: float = option("how fast", 0.5)
     layers: tuple[int, ...] | None = option("which go", None)
     strict: bool = option("refuse", False)
-
-
-def read(*argv: str) -> Options:
-    return parse(Options, list(argv), prog="prog", description="what it does")
-
-
-def test_a_flag_that_is_not_given_has_the_dataclass_default():
-    assert read("--load-dir", "x") == Options(load_dir="x")
-
-
-@pytest.mark.parametrize("flag", ["--load-dir", "--load_dir"])
-def test_dashes_and_underscores_mean_the_same(flag):
-    assert read(flag, "x").load_dir == "x" and read(f"{flag}=y").load_dir == "y"
-
-
-def test_every_type_is_read():
-    options = read(
-        "--load_dir", "x", "--kind", "a", "--size", "7", "--seed", "-1", "--rate", "1e-3", "--layers", "7,13", "--strict"
-    )
-    assert options == Options(load_dir="x", kind="a", size=7, seed=-1, rate=1e-3, layers=(7, 13), strict=True)
-
-
-@pytest.mark.parametrize(
-    "argv, word",
-    [
-        (["--load-dir", "x", "--unknown", "1"], "unrecognized arguments: --unknown"),
-        (["--load-dir", "x", "--siz", "1"], "unrecognized arguments: --siz"),
-        (["--load-dir", "x", "stray"], "unrecognized arguments: stray"),
-        (["--size", "1"], "--load-dir"),
-        (["--load-dir", "x", "--size", "1.5"], "--size"),
-        (["--load-dir", "x", "--size"], "--size"),
-        (["--load-dir", "x", "--kind", "c"], "--kind"),
-        (["--load-dir", "x", "--layers", "1,two"], "not a list of whole numbers"),
-        (["--load-dir", "x", "--strict", "yes"], "unrecognized arguments: yes"),
-        (["--load-dir", "x\udcff"], "is not UTF-8"),
-        (["--load-dir", "x\0"], "holds a NUL"),
-        (["--load-dir=--"], "--load-dir: '--' is no value"),
-        (["--load-dir", "x", "--size=--"], "--size: '--' is no value"),
-    ],
-)
-def test_a_bad_command_line_ends_with_code_2_and_names_what_is_bad(capsys, argv, word):
-    with pytest.raises(SystemExit) as stop:
-        read(*argv)
-    assert stop.value.code == 2
-    assert word in capsys.readouterr().err
-
-
-def test_help_shows_every_flag_its_text_its_choices_and_its_default(capsys):
-    with pytest.raises(SystemExit) as stop:
-        read("--help")
-    text = capsys.readouterr().out
-    assert stop.value.code == 0
-    for part in ("--load-dir", "--load_dir", "where from", "{a,b}", "(default: 1234)", "(default: 0.5)", "what it does"):
-        assert part in text
-    assert "None" not in text and "False" not in text
 
 
 @given(st.lists(st.integers(-99, 99)))
@@ -95,12 +40,12 @@ def test_a_list_of_something_else_is_refused(text):
 @pytest.mark.parametrize("value", [0, -3])
 def test_an_option_that_must_be_positive_is_refused_by_its_flag(value):
     with pytest.raises(InputError, match="--size"):
-        require_positive(Options(load_dir="x", size=value), "seed", "size")
-    require_positive(Options(load_dir="x", size=None), "seed", "size")
+        require_positive(Options(load="x", size=value), "seed", "size")
+    require_positive(Options(load="x", size=None), "seed", "size")
 
 
 def test_only_what_differs_from_the_defaults_is_recorded():
-    assert given_options(read("--load-dir", "x", "--seed", "1234", "--rate", "2")) == {"load_dir": "x", "rate": 2.0}
+    assert given_options(Options(load="x", seed=1234, rate=2.0)) == {"load": "x", "rate": 2.0}
 
 
 # ----------------------------------------------------------------------------------------------------------- errors

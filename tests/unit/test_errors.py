@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from megatron_prune.cli import DEBUG, main, unexpected
+from megatron_prune.cli.main import DEBUG, main, unexpected
 from megatron_prune.errors import InputError, plain, reason
 from megatron_prune.runtime.world import World
 

@@ -17,7 +17,7 @@ from megatron_prune.arch.model import RopeScaling
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint.megatron_args import megatron_args
 from megatron_prune.checkpoint.megatron_lm_flags import contradictions, megatron_lm_flags
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 
 PLAIN = dataclasses.replace(SMALL, qk_norm=False, norm_epsilon=1e-6, rope_scaling=None, sliding_window=None)
 LLAMA31 = RopeScaling(kind="llama3", factor=8.0)

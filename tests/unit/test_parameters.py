@@ -18,7 +18,8 @@ from megatron_prune.importance.metric import METRICS, metric_named
 from megatron_prune.importance.parameters import read, separate, written
 from megatron_prune.importance.scoring import all_scores
 from megatron_prune.planning.plan import shape_of
-from megatron_prune.pruning.target_options import TargetOptions, metrics_of
+from megatron_prune.pruning.asked import metrics_of
+from megatron_prune.pruning.options import TargetOptions
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.score import metric_names
 

@@ -19,7 +19,7 @@ from megatron_prune.families.family import FAMILIES
 from megatron_prune.planning.check import check_plan
 from megatron_prune.planning.plan import LayerPlan, Plan, load_plan, shape_of
 from megatron_prune.pruning.request import read_request
-from megatron_prune.pruning.target_options import TargetOptions
+from megatron_prune.pruning.options import TargetOptions
 
 UNITS = st.one_of(st.none(), st.lists(st.integers(0, 99), max_size=6))
 SHAPE = st.fixed_dictionaries({name: st.integers(1, 99) for name in shape_of(SMALL)})

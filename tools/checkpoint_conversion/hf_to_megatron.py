@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_prune.cli import run_verb
+from megatron_prune.cli.main import run_verb
 
 if __name__ == "__main__":
     run_verb("convert", sys.argv[1:], prog="hf_to_megatron.py")

@@ -28,9 +28,7 @@ BLOCKS.register("gated")(
         mixes_tokens=False,
         megatron=(
             replicated(_FC1 + "layer_norm_weight", "pre_mlp_layernorm.weight", "post_norm"),
-            MegatronTensor(
-                name=_FC1 + "weight", local_name=_FC1 + "weight", roles=("gate", "up"), split="gated", axis="ffn"
-            ),
+            MegatronTensor(name=_FC1 + "weight", local_name=_FC1 + "weight", roles=("gate", "up"), split="gated", axis="ffn"),
             MegatronTensor(name=_FC2 + "weight", local_name=_FC2 + "weight", roles=("down",), split="cols", axis="ffn"),
             replicated(_FC2 + "post_layernorm.weight", _FC2 + "post_layernorm.weight", "down_norm"),
         ),

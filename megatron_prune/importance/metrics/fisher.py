@@ -2,7 +2,7 @@
 
 A gate m = 1 multiplies what a unit passes on at a token; ``∂L/∂m`` there is ``sum over the unit's features of a · ∂L/∂a``.
 ``s_u = sum over tokens of (∂L/∂m)²``: Molchanov et al. 2019 (arXiv 1906.10771), whose gates are shared by the positions of
-a sample; here every token has its own. Channels so chosen measured best before least squares (``pruning/target_options.py:BEST``). L is
+a sample; here every token has its own. Channels so chosen measured best before least squares (``pruning/options.py:BEST``). L is
 the sum of a sample's token losses.
 
 A channel's output is the input of ``down``, a head's the input of ``o`` (head_dim features under one gate); a KV group

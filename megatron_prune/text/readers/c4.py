@@ -14,8 +14,9 @@ import torch
 from megatron_prune.errors import InputError
 from megatron_prune.text.documents import Document, DocumentReader
 from megatron_prune.text.hub import Origin
-from megatron_prune.text.reader import READERS, TEST, TRAIN, Drawn, TextReader, full
+from megatron_prune.text.reader import READERS, Drawn, TextReader, full
 from megatron_prune.text.records import row_documents
+from megatron_prune.text.splits import TEST, TRAIN
 
 TRIES = 10_000
 """Documents looked at for one sample before giving up."""

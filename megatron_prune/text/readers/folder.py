@@ -11,9 +11,10 @@ from megatron_prune.errors import InputError
 from megatron_prune.text import hub
 from megatron_prune.text.contents import Contents, contents_of, summary
 from megatron_prune.text.documents import Document, DocumentReader, within_memory
-from megatron_prune.text.reader import READERS, TEST, TRAIN, TextReader
+from megatron_prune.text.reader import READERS, TextReader
 from megatron_prune.text.readers.compressed import INNER, inner_ending
 from megatron_prune.text.records import joined, row_documents
+from megatron_prune.text.splits import TEST, TRAIN
 from megatron_prune.text.streams import is_compressed
 from megatron_prune.text.talks import find_talk
 

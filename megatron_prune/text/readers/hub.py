@@ -7,8 +7,9 @@ from typing import Any, Iterator, Sequence
 from megatron_prune.errors import InputError
 from megatron_prune.text import hub
 from megatron_prune.text.documents import Document, DocumentReader
-from megatron_prune.text.reader import READERS, TEST, TextReader
+from megatron_prune.text.reader import READERS, TextReader
 from megatron_prune.text.records import joined, row_documents
+from megatron_prune.text.splits import TEST
 
 
 @READERS.register("owner/name")

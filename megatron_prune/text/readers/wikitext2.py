@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_prune.text.draw import published_starts
 from megatron_prune.text.hub import Origin, texts
-from megatron_prune.text.reader import READERS, TEST, TextReader
+from megatron_prune.text.reader import READERS, TextReader
+from megatron_prune.text.splits import TEST
 
 
 @READERS.register("wikitext2")

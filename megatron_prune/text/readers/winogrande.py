@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron_prune.text.hub import Origin
 from megatron_prune.text.questions import QuestionReader, numbered
-from megatron_prune.text.reader import READERS, TEST, TRAIN
+from megatron_prune.text.reader import READERS
+from megatron_prune.text.splits import TEST, TRAIN
 
 
 @READERS.register("winogrande")

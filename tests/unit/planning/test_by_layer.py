@@ -26,7 +26,7 @@ from megatron_prune.planning.selection import needed_scores
 from megatron_prune.planning.shapes import candidates
 from megatron_prune.planning.target import PRUNE_TYPES, Target, check_kinds, check_target, resolve_target
 from megatron_prune.pruning.request import read_request
-from megatron_prune.pruning.target_options import TargetOptions
+from megatron_prune.pruning.options import TargetOptions
 
 DIFFERS = dataclasses.replace(
     SMALL, ffn_hidden_size=(24, 12, 0, 18), num_attention_heads=(12, 0, 6, 12), num_query_groups=(6, 0, 6, 3)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_files import protocol
 
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 from megatron_prune.errors import InputError
 from megatron_prune.runtime.chat_template import TemplateError
 from megatron_prune.runtime.world import World
@@ -215,7 +215,7 @@ def test_a_template_says_no_more_than_it_may(templated, monkeypatch):
 
 def prepared(folder: Path, file: Path, prefix: Path, **options) -> tuple[list[list[int]], list[list[int]]]:
     """Tokens and mask of every document that ``preprocess --answers-only`` makes."""
-    named = {"input": (str(file),), "output_prefix": str(prefix), "tokenizer": str(folder), "answers_only": True}
+    named = {"input": (str(file),), "save": str(prefix), "tokenizer": str(folder), "answers_only": True}
     preprocess(PreprocessOptions(**named, **options), World())
     pair = open_pair(f"{prefix}_text_document")
     cut = lambda each: [part.tolist() for part in numpy.split(each.window(0, each.total).numpy(), each.ends[:-1])]
@@ -250,7 +250,7 @@ def test_the_mask_is_the_answers_with_the_end_of_their_turn(templated, tmp_path)
         *(f"p_text_document.{ending}" for ending in ("bin", "idx", "json")),
         *(f"p_text_document_mask.{ending}" for ending in ("bin", "idx")),
     ]
-    plain = {"input": (str(file),), "output_prefix": str(tmp_path / "p"), "tokenizer": str(folder), "workers": 1}
+    plain = {"input": (str(file),), "save": str(tmp_path / "p"), "tokenizer": str(folder), "workers": 1}
     preprocess(PreprocessOptions(**plain, overwrite=True), World())  # the same tokens without a mask
     pair = open_pair(tmp_path / "p_text_document")
     assert pair.window(0, len(tokens[0])).tolist() == tokens[0] and pair.documents == 3

@@ -14,72 +14,66 @@ import time
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 from megatron_prune import __version__
-from megatron_prune.config import parse
+from megatron_prune.cli import usage
+from megatron_prune.cli.config_file import named_files, set_defaults, text_of
+from megatron_prune.cli.ending import Ending
+from megatron_prune.cli.parser import made, parser_of
 from megatron_prune.errors import InputError, PruneError, plain, reason
 from megatron_prune.files.failures import describe
+from megatron_prune.runtime.world import World
+from megatron_prune.verbs.table import VERBS, module_of, options_of
 
 DEBUG = "MEGATRON_PRUNE_DEBUG"
 """Environment variable: set to anything, what was not foreseen ends with its traceback."""
-
-VERBS = {
-    "convert": "Hugging Face → Megatron",
-    "export": "Megatron → Hugging Face",
-    "transfer": "change TP, PP, format or dtype of a Megatron checkpoint",
-    "verify": "compare logits of a Megatron checkpoint under TP with the Hugging Face model",
-    "sample": "text that a model makes itself, kept as calibration data",
-    "score": "measure a Megatron checkpoint on text and keep the scores of every axis",
-    "prune": "score, plan and cut a Megatron checkpoint",
-    "prune-hf": "the same cuts on a Hugging Face model, single process, without Megatron",
-    "preprocess": "text → Megatron .bin/.idx pairs, to train on",
-    "teach": "a teacher's most probable tokens, kept for distilling without it",
-    "recover": "train a pruned Megatron checkpoint: plain, distilled, or adapters alone",
-    "vocab count": "a corpus → how often it uses every token",
-    "vocab select": "counts → the tokens that stay: a report and a plan",
-    "vocab trim": "cut the vocabulary of a model of either kind, its tokenizer with it",
-    "vocab remap": "tokenised data (.bin/.idx) → the same for a trimmed vocabulary",
-    "evaluate": "perplexity of a Megatron checkpoint under TP × PP",
-    "compare": "before/after table of two Hugging Face models",
-    "inspect": "shape, layout, parameters, bytes, recipe of a checkpoint; its broken weights",
-    "estimate": "memory per rank and disk of a conversion, every part of a pruning, and a recovery",
-}
-"""verb → one line of help; the module and the function of that name in ``steps/`` run it."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``megatron-prune`` and ``python -m megatron_prune``."""
     argv = sys.argv[1:] if argv is None else argv
     _encodable()
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_usage(), file=sys.stdout if argv else sys.stderr)
-        raise SystemExit(0 if argv else 2)
+    if not argv:
+        print(usage.overview(), file=sys.stderr)
+        raise SystemExit(2)
+    if argv[0] == "help" and len(argv) > 1:  # help VERB, as VERB --help
+        argv = [*argv[1:], "--help"]
+    if argv[0] in ("-h", "--help", "help"):
+        print(usage.overview())
+        return
     if argv[0] in ("-V", "--version"):
         print(f"megatron-prune {__version__}")
         return
+    if argv[0] == "completion":
+        _completion(argv[1:])
+        return
     if " ".join(argv[:2]) in VERBS:  # verbs of two words
         argv = [" ".join(argv[:2]), *argv[2:]]
+    elif prefixed := [verb for verb in VERBS if verb.startswith(f"{argv[0]} ")]:
+        if set(argv[1:]) & {"-h", "--help"} and argv[1].startswith("-"):
+            print(usage.overview(prefixed))
+            return
     if argv[0] not in VERBS:
-        print(f"megatron-prune: unknown verb {argv[0]!r}\n\n{_usage()}", file=sys.stderr)
+        print(f"megatron-prune: {usage.unknown(argv)}", file=sys.stderr)
         raise SystemExit(2)
     run_verb(argv[0], argv[1:], prog=f"megatron-prune {argv[0]}")
 
 
 def run_verb(verb: str, argv: list[str], *, prog: str) -> None:
     """Parse ``argv`` for ``verb``, run it on all processes, and exit with its code if it is not 0."""
-    from megatron_prune.runtime.world import World
-
-    _quiet()
     world = World()
     try:
         world = World.of_environment()
-        name = verb.replace("-", "_").replace(" ", "_")
+        options, manner = _read(verb, argv, prog, world)
+        _quiet(manner)
+        ending = Ending(verb, options, world)
+        name = module_of(verb)
         step = importlib.import_module(f"megatron_prune.steps.{name}")
-        parser = getattr(step, "parse", None)
-        kind = getattr(step, "".join(part.capitalize() for part in name.split("_")) + "Options")
-        options = parser(argv, prog) if parser else parse(kind, argv, prog=prog, description=kind.__doc__)
         code = getattr(step, name)(options, world)
         world.disconnect()
+        if not code:
+            ending.say()
     except InputError as error:
         _fail(world, f"{prog}: {error}", 2)
     except PruneError as error:
@@ -96,6 +90,33 @@ def run_verb(verb: str, argv: list[str], *, prog: str) -> None:
         raise SystemExit(code)
 
 
+def _read(verb: str, argv: list[str], prog: str, world: World) -> tuple[Any, Any]:
+    """The options of a verb, and what was said of the manner (``quiet``, ``verbose``); help and print-config end the process."""
+    kind = options_of(verb)
+    parser = parser_of(kind, prog)
+    if not world.is_main and {"-h", "--help"} & set(argv):
+        raise SystemExit(0)  # one help is enough
+    for path in named_files(argv):
+        set_defaults(parser, path)
+    namespace = parser.parse_args(argv)
+    if namespace.print_config:
+        if world.is_main:
+            print(text_of(kind, namespace, verb), end="")
+        raise SystemExit(0)
+    if namespace.quiet and namespace.verbose:
+        raise InputError("--quiet and --verbose", needed="one of the two")
+    return made(kind, namespace), namespace
+
+
+def _completion(argv: list[str]) -> None:
+    from megatron_prune.cli.completion import SHELLS, script
+
+    if len(argv) != 1 or argv[0] not in SHELLS:
+        print(f"usage: megatron-prune completion {{{','.join(SHELLS)}}}", file=sys.stderr if argv != ["--help"] else sys.stdout)
+        raise SystemExit(0 if argv == ["--help"] else 2)
+    print(script(argv[0]))
+
+
 def unexpected(error: BaseException) -> str:
     """The message for what nobody thought of; the traceback only where :data:`DEBUG` is set."""
     if os.environ.get(DEBUG):
@@ -107,7 +128,7 @@ def unexpected(error: BaseException) -> str:
     return (
         f"something went wrong that this program did not foresee\n  got: {reason(error)}, at {where}:{last.lineno}\n"
         f"  what to do: see whether the input is sound; if it is, this is a fault of megatron-prune: please report it with what "
-        f"{DEBUG}=1 prints"
+        f"{DEBUG}=1 (or --verbose) prints"
     )
 
 
@@ -118,20 +139,24 @@ def _encodable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _quiet() -> None:
-    """Our own messages on standard error; the libraries' notices about what is not installed are left out."""
+def _quiet(manner: Any) -> None:
+    """Our own messages on standard error; the libraries' notices about what is not installed are left out, unless asked for."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     own = logging.getLogger("megatron_prune")
     own.handlers, own.propagate = [handler], False
-    own.setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed|torch\.nn\.parallel)")
-    warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine|transformer_engine|barrier\(\)|not a leaf Tensor).*")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:Apex is not,ignore:Transformer Engine and Apex")  # processes that it spawns
+    own.setLevel(logging.WARNING if manner.quiet else logging.DEBUG if manner.verbose else logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if manner.verbose:
+        os.environ[DEBUG] = "1"
+        return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed|torch\.nn\.parallel|torch\.cuda)")
+    warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine|transformer_engine|barrier\(\)|not a leaf Tensor|CUDA).*")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:Apex is not,ignore:Transformer Engine and Apex")  # processes that it spawns
 
 
-def _fail(world, message: str, code: int) -> None:
+def _fail(world: World, message: str, code: int) -> None:
     """Print and leave at once. Bad input is seen alike by all ranks: the others give rank 0 time to say it alone."""
     if world.size > 1:
         if not world.is_main:
@@ -141,10 +166,3 @@ def _fail(world, message: str, code: int) -> None:
     if world.size > 1:
         os._exit(code)  # a process group with dead peers must not be torn down politely: that can hang
     raise SystemExit(code)
-
-
-def _usage() -> str:
-    lines = ["usage: megatron-prune <verb> [options]      megatron-prune <verb> --help", ""]
-    lines += [f"  {verb:12} {text}" for verb, text in VERBS.items()]
-    lines += ["", "Under torchrun: torchrun --nproc-per-node N -m megatron_prune <verb> [options]"]
-    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The command line: words → options, one step, and how it ended."""

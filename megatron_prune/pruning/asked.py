@@ -1,0 +1,74 @@
+"""What the options of a pruning mean: metrics, sizes by layer, whether text is wanted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_prune.errors import InputError, raise_all
+from megatron_prune.importance.artifact import ScoresManifest
+from megatron_prune.importance.metric import metric_named
+from megatron_prune.planning.layer_sizes import Sizes, dropped, read_layer_sizes
+from megatron_prune.pruning.options import BEST, PruningOptions, TargetOptions
+
+
+def metrics_of(options: TargetOptions, *, has_text: bool, held: list[str] | None = None, refit: bool = True) -> dict[str, str]:
+    """Axis → metric: as asked for, else the best (of those whose scores are ``held``, where scores were named).
+
+    Args:
+        refit: whether what stays is re-fitted; ``fold`` judges layers by what that leaves.
+
+    Raises:
+        InputError: if there is no such metric, or it takes no such parameters.
+    """
+    chosen = {axis: options.metric or _best(axis, held) for axis in BEST}
+    if has_text and not (options.metric and metric_named(options.metric).block_wise):
+        chosen["layer"] = _best("layer", held) if refit else "angular"
+    chosen["layer"] = options.depth_metric or chosen["layer"]
+    return {axis: metric_named(name).spelling for axis, name in chosen.items()}
+
+
+def _best(axis: str, held: list[str] | None) -> str:
+    able = [name for name in held or () if axis in metric_named(name).axes]
+    return min(able or [BEST[axis]], key=lambda name: (name != BEST[axis], metric_named(name).name != BEST[axis]))
+
+
+def by_layer(options: TargetOptions) -> Sizes:
+    """Sizes of single layers.
+
+    Raises:
+        InputError: if two options say the same layer's.
+    """
+    parts = [
+        dropped(options.drop_attention, "attention", "--drop_attention"),
+        dropped(options.drop_mlp, "mlp", "--drop_mlp"),
+        read_layer_sizes(Path(options.layer_sizes)) if options.layer_sizes else {},
+    ]
+    found: Sizes = {}
+    for part in parts:
+        twice = sorted({layer for axis, layer in part if (axis, layer) in found})
+        raise_all(InputError, "sizes by layer", [f"layer {layer} is named by two options" for layer in twice])
+        found |= part
+    return found
+
+
+def vocab_alone(options: TargetOptions) -> bool:
+    """Whether nothing but the vocabulary is to be cut."""
+    others = (*TargetOptions.SIZES, *TargetOptions.BY_LAYER, "params", "ratio", "memory", "plan")
+    return bool(options.vocab_plan) and not options.untie and all(getattr(options, name) is None for name in others)
+
+
+def wants_text(options: PruningOptions) -> bool:
+    """Whether anything is measured: text or scores were named, re-fitting asked for, or a metric needs it."""
+    named = options.data is not None or options.scores is not None or bool(options.refit)
+    if (options.plan and not options.uniform) or vocab_alone(options):
+        return named
+    return named or any(metric_named(name).needs for name in metrics_of(options, has_text=False).values())
+
+
+def kept_metrics(options: PruningOptions) -> list[str] | None:
+    """Metrics of the scores that were named.
+
+    Raises:
+        InputError: if the directory holds no finished scores.
+    """
+    return ScoresManifest.load(Path(options.scores)).metrics if options.scores else None

@@ -1,0 +1,23 @@
+"""What ``compare`` can be asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_prune.config import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Print a before/after table of two Hugging Face models, with a sample generation of each by stock transformers."""
+
+    EXAMPLES: ClassVar = {"all": "megatron-prune compare --before model --after pruned_hf"}
+
+    before: str = option("Hugging Face model: a directory, or a hub id", group="model")
+    after: str = option("Hugging Face model: a directory, or a hub id", group="model")
+    before_evaluation: str | None = option("JSON file of `evaluate --output` for the first", None, group="model", exists=True)
+    after_evaluation: str | None = option("JSON file of `evaluate --output` for the second", None, group="model", exists=True)
+    prompt: str = option("what both continue", "The capital of France is", group="text")
+    max_new_tokens: int = option("length of the continuation", 24, group="text")
+    output: str | None = option("also write the table to this JSON file", None, group="model")

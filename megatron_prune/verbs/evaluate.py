@@ -1,0 +1,39 @@
+"""What ``evaluate`` can be asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_prune.config import option
+from megatron_prune.opening.options import ForeignOptions
+from megatron_prune.runtime.options import DTYPES, LayoutOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ForeignOptions, LayoutOptions):
+    """Measure perplexity of a Megatron checkpoint on a text."""
+
+    EXAMPLES: ClassVar = {"all": "torchrun --nproc-per-node 3 -m megatron_prune evaluate ckpt/pruned --data held_out.txt"}
+
+    load: str = option(
+        "Megatron checkpoint: its root, or an iteration directory",
+        group="model",
+        exists=True,
+        former=("load_dir",),
+        positional=True,
+    )
+    data: str = option(
+        "text file, .jsonl file, folder, prefix of a Megatron .bin/.idx pair, owner/name on the Hugging Face hub, or a known "
+        "data set (wikitext2, ptb, c4 …; its evaluation split)",
+        group="text",
+    )
+    data_field: str = option("name of the text in JSONL and data sets", "text", group="text")
+    tokenizer: str | None = option(
+        "Hugging Face directory of the tokenizer (default: kept in the checkpoint)", None, group="model"
+    )
+    seq_length: int = option("tokens in a window", 512, group="text")
+    windows: int = option("windows from the start of the text, at most", 16, group="text")
+    micro_batch_size: int = option("windows in a forward pass", 1, group="run")
+    dtype: str = option("what to compute in", "fp32", choices=DTYPES, group="run")
+    output: str | None = option("also write the result to this JSON file", None, group="model")

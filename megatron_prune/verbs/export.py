@@ -1,0 +1,37 @@
+"""What ``export`` can be asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_prune.config import option
+from megatron_prune.opening.options import ForeignOptions
+from megatron_prune.runtime.options import DTYPES
+from megatron_prune.writing.options import OutputOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(ForeignOptions, OutputOptions):
+    """Turn a Megatron checkpoint into a Hugging Face model that stock transformers loads."""
+
+    EXAMPLES: ClassVar = {"all": "megatron-prune export --load ckpt/pruned --save pruned_hf"}
+
+    load: str = option(
+        "Megatron checkpoint: its root, or an iteration directory", group="model", exists=True, former=("load_dir",)
+    )
+    save: str = option("Hugging Face directory to write", group="model", former=("save_dir",))
+    target_params_dtype: str | None = option(
+        "element type (default: that of the Hugging Face model it came from)", None, choices=DTYPES
+    )
+    target_family: str | None = option(
+        "write as another family of the same architecture, such as mistral; or layers that differ as llama-per-layer "
+        "(transformers, with a file of code) or nemotron-nas (vLLM and others)",
+        None,
+        group="model",
+    )
+    max_shard_size: str = option("split weight files larger than this", "5GB", group="expert")
+    adapter_only: bool = option("write an adapter as a directory that peft loads, not merged", False)
+    base: str | None = option(
+        "model that an adapter belongs on (default: where it was when it was trained)", None, group="expert"
+    )

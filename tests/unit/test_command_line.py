@@ -1,0 +1,238 @@
+"""A command line: flags made from dataclasses, files of options, help, completion, and what is said of a bad one."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_prune.cli.completion import SHELLS, script
+from megatron_prune.cli.config_file import set_defaults, text_of
+from megatron_prune.cli.main import main
+from megatron_prune.cli.parser import made, parse, parser_of
+from megatron_prune.config import GROUPS, option
+from megatron_prune.errors import InputError
+from megatron_prune.verbs.table import VERBS, options_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """what it does"""
+
+    EXAMPLES: ClassVar = {"all": "prog --load x", "shape": "--size 7"}
+
+    load: str = option("where from", group="model", former=("load_dir",), positional=True)
+    kind: str = option("which", "b", choices=["alpha", "b"])
+    size: int | None = option("how large", None, group="shape")
+    seed: int = option("which draw", 1234)
+    rate: float = option("how fast, in %", 0.5)
+    layers: tuple[int, ...] | None = option("which go", None)
+    words: tuple[str, ...] = option("what is said", ())
+    refit: bool | None = option("again", None)
+    strict: bool = option("refuse", False)
+    plan: str | None = option("a file", None, exists=True)
+
+
+def read(*argv: str) -> Options:
+    return parse(Options, list(argv), prog="prog")
+
+
+def test_a_flag_that_is_not_given_has_the_dataclass_default():
+    assert read("--load", "x") == Options(load="x")
+
+
+@pytest.mark.parametrize("words", [["--load", "x"], ["--load-dir", "x"], ["--load_dir", "x"], ["--load_dir=x"], ["x"]])
+def test_dashes_underscores_other_names_and_a_word_alone_mean_the_same(words):
+    assert read(*words) == Options(load="x")
+
+
+def test_every_type_is_read():
+    words = "--load x --kind alpha --size 7 --seed -1 --rate 1e-3 --layers 7,13 --words a b --no-refit --strict"
+    expected = {"size": 7, "seed": -1, "rate": 1e-3, "layers": (7, 13), "words": ("a", "b"), "refit": False, "strict": True}
+    assert read(*words.split()) == Options(load="x", kind="alpha", **expected)
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--load", "x", "--unknown", "1"], "--unknown is no flag of prog"),
+        (["--load", "x", "--siz", "1"], "--siz is no flag of prog; did you mean --size?"),
+        (["--laod", "x"], "--laod is no flag of prog; did you mean --load?"),
+        (["--load", "x", "--Strict"], "--Strict is no flag of prog; did you mean --strict?"),
+        (["--load", "x", "--rat=2", "--sied", "2"], "--rat is no flag of prog; did you mean --rate?\n--sied is no flag"),
+        (["--load", "x", "stray"], "--load x and stray"),
+        (["x", "stray"], "'stray' follows no flag that takes it"),
+        (["--size", "1"], "--load is needed"),
+        (["--load", "x", "--size", "1.5"], "--size: '1.5' is not a whole number"),
+        (["--load", "x", "--size"], "--size: expected one argument"),
+        (["--load", "x", "--kind", "alpa"], "--kind: 'alpa' is none of alpha, b; did you mean alpha?"),
+        (["--load", "x", "--layers", "1,two"], "--layers: '1,two' is not a list of whole numbers"),
+        (["--load", "x\udcff"], "is not UTF-8"),
+        (["--load", "x\0"], "holds a NUL"),
+        (["--load=--"], "--load: '--' is no value"),
+        (["--load", "x", "--size=--"], "--size: '--' is no value"),
+        (["--load", "x", "--plan", "/nowhere/p.json"], "--plan /nowhere/p.json\n  got: no such file or directory\n  needed: a file"),
+    ],
+)
+def test_a_bad_command_line_is_refused_naming_what_was_mistyped(argv, said):
+    with pytest.raises(InputError) as refused:
+        read(*argv)
+    assert said in str(refused.value)
+
+
+def test_the_help_has_groups_with_an_example_and_every_flag_with_its_text_choices_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        read("--help")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for part in ("--load LOAD ", "(also --load-dir)", "where from", "{alpha,b}", "(default: 1234)", "(default: 0.5)", "what it does"):
+        assert part in text
+    for part in ("--refit, --no-refit", "in %", f"{GROUPS['shape']}:\n  for example: --size 7", "example:\n  prog --load x"):
+        assert part in text
+    assert "None" not in text and "False" not in text and "__" not in text
+
+
+# --------------------------------------------------------------------------------------------------------- files of options
+
+
+def from_file(text: str, folder, *argv: str) -> Options:
+    parser = parser_of(Options, "prog")
+    (folder / "c.yaml").write_text(text, encoding="utf-8")
+    set_defaults(parser, folder / "c.yaml")
+    return made(Options, parser.parse_args(list(argv)))
+
+
+def test_a_file_says_what_flags_say_and_the_command_line_goes_before_it(tmp_path):
+    text = "load_dir: x\nrate: 1e-3\nlayers: [7, 13]\nwords: [a, b c]\nstrict: true\nrefit: false\nsize: null\nplan:\nseed: 5\n"
+    expected = {"rate": 1e-3, "layers": (7, 13), "words": ("a", "b c"), "strict": True, "refit": False}
+    assert from_file(text, tmp_path) == Options(load="x", seed=5, **expected)
+    assert from_file(text, tmp_path, "y", "--seed", "6", "--refit") == Options(load="y", seed=6, **{**expected, "refit": True})
+    assert from_file("load-dir: x\nlayers: 7,13", tmp_path).layers == (7, 13)
+    assert from_file("load: 007", tmp_path).load == "007", "what is written is what counts, not what YAML makes of it"
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("laod: x", "c.yaml: --laod is no flag of prog; did you mean --load?"),
+        ("load: x\nload_dir: y", "says load and load_dir, which are the same"),
+        ("load: x\nload: y", "says load and load, which are the same"),
+        ("load: {a: b}", "values within values"),
+        ("load: [[a]]", "values within values"),
+        ("size: 1.5", "c.yaml: --size: '1.5' is not a whole number"),
+        ("strict: 1", "--strict"),
+        ("kind: c", "'c' is none of alpha, b"),
+        ("- a", "a YAML sequence"),
+        ("a: b: c", "is not YAML, line 1"),
+        ("config: other.yaml", "no flag"),
+        ("help: true", "no flag"),
+        ("a: &a [x]\nb: *c", "is not YAML"),
+        ("[" * 100_000, "is not YAML"),
+    ],
+)
+def test_a_file_that_says_something_else_is_refused(text, said, tmp_path):
+    with pytest.raises(InputError) as refused:
+        from_file(text, tmp_path)
+    assert said in str(refused.value) and "c.yaml" in str(refused.value)
+
+
+TEXTS = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1).filter(lambda t: t.strip() and not t.startswith("-"))
+
+
+@given(load=TEXTS, words=st.lists(TEXTS, max_size=3), rate=st.floats(-1e9, 1e9), layers=st.lists(st.integers(0, 99), min_size=1))
+def test_what_print_config_prints_says_the_same_again(load, words, rate, layers, tmp_path_factory):
+    argv = [f"--load={load}", f"--rate={rate!r}", "--layers", ",".join(map(str, layers)), *(["--words", *words] if words else [])]
+    printed = text_of(Options, parser_of(Options, "prog").parse_args(argv), "prog")
+    assert from_file(printed, tmp_path_factory.mktemp("c")) == read(*argv)
+    assert yaml.safe_load(printed)["seed"] == 1234
+
+
+# ---------------------------------------------------------------------------------------------------------------- verbs
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_an_example_that_is_read_and_options_in_groups(verb, monkeypatch):
+    kind = options_of(verb)
+    monkeypatch.setattr("megatron_prune.cli.parser.check_there", lambda options: None)
+    words = shlex.split(kind.EXAMPLES["all"])
+    words = words[words.index("megatron_prune" if "-m" in words else "megatron-prune") + 1 :]
+    assert " ".join(words).startswith(verb + " ")
+    parse(kind, words[len(verb.split()) :], prog="x")
+    needed = [word for item in dataclasses.fields(kind) if item.default is dataclasses.MISSING for word in needed_words(item)]
+    for group in set(kind.EXAMPLES) - {"all"}:
+        flags = kind.EXAMPLES[group].replace(", or a budget:", "").split()
+        parse(kind, [*needed, *flags], prog="x")
+
+
+def needed_words(item: dataclasses.Field) -> list[str]:
+    return [f"--{item.name}", "1"] if "group" in item.metadata else []
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_options_of_every_verb_can_be_printed_and_read_again(verb, capsys, tmp_path):
+    def printed(*words: object) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main([*verb.split(), *map(str, words), "--print-config"])
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    first = printed()
+    (tmp_path / "c.yaml").write_text(first, encoding="utf-8")
+    assert printed("--config", tmp_path / "c.yaml") == first
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["purne"], "'purne' is no verb; did you mean prune?"),
+        (["vocab", "trm"], "'vocab trm' is no verb; did you mean vocab trim?"),
+        (["voacb"], "'voacb' is no verb; did you mean vocab?"),
+        (["vocab"], "'vocab' is no verb"),
+    ],
+)
+def test_a_verb_that_there_is_not_is_answered_with_the_nearest(words, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["vocab", "--help"], ["help", "vocab"], ["vocab", "-h"]])
+def test_the_help_of_a_family_of_verbs_lists_them(words, capsys):
+    main(words)
+    text = capsys.readouterr().out
+    assert all(verb in text for verb in VERBS if verb.startswith("vocab ")) and "convert" not in text
+
+
+@pytest.mark.parametrize("words", [["help", "vocab", "trim"], ["vocab", "trim", "--help"]])
+def test_help_before_a_verb_is_help_behind_it(words, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "usage: megatron-prune vocab trim --load LOAD --save SAVE [options]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_completion_knows_every_verb_and_flag(shell):
+    text = script(shell)
+    assert all(word in text for verb in VERBS for word in verb.split())
+    assert "--ffn-hidden-size-remain" in text or "ffn-hidden-size-remain" in text
+
+
+def test_bash_takes_the_completion():
+    asked = f"{script('bash')}\nCOMP_WORDS=(megatron-prune vocab tr); COMP_CWORD=2; _shtab_megatron_prune; echo ${{COMPREPLY[@]}}"
+    found = subprocess.run(["bash", "-c", asked], capture_output=True, text=True)
+    assert found.stdout.split() == ["trim"], found.stderr
+
+
+def test_a_message_about_a_command_line_comes_before_torch(tmp_path):
+    code = "import sys\nfrom megatron_prune.cli.main import main\ntry:\n    main(sys.argv[1:])\nfinally:\n    print('torch' in sys.modules)"
+    words = ["prune", "--load", str(tmp_path / "none"), "--save", "x", "--ratio", "0.25"]
+    found = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert found.returncode == 2 and "no such file or directory" in found.stderr and found.stdout == "False\n"
