@@ -53,7 +53,9 @@ def main() -> None:
             for how in (["uniform", "--search", options.search], ["free"]):
                 started, save = time.time(), work / f"{params}_{how[0]}"
                 given = ["--load", dense, "--save", save, "--scores", work / "scores", "--seed", options.seed, "--overwrite"]
-                said = run("prune", *given, "--params", params, "--prune_type", "global", "--allocate", *how, *extra, tp=options.tp)
+                said = run(
+                    "prune", *given, "--params", params, "--prune_type", "global", "--allocate", *how, *extra, tp=options.tp
+                )
                 print_row(f"{params} {how[0]}: {shape(save)}", save, time.time() - started, options)
                 compared += re.findall(r"INFO: (.*): ([\d.]+) nats a token lost on held-out text", said)
         print("\n| shape that was fitted and compared | nats a token lost on held-out text |\n|---|---|")

@@ -82,7 +82,9 @@ def attention(config: ModelConfig, weight, normed: torch.Tensor) -> torch.Tensor
     return context.reshape(samples, count, heads * d) @ weight("o").T
 
 
-def write_checkpoint(save: Path, config: ModelConfig, model: Model, layout, *, family: str, ckpt_format: str = "torch_dist") -> Path:
+def write_checkpoint(
+    save: Path, config: ModelConfig, model: Model, layout, *, family: str, ckpt_format: str = "torch_dist"
+) -> Path:
     """A Megatron checkpoint of ours that holds ``model``."""
     save.mkdir()
     dtypes = {tensor: data.dtype for tensor, data in model.items()}

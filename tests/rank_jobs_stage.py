@@ -24,7 +24,10 @@ EVERYTHING = frozenset({*SITES, STREAM, "final_norm"})
 
 def values_inside(layer: OpenLayer, stream: torch.Tensor, stage: Stage) -> dict[str, torch.Tensor]:
     """What the functions of a layer's two blocks give, parts of ranks joined; each fed with what the one before gave."""
-    found, names = {}, (("norm_attention", "context", "write_attention", "attention"), ("norm_mlp", "channels", "write_mlp", "mlp"))
+    found, names = (
+        {},
+        (("norm_attention", "context", "write_attention", "attention"), ("norm_mlp", "channels", "write_mlp", "mlp")),
+    )
     for block, (norm, inside, write, after) in zip(layer.blocks, names):
         found[norm] = block.norm(stream)
         parts = block.inside(found[norm])

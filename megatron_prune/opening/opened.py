@@ -225,6 +225,26 @@ def open_huggingface(folder: Path, world: World) -> Opened:
     return Opened(path=folder, checkpoint=huggingface.open_model(folder), world=world)
 
 
+def open_to_run(name: str, world: World, options: ForeignOptions, *, tokenizer: str | None = None) -> Opened:
+    """A model of either kind, to be run.
+
+    Args:
+        options: what is said beside a Megatron checkpoint.
+        tokenizer: named by the user.
+
+    Raises:
+        InputError: if it is none, or not whole, or something is said of what it is not.
+    """
+    path = Path(os.path.expanduser(name))
+    if path.exists() and not huggingface.is_huggingface(path):
+        return open_megatron(str(path), world, options, tokenizer=tokenizer)
+    if told(options) != Told():
+        raise InputError(f"{name} is no Megatron checkpoint", do="leave out what is said of one: --hf-dir and the like")
+    model = open_huggingface(huggingface.resolve(name), world)
+    model.named_tokenizer = tokenizer
+    return model
+
+
 def open_either(name: str, world: World, beside: Told) -> Opened:
     """A model of either kind, to be looked at: what a Megatron checkpoint leaves open may stay open.
 

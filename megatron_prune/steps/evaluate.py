@@ -1,4 +1,4 @@
-"""Perplexity of a Megatron checkpoint, running under TP × PP × DP."""
+"""Perplexity of a model of either kind, running under TP × PP × DP; a Hugging Face directory is read as shards of so many ranks."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
+from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.config import require_positive
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
-from megatron_prune.opening.opened import open_megatron
+from megatron_prune.opening.opened import open_to_run
 from megatron_prune.opening.source import PARAM_DTYPES
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.reporting import log
@@ -33,8 +34,9 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
         raise InputError("--seq-length", got=options.seq_length, needed="at least 2: the first token is never predicted")
     if options.output:
         staging.check_file(Path(options.output))
-    model = open_megatron(options.load, world, options, tokenizer=options.tokenizer)
-    layout = run_layout(model.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
+    model = open_to_run(options.load, world, options, tokenizer=options.tokenizer)
+    stored = model.layout or ParallelLayout(tensor=world.size // (options.pipeline_model_parallel_size or 1) or 1)
+    layout = run_layout(stored, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     layout.check(model.config)
     if options.seq_length > model.config.max_position_embeddings:
         raise InputError(

@@ -12,9 +12,9 @@ from megatron_prune.runtime.options import DTYPES, LayoutOptions
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(ForeignOptions, LayoutOptions):
-    """Measure perplexity of a Megatron checkpoint on a text."""
+    """Measure perplexity of a Megatron checkpoint or a Hugging Face model on a text."""
 
-    EXAMPLES: ClassVar = {"all": "torchrun --nproc-per-node 3 -m megatron_prune evaluate ckpt/pruned --data held_out.txt"}
+    EXAMPLES: ClassVar = {"all": "megatron-prune evaluate pruned_hf --data held_out.txt"}
 
     load: str = option(
         "Megatron checkpoint: its root, or an iteration directory",
@@ -29,9 +29,7 @@ class EvaluateOptions(ForeignOptions, LayoutOptions):
         group="text",
     )
     data_field: str = option("name of the text in JSONL and data sets", "text", group="text")
-    tokenizer: str | None = option(
-        "Hugging Face directory of the tokenizer (default: kept in the checkpoint)", None, group="model"
-    )
+    tokenizer: str | None = option("Hugging Face directory of the tokenizer (default: the model's own)", None, group="model")
     seq_length: int = option("tokens in a window", 512, group="text")
     windows: int = option("windows from the start of the text, at most", 16, group="text")
     micro_batch_size: int = option("windows in a forward pass", 1, group="run")

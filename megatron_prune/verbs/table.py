@@ -20,7 +20,7 @@ VERBS = {
     "vocab select": "counts → the tokens that stay: a report and a plan",
     "vocab trim": "cut the vocabulary of a model of either kind, its tokenizer with it",
     "vocab remap": "tokenised data (.bin/.idx) → the same for a trimmed vocabulary",
-    "evaluate": "perplexity of a Megatron checkpoint under TP × PP",
+    "evaluate": "perplexity of a model of either kind, under TP × PP",
     "compare": "before/after table of two Hugging Face models",
     "inspect": "shape, layout, parameters, bytes, recipe of a checkpoint; its broken weights",
     "estimate": "memory per rank and disk of a conversion, every part of a pruning, and a recovery",

@@ -41,7 +41,11 @@ MODELS = {
         BASE, num_attention_heads=(12, 0, 12, 6), num_query_groups=(6, 0, 6, 6), ffn_hidden_size=(0, 48, 24, 48), qkv_bias=True
     ),
     "four ranks": change(
-        BASE, num_attention_heads=(12, 8, 0, 12), num_query_groups=(4, 4, 0, 12), ffn_hidden_size=(48, 12, 24, 0), tie_embeddings=True
+        BASE,
+        num_attention_heads=(12, 8, 0, 12),
+        num_query_groups=(4, 4, 0, 12),
+        ffn_hidden_size=(48, 12, 24, 0),
+        tie_embeddings=True,
     ),
     "windows, rotary bases": change(BASE, sliding_window=(5, 5, None, 5), rotary_base=(100.0, 100.0, 10000.0, 100.0)),
     "no positions in some layers": change(

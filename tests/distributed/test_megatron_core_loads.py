@@ -104,9 +104,7 @@ def rank_state(source: Path, tp: int, pp: int, rank: int, stage: int) -> dict[st
 
 def converted(source: Path, save: Path, tp: int, pp: int, **options) -> Path:
     options |= {"target_tensor_parallel_size": tp, "target_pipeline_parallel_size": pp}
-    convert(
-        ConvertOptions(load=str(source), save=str(save), make_vocab_size_divisible_by=PADDED // tp, **options), World()
-    )
+    convert(ConvertOptions(load=str(source), save=str(save), make_vocab_size_divisible_by=PADDED // tp, **options), World())
     return save
 
 

@@ -252,5 +252,3 @@ def test_requests_that_fit_nothing_are_refused_before_work(tmp_path, options, me
     with pytest.raises(InputError, match=message):
         run(model, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
-
-

@@ -86,7 +86,9 @@ def test_measuring_and_refitting_take_what_the_estimate_says(tmp_path, capsys):
     peaks = {
         "sampling text": peak("sample", "--load", dense, "--save", str(tmp_path / "own.safetensors"), *text),
         "scoring by gradients": peak("score", "--load", dense, "--save", str(tmp_path / "s"), "--metrics", "fisher", *given),
-        "costs of blocks": peak("score", "--load", dense, "--save", str(tmp_path / "c"), "--metrics", "random", "--costs", *given),
+        "costs of blocks": peak(
+            "score", "--load", dense, "--save", str(tmp_path / "c"), "--metrics", "random", "--costs", *given
+        ),
         "re-fitting": peak(
             *("prune", "--load", dense, "--save", str(tmp_path / "p"), "--metric", "random", "--reconstruct", "1"), *asked, *given
         ),

@@ -145,9 +145,7 @@ def test_the_script_recovers_with_its_settings(tiny, tmp_path, stub, ranks):
     convert(ConvertOptions(load=str(tiny("qwen2")), save=str(load)), World())
     text.write_text("".join(json.dumps({"text": f"Sentence {number} of a text. " * 3}) + "\n" for number in range(100)))
     pair = tmp_path / "pair_text_document"
-    preprocess(
-        PreprocessOptions(input=(str(text),), tokenizer=str(load), save=str(tmp_path / "pair"), workers=1), World()
-    )
+    preprocess(PreprocessOptions(input=(str(text),), tokenizer=str(load), save=str(tmp_path / "pair"), workers=1), World())
     blend = f"0.7 {pair} 0.3 {pair}"
     lesson = {"load": str(load), "save": str(tmp_path / "taught"), "data_path": tuple(blend.split()), "top_k": 5}
     teach(World(), {**lesson, "train_iters": 2, "global_batch_size": 4, "seq_length": 16, "eval_iters": 1})

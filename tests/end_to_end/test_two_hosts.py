@@ -99,9 +99,7 @@ init = lambda **settings: Run()
 @pytest.mark.timeout(600)  # 16 processes are started, on whatever cores there are
 def test_a_lost_process_on_one_of_two_hosts_costs_time_alone(tiny, tmp_path, hosts, ranks):
     start = tmp_path / "start"
-    convert(
-        ConvertOptions(load=str(tiny("llama", dtype="float32")), save=str(start), target_tensor_parallel_size=2), World()
-    )
+    convert(ConvertOptions(load=str(tiny("llama", dtype="float32")), save=str(start), target_tensor_parallel_size=2), World())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

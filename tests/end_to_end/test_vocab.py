@@ -552,9 +552,7 @@ def test_a_folded_head_is_the_same_by_every_route(ranks, corpus, tmp_path, tied)
     convert(ConvertOptions(load=str(source), save=str(tmp_path / "m")), World())
     for size, layout in ((2, 2), (3, 1)):
         checkpoint = tmp_path / f"m{size}"
-        transfer(
-            TransferOptions(load=str(tmp_path / "m"), save=str(checkpoint), target_tensor_parallel_size=layout), World()
-        )
+        transfer(TransferOptions(load=str(tmp_path / "m"), save=str(checkpoint), target_tensor_parallel_size=layout), World())
         options = {"load": str(checkpoint), "save": str(tmp_path / f"t{size}"), **asked}
         ranks(size).run(rank_jobs.run_steps, ("vocab_trim", options))
         export(ExportOptions(load=str(tmp_path / f"t{size}"), save=str(tmp_path / f"back{size}")), World())

@@ -13,7 +13,11 @@ ROLES = {role.name for role in OUTER} | {role.name for name in BLOCKS.names() fo
 NAME_ROLES = ("megatron_prune.arch.blocks.", "megatron_prune.families.", "megatron_prune.importance.metrics.")
 MEGATRON_ARGUMENTS = (
     *("megatron_prune.checkpoint.megatron_args", "megatron_prune.checkpoint.description", "megatron_prune.checkpoint.known_args"),
-    *("megatron_prune.checkpoint.heterogeneous", "megatron_prune.checkpoint.gemma3_args", "megatron_prune.checkpoint.megatron_lm_flags"),
+    *(
+        "megatron_prune.checkpoint.heterogeneous",
+        "megatron_prune.checkpoint.gemma3_args",
+        "megatron_prune.checkpoint.megatron_lm_flags",
+    ),
     *("megatron_prune.runtime.core_config", "megatron_prune.runtime.megatron_flags", "megatron_prune.runtime.layers"),
 )
 KNOW_SIZES = ("megatron_prune.arch.", "megatron_prune.families.", *MEGATRON_ARGUMENTS)
@@ -34,7 +38,9 @@ def test_no_role_stands_in_quotes_but_where_blocks_families_and_metrics_say_what
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and node.value in ROLES and module + ":" + node.value not in OTHER_WORDS
     ]
-    assert not named, "ask the block kind (arch/blocks/block.py), or arch/tensors.py for what is outside the layers:\n" + "\n".join(named)
+    assert not named, (
+        "ask the block kind (arch/blocks/block.py), or arch/tensors.py for what is outside the layers:\n" + "\n".join(named)
+    )
 
 
 OTHER_WORDS = {

@@ -71,9 +71,15 @@ PLAIN = BlockKind(
     mixes_tokens=False,
     megatron=(
         replicated("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight", "fc_norm"),
-        MegatronTensor(name="mlp.linear_fc1.weight", local_name="mlp.linear_fc1.weight", roles=("fc_in",), split="rows", axis="ffn"),
-        MegatronTensor(name="mlp.linear_fc1.bias", local_name="mlp.linear_fc1.bias", roles=("fc_in_bias",), split="rows", axis="ffn"),
-        MegatronTensor(name="mlp.linear_fc2.weight", local_name="mlp.linear_fc2.weight", roles=("fc_out",), split="cols", axis="ffn"),
+        MegatronTensor(
+            name="mlp.linear_fc1.weight", local_name="mlp.linear_fc1.weight", roles=("fc_in",), split="rows", axis="ffn"
+        ),
+        MegatronTensor(
+            name="mlp.linear_fc1.bias", local_name="mlp.linear_fc1.bias", roles=("fc_in_bias",), split="rows", axis="ffn"
+        ),
+        MegatronTensor(
+            name="mlp.linear_fc2.weight", local_name="mlp.linear_fc2.weight", roles=("fc_out",), split="cols", axis="ffn"
+        ),
         replicated("mlp.linear_fc2.post_layernorm.weight", "mlp.linear_fc2.post_layernorm.weight", "fc_after_norm"),
     ),
 )
@@ -123,4 +129,6 @@ def test_a_map_selects_or_turns_by_the_same_rule():
     chosen = SpaceMap.select(torch.tensor([4, 0]), 6)
     same = SpaceMap.linear(chosen.write, chosen.read)
     for role, matrix in (("down", writer), ("up", reader)):
-        assert torch.equal(carried(role, matrix, {"hidden": chosen}, Scratch()), carried(role, matrix, {"hidden": same}, Scratch()))
+        assert torch.equal(
+            carried(role, matrix, {"hidden": chosen}, Scratch()), carried(role, matrix, {"hidden": same}, Scratch())
+        )

@@ -79,7 +79,10 @@ def test_every_type_is_read():
         (["--load", "x\0"], "holds a NUL"),
         (["--load=--"], "--load: '--' is no value"),
         (["--load", "x", "--size=--"], "--size: '--' is no value"),
-        (["--load", "x", "--plan", "/nowhere/p.json"], "--plan /nowhere/p.json\n  got: no such file or directory\n  needed: a file"),
+        (
+            ["--load", "x", "--plan", "/nowhere/p.json"],
+            "--plan /nowhere/p.json\n  got: no such file or directory\n  needed: a file",
+        ),
     ],
 )
 def test_a_bad_command_line_is_refused_naming_what_was_mistyped(argv, said):
@@ -93,7 +96,15 @@ def test_the_help_has_groups_with_an_example_and_every_flag_with_its_text_choice
         read("--help")
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for part in ("--load LOAD ", "(also --load-dir)", "where from", "{alpha,b}", "(default: 1234)", "(default: 0.5)", "what it does"):
+    for part in (
+        "--load LOAD ",
+        "(also --load-dir)",
+        "where from",
+        "{alpha,b}",
+        "(default: 1234)",
+        "(default: 0.5)",
+        "what it does",
+    ):
         assert part in text
     for part in ("--refit, --no-refit", "in %", f"{GROUPS['shape']}:\n  for example: --size 7", "example:\n  prog --load x"):
         assert part in text
@@ -144,7 +155,9 @@ def test_a_file_that_says_something_else_is_refused(text, said, tmp_path):
     assert said in str(refused.value) and "c.yaml" in str(refused.value)
 
 
-TEXTS = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1).filter(lambda t: t.strip() and not t.startswith("-"))
+TEXTS = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1).filter(
+    lambda t: t.strip() and not t.startswith("-")
+)
 
 
 @given(load=TEXTS, words=st.lists(TEXTS, max_size=3), rate=st.floats(-1e9, 1e9), layers=st.lists(st.integers(0, 99), min_size=1))

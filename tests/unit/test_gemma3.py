@@ -41,7 +41,11 @@ BY_KIND = {
         {"rope_parameters": BY_KIND},
         {"rope_parameters": BY_KIND, "rope_theta": 3.0, "rope_local_base_freq": 4.0},
         {"rope_parameters": BY_KIND, "rope_scaling": {**LINEAR, "factor": 2.0}},
-        {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": None}, "rope_theta": 3.0, "rope_local_base_freq": 4.0},
+        {
+            "rope_parameters": {"full_attention": LINEAR, "sliding_attention": None},
+            "rope_theta": 3.0,
+            "rope_local_base_freq": 4.0,
+        },
         {"query_pre_attn_scalar": 24},
         {"query_pre_attn_scalar": 168, "head_dim": 128},
         {"hidden_act": "gelu", "attn_logit_softcapping": None, "use_bidirectional_attention": False},
@@ -183,7 +187,10 @@ def test_which_layers_see_a_window(changes, local):
         ({"softmax_scale": -1.0}, "softmax_scale"),
         ({"rope_scaling": True}, "rope_scaling"),
         ({"seq_len_interpolation_factor": 2.0}, "seq_len_interpolation_factor"),
-        ({"transformer_layer_spec": Inert("megatron.bridge.models.gemma.gemma2_provider.gemma2_layer_spec")}, "gemma2_layer_spec"),
+        (
+            {"transformer_layer_spec": Inert("megatron.bridge.models.gemma.gemma2_provider.gemma2_layer_spec")},
+            "gemma2_layer_spec",
+        ),
         ({"transformer_layer_spec": None}, "activation_func"),
     ],
 )

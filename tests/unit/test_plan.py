@@ -241,7 +241,9 @@ def test_a_plan_dealt_over_two_ranks_is_evened_out_on_one(tmp_path):
     """The shards of a plan are for its own number of ranks; one rank cannot hold only the first of them."""
     (tmp_path / "p.json").write_text(json.dumps(good()))
     options = TargetOptions(plan=str(tmp_path / "p.json"))
-    family = dataclasses.replace(FAMILIES.get("qwen3"), traits={"qkv_bias": True, "qk_norm": True})  # no family has all that SMALL has
+    family = dataclasses.replace(
+        FAMILIES.get("qwen3"), traits={"qkv_bias": True, "qk_norm": True}
+    )  # no family has all that SMALL has
     given = {"prune_type": "balance", "has_text": False}
     plan = read_request(
         options, SimpleNamespace(config=SMALL, dtype=torch.float32, identity="id"), ParallelLayout(), family, **given
@@ -267,6 +269,8 @@ def test_the_summary_names_what_changes_and_nothing_else():
 def test_only_the_second_moments_of_what_is_cut_are_asked_for(sizes, wanted):
     given = {"prune_type": "global", "has_text": True, "held": None, "refit": True}
     options = TargetOptions(**sizes)
-    family = dataclasses.replace(FAMILIES.get("qwen3"), traits={"qkv_bias": True, "qk_norm": True})  # no family has all that SMALL has
+    family = dataclasses.replace(
+        FAMILIES.get("qwen3"), traits={"qkv_bias": True, "qk_norm": True}
+    )  # no family has all that SMALL has
     request = read_request(options, SimpleNamespace(config=SMALL, dtype=torch.float32), ParallelLayout(), family, **given)
     assert request.moments(SMALL) == wanted

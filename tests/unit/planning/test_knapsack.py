@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_prune.planning.knapsack import choose
 
-ITEMS = st.lists(
-    st.lists(st.tuples(st.integers(0, 60), st.integers(0, 40)), min_size=1, max_size=4), min_size=1, max_size=5
-)
+ITEMS = st.lists(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 40)), min_size=1, max_size=4), min_size=1, max_size=5)
 
 
 def tables(items: list[list[tuple[int, int]]], unit: int = 1) -> tuple[list[np.ndarray], list[np.ndarray]]:
