@@ -37,7 +37,7 @@ from rich.table import Table
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import huggingface, megatron, model_folder
 from megatron_prune.cli.parser import parse
 from megatron_prune.files import staging
 from megatron_prune.planning.resources import training_flops
@@ -112,7 +112,7 @@ def speed(options: argparse.Namespace) -> None:
     if options.side:
         Path(options.output).write_text(json.dumps(measure(options)))
         return
-    config = huggingface.open_model(huggingface.resolve(options.model)).tensors.config
+    config = huggingface.open_model(model_folder.resolve(options.model)).tensors.config
     if not 2 <= options.seq_length <= config.max_position_embeddings:
         raise SystemExit(f"--seq-length {options.seq_length}: this model takes 2 to {config.max_position_embeddings} tokens")
     if min(options.batch, options.accumulate, options.steps, options.warm_up, options.rounds) < 1:
@@ -150,7 +150,7 @@ def measure_apart(side: str, options: argparse.Namespace) -> dict:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Train with one side; what it was, how fast, how much memory, which losses."""
     torch.set_num_threads(options.threads)
-    model = huggingface.resolve(options.model)
+    model = model_folder.resolve(options.model)
     vocab_size = huggingface.open_model(model).tensors.config.vocab_size
     steps = options.warm_up + options.steps
     shape = (steps * options.accumulate * options.batch, options.seq_length + 1)
@@ -315,7 +315,7 @@ def add_curve(parser: argparse.ArgumentParser) -> None:
 
 def curve(options: argparse.Namespace) -> None:
     """Make what is missing, train what is not finished, and tell of it."""
-    options.model = str(huggingface.resolve(options.model).absolute())
+    options.model = str(model_folder.resolve(options.model).absolute())
     work = Path(options.out).absolute()
     work.mkdir(parents=True, exist_ok=True)
     data = {name: preprocess(work, name, texts, options.model) for name, texts in texts_of(options).items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig, RopeScaling
-from megatron_prune.checkpoint import gemma3_args, heterogeneous, huggingface
+from megatron_prune.checkpoint import gemma3_args, heterogeneous, model_folder
 from megatron_prune.checkpoint.known_args import refused_arguments, shown
 from megatron_prune.errors import CheckpointError, raise_all
 from megatron_prune.families.family import Family, family_of
@@ -210,7 +210,7 @@ def settle(description: Description, told: Told, padded: int, where: object, *, 
         CheckpointError: naming each field that they contradict each other in, or that nobody says.
     """
     said = dict(description.model)
-    hf_config = huggingface.read_config(told.hf_dir) if told.hf_dir and huggingface.is_huggingface(told.hf_dir) else None
+    hf_config = model_folder.read_config(told.hf_dir) if told.hf_dir and model_folder.is_huggingface(told.hf_dir) else None
     family = family_of(hf_config) if hf_config else None
     theirs = family.model_config(hf_config) if family else None
     if not said and theirs is None:
@@ -326,9 +326,9 @@ def check_goes_back_to(config: ModelConfig, family: Family, hf_dir: Path, *, pru
     Raises:
         CheckpointError: naming what differs.
     """
-    if not huggingface.is_huggingface(hf_dir):
+    if not model_folder.is_huggingface(hf_dir):
         return
-    hf_config = huggingface.read_config(hf_dir)
+    hf_config = model_folder.read_config(hf_dir)
     other = family_of(hf_config)
     theirs, problems = other.model_config(hf_config), []
     if other.name not in family.kin():

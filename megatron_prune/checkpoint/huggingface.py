@@ -9,7 +9,7 @@ import shutil
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,16 +19,16 @@ from megatron_prune.arch.sharding import Patch
 from megatron_prune.arch.tensors import EMBEDDING, HEAD, TensorId, full_shape, tensor_ids
 from megatron_prune.checkpoint import safetensors_file, weight_files
 from megatron_prune.checkpoint.manifest import RECIPE_FILE, Recipe
+from megatron_prune.checkpoint.model_folder import CONFIG, read_config
 from megatron_prune.checkpoint.tensor_map import FLOATS, TensorMap
 from megatron_prune.checkpoint.weight_files import INDEX, SINGLE, WEIGHTS
 from megatron_prune.config import is_utf8
-from megatron_prune.errors import CheckpointError, InputError, raise_all, reason
+from megatron_prune.errors import CheckpointError, InputError, raise_all
 from megatron_prune.families.family import Family, family_of
 from megatron_prune.families.form import check_code, code_of, shipped_files
 from megatron_prune.files.documents import LIMIT, read_json, shorten
 from megatron_prune.files.region import Region
 
-CONFIG = "config.json"
 BUFFERS_FILE = "rotary_buffers.safetensors"
 """Where a Megatron checkpoint keeps :attr:`HuggingFaceModel.buffers` for the way back."""
 _BUFFERS = re.compile(
@@ -70,24 +70,6 @@ class HuggingFaceModel:
     @property
     def in_safetensors(self) -> bool:
         return weight_files.in_safetensors(self.path)
-
-
-def is_huggingface(path: Path) -> bool:
-    """Whether ``path`` looks like a Hugging Face model directory."""
-    return (path / CONFIG).is_file()
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """``config.json`` of a directory (or that very file) as it stands.
-
-    Raises:
-        CheckpointError: if it is missing or not a JSON object.
-    """
-    file = path if path.is_file() else path / CONFIG
-    if path.is_dir() and not file.exists():
-        weight_files.check_no_adapter(path)
-        raise CheckpointError(f"{path} has no {CONFIG}", needed="a Hugging Face model directory")
-    return read_json(file, do="fetch it again")
 
 
 def open_model(path: Path) -> HuggingFaceModel:
@@ -285,61 +267,3 @@ def tokenizer_bos(folder: Path) -> int | None:
     added = read("tokenizer.json").get("added_tokens")
     ids = [token.get("id") for token in added if text(token) == bos] if bos and isinstance(added, list) else []
     return next((number for number in ids if type(number) is int), None)
-
-
-def resolve(name_or_path: str, *, weights: bool = True) -> Path:
-    """A local directory, or the snapshot of a hub id (fetched on first use).
-
-    Args:
-        weights: fetch them too; a tokenizer needs none.
-
-    Raises:
-        InputError: if it is neither.
-    """
-    path = Path(os.path.expanduser(name_or_path))
-    if path.is_dir():
-        return path
-    from huggingface_hub import HfApi, snapshot_download
-
-    def fetch() -> str:
-        files = HfApi().list_repo_files(name_or_path)
-        ignored = ["original/*", "consolidated*", "*.gguf", "*.pt", "*.pth", "*.onnx", "onnx/*", "*.msgpack", "*.h5"]
-        if not weights:
-            ignored += ["*.bin", "*.safetensors"]
-        elif any(file.endswith(".safetensors") for file in files):
-            ignored.append("*.bin")
-        return snapshot_download(name_or_path, ignore_patterns=ignored)
-
-    return Path(_from_hub(name_or_path, fetch))
-
-
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-"""``owner/name``."""
-
-
-def fetch_config(name: str) -> Path:
-    """``config.json`` of a hub id, and nothing else of it.
-
-    Raises:
-        InputError: if there is none.
-    """
-    from huggingface_hub import hf_hub_download
-
-    return Path(_from_hub(name, lambda: hf_hub_download(name, CONFIG)))
-
-
-def _from_hub(name: str, fetch: Callable[[], str]) -> str:
-    """What ``fetch`` brings; an offline machine serves what it fetched before."""
-    if Path(name).exists() or Path(name).parent != Path() and Path(name).parent.is_dir() or not _HUB_ID.fullmatch(name):
-        raise InputError(f"no such model directory: {name}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return fetch()
-    except Exception as error:  # the HTTP client's own kinds are no part of any interface
-        try:
-            return snapshot_download(name, local_files_only=True)
-        except Exception:
-            raise InputError(
-                f"{name} is neither a directory nor a model that can be fetched from the hub", got=reason(error)
-            ) from None

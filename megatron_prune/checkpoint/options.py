@@ -1,4 +1,4 @@
-"""As what a Megatron checkpoint may be written, in the words of options."""
+"""As what a Megatron checkpoint may be written, in the words of options, and how."""
 
 from __future__ import annotations
 
@@ -7,3 +7,6 @@ FORMATS = ["torch_dist", "torch"]
 
 TRANSFORMER_IMPLS = ["transformer_engine", "local"]
 """Megatron-LM's words for whose modules its layers are made of; the first is its default."""
+
+WORKERS = 2
+"""Tensors that a process streams at a time."""

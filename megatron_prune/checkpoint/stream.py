@@ -17,11 +17,10 @@ import xxhash
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import TensorId, tensor_ids
+from megatron_prune.checkpoint.options import WORKERS
 from megatron_prune.checkpoint.tensor_map import DamagedTensor, TensorMap
 from megatron_prune.errors import CheckpointError, raise_all
 from megatron_prune.files.region import Scratch, closed_files, sync_files
-
-WORKERS = 2
 
 Transform = Callable[[TensorId, torch.Tensor, Scratch], torch.Tensor]
 """(target tensor, full source tensor, buffers of this thread) → full target tensor."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_prune.checkpoint import safetensors_file, torch_archive
+from megatron_prune.checkpoint.model_folder import check_no_adapter
 from megatron_prune.errors import CheckpointError, raise_all
 from megatron_prune.files.documents import read_json, shorten
 from megatron_prune.files.region import Region
@@ -17,7 +18,6 @@ Stored = dict[str, tuple[Region, tuple[int, ...]]]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-_ADAPTER = "adapter_config.json"
 
 
 def in_safetensors(path: Path) -> bool:
@@ -43,22 +43,6 @@ def stored_tensors(path: Path) -> Stored:
         got=", ".join(map(shorten, others)) or None,
         needed=f"{SINGLE}, or {INDEX} and the files it names",
     )
-
-
-def check_no_adapter(path: Path) -> None:
-    """Refuse an adapter: transformers would add it to the weights where peft is installed, and pass it over where it is not.
-
-    Raises:
-        CheckpointError: naming its file.
-    """
-    found = sorted(entry.name for entry in path.glob("adapter_*") if entry.name == _ADAPTER or entry.stem == "adapter_model")
-    if found:
-        raise CheckpointError(
-            f"{path} holds an adapter: {', '.join(found)}",
-            needed="weights alone",
-            do="merge it (peft: PeftModel.from_pretrained(…).merge_and_unload().save_pretrained(…)); "
-            "or move its files elsewhere, if the model without it is meant",
-        )
 
 
 def _read_indexed(path: Path, index: str, read) -> Stored:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType
 from typing import Any
 
@@ -111,7 +114,7 @@ def check_keys(hf: dict[str, Any], model_type: str, architecture: str, keys: Key
         if isinstance(hf.get(key), (list, dict)) or hf.get(key) not in _DTYPES:
             raise CheckpointError(f"config.json: {key}", got=shorten(hf[key]), needed=f"one of {list(_DTYPES[1:])}, or null")
     for key in sorted(set(hf) - keys.read - set(keys.fixed) - set(keys.idle)):
-        if key in (fields := class_fields(model_type)) and hf[key] != fields[key]:
+        if _mentioned(key, model_type) and key in (fields := class_fields(model_type)) and hf[key] != fields[key]:
             raise CheckpointError(
                 f"config.json of a {model_type} model: {key}",
                 got=shorten(hf[key]),
@@ -122,6 +125,19 @@ def check_keys(hf: dict[str, Any], model_type: str, architecture: str, keys: Key
 def _whole_list(value: Any) -> bool:
     """Whether a list, if it is one, holds whole numbers alone."""
     return not isinstance(value, list) or all(type(item) is int for item in value)
+
+
+def _mentioned(key: str, model_type: str) -> bool:
+    """Whether the files that the installed transformers' class is written in have a word, which spares importing it for most keys."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return True
+    folder = Path(spec.origin).parent
+    own = [*(folder / "models" / model_type).glob("configuration_*.py")]
+    files = [*own, folder / "configuration_utils.py", folder / "modeling_rope_utils.py"]
+    if not own or not all(file.is_file() for file in files):
+        return True
+    return any(re.search(rf"\b{re.escape(key)}\b", file.read_text(encoding="utf-8")) for file in files)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_prune.errors import InputError
 from megatron_prune.importance.statistics import Statistics, read_all, replace_file
-from megatron_prune.importance.walk import BATCH_TOKENS
+from megatron_prune.planning.amounts import BATCH_TOKENS
 from megatron_prune.runtime.forward import token_losses
 from megatron_prune.runtime.model import RunningModel
 from megatron_prune.runtime.world import World

@@ -14,13 +14,11 @@ from torch import Tensor
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import InputError
+from megatron_prune.planning.amounts import BATCH_TOKENS
 from megatron_prune.runtime.ends import embed
 from megatron_prune.runtime.stage import Layers, OpenBlock, OpenLayer, Read, Stage
 from megatron_prune.runtime.world import World
 from megatron_prune.text.tokens import Calibration
-
-BATCH_TOKENS = 4096
-"""Tokens that go through a layer together."""
 
 
 class Onlooker(Protocol):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
 from megatron_prune.arch.sharding import legal_tensor_sizes
 from megatron_prune.arch.tensors import parameter_count, tensor_ids
-from megatron_prune.checkpoint.megatron import MegatronCheckpoint
-from megatron_prune.opening.opened import Opened
+
+if TYPE_CHECKING:  # torch, which a configuration alone need not wait for
+    from megatron_prune.opening.opened import Opened
 
 
 def describe(model: Opened) -> dict[str, Any]:
     """Facts about a model of either kind."""
-    if not isinstance(model.checkpoint, MegatronCheckpoint):
+    if model.layout is None:
         return {"kind": "Hugging Face model", "family": model.family.name, **_common(model), "recipe": model.recipe}
     checkpoint, layout = model.checkpoint, model.layout
     return {
@@ -34,6 +35,22 @@ def _common(model: Opened, unsaid: tuple[str, ...] = ()) -> dict[str, Any]:
     config, tensors = model.config, model.tensors
     dtypes = Counter(str(tensors.dtype(tensor)).removeprefix("torch.") for tensor in tensor_ids(config))
     return {
+        **_said_by(config, unsaid),
+        "weight_bytes": sum(tensors.nbytes(tensor) for tensor in tensor_ids(config)),
+        "bytes_on_disk": sum(file.stat().st_size for file in model.path.rglob("*") if file.is_file()),
+        "dtype": dict(dtypes),
+        "tensor_parallel_sizes": legal_tensor_sizes(config),
+    }
+
+
+def describe_config(config: ModelConfig, family: str) -> dict[str, Any]:
+    """Facts about a model whose configuration alone is there."""
+    sizes = {"tensor_parallel_sizes": legal_tensor_sizes(config)}
+    return {"kind": "configuration of a Hugging Face model", "family": family, **_said_by(config, ()), **sizes}
+
+
+def _said_by(config: ModelConfig, unsaid: tuple[str, ...]) -> dict[str, Any]:
+    return {
         "shape": {field: _said(config, field, unsaid) for field in SHAPE_FIELDS if field not in config.differing},
         **({} if config.is_uniform else {"layers": {field: list(config.each(field)) for field in _differing_sizes(config)}}),
         "rotary_base": _said(config, "rotary_base", unsaid),
@@ -42,10 +59,6 @@ def _common(model: Opened, unsaid: tuple[str, ...] = ()) -> dict[str, Any]:
         "norm_epsilon": _said(config, "norm_epsilon", unsaid),
         "tied_embeddings": config.tie_embeddings,
         "parameters": parameter_count(config),
-        "weight_bytes": sum(tensors.nbytes(tensor) for tensor in tensor_ids(config)),
-        "bytes_on_disk": sum(file.stat().st_size for file in model.path.rglob("*") if file.is_file()),
-        "dtype": dict(dtypes),
-        "tensor_parallel_sizes": legal_tensor_sizes(config),
     }
 
 

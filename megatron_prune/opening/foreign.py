@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_prune.checkpoint import huggingface
+from megatron_prune.checkpoint import model_folder
 from megatron_prune.checkpoint.description import Told
 from megatron_prune.config import require_positive
 from megatron_prune.errors import InputError
@@ -29,7 +29,7 @@ def told(options: ForeignOptions, flags: dict[str, Any] | None = None) -> Told:
         raise InputError("--believe without --hf-dir", do="name the model with --hf-dir, or leave it out")
     said = {"vocab_size": options.vocab_size, "rotary_base": base, **model_fields(flags or {})}
     return Told(
-        hf_dir=huggingface.resolve(options.hf_dir, weights=False) if options.hf_dir else None,
+        hf_dir=model_folder.resolve(options.hf_dir, weights=False) if options.hf_dir else None,
         believe=options.believe,
         values={name: value for name, value in said.items() if value is not None},
         ignored=frozenset(name for word in options.ignore_args for name in word.split(",") if name),

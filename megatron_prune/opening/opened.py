@@ -12,7 +12,7 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import huggingface, megatron, model_folder
 from megatron_prune.checkpoint.adapter import StoredAdapter, open_adapted
 from megatron_prune.checkpoint.description import Told
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
@@ -94,7 +94,7 @@ class Opened:
         Raises:
             InputError: if what was named is no directory and no hub id.
         """
-        return huggingface.resolve(self.named_tokenizer, weights=False) if self.named_tokenizer else self.folder
+        return model_folder.resolve(self.named_tokenizer, weights=False) if self.named_tokenizer else self.folder
 
     @functools.cached_property
     def bos(self) -> int | None:
@@ -137,7 +137,7 @@ class Opened:
         """
         if self.config is not None:
             return self.config.vocab_size
-        rows = huggingface.read_config(self.path).get("vocab_size") if huggingface.is_huggingface(self.path) else None
+        rows = model_folder.read_config(self.path).get("vocab_size") if model_folder.is_huggingface(self.path) else None
         if rows is not None and (type(rows) is not int or rows < 1):
             raise InputError(f"{self.path}/config.json: vocab_size", got=shorten(rows), needed="a positive whole number")
         return rows
@@ -236,11 +236,11 @@ def open_to_run(name: str, world: World, options: ForeignOptions, *, tokenizer: 
         InputError: if it is none, or not whole, or something is said of what it is not.
     """
     path = Path(os.path.expanduser(name))
-    if path.exists() and not huggingface.is_huggingface(path):
+    if path.exists() and not model_folder.is_huggingface(path):
         return open_megatron(str(path), world, options, tokenizer=tokenizer)
     if told(options) != Told():
         raise InputError(f"{name} is no Megatron checkpoint", do="leave out what is said of one: --hf-dir and the like")
-    model = open_huggingface(huggingface.resolve(name), world)
+    model = open_huggingface(model_folder.resolve(name), world)
     model.named_tokenizer = tokenizer
     return model
 
@@ -255,10 +255,10 @@ def open_either(name: str, world: World, beside: Told) -> Opened:
         CheckpointError: if it is none, or not whole.
     """
     path = Path(name)
-    if path.is_dir() and not huggingface.is_huggingface(path):
+    if path.is_dir() and not model_folder.is_huggingface(path):
         checkpoint = megatron.open_checkpoint(path, beside, incomplete=True)
         return Opened(path=checkpoint.path, checkpoint=checkpoint, world=world)
-    return open_huggingface(huggingface.resolve(name), world)
+    return open_huggingface(model_folder.resolve(name), world)
 
 
 def open_with_vocabulary(name: str, world: World, *, tokenizer: str | None = None, beside: Told = Told()) -> Opened:
@@ -277,7 +277,7 @@ def open_with_vocabulary(name: str, world: World, *, tokenizer: str | None = Non
         return Opened(path=checkpoint.path, checkpoint=checkpoint, world=world, named_tokenizer=tokenizer)
     if beside != Told():
         raise InputError(f"{name} is no Megatron checkpoint", do="leave out what is said of one: --hf-dir and the like")
-    folder = huggingface.resolve(name)
+    folder = model_folder.resolve(name)
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
         return Opened(path=folder, checkpoint=huggingface.open_model(folder), world=world, named_tokenizer=tokenizer)
     if tokenizer:
@@ -293,7 +293,7 @@ def open_tokenizer(name: str, world: World) -> Path:
     """
     path = Path(os.path.expanduser(name))
     if not (path / megatron.TRACKER).is_file() and not (path / megatron.HF_FOLDER).is_dir():
-        return huggingface.resolve(name, weights=False)
+        return model_folder.resolve(name, weights=False)
     folder = megatron.iteration_directory(path) / megatron.HF_FOLDER
     if not folder.is_dir():
         raise InputError(f"{path} keeps no tokenizer", do="name its Hugging Face directory with --tokenizer")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import huggingface, megatron, model_folder
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.errors import CheckpointError
 from megatron_prune.runtime.reporting import log
@@ -18,7 +18,7 @@ def say_links(folder: Path, world: World) -> None:
         InputError: naming a file beside the weights that is a link out of the directory, or no file.
     """
     for each in (folder, folder / megatron.HF_FOLDER):
-        if huggingface.is_huggingface(each):
+        if model_folder.is_huggingface(each):
             huggingface.side_files(each)
     linked = huggingface.linked_weights(folder)
     if linked and world.is_main:

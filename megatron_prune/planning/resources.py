@@ -17,7 +17,7 @@ from megatron_prune.arch.blocks.block import BLOCKS, BlockKind, spaces
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout, layer_tensors
 from megatron_prune.arch.tensors import full_shape, layer_roles, parameter_count, tensor_ids, tensor_shape
-from megatron_prune.checkpoint.stream import WORKERS
+from megatron_prune.checkpoint.options import WORKERS
 from megatron_prune.planning.budget import cached_features
 from megatron_prune.planning.costs import levels
 

@@ -18,6 +18,7 @@ from megatron_prune.axes.axis import AXES
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import InputError
 from megatron_prune.importance.statistics import Statistics
+from megatron_prune.planning.amounts import PROBED
 from megatron_prune.planning.costs import Costs, Level, levels, sizes_at, whole
 from megatron_prune.planning.costs_file import CostsManifest, has_costs, load_costs, save_costs
 from megatron_prune.planning.make import make_plan
@@ -29,9 +30,6 @@ from megatron_prune.runtime.world import World
 from megatron_prune.surgery.probes import RIDGE, Probe, Probes, Writer, cut_writer
 from megatron_prune.text.tokens import Calibration
 
-SAMPLES = 8
-"""Of the text that losses are measured on: spread evenly over it, so that all its sources are among them."""
-
 
 def needed_moments(config: ModelConfig) -> frozenset[str]:
     """Sites whose second moments probes are fitted with."""
@@ -41,7 +39,7 @@ def needed_moments(config: ModelConfig) -> frozenset[str]:
 def probe_samples(calibration: Calibration) -> Calibration:
     """The samples that losses are measured on."""
     count = len(calibration.tokens)
-    among = [count * (2 * place + 1) // (2 * min(SAMPLES, count)) for place in range(min(SAMPLES, count))]
+    among = [count * (2 * place + 1) // (2 * min(PROBED, count)) for place in range(min(PROBED, count))]
     return Calibration(
         tokens=calibration.tokens[among],
         lengths=calibration.lengths[among],

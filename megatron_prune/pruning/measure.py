@@ -20,6 +20,7 @@ from megatron_prune.importance.statistics import Statistics
 from megatron_prune.importance.whole_units import check_shared
 from megatron_prune.opening.opened import Opened
 from megatron_prune.opening.source import PARAM_DTYPES
+from megatron_prune.planning.amounts import SEQ_LENGTH
 from megatron_prune.pruning.engines.engine import Engine
 from megatron_prune.pruning.options import CalibrationOptions
 from megatron_prune.runtime.reporting import log, progress_bar
@@ -28,9 +29,6 @@ from megatron_prune.text.contents import summary
 from megatron_prune.text.reader import stamps
 from megatron_prune.text.sources import load_calibration, parse_data
 from megatron_prune.text.tokens import Calibration
-
-SEQ_LENGTH = 512
-"""Tokens in a sample where nothing else is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

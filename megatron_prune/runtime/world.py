@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable
 
@@ -112,7 +113,9 @@ class World:
         return value
 
     def disconnect(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, if one was started."""
+        if "torch" not in sys.modules:
+            return
         import torch.distributed as dist
 
         if dist.is_initialized():

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import NotRequired, TypedDict
 
-from megatron_prune.checkpoint import huggingface
+from megatron_prune.checkpoint import model_folder
 from megatron_prune.checkpoint.description import Told
 from megatron_prune.config import require_positive
 from megatron_prune.errors import InputError, reason
@@ -80,7 +80,7 @@ def _facts(name: str, options: CompareOptions, evaluation: dict[str, Any] | None
     row = {**facts["shape"], **facts.get("layers", {}), "parameters": facts["parameters"], "weight bytes": facts["weight_bytes"]}
     if evaluation:
         row["perplexity"] = evaluation["perplexity"]
-    row["sample"] = _generate(huggingface.resolve(name), options)
+    row["sample"] = _generate(model_folder.resolve(name), options)
     return row
 
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import HEAD, TensorId
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import megatron, model_folder
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.checkpoint.tied_copy import check_tied_copy
@@ -36,7 +36,7 @@ def convert(options: ConvertOptions, world: World) -> None:
         vocab_divisible_by=options.make_vocab_size_divisible_by,
     )
     save = Path(options.save)
-    folder = huggingface.resolve(options.load)
+    folder = model_folder.resolve(options.load)
     check_output(save, MEGATRON, overwrite=options.overwrite, source=folder)
     say_links(folder, world)
     model = open_huggingface(folder, world)

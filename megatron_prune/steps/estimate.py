@@ -14,14 +14,13 @@ from rich.table import Table
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
-from megatron_prune.checkpoint import huggingface
+from megatron_prune.checkpoint import model_folder
 from megatron_prune.checkpoint.description import Told
 from megatron_prune.config import require_positive
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import family_of
-from megatron_prune.importance.walk import BATCH_TOKENS
 from megatron_prune.opening.foreign import told
-from megatron_prune.opening.opened import open_either
+from megatron_prune.planning.amounts import AFTER, BATCH_TOKENS, PROBED, SAMPLED_TOGETHER, SEQ_LENGTH
 from megatron_prune.planning.layer_sizes import read_layer_sizes
 from megatron_prune.planning.resources import (
     Text,
@@ -38,12 +37,8 @@ from megatron_prune.planning.resources import (
     weight_bytes,
 )
 from megatron_prune.planning.target import resolve_target
-from megatron_prune.pruning.costs import SAMPLES
-from megatron_prune.pruning.engines.megatron import SAMPLED_TOGETHER
-from megatron_prune.pruning.measure import SEQ_LENGTH
 from megatron_prune.runtime.reporting import shown_bytes
 from megatron_prune.runtime.world import World
-from megatron_prune.surgery.kept import AFTER
 from megatron_prune.verbs.estimate import EstimateOptions
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -134,7 +129,7 @@ def estimate_steps(config: ModelConfig, target: ModelConfig, layout: ParallelLay
                 "disk": 8 * text.samples * text.seq_length,
             },
             "scoring by gradients": {"memory_per_rank": gradient_memory(config, layout, text), "disk": 0},
-            "costs of blocks": {"memory_per_rank": probing_memory(config, layout, text, SAMPLES), "disk": 0},
+            "costs of blocks": {"memory_per_rank": probing_memory(config, layout, text, PROBED), "disk": 0},
             "re-fitting": {
                 "memory_per_rank": refit_memory(config, target, layout, text, window),
                 "disk": weight_bytes(target, 4),
@@ -156,7 +151,9 @@ def estimate_steps(config: ModelConfig, target: ModelConfig, layout: ParallelLay
 def read_config(name_or_path: str, world: World, beside: Told = Told()) -> ModelConfig:
     """The model's sizes from a directory of either kind, or from a ``config.json`` alone."""
     path = Path(name_or_path)
-    if path.is_dir() and not huggingface.is_huggingface(path):
+    if path.is_dir() and not model_folder.is_huggingface(path):
+        from megatron_prune.opening.opened import open_either  # torch, which a configuration alone need not wait for
+
         return open_either(name_or_path, world, beside).config
-    hf_config = huggingface.read_config(path if path.exists() else huggingface.fetch_config(name_or_path))
+    hf_config = model_folder.read_config(path if path.exists() else model_folder.fetch_config(name_or_path))
     return family_of(hf_config).model_config(hf_config)

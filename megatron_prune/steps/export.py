@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_prune.arch.tensors import EMBEDDING, HEAD, TensorId, tensor_ids
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import huggingface, megatron, model_folder
 from megatron_prune.checkpoint.adapter import StoredAdapter
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.errors import InputError
@@ -43,7 +43,7 @@ def export(options: ExportOptions, world: World) -> None:
         _write_adapter(options, model.adapter, choose_family(model.family, options.target_family), world)
         return
     side = model.folder
-    template = huggingface.read_config(side) if side and huggingface.is_huggingface(side) else None
+    template = model_folder.read_config(side) if side and model_folder.is_huggingface(side) else None
     family = choose_family(model.family, options.target_family)
     config = checkpoint.config
     hf_config = family.hf_config(config, template, checkpoint.manifest.kept_layers)

@@ -4,22 +4,25 @@ weights are not sound."""
 from __future__ import annotations
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from megatron_prune.arch.model import FIELDS
-from megatron_prune.checkpoint.stream import StreamReport, content_id
-from megatron_prune.checkpoint.tensor_map import TensorMap
-from megatron_prune.errors import plain
-from megatron_prune.opening.facts import describe
+from megatron_prune.checkpoint import model_folder
+from megatron_prune.errors import InputError, plain
+from megatron_prune.families.family import family_of
+from megatron_prune.opening.facts import describe, describe_config
 from megatron_prune.opening.foreign import told
-from megatron_prune.opening.opened import open_either
-from megatron_prune.opening.source import observe
 from megatron_prune.runtime.world import World
 from megatron_prune.verbs.inspect import InspectOptions
+
+if TYPE_CHECKING:  # torch, which a configuration alone need not wait for
+    from megatron_prune.checkpoint.stream import StreamReport
+    from megatron_prune.checkpoint.tensor_map import TensorMap
 
 
 def inspect(options: InspectOptions, world: World) -> int:
@@ -31,12 +34,7 @@ def inspect(options: InspectOptions, world: World) -> int:
     Raises:
         CheckpointError: if it is not a whole checkpoint of a kind this project knows.
     """
-    model = open_either(options.load, world, told(options))
-    facts = describe(model)
-    if options.weights:
-        report = observe(world, model.source(), None, label="reading")
-        facts["unsound_weights"] = dict(sorted(report.troubled.items()))
-        facts |= compare(report, model.tensors)
+    facts = _facts(options, world)
     differs = bool(facts.get("changed_weights") or facts.get("changed_files"))
     if not world.is_main:
         return int(differs)
@@ -62,8 +60,35 @@ def inspect(options: InspectOptions, world: World) -> int:
     return int(differs)
 
 
+def _facts(options: InspectOptions, world: World) -> dict[str, Any]:
+    path = Path(options.load)
+    if path.is_file() or model_folder.is_huggingface(path) and not _holds_weights(path):
+        if options.weights:
+            raise InputError(f"--weights: {path} holds none", needed="a model", do="leave it out")
+        found = model_folder.read_config(path)
+        family = family_of(found)
+        return describe_config(family.model_config(found), family.name)
+
+    from megatron_prune.opening.opened import open_either
+    from megatron_prune.opening.source import observe
+
+    model = open_either(options.load, world, told(options))
+    facts = describe(model)
+    if options.weights:
+        report = observe(world, model.source(), None, label="reading")
+        facts["unsound_weights"] = dict(sorted(report.troubled.items()))
+        facts |= compare(report, model.tensors)
+    return facts
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json") for path in folder.iterdir())
+
+
 def compare(report: StreamReport, tensors: TensorMap) -> dict[str, Any]:
     """What weights were compared with, and which are not those that were written."""
+    from megatron_prune.checkpoint.stream import content_id
+
     if tensors.expected:
         return {"compared_with": "the digest of every tensor", "changed_weights": dict(sorted(report.damaged.items()))}
     if tensors.content_id is None:

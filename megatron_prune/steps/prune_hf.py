@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.checkpoint import huggingface
+from megatron_prune.checkpoint import model_folder
 from megatron_prune.checkpoint.tied_copy import check_tied_copy
 from megatron_prune.errors import InputError
 from megatron_prune.families.choice import choose_family
@@ -37,7 +37,7 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
         InputError: on a request, plan or model that does not fit; nothing is written.
     """
     save = Path(options.save)
-    folder = huggingface.resolve(options.load)
+    folder = model_folder.resolve(options.load)
     check_output(save, HUGGING_FACE, overwrite=options.overwrite, source=folder, inputs=(options.scores,))
     say_links(folder, world)
     if options.save_plan:

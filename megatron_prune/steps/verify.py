@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
-from megatron_prune.checkpoint import both_versions, huggingface, megatron
+from megatron_prune.checkpoint import both_versions, megatron, model_folder
 from megatron_prune.checkpoint.huggingface import VOCABULARY_FILES
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.tied_copy import check_tied_copy
@@ -37,7 +37,7 @@ def verify(options: VerifyOptions, world: World) -> int:
         InputError: if the two models have different shapes, or the layout does not fit.
     """
     require_positive(options, "seq_length")
-    folder = huggingface.resolve(options.hf_dir)
+    folder = model_folder.resolve(options.hf_dir)
     model = open_huggingface(folder, world)
     check_tied_copy(model.checkpoint)
     checkpoint = open_megatron(options.load, world, options).checkpoint

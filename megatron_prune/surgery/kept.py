@@ -8,10 +8,8 @@ from megatron_prune.arch.blocks.block import BlockKind
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.importance.walk import Walk
+from megatron_prune.planning.amounts import AFTER
 from megatron_prune.runtime.stage import OpenBlock, OpenLayer
-
-AFTER = 4
-"""Layers after cut ones that are fitted with the one before them."""
 
 
 class KeptBlock(NamedTuple):

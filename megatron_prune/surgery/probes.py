@@ -18,7 +18,8 @@ from torch import Tensor
 from megatron_prune.arch.blocks.block import BlockKind
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.importance.text_loss import next_token_losses
-from megatron_prune.importance.walk import BATCH_TOKENS, layer_reader
+from megatron_prune.importance.walk import layer_reader
+from megatron_prune.planning.amounts import BATCH_TOKENS
 from megatron_prune.runtime.ends import embed
 from megatron_prune.runtime.stage import Layers, OpenBlock, OpenLayer, Stage, added
 from megatron_prune.runtime.world import World

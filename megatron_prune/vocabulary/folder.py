@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from megatron_prune.checkpoint import huggingface
+from megatron_prune.checkpoint import huggingface, model_folder
 from megatron_prune.errors import InputError
 from megatron_prune.opening.opened import Opened
 from megatron_prune.vocabulary.vocabulary import Vocabulary, holds_tokenizer, open_vocabulary
@@ -43,7 +43,7 @@ def tokenizer_folder(own: Path | None, named: str | None) -> Path:
         raise InputError("the model keeps no tokenizer", do="name its Hugging Face directory with --tokenizer")
     joined = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, joined, ignore_errors=True)
-    for folder in (huggingface.resolve(named, weights=False), own):
+    for folder in (model_folder.resolve(named, weights=False), own):
         if folder:
             huggingface.copy_side_files(folder, Path(joined))
     return Path(joined)

@@ -11,7 +11,7 @@ import torch
 from foreign import as_bin, run, there_and_back
 from tiny import logits, state_dict
 
-from megatron_prune.checkpoint import huggingface
+from megatron_prune.checkpoint import huggingface, model_folder
 from megatron_prune.errors import CheckpointError
 from megatron_prune.runtime.stock_model import load_stock_model
 
@@ -94,7 +94,7 @@ def test_an_adapter_beside_the_weights_is_refused_with_what_to_do(model, tmp_pat
 def test_an_adapter_alone_is_called_one(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="holds an adapter"):
-        huggingface.read_config(tmp_path)
+        model_folder.read_config(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------------- files

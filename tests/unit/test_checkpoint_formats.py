@@ -33,7 +33,7 @@ from tiny import state_dict
 from megatron_prune.arch.model import ModelConfig, RopeScaling
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId
-from megatron_prune.checkpoint import huggingface, legacy, megatron, torch_dist
+from megatron_prune.checkpoint import huggingface, legacy, megatron, model_folder, torch_dist
 from megatron_prune.checkpoint.description import Told, describe, settle
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron_args import megatron_args, padded_as_stored
@@ -587,7 +587,7 @@ def test_a_config_json_that_is_no_object_is_refused(tmp_path, text):
 @pytest.mark.parametrize("name", ["./none", "/none/at/all", "~/none-at-all", "none", "a/b/c"])
 def test_a_name_that_is_neither_a_directory_nor_a_hub_id_is_refused_without_asking_the_hub(name):
     with pytest.raises(InputError, match="no such model directory"):
-        huggingface.resolve(name)
+        model_folder.resolve(name)
 
 
 # --------------------------------------------------------------------------------------- args, manifest and tracker
@@ -744,13 +744,13 @@ def test_a_hub_that_cannot_be_reached_is_said_whatever_its_client_raises(monkeyp
     for name in ("snapshot_download", "model_info", "list_repo_files", "hf_hub_download"):
         monkeypatch.setattr(huggingface_hub, name, fail)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
-    for fetch in (huggingface.resolve, huggingface.fetch_config):
+    for fetch in (model_folder.resolve, model_folder.fetch_config):
         with pytest.raises(InputError, match="neither a directory nor a model that can be fetched.*\n.*no route"):
             fetch("owner/name")
     (tmp_path / "owner").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="no such model directory: owner/name"):
-        huggingface.resolve("owner/name")
+        model_folder.resolve("owner/name")
 
 
 @pytest.mark.parametrize(
@@ -770,5 +770,5 @@ def test_of_a_hub_id_only_what_is_needed_is_fetched(monkeypatch, tmp_path, weigh
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: files)
-    assert huggingface.resolve("owner/name", weights=weights) == tmp_path
+    assert model_folder.resolve("owner/name", weights=weights) == tmp_path
     assert asked == [fetched]

@@ -11,6 +11,7 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout, legal_tensor_sizes
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.importance.metric import GradientMetric, Metric
+from megatron_prune.planning.amounts import SAMPLED_TOGETHER
 from megatron_prune.runtime.reporting import progress_bar
 from megatron_prune.runtime.stage import Stage
 from megatron_prune.runtime.world import World
@@ -78,7 +79,3 @@ class MegatronEngine:
             with progress_bar("without each layer", total, shown=world.is_main, unit="tokens") as advance:
                 collect_losses(model, calibration, statistics, world, progress=advance)
         stop_parallel()
-
-
-SAMPLED_TOGETHER = 96
-"""Samples made in a batch: a token costs half of what it does 32 at a time (weights are read once for all)."""
