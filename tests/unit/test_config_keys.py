@@ -15,7 +15,7 @@ from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
 from megatron_prune.errors import CheckpointError
-from megatron_prune.families.config_keys import class_fields
+from megatron_prune.families.config_keys import _mentioned, class_fields
 from megatron_prune.families.family import FAMILIES
 
 
@@ -36,9 +36,16 @@ def test_no_key_is_in_two_of_the_tables(name):
 def test_a_key_that_a_later_transformers_adds_is_refused_where_it_is_not_the_default(name, monkeypatch):
     later = {**class_fields(name), "logit_softcap": None}
     monkeypatch.setattr("megatron_prune.families.config_keys.class_fields", lambda model_type: later)
+    monkeypatch.setattr("megatron_prune.families.config_keys._mentioned", lambda key, model_type: True)  # its files say it too
     assert read(name, num_key_value_heads=4, logit_softcap=None)
     with pytest.raises(CheckpointError, match="(?s)logit_softcap.*30.0"):
         read(name, num_key_value_heads=4, logit_softcap=30.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_key_of_a_class_is_found_in_its_files(name):
+    """So that a key that they do not mention is none of the class."""
+    assert all(_mentioned(key, name) for key in class_fields(name))
 
 
 IDLE_VALUES = {
