@@ -43,7 +43,7 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         dense = work / "dense"
         if not dense.exists():
-            run("convert", "--load-dir", options.model, "--save-dir", dense, "--target-tensor-parallel-size", options.tp)
+            run("convert", "--load", options.model, "--save", dense, "--target-tensor-parallel-size", options.tp)
         print(f"scored with costs in {scored(work, dense, options):.0f} seconds\n")
         print(f"| shape | parameters | {Path(options.test).name} | {Path(options.second).name} | seconds |")
         print("|---|---|---|---|---|")

@@ -40,11 +40,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         counts, trimmed, cut = (Path(work) / name for name in ("counts", "trimmed", "cut"))
         run("vocab", "count", "--tokenizer", options.model, "--input", options.train, "--output", counts)
-        kept = ("--remain-vocab-size", options.tokens, "--save-dir", trimmed)
-        run("vocab", "trim", "--load-dir", options.model, "--counts", counts, *kept)
+        kept = ("--remain-vocab-size", options.tokens, "--save", trimmed)
+        run("vocab", "trim", "--load", options.model, "--counts", counts, *kept)
         row(f"{options.tokens} tokens", trimmed, options.texts)
         text = ("--data", options.train, "--nsamples", options.nsamples, "--seq-length", options.seq_length)
-        where = ("--model_name_or_path", trimmed, "--output_path", cut)
+        where = ("--load", trimmed, "--save", cut)
         run("prune-hf", *where, "--ratio", options.ratio, *text)
         row(f"and a share of {options.ratio:g} pruned ({shape(cut)})", cut, options.texts)
 

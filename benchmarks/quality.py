@@ -75,7 +75,7 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         dense = work / "dense"
         if not dense.exists():
-            run("convert", "--load-dir", options.model, "--save-dir", dense, "--target-tensor-parallel-size", options.tp)
+            run("convert", "--load", options.model, "--save", dense, "--target-tensor-parallel-size", options.tp)
         samples = own_samples(work, dense, options)
         print(f"| shape | parameters | {Path(options.test).name} | {Path(options.second).name} | seconds | peers |")
         print("|---|---|---|---|---|---|")
@@ -133,7 +133,7 @@ def evaluate(checkpoint: Path, text: str, options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         sizes = ["--windows", options.windows, "--seq-length", options.seq_length]
-        run("evaluate", "--load-dir", checkpoint, "--data", text, "--output", output, *sizes, tp=options.tp)
+        run("evaluate", "--load", checkpoint, "--data", text, "--output", output, *sizes, tp=options.tp)
         return json.loads(output.read_text())
 
 

@@ -338,7 +338,7 @@ def preprocess(work: Path, name: str, texts: list[str], model: str) -> Path:
     """Tokenise; the prefix of the pair."""
     (work / "data").mkdir(exist_ok=True)
     prefix = work / "data" / f"{name}_text_document"
-    words = ["preprocess", "--input", *texts, "--output-prefix", work / "data" / name, "--tokenizer", model]
+    words = ["preprocess", "--input", *texts, "--save", work / "data" / name, "--tokenizer", model]
     make(work, name, words, prefix.with_suffix(".idx"))
     return prefix
 
@@ -346,7 +346,7 @@ def preprocess(work: Path, name: str, texts: list[str], model: str) -> Path:
 def make_starts(work: Path, train: Path, options: argparse.Namespace) -> dict[str, Path]:
     """The checkpoints that arms start from: dense, pruned, random."""
     dense, pruned = work / "dense", Path(options.pruned).absolute() if options.pruned else work / "pruned"
-    make(work, "dense", ["convert", "--load-dir", options.model, "--save-dir", dense], dense)
+    make(work, "dense", ["convert", "--load", options.model, "--save", dense], dense)
     if not options.pruned:
         words = ["prune", "--load", dense, "--save", pruned, "--ratio", options.ratio, "--data", f"{train}:1"]
         words += ["--nsamples", options.nsamples, "--seq-length", options.seq_length, "--seed", options.seed]
@@ -354,9 +354,9 @@ def make_starts(work: Path, train: Path, options: argparse.Namespace) -> dict[st
     starts = {"dense": dense, "pruned": pruned}
     if "random" in options.arms:
         exported, random = work / "pruned_hf", work / "random"
-        make(work, "export", ["export", "--load-dir", pruned, "--save-dir", exported], exported)
+        make(work, "export", ["export", "--load", pruned, "--save", exported], exported)
         drawn = draw_random(exported, work / f"random_{options.seed}_hf", options.seed)
-        make(work, "random", ["convert", "--load-dir", drawn, "--save-dir", random], random)
+        make(work, "random", ["convert", "--load", drawn, "--save", random], random)
         starts["random"] = random
     return starts
 

@@ -206,10 +206,10 @@ def memory(options: argparse.Namespace) -> None:
 
     model = huggingface.open_model(options.model)
     largest = max(model.tensors.nbytes(tensor) for tensor in chain(model.tensors.tiles))
-    verb = ["vocab", "trim", "--load-dir", str(options.model), "--remain-vocab-size", str(options.size)]
+    verb = ["vocab", "trim", "--load", str(options.model), "--remain-vocab-size", str(options.size)]
     with tempfile.TemporaryDirectory() as folder:
-        peak = _peak([*verb, "--save-dir", f"{folder}/out"])
-        idle = _peak([*verb, "--save-dir", f"{folder}/tok", "--tokenizer-only"])
+        peak = _peak([*verb, "--save", f"{folder}/out"])
+        idle = _peak([*verb, "--save", f"{folder}/tok", "--tokenizer-only"])
     print(f"largest tensor {largest / 1e6:.0f} MB; peak {peak / 1e6:.0f} MB, of the tokenizer alone {idle / 1e6:.0f} MB")
     print(f"above the tokenizer alone, in largest tensors: {(peak - idle) / largest:.2f}")
 

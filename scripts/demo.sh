@@ -54,17 +54,17 @@ print(tp, f"--ffn_hidden_size_remain {max(tp, ffn * 3 // 4 // (8 * tp) * (8 * tp
 PRUNE="${PRUNE:-$DEFAULT_PRUNE --prune_type global --data $OUT/calibration.txt:1 --nsamples 16}"
 
 stage 3 "converting to Megatron shards for TP $TP" "$OUT/megatron" \
-  prune_tool convert --load-dir "$HF" --save-dir "$OUT/megatron" --target-tensor-parallel-size "$TP" --overwrite
-verify() { ranks -m megatron_prune verify --load-dir "$OUT/megatron" --hf-dir "$HF" && touch "$OUT/verified"; }
+  prune_tool convert --load "$HF" --save "$OUT/megatron" --target-tensor-parallel-size "$TP" --overwrite
+verify() { ranks -m megatron_prune verify --load "$OUT/megatron" --hf-dir "$HF" && touch "$OUT/verified"; }
 stage 4 "comparing logits under TP $TP with transformers" "$OUT/verified" verify
 prune() { ranks "$ROOT/prune_llama.py" --load "$OUT/megatron" --save "$OUT/pruned" --save-plan "$OUT/plan.json" --overwrite "$@"; }
 # shellcheck disable=SC2086  # PRUNE is a list of arguments
 stage 5 "pruning under TP $TP: $PRUNE" "$OUT/pruned" prune $PRUNE
 stage 6 "converting back to Hugging Face" "$OUT/pruned_hf" \
-  prune_tool export --load-dir "$OUT/pruned" --save-dir "$OUT/pruned_hf" --overwrite
+  prune_tool export --load "$OUT/pruned" --save "$OUT/pruned_hf" --overwrite
 measure() {
   for name in megatron pruned; do
-    ranks -m megatron_prune evaluate --load-dir "$OUT/$name" --data "$TEXT" --windows 8 --output "$OUT/$name.json"
+    ranks -m megatron_prune evaluate --load "$OUT/$name" --data "$TEXT" --windows 8 --output "$OUT/$name.json"
   done
   prune_tool compare --before "$HF" --after "$OUT/pruned_hf" --before-evaluation "$OUT/megatron.json" \
     --after-evaluation "$OUT/pruned.json" --output "$OUT/table.json" | tee "$OUT/table.txt.partial"

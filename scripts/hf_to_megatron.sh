@@ -14,7 +14,7 @@ require HF_DIR "a Hugging Face directory or hub id"
 require SAVE_DIR "the Megatron checkpoint to write"
 
 launch "$ROOT/tools/checkpoint_conversion/hf_to_megatron.py" \
-  --load-dir "$HF_DIR" --save-dir "$SAVE_DIR" \
+  --load "$HF_DIR" --save "$SAVE_DIR" \
   --target-tensor-parallel-size "${TP:-1}" --target-pipeline-parallel-size "${PP:-1}" \
   ${PARAMS_DTYPE:+--target-params-dtype "$PARAMS_DTYPE"} --ckpt-format "${CKPT_FORMAT:-torch_dist}" \
   --make-vocab-size-divisible-by "${VOCAB_DIVISIBLE_BY:-128}" "$@"

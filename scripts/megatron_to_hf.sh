@@ -14,6 +14,6 @@ require LOAD_DIR "a Megatron checkpoint"
 require SAVE_DIR "the Hugging Face directory to write"
 
 launch "$ROOT/tools/checkpoint_conversion/megatron_to_hf.py" \
-  --load-dir "$LOAD_DIR" --save-dir "$SAVE_DIR" --max-shard-size "${MAX_SHARD_SIZE:-5GB}" \
+  --load "$LOAD_DIR" --save "$SAVE_DIR" --max-shard-size "${MAX_SHARD_SIZE:-5GB}" \
   ${HF_DIR:+--hf-dir "$HF_DIR"} ${PARAMS_DTYPE:+--target-params-dtype "$PARAMS_DTYPE"} \
   ${TARGET_FAMILY:+--target-family "$TARGET_FAMILY"} "$@"

@@ -12,6 +12,6 @@ require LOAD_DIR "a Megatron checkpoint"
 require SAVE_DIR "the Megatron checkpoint to write"
 
 launch "$ROOT/tools/checkpoint_conversion/transfer.py" \
-  --load-dir "$LOAD_DIR" --save-dir "$SAVE_DIR" \
+  --load "$LOAD_DIR" --save "$SAVE_DIR" \
   --target-tensor-parallel-size "${TP:-1}" --target-pipeline-parallel-size "${PP:-1}" \
   ${PARAMS_DTYPE:+--target-params-dtype "$PARAMS_DTYPE"} ${CKPT_FORMAT:+--ckpt-format "$CKPT_FORMAT"} "$@"

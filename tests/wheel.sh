@@ -34,12 +34,12 @@ run() {
   echo "+ megatron-prune $*"
   timeout 300 env/bin/megatron-prune "$@"
 }
-run convert --load-dir hf --save-dir dense
+run convert --load hf --save dense
 run prune --load dense --save pruned --ffn_hidden_size_remain 64 --metric magnitude
 run preprocess --input text.txt --tokenizer hf --output-prefix data --workers 1
 run recover --load pruned --save run --data-path data_text_document --split 80,20,0 --seq-length 32 --train-iters 4 \
   --global-batch-size 2 --save-interval 2 --eval-iters 1 --lr 1e-3
-run export --load-dir run/best --save-dir recovered
+run export --load run/best --save recovered
 env/bin/python - << 'END'
 from transformers import AutoModelForCausalLM
 assert AutoModelForCausalLM.from_pretrained("recovered").config.intermediate_size == 64

@@ -51,7 +51,7 @@ def main() -> None:
     files = ["--output", counts, "--text", f"{options.vocab_freq}.txt", "--data-field", options.data_field]
     run_verb("vocab count", ["--tokenizer", folder, "--input", *options.data_path, *files, *again], prog=PROG)
     with tempfile.TemporaryDirectory() as work:
-        chosen = ["--load-dir", folder, "--counts", counts, "--remain-vocab-size", str(options.remain_vocab_size)]
+        chosen = ["--load", folder, "--counts", counts, "--remain-vocab-size", str(options.remain_vocab_size)]
         run_verb("vocab select", [*chosen, "--save-ids", f"{work}/ids.pt"], prog=PROG)
         ids = torch.load(f"{work}/ids.pt", weights_only=True).tolist()
     held = io.BytesIO()
@@ -61,7 +61,7 @@ def main() -> None:
     except PruneError as error:
         sys.exit(f"{PROG}: {error}")
     if options.new_spm_path:
-        trim = ["--load-dir", folder, "--keep-ids", options.remain_vocab_ids_path, "--save-dir", options.new_spm_path]
+        trim = ["--load", folder, "--keep-ids", options.remain_vocab_ids_path, "--save", options.new_spm_path]
         run_verb("vocab trim", [*trim, "--tokenizer-only", *again], prog=PROG)
 
 

@@ -23,7 +23,7 @@ def main() -> None:
     add("--overwrite", action="store_true", help="replace an existing output directory")
     options = parser.parse_args()
     save = options.save_dir or options.hf_dir.rstrip("/") + "_pruned"
-    files = ["--load-dir", options.hf_dir, "--save-dir", save, "--save-ids", options.remain_ids_with_spt]
+    files = ["--load", options.hf_dir, "--save", save, "--save-ids", options.remain_ids_with_spt]
     again = ["--overwrite"] if options.overwrite else []
     run_verb("vocab trim", [*files, "--keep-ids", options.remain_vocab_path, *again], prog=PROG)
 
