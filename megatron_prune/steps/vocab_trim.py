@@ -116,11 +116,11 @@ def _write_model(save: Path, model: Opened, chosen: Chosen, options: VocabTrimOp
         fold=options.fold,
         trimmed=chosen.trimmed,
     )
-    with pruned(job, save) as (plan, source):
-        beside = files_of(replace(chosen, made_by=plan.vocab_record()), options)
+    with pruned(job, save) as result:
+        beside = files_of(replace(chosen, made_by=result.plan.vocab_record()), options)
         output = Output(save=save, beside=beside, overwrite=options.overwrite, strict=options.strict, check=not options.no_check)
         form = Form(ckpt_format=options.ckpt_format, max_shard_bytes=parse_size(options.max_shard_size))
-        write_cut(output, model, plan, source, form, layout=layout, family=model.family, trimmed=chosen.trimmed)
+        write_cut(output, model, result.plan, result.source, form, layout=layout, family=model.family, trimmed=chosen.trimmed)
 
 
 def _layout(model: Opened, options: VocabTrimOptions, world: World) -> ParallelLayout:
