@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,15 @@ def run_verb(verb: str, argv: list[str], *, prog: str) -> None:
         _fail(world, f"{prog}: {unexpected(error)}", 1)
     if code:
         raise SystemExit(code)
+
+
+def guarded(work: Callable[[], None], prog: str) -> None:
+    """Run what a script of ours does beside verbs: its errors are messages with the same exit codes."""
+    try:
+        work()
+    except PruneError as error:
+        print(plain(f"{prog}: {error}", 1 << 20), file=sys.stderr, flush=True)
+        raise SystemExit(2 if isinstance(error, InputError) else 1) from None
 
 
 def _read(verb: str, argv: list[str], prog: str, world: World) -> tuple[Any, Any]:

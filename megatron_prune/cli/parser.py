@@ -235,8 +235,6 @@ def check_there(options: Any) -> None:
             try:
                 Path(name).stat()
             except (FileNotFoundError, NotADirectoryError):
-                raise InputError(
-                    f"{_flag(item.name)} {name}", got="no such file or directory", needed=item.metadata["help"]
-                ) from None
+                raise InputError(f"{_flag(item.name)} {name}: no such file or directory") from None
             except OSError as error:
                 raise InputError(f"{_flag(item.name)} {name} cannot be read", got=error.strerror) from None

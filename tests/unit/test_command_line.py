@@ -81,7 +81,7 @@ def test_every_type_is_read():
         (["--load", "x", "--size=--"], "--size: '--' is no value"),
         (
             ["--load", "x", "--plan", "/nowhere/p.json"],
-            "--plan /nowhere/p.json\n  got: no such file or directory\n  needed: a file",
+            "--plan /nowhere/p.json: no such file or directory",
         ),
     ],
 )
