@@ -12,10 +12,9 @@ import sys
 import types
 import typing
 from dataclasses import MISSING, Field, fields
-from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_prune.config import GROUPS, nonempty, reader
+from megatron_prune.config import GROUPS, check_there, nonempty, reader
 from megatron_prune.errors import InputError
 
 Options = TypeVar("Options")
@@ -219,22 +218,3 @@ def made(kind: type[Options], namespace: argparse.Namespace) -> Options:
     options = kind(**values)
     check_there(options)
     return options
-
-
-def check_there(options: Any) -> None:
-    """Refuse names of files that are not there, before anything that takes time.
-
-    Raises:
-        InputError: naming the flag.
-    """
-    for item in fields(options):
-        value = getattr(options, item.name)
-        if not item.metadata.get("exists") or value is None:
-            continue
-        for name in (value,) if isinstance(value, str) else value:
-            try:
-                Path(name).stat()
-            except (FileNotFoundError, NotADirectoryError):
-                raise InputError(f"{_flag(item.name)} {name}: no such file or directory") from None
-            except OSError as error:
-                raise InputError(f"{_flag(item.name)} {name} cannot be read", got=error.strerror) from None

@@ -11,7 +11,7 @@ from megatron_prune.errors import InputError, raise_all
 from megatron_prune.importance.artifact import ScoresManifest
 from megatron_prune.importance.metric import metric_named
 from megatron_prune.planning.layer_sizes import Sizes, dropped, read_layer_sizes
-from megatron_prune.pruning.options import BEST, QUICK, PruningOptions, TargetOptions
+from megatron_prune.pruning.options import BEST, QUICK, ChoosingOptions, TargetOptions
 
 
 def metrics_of(options: TargetOptions, *, has_text: bool, held: list[str] | None = None, refit: bool = True) -> dict[str, str]:
@@ -75,7 +75,7 @@ AXES_OF = {
 """Option → axes along which units may have to be chosen for it. Layers and blocks that are named are not chosen."""
 
 
-def wants_text(options: PruningOptions) -> bool:
+def wants_text(options: ChoosingOptions) -> bool:
     """Whether anything is measured: text or scores were named, re-fitting asked for, or a metric needs it: one that may choose
     units, or, where nothing says whether to re-fit, any that would."""
     named = options.data is not None or options.scores is not None or bool(options.refit)
@@ -88,7 +88,7 @@ def wants_text(options: PruningOptions) -> bool:
     return named or any(metric_named(name).needs for name in metrics.values())
 
 
-def quickened(options: PruningOptions, config: ModelConfig, *, text: bool) -> PruningOptions:
+def quickened(options: ChoosingOptions, config: ModelConfig, *, text: bool) -> ChoosingOptions:
     """The options with those of ``--quick``, where it was asked for.
 
     Raises:
@@ -104,7 +104,7 @@ def quickened(options: PruningOptions, config: ModelConfig, *, text: bool) -> Pr
     return replace(options, **{name: quick[name] for name in refit if getattr(options, name) == default[name]})
 
 
-def kept_metrics(options: PruningOptions) -> list[str] | None:
+def kept_metrics(options: ChoosingOptions) -> list[str] | None:
     """Metrics of the scores that were named.
 
     Raises:

@@ -15,7 +15,7 @@ from megatron_prune.pruning.fit import fit_of
 from megatron_prune.pruning.asked import kept_metrics, quickened, wants_text
 from megatron_prune.pruning.flags import check_effect
 from megatron_prune.pruning.measure import Subject, check_measurable, request_key
-from megatron_prune.pruning.options import CalibrationOptions, FitOptions, PruningOptions, TargetOptions
+from megatron_prune.pruning.options import CalibrationOptions, FitOptions, ChoosingOptions, TargetOptions
 from megatron_prune.pruning.request import Request, read_request
 from megatron_prune.pruning.scored import check_scores
 from megatron_prune.pruning.tokens import kept_vocabulary
@@ -67,7 +67,7 @@ class Job:
         return request_key(self.options, self.subject, **{**self.asked, "plan": plan, "scores": scores, "made_by": self.made_by})
 
 
-def settle(options: PruningOptions, subject: Subject, family: Family, *, prune_type: str) -> Job:
+def settle(options: ChoosingOptions, subject: Subject, family: Family, *, prune_type: str) -> Job:
     """Check all that can be checked before anything is measured.
 
     Args:

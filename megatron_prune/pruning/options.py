@@ -141,8 +141,8 @@ class FitOptions(CalibrationOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningOptions(TargetOptions, FitOptions, OutputOptions):
-    """What stays, how it is re-fitted, and what is written beside it."""
+class ChoosingOptions(TargetOptions, FitOptions):
+    """What stays, and what it is chosen by."""
 
     quick: bool = option(
         "cheap settings for what is not set otherwise: "
@@ -151,4 +151,10 @@ class PruningOptions(TargetOptions, FitOptions, OutputOptions):
         False,
     )
     scores: str | None = option("use these scores (of megatron-prune score) and their text", None, group="text", exists=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningOptions(ChoosingOptions, OutputOptions):
+    """What stays, how it is re-fitted, and what is written beside it."""
+
     save_plan: str | None = option("also write the plan here", None, group="model")

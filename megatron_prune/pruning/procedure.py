@@ -24,7 +24,7 @@ from megatron_prune.pruning.costs import measured_costs, needed_moments
 from megatron_prune.pruning.fit import Losses, best_fit, losses_after
 from megatron_prune.pruning.job import Job, settle
 from megatron_prune.pruning.measure import Subject, measure, obtain_calibration
-from megatron_prune.pruning.options import PruningOptions
+from megatron_prune.pruning.options import ChoosingOptions, PruningOptions
 from megatron_prune.pruning.plans import make_plans
 from megatron_prune.pruning.scored import Scored
 from megatron_prune.pruning.tokens import folded
@@ -85,6 +85,25 @@ def _losses_after(job: Job, save: Path, result: Pruned) -> Losses | None:
         return None
     written = open_to_run(str(save), job.subject.world, ForeignOptions())
     return losses_after(written.tensors, job.subject, result.calibration, PARAM_DTYPES[job.options.dtype])
+
+
+def planned(options: ChoosingOptions, subject: Subject, family: Family, work: Path, *, prune_type: str) -> Plan:
+    """The plan that :func:`prune_model` would fit first; nothing is fitted. Every process takes part.
+
+    Args:
+        family: what the result would be written as.
+        work: directory that what is measured is kept beside, so that a stopped run goes on.
+
+    Raises:
+        InputError: on a request, scores or data that do not fit.
+    """
+    job = settle(options, subject, family, prune_type=prune_type)
+    tokens, world = job.request.vocab_plan, subject.world
+    if not job.measured:
+        return _plans(job, None, None, None)[0].with_tokens_of(tokens)
+    with staging.work(work, job.key(), main=world.is_main, agree=world.agree) as folder:
+        calibration = _calibration(job, folder)
+        return _plans(job, _statistics(job, calibration, folder), calibration, folder)[0].with_tokens_of(tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
