@@ -50,7 +50,8 @@ OWN_PROCESSES = "what processes of one run send each other"
 OWN_TOOLS = "imports modules of this project or named in it, never by a file's word"
 TRANSFORMERS = "transformers 5 loads .bin with weights_only=True, and safetensors where there are any"
 GUARDED = {
-    "megatron_prune/cli/main.py": {"importlib.import_module": OWN_TOOLS},
+    "megatron_prune/__init__.py": {"importlib.import_module": OWN_TOOLS},
+    "megatron_prune/api.py": {"importlib.import_module": OWN_TOOLS},
     "megatron_prune/cli/config_file.py": {"import yaml": "composed into nodes, whose plain values alone are taken"},
     "megatron_prune/verbs/table.py": {"importlib.import_module": OWN_TOOLS},
     "megatron_prune/registry.py": {"importlib.import_module": OWN_TOOLS},
