@@ -13,7 +13,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from megatron_prune.config import made_of
 from megatron_prune.errors import InputError
@@ -128,6 +128,28 @@ def plan(
         return run("plan", _options("plan", {"load": load, "save": file, **_target(target), **named, **options}))
 
 
+@overload
+def prune(
+    model: PreTrainedModel,
+    target: Mapping[str, Any] | Plan | Source,
+    *,
+    save: Source | None = None,
+    data: Any = None,
+    texts: Sequence[str] | None = None,
+    tokenizer: Tokenizer | None = None,
+    **options: Any,
+) -> PreTrainedModel: ...
+@overload
+def prune(
+    model: Source,
+    target: Mapping[str, Any] | Plan | Source,
+    *,
+    save: Source | None = None,
+    data: Any = None,
+    texts: Sequence[str] | None = None,
+    tokenizer: Tokenizer | None = None,
+    **options: Any,
+) -> Path: ...
 def prune(
     model: PreTrainedModel | Source,
     target: Mapping[str, Any] | Plan | Source,
@@ -167,6 +189,10 @@ def prune(
             return loaded(place, model)
 
 
+@overload
+def apply(model: PreTrainedModel, plan: Plan | Source, *, save: Source | None = None, **options: Any) -> PreTrainedModel: ...
+@overload
+def apply(model: Source, plan: Plan | Source, *, save: Source | None = None, **options: Any) -> Path: ...
 def apply(
     model: PreTrainedModel | Source, plan: Plan | Source, *, save: Source | None = None, **options: Any
 ) -> PreTrainedModel | Path:

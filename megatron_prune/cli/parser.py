@@ -44,7 +44,9 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(words)
         if unknown:
             values = {after for flag, after in zip(words, words[1:]) if flag in unknown and flag.startswith("-")}
-            told = [word for word in unknown if word.startswith("-") or word not in values]  # what a bad flag was given is not bad
+            told = [
+                word for word in unknown if word.startswith("-") or word not in values
+            ]  # what a bad flag was given is not bad
             raise InputError("\n".join(map(self.unknown, told)), do=self._where())
         missing = [action.option_strings[0] for action in self.needed if getattr(namespace, action.dest) is None]
         missing = [name for name in missing if getattr(namespace, name[2:] + ALONE, None) is None]
