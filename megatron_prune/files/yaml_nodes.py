@@ -27,10 +27,14 @@ def entries(node: Any) -> dict[str, yaml.Node]:
     return {key.value: value for key, value in pairs if isinstance(key, yaml.ScalarNode)}
 
 
+_SCALARS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "timestamp"))
+
+
 def texts(node: yaml.Node) -> str | list[str] | None:
     """A text, or those of a list, as they stand (``no`` is Norwegian, not false), nulls left out; ``None`` for anything else."""
-    parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
-    if not all(isinstance(part, yaml.ScalarNode) for part in parts):
+    listed = node.tag == "tag:yaml.org,2002:seq"
+    parts = node.value if listed else [node]
+    if not all(isinstance(part, yaml.ScalarNode) and part.tag in _SCALARS for part in parts):
         return None
     found = [part.value for part in parts if part.tag != "tag:yaml.org,2002:null"]
-    return found if isinstance(node, yaml.SequenceNode) else "".join(found)
+    return found if listed else "".join(found)
