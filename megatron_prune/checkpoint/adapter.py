@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from megatron_prune.arch.adapter import AdapterConfig
 from megatron_prune.arch.model import ModelConfig
@@ -21,6 +21,7 @@ from megatron_prune.errors import CheckpointError, PruneError
 from megatron_prune.families.family import Family
 from megatron_prune.files.documents import read_json
 from megatron_prune.files.region import Scratch
+from megatron_prune.files.tensor_file import save_tensors
 
 PREFIX = "adapter.layers."
 KEY = "adapter.layers.{layer}.{role}.{part}"
@@ -70,7 +71,7 @@ class StoredAdapter:
         """
         from peft import LoraConfig
 
-        (folder / PEFT_WEIGHTS).write_bytes(save(self._peft_tensors(family), metadata={"format": "pt"}))
+        save_tensors(folder / PEFT_WEIGHTS, self._peft_tensors(family), {"format": "pt"})
         config = LoraConfig(
             task_type="CAUSAL_LM",
             base_model_name_or_path=base,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Patch
@@ -28,6 +27,7 @@ from megatron_prune.families.family import Family, family_of
 from megatron_prune.families.form import check_code, code_of, shipped_files
 from megatron_prune.files.documents import LIMIT, read_json, shorten
 from megatron_prune.files.region import Region
+from megatron_prune.files.tensor_file import save_tensors
 
 BUFFERS_FILE = "rotary_buffers.safetensors"
 """Where a Megatron checkpoint keeps :attr:`HuggingFaceModel.buffers` for the way back."""
@@ -178,7 +178,7 @@ def lay_out(
 def save_buffers(model: HuggingFaceModel, folder: Path) -> None:
     """Keep a model's stored tables in ``folder``, if it has any."""
     if model.buffers:
-        (folder / BUFFERS_FILE).write_bytes(save(_read_buffers(model.buffers)))  # save_file has a mind of its own about modes
+        save_tensors(folder / BUFFERS_FILE, _read_buffers(model.buffers))
 
 
 def load_buffers(folder: Path | None) -> dict[str, torch.Tensor]:

@@ -12,8 +12,8 @@ import huggingface_hub.constants
 import pytest
 import rank_jobs_recovery as jobs
 import yaml
-from huggingface_hub import ModelCard
 from hub_stand_in import Hub, serving
+from huggingface_hub import ModelCard
 from tiny import TEXT, state_dict
 from transformers import AutoTokenizer
 

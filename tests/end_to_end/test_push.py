@@ -80,6 +80,12 @@ def test_a_second_upload_takes_the_place_of_the_first_whatever_its_files_are_cal
     assert hub.repos["ada/small"]["files"] == content(tmp_path / "many") | mine
 
 
+def test_of_a_fine_grained_token_the_hub_decides_what_it_may(hub, pruned, tmp_path):
+    hub.role = "fineGrained"
+    assert run("export", "--load-dir", pruned, "--save-dir", tmp_path / "hf", "--push-to-hub", "team/small") == 0
+    assert hub.repos["team/small"]["files"] == content(tmp_path / "hf")
+
+
 def test_a_trimmed_model_and_a_trimmed_tokenizer(hub, tiny, tmp_path):
     words = ("vocab", "trim", "--load-dir", tiny("llama"), "--remain-vocab-size", "290")
     assert run(*words, "--save-dir", tmp_path / "hf", "--push-to-hub", "ada/trimmed") == 0
