@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.manifest import Recipe
-from megatron_prune.cli import main
+from megatron_prune.cli.main import main
 from megatron_prune.files.documents import read_json
 from megatron_prune.runtime.world import World
 
@@ -88,14 +88,14 @@ def home(tmp_path_factory, tiny) -> Path:
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(source)
     (home / "t.txt").write_text(TEXT * 60)
-    assert run("convert", "--load-dir", source, "--save-dir", home / "m") == 0
+    assert run("convert", "--load", source, "--save", home / "m") == 0
     words = ("--data", home / "t.txt", "--nsamples", 4, "--seq-length", 16, "--no-refit")
     assert run("prune", "--load", home / "m", "--save", home / "p", "--ffn-hidden-size-remain", 60, *words) == 0
     for name in ("m", "p"):
         evaluated = ("--data", home / "t.txt", "--seq-length", 32, "--windows", 4, "--output", home / f"{name}.json")
-        assert run("evaluate", "--load-dir", home / name, *evaluated) == 0
+        assert run("evaluate", "--load", home / name, *evaluated) == 0
     files = ("--evaluations", home / "m.json", home / "p.json")
-    assert run("export", "--load-dir", home / "p", "--save-dir", home / "hf", *files) == 0
+    assert run("export", "--load", home / "p", "--save", home / "hf", *files) == 0
     return home
 
 
@@ -129,6 +129,20 @@ def test_before_and_after_are_counted_and_measured(home):
     assert "Calibration: `t.txt`: 4 samples, 64 tokens" in card_of(home / "hf").text
 
 
+def test_what_was_measured_of_directories_counts_as_well(home, tmp_path):
+    """A content id is of values: the same of a directory and of the checkpoint that it was, or is going to be."""
+    source = home / "cache/models--ada--tiny/snapshots" / ("0" * 40)
+    for folder, known in ((source, "m"), (home / "hf", "p")):
+        words = ("--data", home / "t.txt", "--seq-length", 16, "--windows", 2, "--output", tmp_path / f"{known}.json")
+        assert run("evaluate", folder, *words) == 0
+        ids = [json.loads((at / f"{known}.json").read_text())["content_id"] for at in (tmp_path, home)]
+        assert ids[0] == ids[1] is not None
+    files = ("--evaluations", tmp_path / "m.json", tmp_path / "p.json")
+    assert run("export", "--load", home / "p", "--save", tmp_path / "hf", *files) == 0
+    measured = [json.loads((tmp_path / f"{name}.json").read_text())["perplexity"] for name in ("m", "p")]
+    assert table(card_of(tmp_path / "hf"))["perplexity: t.txt, 2 windows of 16 tokens"] == [f"{value:.4g}" for value in measured]
+
+
 def test_the_recipe_is_readable_and_whole_without_this_machines_folders(home):
     card = card_of(home / "hf")
     told = Recipe.load(home / "hf")
@@ -154,13 +168,13 @@ def test_the_hubs_own_check_takes_it(home, monkeypatch):
 
 
 def test_it_goes_on_through_a_way_back_another_cut_and_without_megatron(home, tmp_path):
-    assert run("convert", "--load-dir", home / "hf", "--save-dir", tmp_path / "m") == 0
+    assert run("convert", "--load", home / "hf", "--save", tmp_path / "m") == 0
     manifest = megatron.open_checkpoint(tmp_path / "m").manifest
     assert manifest.base_model == "ada/tiny" and manifest.converted_from == str(home / "hf")
-    words = ("--load-dir", tmp_path / "m", "--remain-vocab-size", 290, "--save-dir", tmp_path / "t")
-    assert run("vocab", "trim", *words) == run("export", "--load-dir", tmp_path / "t", "--save-dir", tmp_path / "hf") == 0
-    words = ("--remain-vocab-size", 290, "--save-dir", tmp_path / "hf2")
-    assert run("vocab", "trim", "--load-dir", home / "hf", *words) == 0
+    words = ("--load", tmp_path / "m", "--remain-vocab-size", 290, "--save", tmp_path / "t")
+    assert run("vocab", "trim", *words) == run("export", "--load", tmp_path / "t", "--save", tmp_path / "hf") == 0
+    words = ("--remain-vocab-size", 290, "--save", tmp_path / "hf2")
+    assert run("vocab", "trim", "--load", home / "hf", *words) == 0
     for folder in (tmp_path / "hf", tmp_path / "hf2"):
         card = card_of(folder)
         assert card.data.to_dict() == card_of(home / "hf").data.to_dict()
@@ -170,14 +184,14 @@ def test_it_goes_on_through_a_way_back_another_cut_and_without_megatron(home, tm
 
 
 def test_nothing_is_replaced_where_nothing_was_changed(home, tmp_path):
-    assert run("export", "--load-dir", home / "m", "--save-dir", tmp_path / "back") == 0
+    assert run("export", "--load", home / "m", "--save", tmp_path / "back") == 0
     assert (tmp_path / "back/README.md").read_bytes() == SOURCE_CARD.encode()
 
 
 def test_a_per_layer_model_says_what_runs_it(tiny, tmp_path, program):
-    sizes = ("--model_name_or_path", tiny("llama"), "--drop-mlp", "1", "--metric", "magnitude")
+    sizes = ("--load", tiny("llama"), "--drop-mlp", "1", "--metric", "magnitude")
     for form in ("llama-per-layer", "nemotron-nas"):
-        assert run("prune-hf", *sizes, "--output_path", tmp_path / form, "--target-family", form) == 0
+        assert run("prune-hf", *sizes, "--save", tmp_path / form, "--target-family", form) == 0
     assert "trust_remote_code=True" in card_of(tmp_path / "llama-per-layer").text
     assert "A kilobyte is" in program(tmp_path / "llama-per-layer")
     text = card_of(tmp_path / "nemotron-nas").text
@@ -187,12 +201,12 @@ def test_a_per_layer_model_says_what_runs_it(tiny, tmp_path, program):
 def test_evaluations_of_another_model_are_refused(home, tmp_path, capsys):
     other = {**json.loads((home / "m.json").read_text()), "content_id": "another"}
     (tmp_path / "other.json").write_text(json.dumps(other))
-    words = ("export", "--save-dir", tmp_path / "hf", "--evaluations")
-    assert run(*words, tmp_path / "other.json", "--load-dir", home / "p") == 2
+    words = ("export", "--save", tmp_path / "hf", "--evaluations")
+    assert run(*words, tmp_path / "other.json", "--load", home / "p") == 2
     assert "other.json is of another model" in capsys.readouterr().err
     (tmp_path / "none.json").write_text(json.dumps({**other, "perplexity": "low"}))
-    assert run(*words, tmp_path / "none.json", "--load-dir", home / "p") == 2
-    assert run(*words, home / "m.json", "--load-dir", home / "m") == 2
+    assert run(*words, tmp_path / "none.json", "--load", home / "p") == 2
+    assert run(*words, home / "m.json", "--load", home / "m") == 2
     assert "its own card stays" in capsys.readouterr().err and not (tmp_path / "hf").exists()
 
 
@@ -218,8 +232,8 @@ def test_the_base_of_a_plain_directory_is_what_it_says_or_left_out(tiny, tmp_pat
     if card:
         (source / "README.md").write_text(card)
     (tmp_path / "sizes.json").write_text('{"ffn_hidden_size_remain": 60}')
-    words = ("--output_path", tmp_path / "hf", "--prune_config_path", tmp_path / "sizes.json", "--metric", "random")
-    assert run("prune-hf", "--model_name_or_path", source, *words) == 0
+    words = ("--save", tmp_path / "hf", "--prune_config_path", tmp_path / "sizes.json", "--metric", "random")
+    assert run("prune-hf", "--load", source, *words) == 0
     assert card_of(tmp_path / "hf").data.base_model == expected
 
 
@@ -239,7 +253,7 @@ def test_a_card_that_cannot_be_read_is_one_warning(home, tmp_path, monkeypatch, 
     shutil.copytree(home / "p", tmp_path / "p")
     (tmp_path / "p/release/hf/README.md").write_bytes(BROKEN[case])
     monkeypatch.chdir(tmp_path)
-    assert run("export", "--load-dir", tmp_path / "p", "--save-dir", tmp_path / "hf") == 0
+    assert run("export", "--load", tmp_path / "p", "--save", tmp_path / "hf") == 0
     assert capsys.readouterr().err.count("not taken over into the new model's card") == 1
     data = card_of(tmp_path / "hf").data
     assert (data.license, data.base_model) == (None, "ada/tiny") and not (tmp_path / "harm").exists()
@@ -249,7 +263,7 @@ def test_what_a_card_says_is_plain_text_on_one_line(home, tmp_path):
     shutil.copytree(home / "p", tmp_path / "p")
     odd = '---\nlicense_name: "a\\e[31m\\0b\\nc: d\\n---\\n# no"\ntags: ["```\\nx", null, ""]\nlicense: null\n---\n'
     (tmp_path / "p/release/hf/README.md").write_text(odd)
-    assert run("export", "--load-dir", tmp_path / "p", "--save-dir", tmp_path / "hf") == 0
+    assert run("export", "--load", tmp_path / "p", "--save", tmp_path / "hf") == 0
     card = card_of(tmp_path / "hf")
     assert card.data.license_name == "a?b c: d --- # no" and card.data.license is None
     assert card.data.tags == ["``` x", "pruned", "megatron-prune"]
@@ -273,7 +287,7 @@ def test_a_recovered_model_is_a_finetune_and_says_its_losses(home, tmp_path):
         "save_interval": 3,
     }
     assert jobs.recover(World(), options) == 0
-    assert run("export", "--load-dir", tmp_path / "run", "--save-dir", tmp_path / "hf") == 0
+    assert run("export", "--load", tmp_path / "run", "--save", tmp_path / "hf") == 0
     card, summary = card_of(tmp_path / "hf"), read_json(tmp_path / "run/summary.json")
     assert card.data.to_dict()["base_model_relation"] == "finetune" and card.data.base_model == "ada/tiny"
     losses = [summary["start_loss"], summary["held_out_loss"]]

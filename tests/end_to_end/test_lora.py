@@ -84,8 +84,8 @@ def test_the_directory_says_what_it_belongs_on_and_peft_loads_it_as_it_is(home, 
 
     before = os.umask(0o027)
     try:
-        export(ExportOptions(load_dir=str(trained), save_dir=str(tmp_path / "peft"), adapter_only=True), World())
-        export(ExportOptions(load_dir=str(trained), save_dir=str(tmp_path / "merged")), World())
+        export(ExportOptions(load=str(trained), save=str(tmp_path / "peft"), adapter_only=True), World())
+        export(ExportOptions(load=str(trained), save=str(tmp_path / "merged")), World())
     finally:
         os.umask(before)
     assert {stat.S_IMODE(file.stat().st_mode) for file in (*(tmp_path / "peft").iterdir(), *(tmp_path / "merged").iterdir())} == {
@@ -123,7 +123,7 @@ def test_an_adapter_on_a_model_of_the_hub_names_it_and_keeps_its_terms(home, tmp
     shutil.copytree(home / "hf", snapshot)
     (snapshot / "README.md").write_text("---\nlicense: mit\nlanguage: en\nbase_model: ada/older\n---\n")
     (snapshot / "LICENSE").write_text("terms")
-    convert(ConvertOptions(load_dir=str(snapshot), save_dir=str(tmp_path / "m")), World())
+    convert(ConvertOptions(load=str(snapshot), save=str(tmp_path / "m")), World())
     run = str(tmp_path / "run")
     assert jobs.recover(World(), options(home, Path(run), load=str(tmp_path / "m"), train_iters=2)) == 0
     hub = Hub()
@@ -131,10 +131,10 @@ def test_an_adapter_on_a_model_of_the_hub_names_it_and_keeps_its_terms(home, tmp
         monkeypatch.setattr(constants, "ENDPOINT", address)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        common = {"load_dir": run, "adapter_only": True, "push_to_hub": "ada/adapter"}
+        common = {"load": run, "adapter_only": True, "push_to_hub": "ada/adapter"}
         with pytest.raises(InputError, match="(?s)adapter on .*hf\n.*a directory of this machine.*--base-model-name"):
-            export(ExportOptions(**common, save_dir=str(tmp_path / "no"), base_model_name=str(home / "hf")), World())
-        export(ExportOptions(**common, save_dir=str(tmp_path / "peft")), World())
+            export(ExportOptions(**common, save=str(tmp_path / "no"), base_model_name=str(home / "hf")), World())
+        export(ExportOptions(**common, save=str(tmp_path / "peft")), World())
     assert hub.repos["ada/adapter"]["files"] == {file.name: file.read_bytes() for file in (tmp_path / "peft").iterdir()}
     assert sorted(hub.repos["ada/adapter"]["files"]) == [
         "LICENSE",
@@ -145,7 +145,7 @@ def test_an_adapter_on_a_model_of_the_hub_names_it_and_keeps_its_terms(home, tmp
     assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["base_model_name_or_path"] == "ada/tiny"
     data = ModelCard.load(tmp_path / "peft/README.md").data
     assert (data.base_model, data.base_model_relation, data.license, data.language) == ("ada/tiny", "adapter", "mit", "en")
-    export(ExportOptions(load_dir=run, save_dir=str(tmp_path / "other"), adapter_only=True, base_model_name="ada/copy"), World())
+    export(ExportOptions(load=run, save=str(tmp_path / "other"), adapter_only=True, base_model_name="ada/copy"), World())
     assert json.loads((tmp_path / "other/adapter_config.json").read_text())["base_model_name_or_path"] == "ada/copy"
 
 
@@ -154,7 +154,7 @@ def test_an_adapter_on_a_pruned_model_wants_that_models_directory(home, tmp_path
 
     prune(PruneOptions(load=str(home / "m"), save=str(tmp_path / "p"), ffn_hidden_size_remain=48, metric="magnitude"), World())
     assert jobs.recover(World(), options(home, tmp_path / "run", load=str(tmp_path / "p"), train_iters=2)) == 0
-    wanted = {"load_dir": str(tmp_path / "run"), "save_dir": str(tmp_path / "peft"), "adapter_only": True}
+    wanted = {"load": str(tmp_path / "run"), "save": str(tmp_path / "peft"), "adapter_only": True}
     with pytest.raises(InputError, match="(?s)not known.*pruned or trained.*megatron-prune export.*--base-model-name"):
         export(ExportOptions(**wanted), World())
     for name, message in ((str(home / "hf"), "hf is not the model"), ("no such/model/at all", "(?s)--base-model-name.*an id")):
@@ -163,9 +163,9 @@ def test_an_adapter_on_a_pruned_model_wants_that_models_directory(home, tmp_path
     with pytest.raises(InputError, match="--base-model-name without --adapter-only"):
         export(ExportOptions(**{**wanted, "adapter_only": False}, base_model_name="ada/tiny"), World())
     assert not (tmp_path / "peft").exists()
-    export(ExportOptions(load_dir=str(tmp_path / "p"), save_dir=str(tmp_path / "p-hf")), World())
+    export(ExportOptions(load=str(tmp_path / "p"), save=str(tmp_path / "p-hf")), World())
     export(ExportOptions(**wanted, base_model_name=str(tmp_path / "p-hf")), World())
-    export(ExportOptions(load_dir=str(tmp_path / "run"), save_dir=str(tmp_path / "merged")), World())
+    export(ExportOptions(load=str(tmp_path / "run"), save=str(tmp_path / "merged")), World())
     model, tokens = (
         AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft", dtype=torch.float32).eval(),
         torch.arange(20)[None],
