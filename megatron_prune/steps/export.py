@@ -39,7 +39,7 @@ def export(options: ExportOptions, world: World) -> None:
         InputError: on an argument or checkpoint that does not fit; nothing is written.
     """
     save = Path(options.save)
-    read = (options.hf_dir, options.base)
+    read = (options.hf_dir, options.base, options.base_model_name, *options.evaluations)
     check_output(save, HUGGING_FACE, overwrite=options.overwrite, source=Path(options.load), inputs=read)
     shard_bytes = parse_size(options.max_shard_size)
     if options.base_model_name and not options.adapter_only:
@@ -129,6 +129,7 @@ def _write_adapter(
         raise InputError(f"--adapter-only: {options.load} is no adapter", do="leave it out")
     family = choose_family(model.family, options.target_family)
     named = named_model(model, options.base_model_name)
+    check_output(save, HUGGING_FACE, overwrite=options.overwrite, inputs=(named,))
     if push and Path(named).is_dir():
         raise InputError(
             f"--push-to-hub of an adapter on {named}",
