@@ -145,6 +145,10 @@ def _data(subject: CardSubject) -> str:
         calibration = entry.get("calibration")
         sources = calibration.get("sources") if isinstance(calibration, dict) else None
         lines += [f"- Calibration: {_text(source)}." for source in sources or () if isinstance(source, dict)]
+        if isinstance(losses := entry.get("held_out_loss"), dict) and (
+            said := _losses(losses.get("before"), losses.get("after"))
+        ):
+            lines.append(f"- Pruning, on samples held out of the calibration: {said}.")
         if entry["step"] == "recover":
             lines.append(f"- Recovery: {_training(entry)}.")
     return "\n".join(dict.fromkeys(lines))
@@ -164,11 +168,16 @@ def _training(entry: dict[str, Any]) -> str:
     taught = " from the unpruned model's answers" if settings.get("teacher") or settings.get("teacher_logits") else ""
     steps, tokens = _number(entry.get("iteration")), _number(entry.get("tokens"))
     said = f"{steps} steps, {tokens} tokens" + (f" of {data}" if data else "") + taught
-    losses = [entry.get("start_loss"), entry.get("held_out_loss")]
+    losses = _losses(entry.get("start_loss"), entry.get("held_out_loss"))
+    return f"{said}; held-out {losses}" if losses else said
+
+
+def _losses(*losses: object) -> str:
+    """Before and after, as losses and as perplexities; empty where one is not recorded."""
     if not all(isinstance(loss, float) for loss in losses):
-        return said
+        return ""
     loss, perplexity = (" → ".join(texts) for texts in zip(*((f"{x:.4f}", f"{math.exp(min(x, 700)):.4g}") for x in losses)))
-    return f"{said}; held-out loss {loss} nats a token (perplexity {perplexity})"
+    return f"loss {loss} nats a token (perplexity {perplexity})"
 
 
 def _recipe(subject: CardSubject) -> str:

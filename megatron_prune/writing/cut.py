@@ -53,6 +53,7 @@ def write_cut(
     layout: ParallelLayout,
     family: Family,
     trimmed: Trimmed | None,
+    losses: dict[str, float] | None = None,
 ) -> None:
     """Write what a plan leaves of a model as a checkpoint of the model's kind; every process takes part.
 
@@ -61,8 +62,10 @@ def write_cut(
         layout: how a Megatron checkpoint is divided.
         family: what the result is written as, or exported as later.
         trimmed: the tokenizer that goes with them, where the vocabulary is cut.
+        losses: on held-out samples ``before`` and ``after``, nats a token, where they were measured, for the recipe.
     """
     cut = Cut(plan, model.config)
+    entry = _entry(model, plan, cut, losses)
     common = {
         "config": cut.config,
         "dtypes": Source(tensors=model.tensors, origin=cut.origin).dtypes(cut.config, None),
@@ -77,7 +80,7 @@ def write_cut(
             layout=layout,
             ckpt_format=form.ckpt_format or model.checkpoint.format,
             transformer_impl=form.transformer_impl,
-            manifest=lambda report: _manifest(model, plan, cut, layout, family, report),
+            manifest=lambda report: _manifest(model, plan, cut, layout, family, report, entry),
             sizes=plan.shard_sizes(),
             plan_text=plan.dumps(),
             **common,
@@ -85,7 +88,7 @@ def write_cut(
         return
     template = trimmed.config(model.checkpoint.hf_config) if trimmed else model.checkpoint.hf_config
     hf_config = family.hf_config(cut.config, template, _kept_layers(plan))
-    recipe = [*model.recipe, _entry(model, plan, cut)]
+    recipe = [*model.recipe, entry]
     card = CardSubject(
         name=form.hub_id or output.save.name,
         config=cut.config,
@@ -112,14 +115,17 @@ def write_cut(
     )
 
 
-def _entry(model: Opened, plan: Plan, cut: Cut) -> dict[str, Any]:
+def _entry(model: Opened, plan: Plan, cut: Cut, losses: dict[str, float] | None) -> dict[str, Any]:
     """What the recipe says of the cut, with the parameters and, where it is known, which model was cut."""
     entry, content_id = plan.recipe_entry(), model.recorded_identity or plan.content_id
     old, new = ({**entry[name], "parameters": parameter_count(of)} for name, of in (("old", model.config), ("new", cut.config)))
-    return {**entry, "old": old, "new": new, **({"content_id": content_id} if content_id else {})}
+    more = {"content_id": content_id, "held_out_loss": losses}
+    return {**entry, "old": old, "new": new, **{name: value for name, value in more.items() if value}}
 
 
-def _manifest(model: Opened, plan: Plan, cut: Cut, layout: ParallelLayout, family: Family, report: StreamReport) -> Manifest:
+def _manifest(
+    model: Opened, plan: Plan, cut: Cut, layout: ParallelLayout, family: Family, report: StreamReport, entry: dict[str, Any]
+) -> Manifest:
     before, kept = model.checkpoint.manifest, [entry.layer for entry in plan.layers]
     return dataclasses.replace(
         before,
@@ -130,7 +136,7 @@ def _manifest(model: Opened, plan: Plan, cut: Cut, layout: ParallelLayout, famil
         hf_dtypes=dtypes_after(before.hf_dtypes, cut),
         tied_head_stored=before.tied_head_stored and cut.config.tie_embeddings,
         kept_layers=[before.kept_layers[layer] for layer in kept] if before.kept_layers else _kept_layers(plan),
-        recipe=[*before.recipe, _entry(model, plan, cut)],
+        recipe=[*before.recipe, entry],
         base_model=model.base_model,
     )
 

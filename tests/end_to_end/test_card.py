@@ -273,6 +273,20 @@ def test_what_a_card_says_is_plain_text_on_one_line(home, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- recovery
 
 
+def test_a_fitted_model_says_what_was_held_out(home, tmp_path):
+    words = ("--data", home / "t.txt", "--nsamples", 8, "--seq-length", 16)
+    assert run("prune", "--load", home / "m", "--save", tmp_path / "p", "--ffn-hidden-size-remain", 60, *words) == 0
+    assert run("export", "--load", tmp_path / "p", "--save", tmp_path / "hf") == 0
+    losses = Recipe.load(tmp_path / "hf").recipe[-1]["held_out_loss"]
+    assert set(losses) == {"before", "after"} and 0 < losses["before"] < losses["after"] < 20
+    shown = [
+        " → ".join(form(losses[at]) for at in ("before", "after"))
+        for form in (lambda x: f"{x:.4f}", lambda x: f"{math.exp(x):.4g}")
+    ]
+    said = f"- Pruning, on samples held out of the calibration: loss {shown[0]} nats a token (perplexity {shown[1]})."
+    assert said in card_of(tmp_path / "hf").text
+
+
 def test_a_recovered_model_is_a_finetune_and_says_its_losses(home, tmp_path):
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": TEXT * 3}) + "\n" for _ in range(40)))
     words = ("--tokenizer", home / "m/release/hf", "--input", tmp_path / "docs.jsonl", "--workers", 1)
