@@ -51,11 +51,19 @@ def prune_model(options: PruningOptions, subject: Subject, family: Family, form:
         plan = result.plan
         beside = {Path(options.save_plan): plan.dumps().encode()} if options.save_plan else {}
         output = Output(save=save, beside=beside, overwrite=options.overwrite, strict=options.strict, check=not options.no_check)
-        write_cut(output, model, plan, result.source, form, layout=subject.layout, family=family, trimmed=job.trimmed)
+        common = {"layout": subject.layout, "family": family, "trimmed": job.trimmed, "losses": _recorded(result.losses)}
+        write_cut(output, model, plan, result.source, form, **common)
         losses = result.losses or _losses_after(job, save, result)
     if subject.world.is_main:
         log.info("pruned to %s: %s", save, plan.summary())
         say_outcome(parameter_count(subject.config), parameter_count(plan.new_config(subject.config)), losses)
+
+
+def _recorded(losses: Losses | None) -> dict[str, float] | None:
+    """What the recipe says of them: JSON has no word for a loss that is not finite."""
+    if losses is None or not (math.isfinite(losses.dense) and math.isfinite(losses.pruned)):
+        return None
+    return {"before": losses.dense, "after": losses.pruned}
 
 
 BROKEN = math.log(10.0)

@@ -62,7 +62,10 @@ GUARDED = {
     "megatron_prune/text/pair.py": {"IndexedDataset": "reads numbers alone"},
     "megatron_prune/checkpoint/torch_archive.py": {"read_pickle": "files/pickled.py"},
     "megatron_prune/checkpoint/torch_dist.py": {"read_pickle": "files/pickled.py", "import pickle": "to write"},
-    "megatron_prune/checkpoint/stored_args.py": {"import yaml": "composed into nodes, whose plain values alone are taken"},
+    "megatron_prune/files/yaml_nodes.py": {"import yaml": "composed into nodes, from which nothing is built"},
+    "megatron_prune/checkpoint/stored_args.py": {
+        "import yaml": "nodes of files/yaml_nodes.py, whose plain values alone are taken"
+    },
     "megatron_prune/runtime/stock_class.py": {"AutoConfig.from_pretrained": "JSON"},
     "megatron_prune/runtime/stock_model.py": {"kind.from_pretrained": TRANSFORMERS},
     "megatron_prune/evaluation/one_layer.py": {
