@@ -74,8 +74,7 @@ def best_fit(
                 best, fit = other, mending
         if len(plans) > 1 and world.is_main:
             log.info("%s: %.3f nats a token lost on held-out text", plan.summary(), best.lost)
-        losses = {name: round(loss, 3) for name, loss in dataclasses.asdict(best.losses).items()}
-        made_by = {**plan.made_by, "refit": dataclasses.asdict(fit), "held_out_loss": losses}
+        made_by = {**plan.made_by, "refit": dataclasses.asdict(fit)}
         found.append((best.lost, number, dataclasses.replace(plan, made_by=made_by), best))
     _, _, plan, best = min(found, key=lambda one: one[:2])
     return plan, best
