@@ -98,10 +98,12 @@ def quickened(options: ChoosingOptions, config: ModelConfig, *, text: bool) -> C
         return options
     if not text:
         raise InputError("--quick has no effect: no text is read", do="leave it out, or name text with --data")
-    refit = ("nsamples", "seq_length") if options.refit is False else tuple(QUICK)
+    names = [name for name in QUICK if options.refit is not False or name in ("nsamples", "seq_length", "metric")]
+    if options.scores or options.plan:  # what is chosen is settled
+        names.remove("metric")
     quick = {**QUICK, "seq_length": min(QUICK["seq_length"], config.max_position_embeddings)}
     default = {item.name: item.default for item in dataclasses.fields(options)}
-    return replace(options, **{name: quick[name] for name in refit if getattr(options, name) == default[name]})
+    return replace(options, **{name: quick[name] for name in names if getattr(options, name) == default[name]})
 
 
 def kept_metrics(options: ChoosingOptions) -> list[str] | None:

@@ -11,8 +11,8 @@ from megatron_prune.planning.target import HIDDEN_METHODS
 from megatron_prune.runtime.options import DTYPES
 from megatron_prune.writing.options import OutputOptions
 
-QUICK = {"nsamples": 32, "seq_length": 256, "reconstruct": 0, "sequential": False}
-"""The settings of ``--quick``, for what is not set otherwise: a sixteenth of the text, and least squares alone."""
+QUICK = {"nsamples": 32, "seq_length": 256, "metric": "activation", "reconstruct": 0, "sequential": False}
+"""The settings of ``--quick``, for what is not set otherwise: an eighth of the text, no gradients, and least squares alone."""
 
 BEST = {"hidden": "activation", "ffn": "fisher", "head": "obs", "kv_head": "obs", "layer": "fold"}
 """Axis → how units are chosen where nothing else is asked for: what measured best before least squares in first trials
