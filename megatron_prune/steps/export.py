@@ -64,11 +64,11 @@ def export(options: ExportOptions, world: World) -> None:
     model = open_merged(options.load_dir, options.base, world, options)
     checkpoint = model.checkpoint
     if options.adapter_only:
-        _write_adapter(options, model.adapter, choose_family(model.family, options.target_family), world)
+        _write_adapter(options, model.adapter, choose_family(model.family, options.target_family, model.config), world)
         return
     side = model.folder
     template = huggingface.read_config(side) if side and huggingface.is_huggingface(side) else None
-    family = choose_family(model.family, options.target_family)
+    family = choose_family(model.family, options.target_family, model.config)
     config = checkpoint.config
     hf_config = family.hf_config(config, template, checkpoint.manifest.kept_layers)
     dtypes = _dtypes(checkpoint, options.target_params_dtype)

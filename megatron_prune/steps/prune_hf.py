@@ -66,7 +66,7 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
     options = with_sizes(options)
     model = open_huggingface(folder, world)
     check_tied_copy(model.checkpoint)
-    family = choose_family(model.family, options.target_family)
+    family = choose_family(model.family, options.target_family, model.config)
     subject = Subject(model=model, engine=HuggingFaceEngine(model), tokenizer=model.tokenizer)
     prune_model(options, subject, family, form, save, prune_type="balance")
 

@@ -336,7 +336,7 @@ def test_nemotron_nas_is_refused_for_what_it_cannot_say(name, changes, word):
 def test_what_is_asked_for_is_of_the_same_architecture():
     assert written_as("llama", "mistral-per-layer").name == "mistral"
     for asked in ("qwen2", "qwen2-per-layer", "foo-per-layer", "per-layer"):
-        with pytest.raises(InputError, match="llama, mistral, llama-per-layer, mistral-per-layer, nemotron-nas"):
+        with pytest.raises(InputError, match="one of llama, mistral, llama-per-layer, mistral-per-layer, nemotron-nas"):
             written_as("llama", asked)
 
 
