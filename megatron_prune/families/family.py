@@ -268,6 +268,11 @@ class Family:
         """Whether the stock class can."""
         return is_plain(config) and not self._unsaid(config) and self._divides(config)
 
+    def written_as(self, config: ModelConfig, template: dict[str, Any] | None) -> tuple[str, str]:
+        """The family whose class a model is written as, and the name of the form (``""``: the stock class)."""
+        form = self._form(config, template)
+        return ((self._host(form, config) or self).name, form.name) if form else (self.name, "")
+
     def _form(self, config: ModelConfig, template: dict[str, Any] | None) -> Form | None:
         """The form that a model is written in: what was asked for, else that which it had, else what it needs."""
         asked = {form.name: form for form in FORMS}.get(self.form)

@@ -163,22 +163,6 @@ def _unsaid(config: ModelConfig) -> str:
     return "" if config.activation == "silu" and not config.after_norms else "blocks that are not Llama's"
 
 
-def _caution(config: ModelConfig) -> str:
-    """llama.cpp goes on to the next layer where one has no feed-forward block, and loses what its attention adds."""
-    layers = [
-        layer for layer in range(config.num_layers) if [kind.half for kind in config.of_layer(layer).kinds] == ["attention"]
-    ]
-    return (
-        f"llama.cpp leaves out the attention of layers without a feed-forward block ({_named(layers)}); vLLM does not"
-        if layers
-        else ""
-    )
-
-
-def _named(layers: list[int]) -> str:
-    return ", ".join(map(str, layers[:8])) + (", …" if len(layers) > 8 else "")
-
-
 def _write(hf: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     left = ("auto_map", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
     return {
@@ -216,5 +200,4 @@ NEMOTRON_NAS = Form(
     unsaid=_unsaid,
     write=_write,
     whole=lambda hf: bool(hf.get("auto_map")),
-    caution=_caution,
 )

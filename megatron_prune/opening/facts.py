@@ -11,12 +11,14 @@ from megatron_prune.arch.sharding import legal_tensor_sizes
 from megatron_prune.arch.tensors import parameter_count, tensor_ids
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.opening.opened import Opened
+from megatron_prune.serving.demand import served_by
 
 
 def describe(model: Opened) -> dict[str, Any]:
     """Facts about a model of either kind."""
     if not isinstance(model.checkpoint, MegatronCheckpoint):
-        return {"kind": "Hugging Face model", "family": model.family.name, **_common(model), "recipe": model.recipe}
+        facts = {"kind": "Hugging Face model", "family": model.family.name, **_common(model)}
+        return {**facts, "serving": _serving(model), "recipe": model.recipe}
     checkpoint, layout = model.checkpoint, model.layout
     return {
         "kind": f"Megatron checkpoint ({checkpoint.format})",
@@ -24,6 +26,7 @@ def describe(model: Opened) -> dict[str, Any]:
         **_common(model, checkpoint.unsaid),
         "parallel": {"tensor": layout.tensor, "pipeline": layout.pipeline},
         "padded_vocabulary": layout.padded_vocab(model.config.vocab_size),
+        "serving": _serving(model),
         "recipe": model.recipe,
         "content_id": model.recorded_identity,
         "changed_files": {name: "edited or removed since it was written" for name in checkpoint.edited_files()},
@@ -47,6 +50,12 @@ def _common(model: Opened, unsaid: tuple[str, ...] = ()) -> dict[str, Any]:
         "dtype": dict(dtypes),
         "tensor_parallel_sizes": legal_tensor_sizes(config),
     }
+
+
+def _serving(model: Opened) -> dict[str, str]:
+    """Runtime → whether it loads the model."""
+    found = served_by(model.config, model.family, model.template)
+    return {name: "; ".join(problems) or "loads it" for name, problems in found.items()}
 
 
 def _differing_sizes(config: ModelConfig) -> list[str]:

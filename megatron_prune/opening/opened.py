@@ -83,6 +83,11 @@ class Opened:
         return Recipe.load(self.path).recipe
 
     @property
+    def template(self) -> dict[str, Any] | None:
+        """The ``config.json`` that it descends from, if it is kept."""
+        return huggingface.read_config(self.folder) if self.folder and huggingface.is_huggingface(self.folder) else None
+
+    @property
     def folder(self) -> Path | None:
         """Directory of the configuration and the tokenizer that it keeps; ``None``: it keeps none."""
         return self.checkpoint.hf_folder if isinstance(self.checkpoint, MegatronCheckpoint) else self.path

@@ -9,12 +9,13 @@ from megatron_prune.config import option
 from megatron_prune.importance.artifact import ScoresManifest
 from megatron_prune.importance.metric import metric_named
 from megatron_prune.pruning.fit import FitOptions
+from megatron_prune.serving.options import ServeOptions
 from megatron_prune.pruning.target_options import TargetOptions, metrics_of, vocab_alone
 from megatron_prune.writing.check import CheckOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningOptions(TargetOptions, FitOptions, CheckOptions):
+class PruningOptions(TargetOptions, ServeOptions, FitOptions, CheckOptions):
     """What stays, how it is re-fitted, and what is written beside it."""
 
     scores: str | None = option("use these scores (of megatron-prune score) and their text", None)

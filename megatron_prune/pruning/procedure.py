@@ -27,6 +27,7 @@ from megatron_prune.pruning.tokens import folded
 from megatron_prune.runtime.reporting import log
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.text.tokens import Calibration
+from megatron_prune.serving.demand import warnings
 from megatron_prune.writing.cut import Form, write_cut
 from megatron_prune.writing.output import Output
 
@@ -49,6 +50,9 @@ def prune_model(options: PruningOptions, subject: Subject, family: Family, form:
         write_cut(output, model, plan, source, form, layout=subject.layout, family=family, trimmed=job.trimmed)
     if subject.world.is_main:
         log.info("pruned to %s: %s", save, plan.summary())
+        new = plan.new_config(model.config)
+        for line in warnings(new, family, model.template, before=model.config) if job.request.bounds else ():
+            log.warning("%s", line)
 
 
 @contextlib.contextmanager

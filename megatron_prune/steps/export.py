@@ -24,6 +24,7 @@ from megatron_prune.opening.side_files import say_links
 from megatron_prune.opening.source import Source, commonest
 from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
+from megatron_prune.serving.demand import warnings
 from megatron_prune.writing.check import CheckOptions
 from megatron_prune.writing.huggingface import parse_size, write_huggingface
 from megatron_prune.writing.output import Output, staged
@@ -66,11 +67,13 @@ def export(options: ExportOptions, world: World) -> None:
     if options.adapter_only:
         _write_adapter(options, model.adapter, choose_family(model.family, options.target_family, model.config), world)
         return
-    side = model.folder
-    template = huggingface.read_config(side) if side and huggingface.is_huggingface(side) else None
+    side, template = model.folder, model.template
     family = choose_family(model.family, options.target_family, model.config)
     config = checkpoint.config
     hf_config = family.hf_config(config, template, checkpoint.manifest.kept_layers)
+    if world.is_main:
+        for line in warnings(config, family, template):
+            log.warning("%s", line)
     dtypes = _dtypes(checkpoint, options.target_params_dtype)
     named = (template or {}).get("dtype") or (template or {}).get("torch_dtype")  # what a foreign checkpoint has besides
     stored = checkpoint.manifest.hf_dtypes.get("default", named)
@@ -83,7 +86,9 @@ def export(options: ExportOptions, world: World) -> None:
     plan = checkpoint.plan_text()
     files = {megatron.PLAN_FILE: plan} if plan is not None else {}
     if pruned:
-        files["README.md"] = model_card(config, checkpoint.manifest.recipe, name=save.name, family=family.name, code=bool(code_of(hf_config)))
+        files["README.md"] = model_card(
+            config, checkpoint.manifest.recipe, name=save.name, family=family.name, code=bool(code_of(hf_config))
+        )
     write_huggingface(
         world,
         Output(save=save, overwrite=options.overwrite, strict=options.strict, check=not options.no_check),

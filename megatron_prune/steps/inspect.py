@@ -21,6 +21,7 @@ from megatron_prune.opening.foreign import ForeignOptions, told
 from megatron_prune.opening.opened import open_either
 from megatron_prune.opening.source import observe
 from megatron_prune.runtime.world import World
+from megatron_prune.serving.runtime import RUNTIMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,8 @@ def inspect(options: InspectOptions, world: World) -> int:
     for key, value in facts.items():
         if key == "recipe":
             value = "\n".join(_recipe_line(entry) for entry in value) or "-"
+        elif key == "serving":
+            value = "\n".join(f"{RUNTIMES.get(name).title}: {said}" for name, said in value.items())
         elif isinstance(value, bool):
             value = "yes" if value else "no"
         elif key == "layers":

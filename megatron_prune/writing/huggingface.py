@@ -15,7 +15,7 @@ from megatron_prune.checkpoint import both_versions, huggingface
 from megatron_prune.checkpoint.manifest import RECIPE_FILE, Recipe
 from megatron_prune.errors import InputError
 from megatron_prune.evaluation.one_layer import import_stock_class
-from megatron_prune.families.family import Family, form_of
+from megatron_prune.families.family import Family
 from megatron_prune.opening.source import Source, commonest, run
 from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
@@ -54,8 +54,6 @@ def write_huggingface(
     """
 
     def lay_out() -> None:
-        if (form := form_of(hf_config)) and (caution := form.caution(config)):
-            log.warning("%s", caution)
         if side_files:
             huggingface.copy_side_files(side_files, partial)
             for name in (huggingface.BUFFERS_FILE, RECIPE_FILE):  # of the weights that it lies beside

@@ -8,7 +8,7 @@ from trees import PACKAGE, ROOT, imports, modules, room
 
 ORDER = (
     *(PACKAGE, "errors", "registry", "config"),
-    *("files", "arch", "axes", "families", "checkpoint", "planning"),
+    *("files", "arch", "axes", "families", "serving", "checkpoint", "planning"),
     *("runtime", "opening", "text", "vocabulary", "evaluation", "importance", "surgery"),
     *("writing", "pruning", "recovery", "steps", "cli", "__main__"),
 )
