@@ -23,8 +23,8 @@ from megatron_prune.pruning.target_options import TargetOptions
 from megatron_prune.pruning.tokens import kept_vocabulary
 from megatron_prune.runtime.reporting import log
 from megatron_prune.serving.demand import Demand, warnings
-from megatron_prune.serving.runtime import RUNTIMES
 from megatron_prune.serving.options import ServeOptions, parse_serve
+from megatron_prune.serving.runtime import RUNTIMES
 from megatron_prune.surgery.basis import NO_ROTATION
 from megatron_prune.text.sources import check_seed
 from megatron_prune.vocabulary.trimmed import Trimmed

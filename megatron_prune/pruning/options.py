@@ -9,8 +9,8 @@ from megatron_prune.config import option
 from megatron_prune.importance.artifact import ScoresManifest
 from megatron_prune.importance.metric import metric_named
 from megatron_prune.pruning.fit import FitOptions
-from megatron_prune.serving.options import ServeOptions
 from megatron_prune.pruning.target_options import TargetOptions, metrics_of, vocab_alone
+from megatron_prune.serving.options import ServeOptions
 from megatron_prune.writing.check import CheckOptions
 
 

@@ -25,9 +25,9 @@ from megatron_prune.pruning.plans import make_plans
 from megatron_prune.pruning.scored import Scored
 from megatron_prune.pruning.tokens import folded
 from megatron_prune.runtime.reporting import log
+from megatron_prune.serving.demand import warnings
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.text.tokens import Calibration
-from megatron_prune.serving.demand import warnings
 from megatron_prune.writing.cut import Form, write_cut
 from megatron_prune.writing.output import Output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Callable
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.families.nemotron_nas import NEMOTRON_NAS, factor_of
@@ -27,14 +28,12 @@ def _other_head_dim(layer: ModelConfig) -> str:
     return "" if not heads or hidden // heads == head_dim else f"head_dim {head_dim}, not {hidden} // {heads} heads"
 
 
-def _llama3(layer: ModelConfig) -> str:
-    scaling = layer.uniform("rope_scaling")
-    return "rotary scaling llama3" if scaling and scaling.kind == "llama3" else ""
+def _scaled(kind: str) -> Callable[[ModelConfig], str]:
+    def found(layer: ModelConfig) -> str:
+        scaling = layer.uniform("rope_scaling")
+        return f"rotary scaling {kind}" if scaling and scaling.kind == kind else ""
 
-
-def _scaled(layer: ModelConfig) -> str:
-    scaling = layer.uniform("rope_scaling")
-    return f"rotary scaling {scaling.kind}" if scaling else ""
+    return found
 
 
 def _window(layer: ModelConfig) -> str:
@@ -71,7 +70,7 @@ RUNTIMES.register("llamacpp")(
         rules=(
             Rule(of=(PER_LAYER.name,), what="all models", then=REFUSED, found=lambda layer: "a class that it does not have"),
             Rule(of=("qwen2",), what="hidden that is not heads × head_dim", then=REFUSED, found=_other_width),
-            Rule(of=("qwen2", "qwen3"), what="rotary scaling llama3", then=SILENT, found=_llama3),
+            Rule(of=("qwen2", "qwen3"), what="rotary scaling llama3", then=SILENT, found=_scaled("llama3")),
             Rule(of=("mistral",), what="a sliding window, on longer texts", then=SILENT, found=_window),
             Rule(
                 of=("gemma3_text",),
@@ -90,7 +89,7 @@ RUNTIMES.register("llamacpp")(
             Rule(of=_NAS, what="head_dim that is not hidden // heads", then=REFUSED, found=_other_head_dim),
             Rule(of=_NAS, what="a width that is no multiple of 256", then=REFUSED, found=_width),
             Rule(of=_NAS, what="attention in a layer without a feed-forward block", then=SILENT, found=_no_mlp),
-            Rule(of=_NAS, what="rotary scaling", then=SILENT, found=_scaled),
+            Rule(of=_NAS, what="rotary scaling linear", then=SILENT, found=_scaled("linear")),
         ),
     )
 )
