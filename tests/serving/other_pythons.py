@@ -27,9 +27,10 @@ def other_python(name: str) -> str:
 def results(python: str, script: str, *words: str) -> list[dict]:
     """The lines of JSON that a script in this folder prints in another Python."""
     command = [python, str(Path(__file__).parent / script), *words]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env={**os.environ, "PYTHONPATH": ""})
-    lines = run.stdout.splitlines()
-    found = [json.loads(line.removeprefix("RESULT ")) for line in lines if line.startswith("RESULT ")]
+    beside = {"env": {**os.environ, "PYTHONPATH": ""}, "stdin": subprocess.DEVNULL}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, **beside)
+    lines = (line.partition("RESULT ")[2] for line in run.stdout.splitlines())  # a question may stand before
+    found = [json.loads(line) for line in lines if line]
     assert found, run.stdout[-2000:] + run.stderr[-4000:]
     return found
 
@@ -41,9 +42,8 @@ def logits(folder: Path, tokens: list[int]) -> torch.Tensor:
     return found.double().log_softmax(-1)
 
 
-def to_gguf(python: str, folder: Path, file: Path, *, pre: str | None = "gpt-2") -> subprocess.CompletedProcess:
-    """llama.cpp's own converter, run by our tool."""
-    named = ["--pre", pre] if pre else []
-    command = [python, str(TOOL), f"{os.environ['LLAMA_CPP']}/convert_hf_to_gguf.py", str(folder), *named]
-    command += ["--outfile", str(file), "--outtype", "f32"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+def to_gguf(python: str, folders: list[Path], out: Path, *, pre: str = "gpt-2") -> dict[str, dict]:
+    """Folder's name → the file that llama.cpp's own converter makes of it, run by our tool, or an error."""
+    converter = f"{os.environ['LLAMA_CPP']}/convert_hf_to_gguf.py"
+    lines = results(python, "to_gguf.py", str(TOOL), converter, pre, str(out), *map(str, folders))
+    return {Path(line.pop("folder")).name: line for line in lines}

@@ -11,6 +11,7 @@ from serving_cases import CASES, TOKENS
 from transformers import AutoTokenizer
 
 from megatron_prune.runtime.world import World
+from megatron_prune.serving.pre_tokenizer import pre_tokenizer_of
 from megatron_prune.serving.runtime import REFUSED, RUNTIMES, SILENT
 from megatron_prune.steps.vocab_trim import VocabTrimOptions, vocab_trim
 
@@ -40,20 +41,25 @@ def farthest(python, folder, file, prompts: list[list[int]], texts: list[str] | 
     return max(differences)
 
 
+@pytest.fixture(scope="module")
+def converted(python, built, tmp_path_factory) -> dict[str, dict]:
+    """Case → what the converter makes of it."""
+    return to_gguf(python, list(built.values()), tmp_path_factory.mktemp("gguf"))
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_it_loads_what_no_rule_names_and_does_not_do_the_rest(name, python, built, tmp_path):
-    case = CASES[name]
+def test_it_loads_what_no_rule_names_and_does_not_do_the_rest(name, python, built, converted):
+    case, prompts = CASES[name], [list(TOKENS[:6]), list(TOKENS)]
     rules = [rule for rule in RUNTIMES.get("llamacpp").rules if case.written.kind in rule.of and rule.problem(case.config)]
-    outcomes, prompts = {rule.then for rule in rules}, [list(TOKENS[:6]), list(TOKENS)]
-    converted = to_gguf(python, built[name], tmp_path / "model.gguf")
+    outcomes = {rule.then for rule in rules}
     if REFUSED in outcomes:
-        if converted.returncode == 0:
+        if "error" not in converted[name]:
             with pytest.raises(AssertionError):  # nothing is printed
-                farthest(python, built[name], tmp_path / "model.gguf", prompts)
+                farthest(python, built[name], converted[name]["file"], prompts)
         return
-    assert converted.returncode == 0, converted.stderr[-2000:]
+    assert "error" not in converted[name], converted[name]["error"][-2000:]
     far = FAR_62 if case.config.num_layers == 62 else FAR
-    assert (farthest(python, built[name], tmp_path / "model.gguf", prompts) < far) == (SILENT not in outcomes)
+    assert (farthest(python, built[name], converted[name]["file"], prompts) < far) == (SILENT not in outcomes)
 
 
 def test_a_trimmed_vocabulary_becomes_gguf_with_its_pre_tokenizer_named_and_has_the_same_tokens_and_logits(
@@ -68,7 +74,8 @@ def test_a_trimmed_vocabulary_becomes_gguf_with_its_pre_tokenizer_named_and_has_
     )
     tokenizer = AutoTokenizer.from_pretrained(trimmed)
     assert len(tokenizer) < 307
-    converted = to_gguf(python, trimmed, tmp_path / "model.gguf", pre=None)
-    assert converted.returncode == 0 and "pre-tokenizer: gpt-2" in converted.stderr, converted.stderr[-2000:]
+    assert pre_tokenizer_of(trimmed) == "gpt-2"
+    found = to_gguf(python, [trimmed], tmp_path, pre="")["trimmed"]
+    assert "error" not in found, found["error"][-2000:]
     prompts = [tokenizer(text)["input_ids"] for text in texts]
-    assert farthest(python, trimmed, tmp_path / "model.gguf", prompts, texts) < FAR
+    assert farthest(python, trimmed, found["file"], prompts, texts) < FAR
