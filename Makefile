@@ -37,7 +37,7 @@ LLAMA_CPP ?= llama-cpp-python==0.3.36
 XLLAMACPP ?= xllamacpp==2026.10.11549
 
 .venv-vllm/.installed: PACKAGES = '$(VLLM)'
-.venv-llama-cpp/.installed: PACKAGES = '$(XLLAMACPP)' 'transformers<5.20' gguf sentencepiece protobuf
+.venv-llama-cpp/.installed: PACKAGES = '$(XLLAMACPP)' 'transformers<5.20' gguf sentencepiece protobuf scikit-build-core
 .venv-transformers-4/.installed: PACKAGES = 'transformers==4.57.6'
 
 $(SERVING:%=%/.installed): Makefile
