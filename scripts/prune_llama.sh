@@ -16,6 +16,7 @@
 #   DATA, SCORES                 text to measure on / scores that were kept    (default: the model's own samples)
 #   PLAN, SAVE_PLAN              apply a plan / also write the plan here       (default: none)
 #   VOCAB_PLAN                   keep the tokens of this plan (of megatron-prune vocab select)
+#   SERVE                        take only shapes that can be served so, such as vllm,tp=4,8 (default: any)
 #   TARGET_FAMILY                Hugging Face family it will be exported as    (default: its own)
 #   GPT_ARGS                     Megatron's own arguments; they must agree with the checkpoint
 #   Further arguments are passed on, such as --overwrite, --untie or --uniform.
@@ -46,6 +47,7 @@ add --metric "${METRIC:-}"
 add --scores "${SCORES:-}"
 add --plan "${PLAN:-}"
 add --vocab_plan "${VOCAB_PLAN:-}"
+add --serve "${SERVE:-}"
 add --target-family "${TARGET_FAMILY:-}"
 # shellcheck disable=SC2206  # several sources are several words
 if [ -n "${DATA:-}" ]; then PRUNE_ARGS+=(--data $DATA); fi

@@ -44,7 +44,7 @@ def mixed(family: str, *, heads: bool | None = None) -> ModelConfig:
 
 def written_as(family: str, asked: str) -> Family:
     """What ``--target-family`` makes of a family's models."""
-    return choose_family(FAMILIES.get(family), asked)
+    return choose_family(FAMILIES.get(family), asked, like_tiny(family))
 
 
 @st.composite

@@ -331,7 +331,7 @@ def check_goes_back_to(config: ModelConfig, family: Family, hf_dir: Path, *, pru
     hf_config = model_folder.read_config(hf_dir)
     other = family_of(hf_config)
     theirs, problems = other.model_config(hf_config), []
-    if other.name not in family.kin():
+    if not other.fits(config):
         problems.append(f"family: the checkpoint is a {family.name} model, config.json a {other.name} model")
     for name in SHAPE_FIELDS:
         ours, needed = getattr(config, name), getattr(theirs, name)

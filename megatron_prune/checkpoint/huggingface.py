@@ -96,6 +96,9 @@ def open_model(path: Path) -> HuggingFaceModel:
     if config.tie_embeddings and head in stored:
         region, shape = stored.pop(head)
         problems += _add(tensors, EMBEDDING, head, region, shape, replica=True)
+    for name, matrix in family.zero_tensors(config).items():
+        region, shape = stored.pop(name, (None, ()))
+        problems += [f"{name}: missing"] if region is None else _unless_zero(name, region, shape, full_shape(matrix, config)[:1])
     for name in sorted(stored):
         if _BUFFERS.fullmatch(name):
             buffers[name] = stored[name]
@@ -104,6 +107,15 @@ def open_model(path: Path) -> HuggingFaceModel:
     raise_all(CheckpointError, f"{path} does not hold the model that its config.json describes", problems)
     tensors.validate(path).expect(Recipe.load(path).digests, path / RECIPE_FILE)
     return HuggingFaceModel(path, hf_config, family, config, tensors, buffers)
+
+
+def _unless_zero(name: str, region: Region, shape: tuple[int, ...], needed: tuple[int, ...]) -> list[str]:
+    """What is wrong with a bias that has to be zero."""
+    if shape != needed:
+        return [f"{name}: shape {shape}, needed {needed}"]
+    held = torch.empty(shape, dtype=region.dtype)
+    region.read_into(held)
+    return [f"{name}: holds other values than zero; a bias of the output projection is not carried"] if held.any() else []
 
 
 def _add(tensors: TensorMap, tensor: TensorId, name: str, region: Region, shape: tuple[int, ...], *, replica: bool) -> list[str]:
@@ -143,6 +155,8 @@ def lay_out(
         config_text: the file's exact text, where ``hf_config`` is unchanged from one that was read.
     """
     tensors = {family.tensor_name(tensor): (dtypes[tensor], full_shape(tensor, config)) for tensor in tensor_ids(config)}
+    zeros = family.zero_tensors(config)
+    tensors |= {name: (dtypes[matrix], full_shape(matrix, config)[:1]) for name, matrix in zeros.items()}
     if tied_head_stored and config.tie_embeddings:
         dtype, shape = tensors[family.tensor_name(EMBEDDING)]
         tensors[family.tensor_name(HEAD)] = dtypes.get(HEAD, dtype), shape

@@ -51,6 +51,8 @@ def _build_and_run(model: HuggingFaceModel) -> tuple[str, list[str]]:
         whole = kind(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
     stored = {model.family.tensor_name(tensor): model.tensors.shape(tensor) for tensor in tensor_ids(model.config)}
+    zeros = model.family.zero_tensors(model.config)
+    stored |= {name: model.tensors.shape(matrix)[:1] for name, matrix in zeros.items()}
     differing = sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name))
     name = kind.__name__
     if differing:
@@ -117,6 +119,10 @@ def _run(kind: type, config: Any, model: HuggingFaceModel, layers: list[int]) ->
             rows = min(rows, config.vocab_size) if tensor in (EMBEDDING, HEAD) else rows
             name = model.family.tensor_name(tensor._replace(layer=places.get(tensor.layer)))
             weights[name] = model.tensors.read_block(tensor, range(rows)).float()
+    for matrix in model.family.zero_tensors(model.config).values():
+        if matrix.layer in places:
+            name = model.family.zeros[matrix.role].format(layer=places[matrix.layer])
+            weights[name] = torch.zeros(model.tensors.shape(matrix)[0])
     small.load_state_dict(weights, strict=False, assign=True)
     small.tie_weights()
     with torch.no_grad():

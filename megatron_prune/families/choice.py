@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from megatron_prune.arch.model import ModelConfig
 from megatron_prune.errors import InputError
-from megatron_prune.families.family import FAMILIES, Family
+from megatron_prune.families.family import FAMILIES, Family, kin
 from megatron_prune.families.nemotron_nas import NEMOTRON_NAS
 from megatron_prune.families.per_layer import PER_LAYER
 
 
-def choose_family(recorded: Family, asked: str | None) -> Family:
+def choose_family(recorded: Family, asked: str | None, config: ModelConfig) -> Family:
     """The family to write: the recorded one in the form that the model needs, or what was asked for.
 
     Args:
+        config: the model before anything is cut.
         asked: a family of the same architecture (its stock class, whose layers are alike); one with ``-per-layer`` behind its
             name (``per_layer_config``, and a modelling file); or ``nemotron-nas``.
 
@@ -25,8 +27,10 @@ def choose_family(recorded: Family, asked: str | None) -> Family:
     if asked == NEMOTRON_NAS.name:
         return replace(recorded, form=asked)
     suffix = f"-{PER_LAYER.name}"
-    name, kin = asked.removesuffix(suffix), recorded.kin()
-    if name not in (recorded.name, *kin):
-        forms = [*(name + suffix for name in kin), NEMOTRON_NAS.name]
-        raise InputError(f"--target-family {asked}", got=f"a {recorded.name} model", needed="one of " + ", ".join((*kin, *forms)))
+    name, able = asked.removesuffix(suffix), kin(config)
+    if name not in (recorded.name, *able):
+        forms = [*(name + suffix for name in able), NEMOTRON_NAS.name]
+        raise InputError(
+            f"--target-family {asked}", got=f"a {recorded.name} model", needed="one of " + ", ".join((*able, *forms))
+        )
     return replace(FAMILIES.get(name), form=PER_LAYER.name if asked.endswith(suffix) else "plain")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from megatron_prune.arch.model import ModelConfig, check_value, value_kinds
-from megatron_prune.arch.tensors import TensorId
+from megatron_prune.arch.tensors import TensorId, layer_roles
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.families import config_keys
 from megatron_prune.families.entries import Entries
@@ -36,6 +36,8 @@ NAMES = {
     "output": "lm_head.weight",
 }
 """Tensor names that Llama introduced and the families after it kept."""
+
+QKV_BIASES = {f"{role}_bias": NAMES[role].replace("weight", "bias") for role in ("q", "k", "v")}
 
 FIELDS = {
     "num_layers": "num_hidden_layers",
@@ -73,6 +75,8 @@ class Family:
             a whole, heads that differ by layer).
         needs_bos: its models are lost on text that does not begin with the BOS token, wherever the text was cut.
         form: name of the form that is to be written, or ``"plain"``, where one was asked for; else what a model needs.
+        zeros: matrix → name of a bias that its class adds to what that writes, where it has those of queries, keys and values. It
+            is zero in every model that is carried: Megatron has none, so that it is no role tensor.
     """
 
     name: str
@@ -87,6 +91,7 @@ class Family:
     heads_divide_hidden: bool = False
     needs_bos: bool = False
     form: str | None = None
+    zeros: dict[str, str] = field(default_factory=dict)
 
     @functools.cached_property
     def keys(self) -> config_keys.Keys:
@@ -97,6 +102,14 @@ class Family:
     def tensor_name(self, tensor: TensorId) -> str:
         """Hugging Face's name of a tensor."""
         return self.names[tensor.role].format(layer=tensor.layer)
+
+    def zero_tensors(self, config: ModelConfig) -> dict[str, TensorId]:
+        """Names of the biases that are zero (:attr:`zeros`), [rows of the matrix], each with that matrix."""
+        found = {}
+        for layer in range(config.num_layers if config.qkv_bias else 0):
+            roles = layer_roles(config.of_layer(layer))
+            found |= {name.format(layer=layer): TensorId(role, layer) for role, name in self.zeros.items() if role in roles}
+        return found
 
     def model_config(self, hf: dict[str, Any]) -> ModelConfig:
         """Read ``config.json``, in any form.
@@ -157,6 +170,8 @@ class Family:
         hf = dict(template) if template else self._fresh(config)
         family_of(hf).model_config(hf)
         if template and template.get("model_type") != self.name:
+            foreign = {key for entries in family_of(hf).entries for key in entries.keys} - self.keys.read
+            hf = {key: value for key, value in hf.items() if key not in foreign}
             hf.update(model_type=self.name, architectures=[self.architecture])
         if "layer_types" in hf and hf.get("num_hidden_layers") != config.num_layers:
             hf.update(num_hidden_layers=config.num_layers)
@@ -244,11 +259,6 @@ class Family:
         free = (item for item in fields(config) if item.name not in said)
         return all(getattr(config, item.name) == self.traits.get(item.name, item.default) for item in free)
 
-    def kin(self) -> list[str]:
-        """Families of the same architecture (tensors, biases, norms), to which a model can be moved."""
-        same = lambda other: (other.names, other.traits) == (self.names, self.traits)
-        return [name for name in FAMILIES.names() if same(FAMILIES.get(name))]
-
     def says(self, config: ModelConfig) -> bool:
         """Whether this family can express a model, in a form that may be written."""
         form = self._form(config, None)
@@ -257,6 +267,11 @@ class Family:
     def _class_says(self, config: ModelConfig) -> bool:
         """Whether the stock class can."""
         return is_plain(config) and not self._unsaid(config) and self._divides(config)
+
+    def written_as(self, config: ModelConfig, template: dict[str, Any] | None) -> tuple[str, str]:
+        """The family whose class a model is written as, and the name of the form (``""``: the stock class)."""
+        form = self._form(config, template)
+        return ((self._host(form, config) or self).name, form.name) if form else (self.name, "")
 
     def _form(self, config: ModelConfig, template: dict[str, Any] | None) -> Form | None:
         """The form that a model is written in: what was asked for, else that which it had, else what it needs."""
@@ -271,7 +286,7 @@ class Family:
         """The family whose class a form's layers are of: this one, or one of its kin where that may be."""
         free = self.form is None or form is NEMOTRON_NAS
         alike = len(set(config.each("num_attention_heads")) - {0}) < 2
-        for family in (self, *(map(FAMILIES.get, self.kin()) if free else ())):
+        for family in (self, *(map(FAMILIES.get, kin(config)) if free else ())):
             if family._class_says(commonest(config)) and (alike or not family.heads_divide_hidden):
                 return family
         return None
@@ -305,10 +320,10 @@ class Family:
 
     def _able(self, config: ModelConfig) -> str:
         """Flags that name the families of this architecture which can describe ``config``."""
-        kin = [FAMILIES.get(name) for name in self.kin()]
-        able = [family.name for family in kin if family._class_says(config)]
+        able_to_be = [FAMILIES.get(name) for name in kin(config)]
+        able = [family.name for family in able_to_be if family._class_says(config)]
         if not is_plain(config):
-            as_form = [(form, replace(family, form=form.name)) for form in FORMS for family in kin]
+            as_form = [(form, replace(family, form=form.name)) for form in FORMS for family in able_to_be]
             able += dict.fromkeys(family._named(form) for form, family in as_form if not family._form_unsaid(form, config))
         return ", ".join(f"--target-family {name}" for name in able) or NONE
 
@@ -367,10 +382,15 @@ def family_of(hf: dict[str, Any]) -> Family:
     return FAMILIES.get(model_type)
 
 
+def kin(config: ModelConfig) -> list[str]:
+    """Families of a model's architecture (tensors, biases, norms), each of which it can be moved to, where that says its sizes."""
+    return [name for name in FAMILIES.names() if FAMILIES.get(name).fits(config)]
+
+
 def family_for(config: ModelConfig) -> Family:
-    """The first family, by name, that can hold ``config``: for Megatron checkpoints that do not name theirs."""
-    for name in FAMILIES.names():
-        family = FAMILIES.get(name)
-        if family.fits(config) and family.says(config):
-            return family
-    raise CheckpointError("no supported Hugging Face family has this architecture", got=config)
+    """The family that can hold ``config`` (the first by name of those all of whose models are most like it): for Megatron
+    checkpoints that do not name theirs."""
+    able = [family for family in map(FAMILIES.get, kin(config)) if family.says(config)]
+    if not able:
+        raise CheckpointError("no supported Hugging Face family has this architecture", got=config)
+    return max(able, key=lambda family: len(family.traits))

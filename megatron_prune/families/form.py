@@ -28,7 +28,6 @@ class Form:
         sizes: ``config.json``, and the model that :attr:`plain` means → :data:`SIZES` of every layer.
         unsaid: what of a model it cannot say, in words; ``""`` if it can.
         write: the plain ``config.json`` of :func:`commonest`, and a model → that of the form.
-        caution: what a program that reads the form gets wrong of a model without a word, to be said when it is written.
         whole: whether a ``config.json`` that means a model says everything that a program needs to load it.
     """
 
@@ -39,7 +38,6 @@ class Form:
     unsaid: Callable[[ModelConfig], str]
     write: Callable[[dict[str, Any], ModelConfig], dict[str, Any]]
     whole: Callable[[dict[str, Any]], bool]
-    caution: Callable[[ModelConfig], str] = lambda config: ""
 
 
 def is_plain(config: ModelConfig) -> bool:

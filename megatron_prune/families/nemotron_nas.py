@@ -39,6 +39,9 @@ def _plain(hf: dict[str, Any]) -> dict[str, Any]:
     check_value("int", hidden, "config.json: hidden_size")
     biased = hf.get("qkv_bias", False)
     check_value("bool", biased, "config.json: qkv_bias")
+    if hf.get("attention_bias", False) is not False:
+        got, needed = shorten(hf["attention_bias"]), "false: a bias of the output projection is not carried"
+        raise CheckpointError("config.json of a nemotron-nas model: attention_bias", got=got, needed=needed)
     if hf.get("position_embedding_type", "rope") not in ("rope", None):
         raise CheckpointError("config.json: position_embedding_type", got=shorten(hf["position_embedding_type"]), needed="rope")
     stated = hf.get("architectures")
@@ -160,22 +163,6 @@ def _unsaid(config: ModelConfig) -> str:
     return "" if config.activation == "silu" and not config.after_norms else "blocks that are not Llama's"
 
 
-def _caution(config: ModelConfig) -> str:
-    """llama.cpp goes on to the next layer where one has no feed-forward block, and loses what its attention adds."""
-    layers = [
-        layer for layer in range(config.num_layers) if [kind.half for kind in config.of_layer(layer).kinds] == ["attention"]
-    ]
-    return (
-        f"llama.cpp leaves out the attention of layers without a feed-forward block ({_named(layers)}); vLLM does not"
-        if layers
-        else ""
-    )
-
-
-def _named(layers: list[int]) -> str:
-    return ", ".join(map(str, layers[:8])) + (", …" if len(layers) > 8 else "")
-
-
 def _write(hf: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     left = ("auto_map", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
     return {
@@ -213,5 +200,4 @@ NEMOTRON_NAS = Form(
     unsaid=_unsaid,
     write=_write,
     whole=lambda hf: bool(hf.get("auto_map")),
-    caution=_caution,
 )

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
 from megatron_prune.arch.sharding import legal_tensor_sizes
 from megatron_prune.arch.tensors import parameter_count, tensor_ids
+from megatron_prune.families.family import Family, family_of
+from megatron_prune.serving.demand import served_by
 
 if TYPE_CHECKING:  # torch, which a configuration alone need not wait for
     from megatron_prune.opening.opened import Opened
@@ -17,7 +19,8 @@ if TYPE_CHECKING:  # torch, which a configuration alone need not wait for
 def describe(model: Opened) -> dict[str, Any]:
     """Facts about a model of either kind."""
     if model.layout is None:
-        return {"kind": "Hugging Face model", "family": model.family.name, **_common(model), "recipe": model.recipe}
+        facts = {"kind": "Hugging Face model", "family": model.family.name, **_common(model)}
+        return {**facts, "serving": _serving(model.config, model.family, model.template), "recipe": model.recipe}
     checkpoint, layout = model.checkpoint, model.layout
     return {
         "kind": f"Megatron checkpoint ({checkpoint.format})",
@@ -25,6 +28,7 @@ def describe(model: Opened) -> dict[str, Any]:
         **_common(model, checkpoint.unsaid),
         "parallel": {"tensor": layout.tensor, "pipeline": layout.pipeline},
         "padded_vocabulary": layout.padded_vocab(model.config.vocab_size),
+        "serving": _serving(model.config, model.family, model.template),
         "recipe": model.recipe,
         "content_id": model.recorded_identity,
         "changed_files": {name: "edited or removed since it was written" for name in checkpoint.edited_files()},
@@ -43,10 +47,12 @@ def _common(model: Opened, unsaid: tuple[str, ...] = ()) -> dict[str, Any]:
     }
 
 
-def describe_config(config: ModelConfig, family: str) -> dict[str, Any]:
-    """Facts about a model whose configuration alone is there."""
-    sizes = {"tensor_parallel_sizes": legal_tensor_sizes(config)}
-    return {"kind": "configuration of a Hugging Face model", "family": family, **_said_by(config, ()), **sizes}
+def describe_config(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """Facts about a model whose ``config.json`` alone is there."""
+    family = family_of(hf_config)
+    config = family.model_config(hf_config)
+    facts = {"kind": "configuration of a Hugging Face model", "family": family.name, **_said_by(config, ())}
+    return {**facts, "tensor_parallel_sizes": legal_tensor_sizes(config), "serving": _serving(config, family, hf_config)}
 
 
 def _said_by(config: ModelConfig, unsaid: tuple[str, ...]) -> dict[str, Any]:
@@ -60,6 +66,12 @@ def _said_by(config: ModelConfig, unsaid: tuple[str, ...]) -> dict[str, Any]:
         "tied_embeddings": config.tie_embeddings,
         "parameters": parameter_count(config),
     }
+
+
+def _serving(config: ModelConfig, family: Family, template: dict[str, Any] | None) -> dict[str, str]:
+    """Runtime → whether it loads the model."""
+    found = served_by(config, family, template)
+    return {name: "; ".join(problems) or "loads it" for name, problems in found.items()}
 
 
 def _differing_sizes(config: ModelConfig) -> list[str]:

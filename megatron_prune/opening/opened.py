@@ -84,13 +84,18 @@ class Opened:
         return Recipe.load(self.path).recipe
 
     @property
+    def template(self) -> dict[str, Any] | None:
+        """The ``config.json`` that it descends from, if it is kept."""
+        kept = self.folder and model_folder.is_huggingface(self.folder)
+        return model_folder.read_config(self.folder) if kept else None
+
+    @property
     def base_model(self) -> str | None:
         """Id on the hub of the model that it descends from, as it was recorded, or as its directory says it; ``None``: unknown."""
         described = self.checkpoint.manifest if isinstance(self.checkpoint, MegatronCheckpoint) else Recipe.load(self.path)
         if described.base_model or self.folder is None:
             return described.base_model
-        said = model_folder.read_config(self.folder) if model_folder.is_huggingface(self.folder) else {}
-        return id_of_snapshot(self.folder) or id_said_by(said)
+        return id_of_snapshot(self.folder) or id_said_by(self.template or {})
 
     @property
     def folder(self) -> Path | None:

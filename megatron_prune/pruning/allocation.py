@@ -8,11 +8,11 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.axes.axis import layer_axes
 from megatron_prune.errors import InputError, reason
-from megatron_prune.families.family import Family
 from megatron_prune.importance.metric import METRICS, metric_named
 from megatron_prune.planning.allocators.allocator import Bounds
 from megatron_prune.planning.budget import Budget
 from megatron_prune.pruning.options import AllocationOptions
+from megatron_prune.serving.demand import Demand
 
 
 def read_bounds(
@@ -21,7 +21,7 @@ def read_bounds(
     budget: Budget,
     multiples: dict[str, int],
     layout: ParallelLayout,
-    family: Family,
+    demand: Demand,
     *,
     prune_type: str,
 ) -> Bounds:
@@ -29,6 +29,7 @@ def read_bounds(
 
     Args:
         config: the model before pruning, its head untied if it is to be.
+        demand: what it will be written as, and where it is to be served.
 
     Raises:
         InputError: if a limit is no share.
@@ -44,9 +45,11 @@ def read_bounds(
         multiple_of=multiples,
         layout=layout,
         prune_type=prune_type,
-        check=family.check_expressible,
+        check=demand.family.check_expressible,
         least=least,
         most=most,
+        unserved=lambda shape: demand.problems(replace(shape, vocab_size=budget.vocab_size or shape.vocab_size)),
+        layer_unserved=demand.layer_problems,
     )
 
 
@@ -67,9 +70,12 @@ def check_allocation(bounds: Bounds, metric_of: dict[str, str], *, has_text: boo
     config = bounds.config
     if config.is_uniform and config.num_layers > 1 and config.units("ffn") > 1:
         differing = (config.units("ffn") - 1, *[config.units("ffn")] * (config.num_layers - 1))
+        what, do = "--allocate free makes layers of different sizes", "leave --allocate free out, or --target-family"
         try:
             bounds.check(replace(config, ffn_hidden_size=differing))
         except InputError as error:
-            do = "leave --allocate free out, or --target-family (then what can say such layers is written)"
-            got = reason(error)
-            raise InputError("--allocate free makes layers of different sizes", got=got, do=do) from None
+            do += " (then what can say such layers is written)"
+            raise InputError(what, got=reason(error), do=do) from None
+        able = lambda width: not bounds.layer_unserved(replace(config, ffn_hidden_size=width))
+        if not any(able(width) for width in range(config.units("ffn"), 0, -1)):
+            raise InputError(what, got="--serve: " + "; ".join(bounds.layer_unserved(config)), do=do + ", or ask less of --serve")

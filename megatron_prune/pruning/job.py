@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.arch.model import ModelConfig
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import Family
 from megatron_prune.importance.artifact import scores_digest
@@ -20,6 +22,9 @@ from megatron_prune.pruning.request import Request, read_request
 from megatron_prune.pruning.scored import check_scores
 from megatron_prune.pruning.tokens import kept_vocabulary
 from megatron_prune.runtime.reporting import log
+from megatron_prune.serving.demand import Demand, warnings
+from megatron_prune.serving.options import ServeOptions, parse_serve
+from megatron_prune.serving.runtime import RUNTIMES
 from megatron_prune.surgery.basis import NO_ROTATION
 from megatron_prune.text.sources import check_seed
 from megatron_prune.vocabulary.trimmed import Trimmed
@@ -79,11 +84,13 @@ def settle(options: ChoosingOptions, subject: Subject, family: Family, *, prune_
     config, layout, text = subject.config, subject.layout, wants_text(options)
     options = quickened(options, config, text=text)
     refit = text and options.refit is not False
+    runtimes, ranks = parse_serve(options.serve) if options.serve else ((), ())
+    demand = Demand(family=family, template=subject.model.template, runtimes=runtimes, ranks=ranks)
     request = read_request(
         options,
         subject.model,
         layout,
-        family,
+        demand,
         prune_type=prune_type,
         has_text=text,
         held=kept_metrics(options),
@@ -93,6 +100,9 @@ def settle(options: ChoosingOptions, subject: Subject, family: Family, *, prune_
     kept_scores = Path(options.scores) if options.scores else None
     if kept_scores is None:
         subject.engine.check_metrics(sorted({*request.metrics(config), *request.fallback_metrics(config)}))
+    if subject.world.is_main:
+        for line in _unserved(request, demand, config):
+            log.warning("%s", line)
     fit_of(options)
     check_seed(options.seed)
     check_effect(options, request, config, text=text, refit=refit)
@@ -136,5 +146,27 @@ def settle(options: ChoosingOptions, subject: Subject, family: Family, *, prune_
         fit=options if refit else None,
         trimmed=trimmed,
         made_by=made_by,
-        asked={name: getattr(options, name) for kind in (TargetOptions, FitOptions) for name in kind.__dataclass_fields__},
+        asked={
+            name: getattr(options, name)
+            for kind in (TargetOptions, ServeOptions, FitOptions)
+            for name in kind.__dataclass_fields__
+        },
     )
+
+
+def _unserved(request: Request, demand: Demand, config: ModelConfig) -> list[str]:
+    """What is said of runtimes that will not load what is asked for, where they load the model."""
+    if request.plan is not None or request.target is not None:
+        new = request.plan.new_config(config) if request.plan is not None else request.target.config
+        return warnings(new, demand.family, demand.template, before=config)
+    lines = []
+    for name in RUNTIMES.names():
+        one = dataclasses.replace(demand, runtimes=(name,), ranks=())
+        lost = [shape for shape in request.shapes if one.problems(shape)]
+        if lost and not one.problems(config):
+            title, why = RUNTIMES.get(name).title, "; ".join(one.problems(lost[0]))
+            lines.append(
+                f"{title} does not do {len(lost)} of {len(request.shapes)} shapes within the budget ({why}); --serve {name} "
+                "leaves them out"
+            )
+    return lines

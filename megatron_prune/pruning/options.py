@@ -9,6 +9,7 @@ from megatron_prune.config import option
 from megatron_prune.planning.allocators.allocator import ALLOCATORS
 from megatron_prune.planning.target import HIDDEN_METHODS
 from megatron_prune.runtime.options import DTYPES
+from megatron_prune.serving.options import ServeOptions
 from megatron_prune.writing.options import OutputOptions
 
 QUICK = {"nsamples": 32, "seq_length": 256, "metric": "activation", "reconstruct": 0, "sequential": False}
@@ -141,7 +142,7 @@ class FitOptions(CalibrationOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChoosingOptions(TargetOptions, FitOptions):
+class ChoosingOptions(TargetOptions, ServeOptions, FitOptions):
     """What stays, and what it is chosen by."""
 
     quick: bool = option(

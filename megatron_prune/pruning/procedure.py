@@ -29,6 +29,7 @@ from megatron_prune.pruning.plans import make_plans
 from megatron_prune.pruning.scored import Scored
 from megatron_prune.pruning.tokens import folded
 from megatron_prune.runtime.reporting import log
+from megatron_prune.serving.demand import warnings
 from megatron_prune.surgery.cut import Cut
 from megatron_prune.text.tokens import Calibration
 from megatron_prune.writing.cut import Form, write_cut
@@ -56,7 +57,10 @@ def prune_model(options: PruningOptions, subject: Subject, family: Family, form:
         losses = result.losses or _losses_after(job, save, result)
     if subject.world.is_main:
         log.info("pruned to %s: %s", save, plan.summary())
-        say_outcome(parameter_count(subject.config), parameter_count(plan.new_config(subject.config)), losses)
+        new = plan.new_config(model.config)
+        for line in warnings(new, family, model.template, before=model.config) if job.request.bounds else ():
+            log.warning("%s", line)
+        say_outcome(parameter_count(subject.config), parameter_count(new), losses)
 
 
 def _recorded(losses: Losses | None) -> dict[str, float] | None:

@@ -12,7 +12,6 @@ from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.axes.axis import AXES, layer_axes
 from megatron_prune.config import require_positive
 from megatron_prune.errors import InputError, PlanError
-from megatron_prune.families.family import Family
 from megatron_prune.importance.metric import METRICS, metric_named
 from megatron_prune.opening.opened import Opened
 from megatron_prune.planning.allocators.allocator import ALLOCATORS, Allocator, Bounds
@@ -28,6 +27,7 @@ from megatron_prune.planning.target import Target, check_kinds, check_target, re
 from megatron_prune.pruning.allocation import check_allocation, read_bounds
 from megatron_prune.pruning.asked import by_layer, metrics_of, vocab_alone
 from megatron_prune.pruning.options import TargetOptions
+from megatron_prune.serving.demand import Demand
 from megatron_prune.surgery.basis import NO_ROTATION
 
 
@@ -108,7 +108,7 @@ def read_request(
     options: TargetOptions,
     model: Opened,
     layout: ParallelLayout,
-    family: Family,
+    demand: Demand,
     *,
     prune_type: str,
     has_text: bool,
@@ -120,7 +120,7 @@ def read_request(
     Args:
         model: what is pruned.
         layout: how the run divides it.
-        family: what the result is written as.
+        demand: what the result is written as, and where it is to be served.
         has_text: whether there is calibration text.
         held: metrics whose scores were made before.
         refit: whether what stays is re-fitted.
@@ -142,12 +142,13 @@ def read_request(
     if options.uniform and not options.plan:
         raise InputError("--uniform without --plan", do="name the plan whose layers differ")
     if options.plan and not options.uniform:
-        plan = _read(options, model, layout, family, prune_type, has_text)
+        plan = _read(options, model, layout, demand, prune_type, has_text)
         return Request(plan=plan.with_tokens_of(None), vocab_plan=plan if plan.vocab is not None else None, **common)
     if options.vocab_plan:
         vocab_plan = common["vocab_plan"] = load_plan(Path(options.vocab_plan))
         kept_tokens(vocab_plan, config, options.vocab_plan)
         if vocab_alone(options):
+            demand.check(_trimmed(common, config))
             return Request(plan=whole_plan(config, vocab_plan.made_by, model.identity), **common)
     multiples, twin_of = parse_multiples(options.multiple_of) if options.multiple_of else {}, None
     if options.uniform:  # channels one by one, so that the numbers of parameters come as close as they can
@@ -163,7 +164,7 @@ def read_request(
     sizes = {name: getattr(options, name) for name in (*TargetOptions.SIZES, *TargetOptions.BY_LAYER)}
     if budget is not None:
         budget = dataclasses.replace(budget, vocab_size=len(vocab_plan.vocab) if options.vocab_plan else None)
-        bounds = read_bounds(options, _untied(options, config), budget, multiples, layout, family, prune_type=prune_type)
+        bounds = read_bounds(options, _untied(options, config), budget, multiples, layout, demand, prune_type=prune_type)
         allocator, shapes = ALLOCATORS.get(options.allocate), ()
         if allocator.measures_costs:
             check_allocation(bounds, common["metric_of"], has_text=has_text, refit=refit)
@@ -172,6 +173,20 @@ def read_request(
         else:
             check_budget(bounds.config, budget, multiple_of=multiples, layout=layout, fixed=sizes)
         return Request(shapes=allocator.alike(bounds, shapes), bounds=bounds, allocator=allocator, **common)
+    target = _exact(options, config, layout, demand, multiples, common, prune_type)
+    return Request(target=target, **common)
+
+
+def _exact(
+    options: TargetOptions,
+    config: ModelConfig,
+    layout: ParallelLayout,
+    demand: Demand,
+    multiples: dict[str, int],
+    common: dict,
+    prune_type: str,
+) -> Target:
+    """The shape whose sizes are named, checked."""
     uniform = {name.removesuffix("_remain"): getattr(options, name) for name in TargetOptions.SIZES}
     target = resolve_target(config, **uniform, by_layer=by_layer(options))
     target = dataclasses.replace(target, config=_untied(options, target.config))
@@ -181,9 +196,16 @@ def read_request(
     check_target(config, target, layout, prune_type)
     if target.by_layer:
         check_kinds(config, target.config)
-    family.check_expressible(target.config)
+    demand.family.check_expressible(target.config)
+    demand.check(_trimmed(common, target.config), before=_trimmed(common, config))
     _check_axes(config, target, common)
-    return Request(target=target, **common)
+    return target
+
+
+def _trimmed(common: dict, config: ModelConfig) -> ModelConfig:
+    """A shape with the tokens that will stay."""
+    plan = common.get("vocab_plan")
+    return config if plan is None else dataclasses.replace(config, vocab_size=len(plan.vocab))
 
 
 def _by_layer_plan(options: TargetOptions, model: Opened) -> ModelConfig:
@@ -246,7 +268,7 @@ def _uniform_shapes(
             bounds.check(shape)
         except InputError:
             return False
-        return True
+        return not bounds.unserved(shape)
 
     try:
         found = candidates(
@@ -261,6 +283,9 @@ def _uniform_shapes(
         )
     except InputError:
         bounds.check(bounds.config)  # a class that cannot say the model itself is why there is no shape
+        if problems := bounds.unserved(bounds.config):
+            got, do = f"a model of which --serve cannot have: {'; '.join(problems)}", "allow more, or ask less of --serve"
+            raise InputError("no shape within the budget can be served as asked for", got=got, do=do) from None
         raise
     return tuple(found)
 
@@ -278,7 +303,7 @@ def _read(
     options: TargetOptions,
     model: Opened,
     layout: ParallelLayout,
-    family: Family,
+    demand: Demand,
     prune_type: str,
     has_text: bool,
 ) -> Plan:
@@ -305,6 +330,7 @@ def _read(
         )
     if not uneven:
         layout.check(plan.new_config(config))
-    family.check_expressible(plan.new_config(config))
+    demand.family.check_expressible(plan.new_config(config))
+    demand.check(plan.new_config(config))
     _check_model(plan, options.plan, model)
     return plan

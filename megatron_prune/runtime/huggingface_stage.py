@@ -12,7 +12,7 @@ from megatron_prune.arch.blocks.block import BlockKind
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import layer_roles
 from megatron_prune.errors import InputError
-from megatron_prune.families.family import FAMILIES, Family
+from megatron_prune.families.family import FAMILIES, Family, kin
 from megatron_prune.runtime.rotary import angles, inverse_frequencies
 from megatron_prune.runtime.stage import OpenLayer, Read
 from megatron_prune.runtime.stock_class import stock_class, stock_config
@@ -63,7 +63,7 @@ def able_family(family: Family, config: ModelConfig) -> Family:
     Raises:
         InputError: if none can.
     """
-    for name in (family.name, *family.kin()):
+    for name in (family.name, *kin(config)):
         try:
             FAMILIES.get(name).check_expressible(config)
         except InputError:
@@ -131,6 +131,8 @@ class HuggingFaceLayer:
             model = stock_class(described)(stock_config(described)).model
         layer = model.layers[0].to(dtype).to_empty(device=device).eval().requires_grad_(False)
         self._parameters = dict(layer.named_parameters())
+        for name in self._parameters.keys() - {self._name(role) for role in layer_roles(self._config)}:
+            self._parameters[name].zero_()  # Family.zeros
         turned = angles(inverse_frequencies(self._config).to(device), seq_length)[None]
         positions = turned.cos().to(dtype), turned.sin().to(dtype)
         module_of = lambda role: self._name(role).rpartition(".")[0]

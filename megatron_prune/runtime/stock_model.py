@@ -50,6 +50,8 @@ def _state_dict(model: HuggingFaceModel) -> dict[str, torch.Tensor]:
     with closed_files():
         for tensor in tensor_ids(model.config):
             found[model.family.tensor_name(tensor)] = model.tensors.read(tensor, Scratch())
+    for name, matrix in model.family.zero_tensors(model.config).items():
+        found[name] = torch.zeros(model.tensors.shape(matrix)[0], dtype=model.tensors.dtype(matrix))
     if model.config.tie_embeddings:
         found[model.family.tensor_name(HEAD)] = found[model.family.tensor_name(EMBEDDING)]
     return found

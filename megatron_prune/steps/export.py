@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_prune.arch.tensors import EMBEDDING, HEAD, TensorId, tensor_ids
-from megatron_prune.checkpoint import huggingface, megatron, model_folder
+from megatron_prune.checkpoint import huggingface, megatron
 from megatron_prune.checkpoint.manifest import is_changed
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.errors import InputError
@@ -25,6 +25,7 @@ from megatron_prune.opening.side_files import say_links
 from megatron_prune.opening.source import Source, commonest
 from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
+from megatron_prune.serving.demand import warnings
 from megatron_prune.verbs.export import ExportOptions
 from megatron_prune.writing.huggingface import parse_size, write_huggingface
 from megatron_prune.writing.output import Output, staged
@@ -71,11 +72,13 @@ def _write_model(
     options: ExportOptions, model: Opened, evaluations: list[dict[str, Any]], push: Push | None, shard_bytes: int, world: World
 ) -> None:
     checkpoint, save = model.checkpoint, Path(options.save)
-    side = model.folder
-    template = model_folder.read_config(side) if side and model_folder.is_huggingface(side) else None
-    family = choose_family(model.family, options.target_family)
+    side, template = model.folder, model.template
+    family = choose_family(model.family, options.target_family, model.config)
     config = checkpoint.config
     hf_config = family.hf_config(config, template, checkpoint.manifest.kept_layers)
+    if world.is_main:
+        for line in warnings(config, family, template):
+            log.warning("%s", line)
     dtypes = _dtypes(checkpoint, options.target_params_dtype)
     named = (template or {}).get("dtype") or (template or {}).get("torch_dtype")  # what a foreign checkpoint has besides
     stored = checkpoint.manifest.hf_dtypes.get("default", named)
@@ -127,7 +130,7 @@ def _write_adapter(
     adapter, save = model.adapter, Path(options.save)
     if adapter is None:
         raise InputError(f"--adapter-only: {options.load} is no adapter", do="leave it out")
-    family = choose_family(model.family, options.target_family)
+    family = choose_family(model.family, options.target_family, model.config)
     named = named_model(model, options.base_model_name)
     check_output(save, HUGGING_FACE, overwrite=options.overwrite, inputs=(named,))
     if push and Path(named).is_dir():

@@ -14,10 +14,10 @@ from rich.text import Text
 from megatron_prune.arch.model import FIELDS
 from megatron_prune.checkpoint import model_folder
 from megatron_prune.errors import InputError, plain
-from megatron_prune.families.family import family_of
 from megatron_prune.opening.facts import describe, describe_config
 from megatron_prune.opening.foreign import told
 from megatron_prune.runtime.world import World
+from megatron_prune.serving.runtime import RUNTIMES
 from megatron_prune.verbs.inspect import InspectOptions
 
 if TYPE_CHECKING:  # torch, which a configuration alone need not wait for
@@ -45,6 +45,8 @@ def inspect(options: InspectOptions, world: World) -> int:
     for key, value in facts.items():
         if key == "recipe":
             value = "\n".join(_recipe_line(entry) for entry in value) or "-"
+        elif key == "serving":
+            value = "\n".join(f"{RUNTIMES.get(name).title}: {said}" for name, said in value.items())
         elif isinstance(value, bool):
             value = "yes" if value else "no"
         elif key == "layers":
@@ -65,9 +67,7 @@ def _facts(options: InspectOptions, world: World) -> dict[str, Any]:
     if path.is_file() or model_folder.is_huggingface(path) and not _holds_weights(path):
         if options.weights:
             raise InputError(f"--weights: {path} holds none", needed="a model", do="leave it out")
-        found = model_folder.read_config(path)
-        family = family_of(found)
-        return describe_config(family.model_config(found), family.name)
+        return describe_config(model_folder.read_config(path))
 
     from megatron_prune.opening.opened import open_either
     from megatron_prune.opening.source import observe

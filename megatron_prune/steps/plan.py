@@ -36,7 +36,7 @@ def plan(options: PlanOptions, world: World) -> Plan:
         raise InputError(f"{', '.join(idle)}: nothing is fitted", do="leave it out")
     model = open_to_run(options.load, world, options, tokenizer=options.tokenizer)
     engine = engine_of(model, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
-    family = choose_family(model.family, options.target_family)
+    family = choose_family(model.family, options.target_family, model.config)
     subject = Subject(model=model, engine=engine, tokenizer=model.tokenizer)
     found = planned(options, subject, family, save, prune_type=options.prune_type)
     world.on_main(lambda: staging.write_files({save: found.dumps().encode()}))

@@ -37,7 +37,7 @@ def prune(options: PruneOptions, world: World) -> None:
     check_megatron_flags(options.megatron, model.config)
     say_links(model.path, world)
     layout = run_layout(model.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
-    family = choose_family(model.family, options.target_family)
+    family = choose_family(model.family, options.target_family, model.config)
     subject = Subject(model=model, engine=MegatronEngine(layout, world), tokenizer=model.tokenizer)
     form = Form(ckpt_format=options.ckpt_format, transformer_impl=options.transformer_impl)
     prune_model(options, subject, family, form, save, prune_type=options.prune_type)

@@ -47,7 +47,7 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
     options = with_sizes(options)
     model = open_huggingface(folder, world)
     check_tied_copy(model.checkpoint)
-    family = choose_family(model.family, options.target_family)
+    family = choose_family(model.family, options.target_family, model.config)
     subject = Subject(model=model, engine=HuggingFaceEngine(model), tokenizer=model.tokenizer)
     push = check_push(options, world)
     form = Form(max_shard_bytes=max_shard_bytes, hub_id=push and push.id)

@@ -16,9 +16,12 @@ from megatron_prune.checkpoint.manifest import RECIPE_FILE, Recipe, without_plac
 from megatron_prune.errors import InputError
 from megatron_prune.evaluation.one_layer import import_stock_class
 from megatron_prune.families.family import Family, form_of
+from megatron_prune.families.nemotron_nas import NEMOTRON_NAS
 from megatron_prune.opening.source import Source, commonest, run
 from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
+from megatron_prune.serving.pre_tokenizer import advice
+from megatron_prune.vocabulary.id_map import MAP_FILE
 from megatron_prune.vocabulary.trimmed import Trimmed
 from megatron_prune.writing.check import check_huggingface
 from megatron_prune.writing.output import Output, bytes_of, staged
@@ -56,14 +59,14 @@ def write_huggingface(
     """
 
     def lay_out() -> None:
-        if (form := form_of(hf_config)) and (caution := form.caution(config)):
-            log.warning("%s", caution)
         if side_files:
             huggingface.copy_side_files(side_files, partial)
             for name in (huggingface.BUFFERS_FILE, RECIPE_FILE):  # of the weights that it lies beside
                 (partial / name).unlink(missing_ok=True)
             if trimmed:
                 trimmed.write(partial)
+            if line := advice(partial, trimmed=(partial / MAP_FILE).is_file(), nemotron_nas=form_of(hf_config) is NEMOTRON_NAS):
+                log.info("%s", line)
         described = hf_config
         if config_text is None:
             described = both_versions.describe(hf_config, config, commonest(dtypes))

@@ -10,7 +10,7 @@ from trees import PACKAGE, ROOT, imports, modules, room
 
 ORDER = (
     *(PACKAGE, "errors", "registry", "config"),
-    *("files", "arch", "axes", "families", "checkpoint", "planning"),
+    *("files", "arch", "axes", "families", "serving", "checkpoint", "planning"),
     *("runtime", "opening", "text", "vocabulary", "evaluation", "importance", "surgery"),
     *("writing", "pruning", "recovery", "verbs", "steps", "in_memory", "api", "cli", "__main__"),
 )

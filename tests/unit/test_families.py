@@ -13,9 +13,9 @@ from tiny import tiny_config
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from megatron_prune.arch.model import ModelConfig, RopeScaling
-from megatron_prune.arch.tensors import full_shape, tensor_ids
+from megatron_prune.arch.tensors import TensorId, full_shape, tensor_ids
 from megatron_prune.errors import CheckpointError, InputError
-from megatron_prune.families.family import FAMILIES, family_for, family_of
+from megatron_prune.families.family import FAMILIES, family_for, kin, family_of
 
 CLASSES = {
     "gemma3_text": Gemma3TextConfig,
@@ -179,6 +179,8 @@ def test_both_spellings_of_rope_are_read_as_transformers_reads_them(name, rope, 
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_not_carried_is_refused_by_name(name, changes, word):
+    if name == "llama" and changes == {"attention_bias": True}:
+        changes = {"attention_bias": 1}
     if name == "gemma3_text" and "rope_parameters" in changes:
         changes = {"rope_parameters": {"full_attention": changes["rope_parameters"]}}
     with pytest.raises(CheckpointError, match=word):
@@ -376,13 +378,33 @@ def test_a_shape_is_refused_exactly_where_transformers_class_refuses_it(name, hi
 
 
 def test_only_families_of_the_same_architecture_are_kin():
-    assert [FAMILIES.get(name).kin() for name in NAMES] == [
+    assert [kin(read(name, num_key_value_heads=4)) for name in NAMES] == [
         ["gemma3_text"],
         ["llama", "mistral"],
         ["llama", "mistral"],
-        ["qwen2"],
+        ["llama", "qwen2"],
         ["qwen3"],
     ]
+
+
+def test_llamas_attention_bias_means_the_biases_of_qwen2_and_one_that_is_zero():
+    config = read("llama", num_key_value_heads=4, attention_bias=True)
+    assert config == dataclasses.replace(read("llama", num_key_value_heads=4), qkv_bias=True)
+    assert FAMILIES.get("llama").zero_tensors(config) == {
+        f"model.layers.{layer}.self_attn.o_proj.bias": TensorId("o", layer) for layer in range(config.num_layers)
+    }
+    assert not FAMILIES.get("llama").zero_tensors(read("llama", num_key_value_heads=4))
+    assert not FAMILIES.get("qwen2").zero_tensors(read("qwen2", num_key_value_heads=4))
+    assert FAMILIES.get("llama").hf_config(config, None)["attention_bias"] is True
+
+
+def test_a_qwen2_written_as_llama_leaves_qwen2s_own_keys_behind():
+    template = {"model_type": "qwen2", **SIZES, "num_key_value_heads": 4, "use_sliding_window": False, "max_window_layers": 28}
+    written = FAMILIES.get("llama").hf_config(read("qwen2", num_key_value_heads=4), template)
+    assert (written["model_type"], written["architectures"]) == ("llama", ["LlamaForCausalLM"])
+    assert written["attention_bias"] is True and not {"use_sliding_window", "max_window_layers"} & written.keys()
+    back = FAMILIES.get("qwen2").hf_config(read("qwen2", num_key_value_heads=4), written)
+    assert back["model_type"] == "qwen2" and "attention_bias" not in back
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from megatron_prune.families.form import code_of, commonest
 from megatron_prune.families.nemotron_nas import NEMOTRON_NAS, factor_of, width_of
 from megatron_prune.families.per_layer import PER_LAYER
 from megatron_prune.families.shipped.configuration_nemotron_nas import DeciLMConfig
+from megatron_prune.serving.runtime import RUNTIMES, Written
 
 SIZES = {
     "intermediate_size": "ffn_hidden_size",
@@ -162,11 +163,12 @@ def nas_models(draw, name: str) -> ModelConfig:
 
 def test_what_llama_cpp_loses_is_said_with_the_layers():
     config = dataclasses.replace(like_tiny("llama"), ffn_hidden_size=(96, 0, 96, 96))
-    assert "(1)" in NEMOTRON_NAS.caution(config) and NEMOTRON_NAS.caution(like_tiny("llama")) == ""
+    said = lambda config: RUNTIMES.get("llamacpp").problems(Written(config, "llama", NEMOTRON_NAS.name))
+    assert [word for word in said(config) if "attention without a feed-forward block, which is left out (layer 1)" in word]
     alone = dataclasses.replace(
         config, ffn_hidden_size=(96, 96, 96, 96), num_attention_heads=(12, 0, 12, 12), num_query_groups=(6, 0, 6, 6)
     )
-    assert NEMOTRON_NAS.caution(alone) == ""
+    assert not [word for word in said(alone) if "without a feed-forward block" in word]
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
@@ -336,7 +338,7 @@ def test_nemotron_nas_is_refused_for_what_it_cannot_say(name, changes, word):
 def test_what_is_asked_for_is_of_the_same_architecture():
     assert written_as("llama", "mistral-per-layer").name == "mistral"
     for asked in ("qwen2", "qwen2-per-layer", "foo-per-layer", "per-layer"):
-        with pytest.raises(InputError, match="llama, mistral, llama-per-layer, mistral-per-layer, nemotron-nas"):
+        with pytest.raises(InputError, match="one of llama, mistral, llama-per-layer, mistral-per-layer, nemotron-nas"):
             written_as("llama", asked)
 
 

@@ -20,6 +20,7 @@ from megatron_prune.planning.check import check_plan
 from megatron_prune.planning.plan import LayerPlan, Plan, load_plan, shape_of
 from megatron_prune.pruning.request import read_request
 from megatron_prune.pruning.options import TargetOptions
+from megatron_prune.serving.demand import Demand
 
 UNITS = st.one_of(st.none(), st.lists(st.integers(0, 99), max_size=6))
 SHAPE = st.fixed_dictionaries({name: st.integers(1, 99) for name in shape_of(SMALL)})
@@ -246,7 +247,11 @@ def test_a_plan_dealt_over_two_ranks_is_evened_out_on_one(tmp_path):
     )  # no family has all that SMALL has
     given = {"prune_type": "balance", "has_text": False}
     plan = read_request(
-        options, SimpleNamespace(config=SMALL, dtype=torch.float32, identity="id"), ParallelLayout(), family, **given
+        options,
+        SimpleNamespace(config=SMALL, dtype=torch.float32, identity="id"),
+        ParallelLayout(),
+        Demand(family=family),
+        **given,
     ).plan
     assert plan.shard_sizes() == {} and plan.layers[1].ffn == [23, 0, 7]
 
@@ -272,5 +277,7 @@ def test_only_the_second_moments_of_what_is_cut_are_asked_for(sizes, wanted):
     family = dataclasses.replace(
         FAMILIES.get("qwen3"), traits={"qkv_bias": True, "qk_norm": True}
     )  # no family has all that SMALL has
-    request = read_request(options, SimpleNamespace(config=SMALL, dtype=torch.float32), ParallelLayout(), family, **given)
+    request = read_request(
+        options, SimpleNamespace(config=SMALL, dtype=torch.float32), ParallelLayout(), Demand(family=family), **given
+    )
     assert request.moments(SMALL) == wanted

@@ -24,6 +24,7 @@ class Bounds:
         multiple_of: axis → step of its sizes (``multiples.py``).
         layout, prune_type: how ranks share the model; every layer of every shape divides over them.
         check: refuses a shape that the model's class cannot say, with :class:`InputError`.
+        unserved, layer_unserved: what of a shape, and of a layer (of a model whose layers differ), cannot be served as was asked.
         least, most: share of a layer's units along an axis that stays at least, and at most, where its block stays.
     """
 
@@ -35,6 +36,8 @@ class Bounds:
     check: Callable[[ModelConfig], None]
     least: float = 0.0
     most: float = 1.0
+    unserved: Callable[[ModelConfig], list[str]] = lambda shape: []
+    layer_unserved: Callable[[ModelConfig], list[str]] = lambda layer: []
 
     def allow(self, share: float) -> bool:
         """Whether that share of a layer's units may stay along an axis, where its block stays."""

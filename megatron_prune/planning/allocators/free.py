@@ -136,7 +136,7 @@ def _holds(target: Target, bounds: Bounds) -> bool:
         bounds.check(target.config)
     except InputError:
         return False
-    return True
+    return not bounds.unserved(target.config)
 
 
 def sizes(bounds: Bounds, config: ModelConfig, kind: BlockKind, axes: tuple[str, ...], *, may_go: bool) -> Iterator[Kept]:
@@ -147,10 +147,10 @@ def sizes(bounds: Bounds, config: ModelConfig, kind: BlockKind, axes: tuple[str,
     """
     for kept in _combinations(bounds, config, kind, axes):
         shares = [kept[axis] / config.units(axis) for axis in kind.axes if axis in axes]
-        if all(map(bounds.allow, shares)) and _divides(bounds, config, kept):
+        if all(map(bounds.allow, shares)) and _divides(bounds, config, kept) and _served(bounds, config, kept):
             yield kept
     stays = bounds.layout.pipeline > 1 and kind == config.kinds[-1]  # else the layers that stay need not divide over the stages
-    if may_go and not stays:
+    if may_go and not stays and _served(bounds, config, dict.fromkeys(kind.axes, 0)):
         yield dict.fromkeys(kind.axes, 0)
 
 
@@ -180,6 +180,15 @@ def _divides(bounds: Bounds, config: ModelConfig, kept: Kept) -> bool:
     except InputError:
         return False
     return True
+
+
+def _served(bounds: Bounds, config: ModelConfig, kept: Kept) -> bool:
+    """Whether a layer with a block of that size can be served, if the other one stays as it is (and whether it may go, if none does)."""
+    if not any(kept.values()) and len(config.kinds) == 1:
+        return True
+    differing = {FIELDS[axis]: (config.units(axis), units) for axis, units in kept.items()}
+    after = replace(config, num_layers=2, **differing).of_layer(1)
+    return len(bounds.layer_unserved(after)) <= len(bounds.layer_unserved(config))
 
 
 def _block_cost(bounds: Bounds, config: ModelConfig, kept: Kept) -> int:

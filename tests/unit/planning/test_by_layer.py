@@ -27,6 +27,7 @@ from megatron_prune.planning.shapes import candidates
 from megatron_prune.planning.target import PRUNE_TYPES, Target, check_kinds, check_target, resolve_target
 from megatron_prune.pruning.request import read_request
 from megatron_prune.pruning.options import TargetOptions
+from megatron_prune.serving.demand import Demand
 
 DIFFERS = dataclasses.replace(
     SMALL, ffn_hidden_size=(24, 12, 0, 18), num_attention_heads=(12, 0, 6, 12), num_query_groups=(6, 0, 6, 3)
@@ -375,7 +376,9 @@ def request(config: ModelConfig, **options):
     traits = {"qkv_bias": True, "qk_norm": True}  # no family has all that SMALL has
     family = dataclasses.replace(FAMILIES.get("qwen3"), traits=traits)
     model = SimpleNamespace(config=config, dtype=torch.float32, identity="id")
-    return read_request(TargetOptions(**options), model, ParallelLayout(), family, prune_type="balance", has_text=False)
+    return read_request(
+        TargetOptions(**options), model, ParallelLayout(), Demand(family=family), prune_type="balance", has_text=False
+    )
 
 
 @pytest.mark.parametrize("drops", [True, False])

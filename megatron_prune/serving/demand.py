@@ -1,0 +1,114 @@
+"""What a shape has to be to be served as it was asked for, and what is said of one that is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_prune.arch.model import ModelConfig
+from megatron_prune.errors import InputError
+from megatron_prune.families.choice import choose_family
+from megatron_prune.families.family import FORMS, Family, kin
+from megatron_prune.families.form import commonest, is_plain
+from megatron_prune.serving import tensor_parallel
+from megatron_prune.serving.nearest import nearest_shapes, sizes_in_words
+from megatron_prune.serving.runtime import RUNTIMES, Written
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What is asked of every shape.
+
+    Attributes:
+        family, template: how it will be written: the family, and the ``config.json`` that it descends from.
+        runtimes: names of those that are to load it.
+        ranks: tensor-parallel sizes over which it is to divide.
+    """
+
+    family: Family
+    template: dict[str, Any] | None = None
+    runtimes: tuple[str, ...] = ()
+    ranks: tuple[int, ...] = ()
+
+    def problems(self, config: ModelConfig, *, of_layers: bool = False) -> list[str]:
+        """What of a shape cannot be served, in words.
+
+        Args:
+            of_layers: look only at what single layers are.
+        """
+        written = written_as(config, self.family, self.template)
+        found = [word for name in self.runtimes for word in RUNTIMES.get(name).problems(written, of_layers=of_layers)]
+        return found + [word for ranks in self.ranks for word in tensor_parallel.problems(config, ranks, of_layers=of_layers)]
+
+    def layer_problems(self, layer: ModelConfig) -> list[str]:
+        """The same of a layer (:meth:`ModelConfig.of_layer`) of a model whose layers differ."""
+        form = self.family.written_as(_differing(layer), self.template)[1]
+        written = Written(layer, self.family.name, form)
+        found = [word for name in self.runtimes for word in RUNTIMES.get(name).problems(written, of_layers=True)]
+        return found + [word for ranks in self.ranks for word in tensor_parallel.problems(layer, ranks, of_layers=True)]
+
+    def check(self, config: ModelConfig, before: ModelConfig | None = None) -> None:
+        """Refuse a shape that cannot be served.
+
+        Args:
+            before: the model that is cut: the nearest shapes that it can be cut to are named.
+
+        Raises:
+            InputError: naming what is wrong, the nearest shapes, and the families that would do.
+        """
+        if problems := self.problems(config):
+            shapes, families = self.ways_out(config, before)
+            raise InputError(
+                "--serve: the requested shape cannot be served so",
+                got="; ".join(problems),
+                needed=f"{' or '.join(shapes)} (the nearest)" if shapes else None,
+                do=" or ".join(families) if families else "choose other sizes" if shapes else "ask less of --serve",
+            )
+
+    def ways_out(self, config: ModelConfig, before: ModelConfig | None) -> tuple[list[str], list[str]]:
+        """The nearest shapes that can be served, in words, and the flags that write the same shape as what can be."""
+        plain = before is not None and is_plain(config) and is_plain(before)
+        shapes = nearest_shapes(config, before, self.problems, self.family.says) if plain else []
+        names = [*kin(config), *(f"{name}-{FORMS[0].name}" for name in kin(config)), FORMS[1].name]
+        able = []
+        for name in names if not is_plain(config) else kin(config):
+            family = choose_family(self.family, name, config)
+            if family.says(config) and not replace(self, family=family, template=None).problems(config):
+                able.append(f"--target-family {name}")
+        return [sizes_in_words(shape, config) for shape in shapes], able
+
+
+def _differing(layer: ModelConfig) -> ModelConfig:
+    """A model much like such a layer whose layers differ."""
+    usual = commonest(layer)
+    return replace(usual, num_layers=2, ffn_hidden_size=(usual.units("ffn"), usual.units("ffn") + 1))
+
+
+def written_as(config: ModelConfig, family: Family, template: dict[str, Any] | None) -> Written:
+    """A model as the ``config.json`` that it gets says it."""
+    return Written(config, *family.written_as(config, template))
+
+
+def served_by(config: ModelConfig, family: Family, template: dict[str, Any] | None) -> dict[str, list[str]]:
+    """Name of every runtime → what of a model it does not do, in words."""
+    written = written_as(config, family, template)
+    return {name: RUNTIMES.get(name).problems(written) for name in RUNTIMES.names()}
+
+
+def warnings(
+    config: ModelConfig, family: Family, template: dict[str, Any] | None, before: ModelConfig | None = None
+) -> list[str]:
+    """A line for every runtime that does not do what is written, with what it would do.
+
+    Args:
+        before: the model that is cut: what was so of it already is left out.
+    """
+    known = served_by(before, family, template) if before is not None else {}
+    lines = []
+    for name, problems in served_by(config, family, template).items():
+        if not problems or known.get(name):
+            continue
+        shapes, families = Demand(family=family, template=template, runtimes=(name,)).ways_out(config, before)
+        out = [*families, *([f"{' or '.join(shapes)} (the nearest shapes)"] if shapes else [])]
+        lines.append("; ".join(problems) + (f"; it loads {', '.join(out)}" if out else ""))
+    return lines
