@@ -80,7 +80,7 @@ class Demand:
 
 def _differing(layer: ModelConfig) -> ModelConfig:
     """A model much like such a layer whose layers differ."""
-    usual = commonest(layer)
+    usual = commonest(layer.of_layer(0))
     return replace(usual, num_layers=2, ffn_hidden_size=(usual.units("ffn"), usual.units("ffn") + 1))
 
 

@@ -178,7 +178,7 @@ def test_the_best_of_free_and_uniform_shapes_is_written_and_keeps_the_budget(tmp
     model = build_tiny(tmp_path / "model", family, dtype="float32", num_key_value_heads=6)
     out = run(model, tmp_path / "out", min_layer_ratio=0.25)
     assert 0.6 * stored(model) < stored(out) <= 0.75 * stored(model)
-    losses = {summary: lost for form, summary, lost in (words for words in seen if "held-out" in words[0])}
+    losses = {summary: lost for form, summary, lost in (words for words in seen if "lost on held-out" in words[0])}
     plan = json.loads((out / "plan.json").read_text())
     best = min(losses, key=losses.get)
     assert len(losses) >= 3 and any("by layer" not in summary for summary in losses)

@@ -38,12 +38,12 @@ def test_a_cut_that_vllm_and_llama_cpp_do_not_load_is_said_before_and_when_it_is
     assert not [record for record in caplog.records if "refuses it" in record.getMessage()]
     for name, loads in (("hf", False), ("llama", True)):
         capsys.readouterr()
-        inspect(InspectOptions(path=str(tmp_path / name), json=True), World())
+        inspect(InspectOptions(load=str(tmp_path / name), json=True), World())
         assert (json.loads(capsys.readouterr().out)["serving"]["vllm"] == "loads it") == loads
 
 
 def test_sizes_that_serve_does_not_take_are_refused_with_nothing_written_and_others_are_cut(tiny, tmp_path):
-    options = {"model_name_or_path": str(tiny("qwen2", **SIZES)), "output_path": str(tmp_path / "out"), "metric": "magnitude"}
+    options = {"load": str(tiny("qwen2", **SIZES)), "save": str(tmp_path / "out"), "metric": "magnitude"}
     with pytest.raises(InputError, match="(?s)--serve.*head_dim 4, not 48 // 6.*--target-family llama"):
         prune_hf(PruneHfOptions(**options, num_attention_heads_remain=6, serve="vllm"), World())
     with pytest.raises(InputError, match="(?s)--serve.*ffn_hidden_size 61.*ffn_hidden_size 62 or ffn_hidden_size 60"):
@@ -54,7 +54,7 @@ def test_sizes_that_serve_does_not_take_are_refused_with_nothing_written_and_oth
 
 
 def test_a_budget_becomes_a_shape_that_is_served(tiny, tmp_path):
-    options = {"model_name_or_path": str(tiny("qwen2", **SIZES)), "output_path": str(tmp_path / "out"), "metric": "magnitude"}
+    options = {"load": str(tiny("qwen2", **SIZES)), "save": str(tmp_path / "out"), "metric": "magnitude"}
     prune_hf(PruneHfOptions(**options, ratio=0.3, serve="vllm,llamacpp,tp=2"), World())
     model = huggingface.open_model(tmp_path / "out")
     assert not served_by(model.config, model.family, model.hf_config)["vllm"]

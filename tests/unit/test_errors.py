@@ -49,7 +49,7 @@ def test_what_nobody_foresaw_is_a_message(monkeypatch, capsys):
     def fails(*_):
         raise IndexError("list index out of range")
 
-    monkeypatch.setattr("megatron_prune.steps.inspect.open_either", fails)
+    monkeypatch.setattr("megatron_prune.opening.opened.open_either", fails)
     with pytest.raises(SystemExit) as end:
         main(["inspect", "x"])
     said = capsys.readouterr().err
