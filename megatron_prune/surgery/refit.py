@@ -34,6 +34,7 @@ from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.files.region import Scratch
 from megatron_prune.importance.text_loss import mean_loss
 from megatron_prune.importance.walk import Walk, check_finite
+from megatron_prune.planning.amounts import WINDOW_PASSES
 from megatron_prune.planning.plan import Plan
 from megatron_prune.runtime.ends import final_norm_factors, norm
 from megatron_prune.runtime.stage import Layers, OpenBlock, OpenLayer, Stage, added, reader, through
@@ -48,8 +49,6 @@ from megatron_prune.text.tokens import Calibration
 
 Sizes = dict[tuple[str, ...], float]
 """Roles of a fused matrix → its root mean square."""
-WINDOW_PASSES = 2
-"""Passes over the text for a window of layers, where a block of its own takes one."""
 
 
 class Refit:

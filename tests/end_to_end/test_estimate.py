@@ -94,6 +94,7 @@ def test_measuring_and_refitting_take_what_the_estimate_says(tmp_path, capsys):
         ),
     }
     for step, measured in peaks.items():
+        print(step, measured / steps[step]["memory_per_rank"], measured, steps[step])
         assert 0.75 < measured / steps[step]["memory_per_rank"] < 1.34, (step, measured, steps[step])
 
 
@@ -117,7 +118,7 @@ def test_recovery_takes_the_memory_and_the_time_that_the_estimate_says(tmp_path,
         start = str(tmp_path / f"start{layers}")
         convert(ConvertOptions(load=str(tmp_path / f"m{layers}"), save=start), World())
         capsys.readouterr()
-        asked = ["--target-params-dtype", "fp32", "--seq-length", "128", "--micro-batch-size", "2", "--train-tokens", "1e6"]
+        asked = ["--seq-length", "128", "--micro-batch-size", "2", "--train-tokens", "1e6"]
         main(["estimate", start, *asked, "--device-tflops", "0.1", "--mfu", "1", "--json"])
         estimates[layers] = json.loads(capsys.readouterr().out)["steps"]["recovery"]
         measured = peak("recover", "--load", start, "--save", str(tmp_path / f"run{layers}"), *run)

@@ -18,10 +18,11 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import FAMILIES
-from megatron_prune.planning import loss_estimate as ranking
+from megatron_prune.planning import loss_weights as ranking
 from megatron_prune.planning import shapes as grid
 from megatron_prune.planning.budget import Budget, parameters, parse_bytes, parse_count, read_budget
-from megatron_prune.planning.loss_estimate import LOSS_WEIGHTS, cut_axes, loss_estimate, rank_candidates
+from megatron_prune.planning.loss_estimate import loss_estimate
+from megatron_prune.planning.loss_weights import LOSS_WEIGHTS, cut_axes, even_loss, rank_candidates
 from megatron_prune.planning.multiples import VARIED, check_multiples, parse_multiples
 from megatron_prune.planning.shapes import LIMIT, candidates
 from megatron_prune.planning.target import PRUNE_TYPES, check_parallel
