@@ -1,8 +1,9 @@
 """Memory, disk and operations of recovery, and memory of what streams a model, from sizes alone.
 
-What passes over text take stands in ``passes.py`` and ``work.py``. Counts are bytes. Training follows Megatron-LM's mixed precision with the distributed optimizer (Shoeybi et al. 2019,
-arXiv 1909.08053; Rajbhandari et al. 2020, arXiv 1910.02054), activations Korthikanti et al. 2022 (arXiv 2205.05198) with
-flash attention, rewritten for gated feed-forward and grouped-query attention.
+What passes over text take stands in ``passes.py`` and ``work.py``. Counts are bytes. Training follows Megatron-LM's mixed
+precision with the distributed optimizer (Shoeybi et al. 2019, arXiv 1909.08053; Rajbhandari et al. 2020, arXiv 1910.02054),
+activations Korthikanti et al. 2022 (arXiv 2205.05198) with flash attention, rewritten for gated feed-forward and grouped-query
+attention.
 
 All of it, and the time of a recovery, is compared with real runs in the tests, small ones on a CPU; what a GPU's kernels and
 allocator add has not been measured.

@@ -128,10 +128,13 @@ def probing_work(config: ModelConfig, layout: ParallelLayout, text: Text) -> Wor
     each = [layer_flops(layer, text.seq_length) for layer in layers]
     weights = weight_bytes(config, 2) / sum(each)  # as good as in proportion
     stored = [weights * flops for flops in each]
+    total += products(tokens * sum(each) / ranks, text.width)  # the dense stream, block by block
     for number, layer in enumerate(layers):
-        for kind in layer.kinds:
+        for place, kind in enumerate(layer.kinds):
             writers, inside = len(levels(kind)), layer.size(kind.inside_space)
-            passes = tokens * (writers * (sum(each[number:]) / ranks + head_flops(config)) + sum(each[:number]) / ranks)
+            after = sum(block_flops(other, layer, text.seq_length) for other in layer.kinds[place + 1 :])
+            own = block_flops(kind, layer, text.seq_length) + writers * (2.0 * inside * config.hidden_size + after)
+            passes = tokens * (own / ranks + writers * (sum(each[number + 1 :]) / ranks + head_flops(config)))
             solved = sum(_solving(round(inside * level.share), config.hidden_size) for level in levels(kind))
             total += products(passes / text.copies, text.width)
             total += Work(full=solved / text.copies, disk=sum(stored[number:]) / text.copies)

@@ -550,3 +550,20 @@ def test_query_heads_that_go_with_their_group_are_not_an_axis_of_their_own():
         "head",
         "kv_head",
     ]
+
+
+def test_at_even_scores_the_estimate_is_that_of_sizes_alone():
+    """What ``estimate`` takes to be the shape that a budget will lead to."""
+    scores = {("hidden", None): torch.ones(SMALL.hidden_size)}
+    for layer in range(SMALL.num_layers):
+        scores |= {("ffn", layer): torch.full((SMALL.ffn_hidden_size,), 3.0), ("head", layer): torch.ones(12)}
+        scores |= {("kv_head", layer): torch.ones(6)}
+    scores["layer", None] = torch.ones(SMALL.num_layers)
+    by_scores, by_sizes = loss_estimate(SMALL, scores, even=0.5), even_loss(SMALL)
+    for sizes in (
+        {"ffn_hidden_size": 18},
+        {"hidden_size": 12, "num_layers": 3},
+        {"num_attention_heads": 6, "num_query_groups": 3},
+    ):
+        shape = replace(SMALL, **sizes)
+        assert by_sizes(shape) == pytest.approx(by_scores(shape))
