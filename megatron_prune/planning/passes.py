@@ -166,7 +166,7 @@ def refit_memory(config: ModelConfig, target: ModelConfig, layout: ParallelLayou
     kept = sum(sorted((_rank_activations(target, layer, ranks) for layer in range(target.num_layers)), reverse=True)[:window])
     step = text.width * max(STEP_TOKENS, text.seq_length) * int(kept)
     found.append(base + everywhere(0, 4 * 7 * window * new // ranks + step))
-    found.append(base + everywhere(4 * new + 3 * 4 * new // 3))  # the matrices of a layer, and one gathered from the ranks
+    found.append(base + everywhere(2 * 4 * new))  # the matrices of a layer, and parts of them that ranks send each other
     matrices = 1 if target.tie_embeddings else 2
     ends = Held(0, 4 * config.vocab_size * (hidden + matrices * width), 0)
     head = 4 * target.vocab_size * width

@@ -41,6 +41,7 @@ class Training:
     recompute_granularity: str | None = None
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
+    lora_r: int | None = None
     teacher: ModelConfig | None = None
 
 
@@ -75,6 +76,26 @@ def _rank_layer(config: ModelConfig, layout: ParallelLayout) -> int:
     return sum(whole if split == "none" else whole // layout.tensor for split, whole in sizes)
 
 
+def trained_parameters(config: ModelConfig, layout: ParallelLayout, run: Training) -> int:
+    """Parameters of the fullest rank that a recovery trains: all, or an adapter for every matrix, of which the side that ranks do
+    not share is whole on each."""
+    if run.lora_r is None:
+        return rank_parameters(config, layout)
+    each = [_rank_adapters(config.of_layer(layer), layout) for layer in range(config.num_layers)]
+    stages = (layout.stage_layers(stage, config.num_layers) for stage in range(layout.pipeline))
+    return run.lora_r * max(sum(each[layer] for layer in layers) for layers in stages)
+
+
+def _rank_adapters(layer: ModelConfig, layout: ParallelLayout) -> int:
+    """Rows and columns of a layer's matrices on one rank."""
+    total = 0
+    for kind in layer.kinds:
+        for role in kind.matrices:
+            rows, cols = tensor_shape(role, layer)
+            total += rows + cols // layout.tensor if role == kind.writer else rows // layout.tensor + cols
+    return total
+
+
 def widest_inside(config: ModelConfig) -> int:
     """Features inside the widest block of any layer."""
     layers = map(config.of_layer, range(config.num_layers))
@@ -83,13 +104,14 @@ def widest_inside(config: ModelConfig) -> int:
 
 def training_memory(config: ModelConfig, layout: ParallelLayout, run: Training) -> dict[str, int]:
     """Peak of the fullest rank in training steps, by what it is used for; on a GPU, of its memory."""
-    parameters = rank_parameters(config, layout)
+    parameters, trained = rank_parameters(config, layout), trained_parameters(config, layout, run)
     weights = 2 if run.mixed_precision else 4
     state = 12 if run.mixed_precision else 8  # Adam's two moments; with mixed precision also the float32 weights
     parts = {
         "weights": parameters * weights,
-        "gradients": parameters * 4,
-        "optimizer": parameters * state // run.data_parallel,
+        "adapters": trained * weights if run.lora_r else 0,
+        "gradients": trained * 4,
+        "optimizer": trained * state // run.data_parallel,
         "teacher": rank_parameters(run.teacher, layout) * weights if run.teacher else 0,
         "activations": activation_bytes(config, layout, run),
         "process": RUNTIME_BYTES,
@@ -106,7 +128,7 @@ def saving_memory(config: ModelConfig, layout: ParallelLayout, run: Training, *,
     Args:
         bucket: parameters in one; ``None`` for all in one, as without overlapped reduction, which is so on a CPU.
     """
-    parameters = rank_parameters(config, layout)
+    parameters = trained_parameters(config, layout, run)
     together = parameters if bucket is None else min(bucket, parameters)
     return 12 * parameters + 12 * together // run.data_parallel + 8 * together
 
@@ -118,7 +140,8 @@ def training_seconds(config: ModelConfig, run: Training, *, tokens: float, devic
         devices: of all data-parallel copies together.
         flops: floating-point operations per second that a device does of those that :func:`training_flops` counts.
     """
-    each = training_flops(config, run.seq_length) + _recomputed_flops(config, run)
+    passes = 2.0 / 3.0 if run.lora_r else 1.0  # no gradients of weights that stay
+    each = passes * training_flops(config, run.seq_length) + _recomputed_flops(config, run)
     each += training_flops(run.teacher, run.seq_length) / 3.0 if run.teacher else 0.0
     return tokens * each / (devices * flops)
 
@@ -221,5 +244,7 @@ def attention_flops(kind: BlockKind, layer: ModelConfig, seq_length: int) -> flo
 
 
 def training_disk(config: ModelConfig, run: Training) -> int:
-    """One recovery checkpoint: weights and optimizer state."""
-    return parameter_count(config) * (2 + 12 if run.mixed_precision else 4 + 8)
+    """One recovery checkpoint: weights and optimizer state, or adapters and theirs."""
+    each = 2 + 12 if run.mixed_precision else 4 + 8
+    trained = parameter_count(config) if run.lora_r is None else trained_parameters(config, ParallelLayout(), run)
+    return trained * each

@@ -39,6 +39,7 @@ class PassOptions:
     )
     recompute_method: str | None = option("which layers with full", None, choices=["uniform", "block"], group="expert")
     recompute_num_layers: int | None = option("layers in a unit (uniform) or of a stage (block)", None, group="expert")
+    lora_r: int | None = option("train adapters of this rank alone (default: train the model)", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,6 @@ class RecoverOptions(PassOptions, ForeignOptions, CheckOptions, LayoutOptions):
         "student's layers that are compared, 0-based (default: four evenly spread)", (), group="expert"
     )
 
-    lora_r: int | None = option("train adapters of this rank alone (default: train the model)", None)
     lora_alpha: float | None = option("an adapter counts this over its rank (default: 16)", None)
     lora_dropout: float | None = option("share of an adapter's inputs that training drops (default: 0)", None)
     lora_targets: tuple[str, ...] | None = option(

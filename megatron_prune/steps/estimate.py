@@ -57,7 +57,7 @@ def estimate(options: EstimateOptions, world: World) -> None:
     """
     sizes = ["target_tensor_parallel_size", "target_pipeline_parallel_size", "data_parallel_size"]
     require_positive(options, *sizes, "make_vocab_size_divisible_by", "micro_batch_size", "nsamples", "seq_length")
-    require_positive(options, "recompute_num_layers", "memory_seq_length", "memory_batch")
+    require_positive(options, "lora_r", "recompute_num_layers", "memory_seq_length", "memory_batch")
     config, family = read_config(options.load, world, told(options))
     layout = ParallelLayout(
         tensor=options.target_tensor_parallel_size,
@@ -139,6 +139,7 @@ def read_setup(options: EstimateOptions, config: ModelConfig, target: ModelConfi
         recompute_granularity=options.recompute_granularity,
         recompute_method=options.recompute_method,
         recompute_num_layers=options.recompute_num_layers,
+        lora_r=options.lora_r,
         teacher=config if options.distill else None,
     )
     return Setup(

@@ -10,7 +10,7 @@ from dense import LARGE
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.planning.needs import STEPS, Setup
 from megatron_prune.planning.passes import Text, measuring_memory, refit_memory
-from megatron_prune.planning.resources import Training, activation_bytes
+from megatron_prune.planning.resources import Training, activation_bytes, trained_parameters, training_memory
 
 EIGHT = ParallelLayout(tensor=8)
 CUTS = {
@@ -65,6 +65,16 @@ def test_second_moments_of_a_layer_are_shared_and_then_whole_on_the_first_proces
     with_them = measuring_memory(LARGE, EIGHT, text, [28672], rows=False)
     assert with_them.device - without.device == 8 * 28672**2 // 8
     assert with_them.first >= without.first + 8 * 28672**2
+
+
+def test_adapters_are_all_that_lora_trains():
+    run = Training(lora_r=8)
+    columns, rows = 8192 * 3 + 2 * 8192, (8192 + 2 * 1024 + 2 * 28672) // 8  # read by q, k, v, gate and up; written by them
+    writers = 2 * 8192 + (8192 + 28672) // 8
+    assert trained_parameters(LARGE, EIGHT, run) == 80 * 8 * (columns + rows + writers)
+    parts, whole = training_memory(LARGE, EIGHT, run), training_memory(LARGE, EIGHT, Training())
+    assert parts["weights"] == whole["weights"] and parts["activations"] == whole["activations"]
+    assert parts["gradients"] == 4 * trained_parameters(LARGE, EIGHT, run) < whole["gradients"] / 100
 
 
 def test_a_step_of_a_recovery_keeps_what_recover_would_keep():
