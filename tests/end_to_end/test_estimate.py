@@ -146,7 +146,7 @@ def counting(tmp_path_factory):
 
     def done(verb: str, *arguments: str) -> int:
         given = amount if verb == "sample" else [*amount, "--data", f"{folder / 'text.txt'}:1"]
-        saved = ["--load", str(folder / "dense"), "--save", str(folder / "".join([verb, *arguments]))]
+        saved = ["--load", str(folder / "dense"), "--save", str(folder / "".join([verb, *arguments, ".safetensors"]))]
         words = [sys.executable, "-c", COUNTER, verb, *saved, *given, *arguments]
         return int(subprocess.run(words, capture_output=True, text=True, check=True, timeout=280).stdout.split()[-1])
 
