@@ -6,8 +6,13 @@ import argparse
 import dataclasses
 import difflib
 import math
+import numbers
 import re
+import types
+import typing
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, field
+from pathlib import Path
 from typing import Any, Callable
 
 from megatron_prune.errors import InputError
@@ -162,3 +167,76 @@ def require_positive(options: Any, *names: str) -> None:
 def given(options: Any) -> dict[str, Any]:
     """Options that differ from their defaults: what a recipe records."""
     return {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if getattr(options, f.name) != f.default}
+
+
+def made_of(kind: type, values: Mapping[str, Any]) -> Any:
+    """Options of a dataclass from values that a program gives, as its fields say them: numbers may be of any kind, paths are
+    paths or texts, sequences tuples or lists; of a former name the value is the field's.
+
+    Raises:
+        InputError: naming an option that there is not (with the nearest), one that is needed, or a value that does not fit.
+    """
+    hints, known = typing.get_type_hints(kind), {item.name: item for item in dataclasses.fields(kind)}
+    former = {old: item.name for item in known.values() for old in item.metadata.get("former", ())}
+    found = {}
+    for name, value in values.items():
+        field_name = former.get(name, name)
+        if field_name not in known:
+            near = difflib.get_close_matches(name, [*known, *former], n=1)
+            raise InputError(f"{name} is no option of {kind.__name__}" + (f"; did you mean {near[0]}?" if near else ""))
+        found[field_name] = _fitted(known[field_name], hints[field_name], value)
+    if missing := [item.name for item in known.values() if _is_needed(item) and item.name not in found]:
+        raise InputError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed")
+    options = kind(**found)
+    check_there(options)
+    return options
+
+
+def _is_needed(item: Field) -> bool:
+    return item.default is MISSING and item.default_factory is MISSING
+
+
+def _fitted(item: Field, annotation: Any, value: Any) -> Any:
+    """A value as a field has it."""
+    if "group" not in item.metadata or value is None:
+        return value
+    if isinstance(annotation, types.UnionType):
+        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+    if annotation in (tuple[str, ...], tuple[int, ...]):
+        several = value if isinstance(value, (list, tuple)) else (value,)
+        return tuple(_one(item, typing.get_args(annotation)[0], each) for each in several)
+    return _one(item, annotation, value)
+
+
+def _one(item: Field, annotation: type, value: Any) -> Any:
+    if annotation is bool:
+        if not isinstance(value, bool):
+            raise InputError(item.name, got=repr(value), needed="True or False")
+        return value
+    fits = {int: numbers.Integral, float: numbers.Real, str: (str, Path, numbers.Integral)}[annotation]
+    if isinstance(value, bool) or not isinstance(value, fits):
+        raise InputError(item.name, got=repr(value), needed={int: "a whole number", float: "a number", str: "a text"}[annotation])
+    try:
+        return reader(item, annotation)(str(value) if annotation is not float else repr(float(value)))
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"{item.name}: {error}") from None
+
+
+def check_there(options: Any) -> None:
+    """Refuse names of files that are not there, before anything that takes time.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    for item in dataclasses.fields(options):
+        value = getattr(options, item.name)
+        if not item.metadata.get("exists") or value is None:
+            continue
+        flag = f"--{item.name.replace('_', '-')}"
+        for name in (value,) if isinstance(value, str) else value:
+            try:
+                Path(name).stat()
+            except (FileNotFoundError, NotADirectoryError):
+                raise InputError(f"{flag} {name}: no such file or directory") from None
+            except OSError as error:
+                raise InputError(f"{flag} {name} cannot be read", got=error.strerror) from None

@@ -40,6 +40,10 @@ class Registry(Generic[T]):
 
         return add
 
+    def forget(self, name: str) -> None:
+        """Take an entry out again, so that another can stand under its name."""
+        self._entries.pop(name, None)
+
     def _scan(self) -> None:
         if not self._scanned:
             package = importlib.import_module(self._package)

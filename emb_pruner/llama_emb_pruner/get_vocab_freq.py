@@ -6,16 +6,14 @@ there, the size is exact: special tokens and the 256 bytes are among the ids, an
 """
 
 import io
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
-from megatron_prune.cli.main import run_verb
+from megatron_prune.cli.main import guarded, run_verb
 from megatron_prune.cli.parser import Parser
 from megatron_prune.config import nonempty
-from megatron_prune.errors import InputError, PruneError
 from megatron_prune.files import staging
 
 PROG = "get_vocab_freq.py"
@@ -35,10 +33,7 @@ def main() -> None:
     add("--data_field", type=nonempty, default="text", help="name of the text in jsonl")
     add("--overwrite", action="store_true", help="replace existing counts and tokenizer")
     options = parser.parse_args()
-    try:
-        staging.check_file(Path(options.remain_vocab_ids_path))
-    except InputError as error:
-        parser.error(str(error))
+    staging.check_file(Path(options.remain_vocab_ids_path))
     named = Path(options.spm)
     folder = str(named.parent if named.is_file() else named)
     for path in options.data_path:
@@ -48,7 +43,7 @@ def main() -> None:
             parser.error(f"--data_path {path} is not of --data_type {options.data_type}")
     again = ["--overwrite"] if options.overwrite else []
     counts = f"{options.vocab_freq}.safetensors"
-    files = ["--output", counts, "--text", f"{options.vocab_freq}.txt", "--data-field", options.data_field]
+    files = ["--save", counts, "--text", f"{options.vocab_freq}.txt", "--data-field", options.data_field]
     run_verb("vocab count", ["--tokenizer", folder, "--input", *options.data_path, *files, *again], prog=PROG)
     with tempfile.TemporaryDirectory() as work:
         chosen = ["--load", folder, "--counts", counts, "--remain-vocab-size", str(options.remain_vocab_size)]
@@ -56,14 +51,11 @@ def main() -> None:
         ids = torch.load(f"{work}/ids.pt", weights_only=True).tolist()
     held = io.BytesIO()
     torch.save(ids, held)
-    try:
-        staging.write_files({Path(options.remain_vocab_ids_path): held.getvalue()})
-    except PruneError as error:
-        sys.exit(f"{PROG}: {error}")
+    staging.write_files({Path(options.remain_vocab_ids_path): held.getvalue()})
     if options.new_spm_path:
         trim = ["--load", folder, "--keep-ids", options.remain_vocab_ids_path, "--save", options.new_spm_path]
         run_verb("vocab trim", [*trim, "--tokenizer-only", *again], prog=PROG)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    guarded(main, PROG)

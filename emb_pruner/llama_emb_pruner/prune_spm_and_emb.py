@@ -4,9 +4,7 @@ Unlike there the model's directory is left as it is: the result is a directory o
 and the kept tokens need are added where the list lacks them.
 """
 
-import sys
-
-from megatron_prune.cli.main import run_verb
+from megatron_prune.cli.main import guarded, run_verb
 from megatron_prune.cli.parser import Parser
 from megatron_prune.config import nonempty
 
@@ -29,4 +27,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    guarded(main, PROG)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from megatron_prune.arch.adapter import AdapterConfig
 from megatron_prune.arch.model import ModelConfig
@@ -22,6 +21,7 @@ from megatron_prune.errors import CheckpointError, PruneError
 from megatron_prune.families.family import Family
 from megatron_prune.files.documents import read_json
 from megatron_prune.files.region import Scratch
+from megatron_prune.files.tensor_file import save_tensors
 
 PREFIX = "adapter.layers."
 KEY = "adapter.layers.{layer}.{role}.{part}"
@@ -46,7 +46,7 @@ class StoredAdapter:
     def _peft_tensors(self, family: Family) -> dict[str, torch.Tensor]:
         named = {}
         for tensor, (a, b) in self.matrices.items():
-            name = family.tensor_name(tensor).removesuffix(".weight")
+            name = _module(family, tensor)
             named[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
             named[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
         return named
@@ -67,23 +67,25 @@ class StoredAdapter:
         """Fill a directory as ``peft.PeftModel.from_pretrained`` reads it.
 
         Args:
-            base: what to name as the model that it belongs on.
+            base: what to name as the model that it belongs on: a directory, or an id on the hub.
         """
-        targets = {family.tensor_name(tensor).removesuffix(".weight").rpartition(".")[2] for tensor in self.matrices}
-        save_file(self._peft_tensors(family), folder / PEFT_WEIGHTS, metadata={"format": "pt"})
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base,
-            "r": self.config.r,
-            "lora_alpha": self.config.alpha,
-            "lora_dropout": self.config.dropout,
-            "target_modules": sorted(targets),
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-        }
-        (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        from peft import LoraConfig
+
+        save_tensors(folder / PEFT_WEIGHTS, self._peft_tensors(family), {"format": "pt"})
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base,
+            r=self.config.r,
+            lora_alpha=self.config.alpha,
+            lora_dropout=self.config.dropout,
+            inference_mode=True,
+        )
+        config.target_modules = sorted({_module(family, tensor).rpartition(".")[2] for tensor in self.matrices})  # a set in peft
+        config.save_pretrained(str(folder))
+
+
+def _module(family: Family, tensor: TensorId) -> str:
+    return family.tensor_name(tensor).removesuffix(".weight")
 
 
 def open_adapted(path: Path, base: Path | None = None, told: Told = Told()) -> tuple[MegatronCheckpoint, StoredAdapter | None]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Patch
@@ -28,6 +27,7 @@ from megatron_prune.families.family import Family, family_of
 from megatron_prune.families.form import check_code, code_of, shipped_files
 from megatron_prune.files.documents import LIMIT, read_json, shorten
 from megatron_prune.files.region import Region
+from megatron_prune.files.tensor_file import save_tensors
 
 BUFFERS_FILE = "rotary_buffers.safetensors"
 """Where a Megatron checkpoint keeps :attr:`HuggingFaceModel.buffers` for the way back."""
@@ -37,6 +37,7 @@ _BUFFERS = re.compile(
 )
 """Tables that old checkpoints store and transformers computes anew, whatever they hold: of positions, and of who sees whom."""
 _SIDE_FOLDERS = ("additional_chat_templates",)
+_TERMS = re.compile(r"(licen[cs]e|notice|copying|use_policy|acceptable_use).*", re.IGNORECASE)
 VOCABULARY_FILES = re.compile(r"tokenizer\.json|vocab\.(json|txt)|merges\.txt|added_tokens\.json|.*\.model")
 """Files that say which token has which id."""
 
@@ -177,7 +178,7 @@ def lay_out(
 def save_buffers(model: HuggingFaceModel, folder: Path) -> None:
     """Keep a model's stored tables in ``folder``, if it has any."""
     if model.buffers:
-        save_file(_read_buffers(model.buffers), folder / BUFFERS_FILE)
+        save_tensors(folder / BUFFERS_FILE, _read_buffers(model.buffers))
 
 
 def load_buffers(folder: Path | None) -> dict[str, torch.Tensor]:
@@ -229,6 +230,11 @@ def side_files(source: Path) -> dict[str, Path]:
         if (size := file.stat().st_size) > LIMIT:
             raise InputError(f"{file} beside the weights", got=f"{size} bytes", needed=f"at most {LIMIT}", do="move it elsewhere")
     return found
+
+
+def terms(source: Path) -> dict[str, Path]:
+    """Those of :func:`side_files` that say under which terms the model may be used."""
+    return {name: file for name, file in side_files(source).items() if _TERMS.fullmatch(name)}
 
 
 def _is_within(path: Path, source: Path) -> bool:

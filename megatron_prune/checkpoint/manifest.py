@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Annotated, Literal
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
@@ -20,8 +20,8 @@ from megatron_prune.errors import CheckpointError
 from megatron_prune.files.documents import STRICT, parse_versioned, read_bytes
 
 FILE = "megatron_prune.json"
-VERSION = 2
-"""1 had no digests of tensors and files."""
+VERSION = 3
+"""1 had no digests of tensors and files, 2 did not say which model of the hub it was made from."""
 _FORMAT, _RECIPE = "megatron-prune checkpoint", "megatron-prune recipe"
 
 RECIPE_FILE = "megatron_prune_recipe.json"
@@ -37,6 +37,20 @@ class RecipeEntry(TypedDict):
     new: NotRequired[dict[str, int | list[int]]]
 
 
+def is_changed(recipe: list[RecipeEntry]) -> bool:
+    """Whether a step of a recipe made another model of what was converted."""
+    return any(entry["step"] not in ("convert", "transfer") for entry in recipe)
+
+
+def without_places(said: Any) -> Any:
+    """What a recipe says, without the folders of this machine: of an absolute path its last name."""
+    if isinstance(said, dict):
+        return {key: without_places(value) for key, value in said.items()}
+    if isinstance(said, (list, tuple)):
+        return [without_places(value) for value in said]
+    return PurePath(said).name if isinstance(said, str) and PurePath(said).is_absolute() else said
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Content of :data:`RECIPE_FILE`.
@@ -44,12 +58,14 @@ class Recipe:
     Attributes:
         recipe: steps that made the directory, oldest first.
         digests: str(tensor) → digests of its stored bytes (``checkpoint/digests.py``).
+        base_model: as in :class:`Manifest`.
     """
 
     __pydantic_config__ = STRICT
 
     recipe: list[RecipeEntry] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
+    base_model: str | None = None
 
     def dumps(self) -> str:
         """The file's text."""
@@ -94,6 +110,8 @@ class Manifest:
             ``base_content_id``.
         digests: str(tensor) → digests of its bytes as they lie in this checkpoint's files (``checkpoint/digests.py``).
         files: digests of all other files, by their path in the checkpoint.
+        base_model: id on the hub of the model that it descends from, where that is known.
+        converted_from: the Hugging Face directory that was converted last, as an absolute path.
     """
 
     __pydantic_config__ = STRICT
@@ -109,6 +127,8 @@ class Manifest:
     adapter: AdapterOrigin | None = None
     digests: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    base_model: str | None = None
+    converted_from: str | None = None
 
     def dumps(self) -> str:
         """The file's text."""

@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import Patch
@@ -18,7 +17,7 @@ from megatron_prune.arch.tensors import TensorId, full_shape, layer_roles, tenso
 from megatron_prune.checkpoint.safetensors_file import read_header
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError
-from megatron_prune.files.tensor_file import open_tensors
+from megatron_prune.files.tensor_file import open_tensors, save_tensors
 
 _AGAIN = "remove the directory that it is in, and start again"
 
@@ -39,7 +38,7 @@ class RoleStore:
     def save(self, layer: int | None, weights: dict[str, torch.Tensor]) -> None:
         """File full role tensors by role."""
         partial = self.path(layer).with_suffix(".partial")
-        save_file({role: weight.contiguous() for role, weight in weights.items()}, partial)
+        save_tensors(partial, weights)
         os.replace(partial, self.path(layer))
 
     def load(self, layer: int | None) -> dict[str, torch.Tensor]:

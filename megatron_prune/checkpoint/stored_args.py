@@ -13,6 +13,7 @@ import yaml
 from megatron_prune.errors import CheckpointError, plain, reason
 from megatron_prune.files.documents import read_text, shorten
 from megatron_prune.files.pickled import Inert
+from megatron_prune.files.yaml_nodes import compose, entries
 
 _WRAPPED = re.compile(r"^(?:module\.)+")
 RUN_CONFIG = "run_config.yaml"
@@ -63,14 +64,10 @@ def run_config(folder: Path) -> dict[str, Any] | None:
     file = folder / RUN_CONFIG
     if not file.is_file():
         return None
-    try:
-        root = yaml.compose(read_text(file, limit=_YAML_BYTES), Loader=yaml.CSafeLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise CheckpointError(f"{file} is not YAML", got=reason(error)) from None
-    model = _entries(root).get("model")
+    model = entries(compose(read_text(file, limit=_YAML_BYTES), file)).get("model")
     if not isinstance(model, yaml.MappingNode):
         raise CheckpointError(f"{file} has no section 'model'", needed="what Megatron-Bridge writes beside a checkpoint")
-    return {name: _named(file, name, node) for name, node in _entries(model).items() if name not in ("_target_", "_call_")}
+    return {name: _named(file, name, node) for name, node in entries(model).items() if name not in ("_target_", "_call_")}
 
 
 def _named(file: Path, name: str, node: yaml.Node) -> Any:
@@ -82,20 +79,15 @@ def _named(file: Path, name: str, node: yaml.Node) -> Any:
         ) from None
 
 
-def _entries(node: Any) -> dict[str, yaml.Node]:
-    pairs = node.value if isinstance(node, yaml.MappingNode) else []
-    return {key.value: value for key, value in pairs if isinstance(key, yaml.ScalarNode)}
-
-
 def _value(node: yaml.Node) -> Any:
     """A plain value, a list of plain values, or an :class:`Inert`: what is nested deeper says nothing of a model."""
     if isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN:
         return yaml.constructor.SafeConstructor().construct_object(node)
     if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq" and len(node.value) <= _LONGEST:
         return [_value(part) if isinstance(part, yaml.ScalarNode) else Inert("a list in a list") for part in node.value]
-    target = _entries(node).get("_target_")
+    target = entries(node).get("_target_")
     if isinstance(target, yaml.ScalarNode):
-        arguments = _entries(node).get("_args_")
+        arguments = entries(node).get("_args_")
         return Inert(target.value, None if arguments is None else ())
     return Inert(node.tag, ())
 

@@ -23,6 +23,7 @@ NEXT = {
     "transfer": lambda o, ranks: f"megatron-prune inspect {o.save}",
     "sample": lambda o, ranks: _under(ranks, f"prune --load {o.load} --save … --ratio 0.25 --data {o.save}"),
     "score": lambda o, ranks: _under(ranks, f"prune --load {o.load} --save … --ratio 0.25 --scores {o.save}"),
+    "plan": lambda o, ranks: _under(ranks, f"prune --load {o.load} --save … --plan {o.save} --data …"),
     "prune": lambda o, ranks: f"megatron-prune export --load {o.save} --save …",
     "prune-hf": lambda o, ranks: f"megatron-prune compare --before {o.load} --after {o.save}",
     "preprocess": lambda o, ranks: (

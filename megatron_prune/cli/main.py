@@ -5,26 +5,27 @@ Exit codes: 0 done; 1 a check failed or something broke; 2 bad input, with nothi
 
 from __future__ import annotations
 
-import importlib
 import io
 import logging
 import os
 import sys
 import time
 import traceback
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_prune import __version__
+from megatron_prune.api import run
 from megatron_prune.cli import usage
 from megatron_prune.cli.config_file import named_files, set_defaults, text_of
 from megatron_prune.cli.ending import Ending
 from megatron_prune.cli.parser import made, parser_of
 from megatron_prune.errors import InputError, PruneError, plain, reason
 from megatron_prune.files.failures import describe
+from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
-from megatron_prune.verbs.table import VERBS, module_of, options_of
+from megatron_prune.verbs.table import VERBS, options_of
 
 DEBUG = "MEGATRON_PRUNE_DEBUG"
 """Environment variable: set to anything, what was not foreseen ends with its traceback."""
@@ -66,11 +67,10 @@ def run_verb(verb: str, argv: list[str], *, prog: str) -> None:
     try:
         world = World.of_environment()
         options, manner = _read(verb, argv, prog, world)
-        _quiet(manner)
+        _speak(manner)
         ending = Ending(verb, options, world)
-        name = module_of(verb)
-        step = importlib.import_module(f"megatron_prune.steps.{name}")
-        code = getattr(step, name)(options, world)
+        found = run(verb, options, world)
+        code = found if isinstance(found, int) else 0
         world.disconnect()
         if not code:
             ending.say()
@@ -88,6 +88,15 @@ def run_verb(verb: str, argv: list[str], *, prog: str) -> None:
         _fail(world, f"{prog}: {unexpected(error)}", 1)
     if code:
         raise SystemExit(code)
+
+
+def guarded(work: Callable[[], None], prog: str) -> None:
+    """Run what a script of ours does beside verbs: its errors are messages with the same exit codes."""
+    try:
+        work()
+    except PruneError as error:
+        print(plain(f"{prog}: {error}", 1 << 20), file=sys.stderr, flush=True)
+        raise SystemExit(2 if isinstance(error, InputError) else 1) from None
 
 
 def _read(verb: str, argv: list[str], prog: str, world: World) -> tuple[Any, Any]:
@@ -119,7 +128,7 @@ def _completion(argv: list[str]) -> None:
 
 def unexpected(error: BaseException) -> str:
     """The message for what nobody thought of; the traceback only where :data:`DEBUG` is set."""
-    if os.environ.get(DEBUG):
+    if os.environ.get(DEBUG) or log.isEnabledFor(logging.DEBUG):
         return "".join(traceback.format_exception(error)).rstrip()
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
         return f"not enough memory\n  got: {reason(error)}\n  what to do: take more ranks, shorter or fewer samples, or a larger machine"
@@ -139,23 +148,12 @@ def _encodable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _quiet(manner: Any) -> None:
-    """Our own messages on standard error; the libraries' notices about what is not installed are left out, unless asked for."""
+def _speak(manner: Any) -> None:
+    """Our own messages on standard error, as many as were asked for."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    own = logging.getLogger("megatron_prune")
-    own.handlers, own.propagate = [handler], False
-    own.setLevel(logging.WARNING if manner.quiet else logging.DEBUG if manner.verbose else logging.INFO)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if manner.verbose:
-        os.environ[DEBUG] = "1"
-        return
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed|torch\.nn\.parallel|torch\.cuda)")
-    warnings.filterwarnings(
-        "ignore", message=r".*(Apex|Transformer Engine|transformer_engine|barrier\(\)|not a leaf Tensor|CUDA).*"
-    )
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:Apex is not,ignore:Transformer Engine and Apex")  # processes that it spawns
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.WARNING if manner.quiet else logging.DEBUG if manner.verbose else logging.INFO)
 
 
 def _fail(world: World, message: str, code: int) -> None:

@@ -12,10 +12,9 @@ import sys
 import types
 import typing
 from dataclasses import MISSING, Field, fields
-from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_prune.config import GROUPS, nonempty, reader
+from megatron_prune.config import GROUPS, check_there, nonempty, reader
 from megatron_prune.errors import InputError
 
 Options = TypeVar("Options")
@@ -44,7 +43,11 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{word.removesuffix('=--')}: '--' is no value")
         namespace, unknown = self.parse_known_args(words)
         if unknown:
-            raise InputError("\n".join(self.unknown(word) for word in unknown), do=self._where())
+            values = {after for flag, after in zip(words, words[1:]) if flag in unknown and flag.startswith("-")}
+            told = [
+                word for word in unknown if word.startswith("-") or word not in values
+            ]  # what a bad flag was given is not bad
+            raise InputError("\n".join(map(self.unknown, told)), do=self._where())
         missing = [action.option_strings[0] for action in self.needed if getattr(namespace, action.dest) is None]
         missing = [name for name in missing if getattr(namespace, name[2:] + ALONE, None) is None]
         self._merge_alone(namespace)
@@ -219,24 +222,3 @@ def made(kind: type[Options], namespace: argparse.Namespace) -> Options:
     options = kind(**values)
     check_there(options)
     return options
-
-
-def check_there(options: Any) -> None:
-    """Refuse names of files that are not there, before anything that takes time.
-
-    Raises:
-        InputError: naming the flag.
-    """
-    for item in fields(options):
-        value = getattr(options, item.name)
-        if not item.metadata.get("exists") or value is None:
-            continue
-        for name in (value,) if isinstance(value, str) else value:
-            try:
-                Path(name).stat()
-            except (FileNotFoundError, NotADirectoryError):
-                raise InputError(
-                    f"{_flag(item.name)} {name}", got="no such file or directory", needed=item.metadata["help"]
-                ) from None
-            except OSError as error:
-                raise InputError(f"{_flag(item.name)} {name} cannot be read", got=error.strerror) from None

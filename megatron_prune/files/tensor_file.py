@@ -1,4 +1,4 @@
-"""Safetensors files from outside: a tensor is of the dtype, the shape and the kind of numbers that are needed, or refused."""
+"""Safetensors files: from outside, a tensor is of the dtype, the shape and the kind of numbers that are needed, or refused."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Iterator
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_prune.errors import CheckpointError, InputError, reason
@@ -22,6 +23,14 @@ _DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
 }
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a file, readable for whom any new file is: ``save_file`` alone makes one for its owner, whatever the umask says."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+    path.chmod(mode)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

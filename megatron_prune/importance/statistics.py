@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Iterable
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_prune.arch.blocks.block import BLOCKS, BlockKind, kind_of
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import FINAL_NORM, HEAD
-from megatron_prune.files.tensor_file import TensorFile, open_tensors
+from megatron_prune.files.tensor_file import TensorFile, open_tensors, save_tensors
 
 STREAM = "stream"
 """Asks for the second moment of the normalised stream at a layer's norms (:attr:`LayerStatistics.stream`)."""
@@ -260,5 +259,5 @@ def gradient_source(metric: str, objective: str) -> str:
 def replace_file(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file in one move: a stopped process leaves the old one, or none."""
     aside = path.with_suffix(".new")
-    save_file({key: value.contiguous() for key, value in tensors.items()}, aside)
+    save_tensors(aside, tensors)
     aside.replace(path)

@@ -15,6 +15,7 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import huggingface, megatron, model_folder
 from megatron_prune.checkpoint.adapter import StoredAdapter, open_adapted
 from megatron_prune.checkpoint.description import Told
+from megatron_prune.checkpoint.hub_id import id_of_snapshot, id_said_by
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.checkpoint.manifest import FILE, Manifest, Recipe
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
@@ -81,6 +82,15 @@ class Opened:
         if isinstance(self.checkpoint, MegatronCheckpoint):
             return self.checkpoint.manifest.recipe
         return Recipe.load(self.path).recipe
+
+    @property
+    def base_model(self) -> str | None:
+        """Id on the hub of the model that it descends from, as it was recorded, or as its directory says it; ``None``: unknown."""
+        described = self.checkpoint.manifest if isinstance(self.checkpoint, MegatronCheckpoint) else Recipe.load(self.path)
+        if described.base_model or self.folder is None:
+            return described.base_model
+        said = model_folder.read_config(self.folder) if model_folder.is_huggingface(self.folder) else {}
+        return id_of_snapshot(self.folder) or id_said_by(said)
 
     @property
     def folder(self) -> Path | None:

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from megatron_prune.arch.blocks.block import BLOCKS
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.errors import InputError
 from megatron_prune.files.atomic import write_text
 from megatron_prune.files.documents import STRICT, parse_versioned, read_bytes
-from megatron_prune.files.tensor_file import open_tensors
+from megatron_prune.files.tensor_file import open_tensors, save_tensors
 from megatron_prune.planning.costs import Costs, levels
 
 FILE, COSTS_FILE = "costs.json", "costs.safetensors"
@@ -86,7 +85,7 @@ def save_costs(folder: Path, costs: Costs) -> None:
     for kind in costs.alone:
         parts |= {f"{kind}.alone": costs.alone[kind], f"{kind}.together": costs.together[kind]}
     aside = folder / (COSTS_FILE + ".new")
-    save_file({name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in parts.items()}, aside)
+    save_tensors(aside, {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in parts.items()})
     aside.replace(folder / COSTS_FILE)
 
 

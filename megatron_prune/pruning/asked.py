@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
+from megatron_prune.arch.model import ModelConfig
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.importance.artifact import ScoresManifest
 from megatron_prune.importance.metric import metric_named
 from megatron_prune.planning.layer_sizes import Sizes, dropped, read_layer_sizes
-from megatron_prune.pruning.options import BEST, PruningOptions, TargetOptions
+from megatron_prune.pruning.options import BEST, QUICK, ChoosingOptions, TargetOptions
 
 
 def metrics_of(options: TargetOptions, *, has_text: bool, held: list[str] | None = None, refit: bool = True) -> dict[str, str]:
@@ -57,15 +60,53 @@ def vocab_alone(options: TargetOptions) -> bool:
     return bool(options.vocab_plan) and not options.untie and all(getattr(options, name) is None for name in others)
 
 
-def wants_text(options: PruningOptions) -> bool:
-    """Whether anything is measured: text or scores were named, re-fitting asked for, or a metric needs it."""
+AXES_OF = {
+    "hidden_size_remain": ("hidden",),
+    "ffn_hidden_size_remain": ("ffn",),
+    "num_attention_heads_remain": ("head", "kv_head"),
+    "num_query_groups_remain": ("kv_head",),
+    "num_layers_remain": ("layer",),
+    "layer_sizes": ("ffn", "head", "kv_head"),
+    "params": tuple(BEST),
+    "ratio": tuple(BEST),
+    "memory": tuple(BEST),
+    "plan": tuple(BEST),
+}
+"""Option → axes along which units may have to be chosen for it. Layers and blocks that are named are not chosen."""
+
+
+def wants_text(options: ChoosingOptions) -> bool:
+    """Whether anything is measured: text or scores were named, re-fitting asked for, or a metric needs it: one that may choose
+    units, or, where nothing says whether to re-fit, any that would."""
     named = options.data is not None or options.scores is not None or bool(options.refit)
     if (options.plan and not options.uniform) or vocab_alone(options):
         return named
-    return named or any(metric_named(name).needs for name in metrics_of(options, has_text=False).values())
+    metrics = metrics_of(options, has_text=False)
+    if options.refit is False:
+        asked = {axis for name, axes in AXES_OF.items() if getattr(options, name) is not None for axis in axes}
+        metrics = {axis: name for axis, name in metrics.items() if axis in asked}
+    return named or any(metric_named(name).needs for name in metrics.values())
 
 
-def kept_metrics(options: PruningOptions) -> list[str] | None:
+def quickened(options: ChoosingOptions, config: ModelConfig, *, text: bool) -> ChoosingOptions:
+    """The options with those of ``--quick``, where it was asked for.
+
+    Raises:
+        InputError: where no text is read, so that nothing would be quicker.
+    """
+    if not options.quick:
+        return options
+    if not text:
+        raise InputError("--quick has no effect: no text is read", do="leave it out, or name text with --data")
+    names = [name for name in QUICK if options.refit is not False or name in ("nsamples", "seq_length", "metric")]
+    if options.scores or options.plan:  # what is chosen is settled
+        names.remove("metric")
+    quick = {**QUICK, "seq_length": min(QUICK["seq_length"], config.max_position_embeddings)}
+    default = {item.name: item.default for item in dataclasses.fields(options)}
+    return replace(options, **{name: quick[name] for name in names if getattr(options, name) == default[name]})
+
+
+def kept_metrics(options: ChoosingOptions) -> list[str] | None:
     """Metrics of the scores that were named.
 
     Raises:

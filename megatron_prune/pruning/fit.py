@@ -10,7 +10,10 @@ import torch
 
 from megatron_prune.checkpoint.role_store import RoleStore
 from megatron_prune.errors import InputError
+from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.importance.statistics import Statistics
+from megatron_prune.importance.text_loss import mean_loss
+from megatron_prune.importance.walk import Walk
 from megatron_prune.opening.source import PARAM_DTYPES, Source
 from megatron_prune.planning.plan import Plan
 from megatron_prune.pruning.measure import Subject
@@ -21,6 +24,7 @@ from megatron_prune.surgery.basis import (
     Basis,
 )
 from megatron_prune.surgery.block_fit import Fit
+from megatron_prune.surgery.reconstruct import fitted_and_held_out
 from megatron_prune.surgery.refit import Refit
 from megatron_prune.text.tokens import Calibration
 
@@ -47,8 +51,8 @@ def best_fit(
     calibration: Calibration,
     statistics: Statistics | None,
     folder: Path,
-) -> tuple[Plan, Source]:
-    """The plan, of several, whose re-fitted model loses least on the samples that joint fits hold out, and that model's tensors.
+) -> tuple[Plan, Refitted]:
+    """The plan, of several, whose re-fitted model loses least on the samples that joint fits hold out, and that model.
 
     Args:
         folder: where finished layers are kept.
@@ -71,13 +75,21 @@ def best_fit(
         if len(plans) > 1 and world.is_main:
             log.info("%s: %.3f nats a token lost on held-out text", plan.summary(), best.lost)
         made_by = {**plan.made_by, "refit": dataclasses.asdict(fit)}
-        found.append((best.lost, number, dataclasses.replace(plan, made_by=made_by), best.source))
-    _, _, plan, source = min(found, key=lambda one: one[:2])
-    return plan, source
+        found.append((best.lost, number, dataclasses.replace(plan, made_by=made_by), best))
+    _, _, plan, best = min(found, key=lambda one: one[:2])
+    return plan, best
 
 
 SEVERE = 0.5
 """Nats a token above the dense model's loss from which on mending may be better (``docs/quality.md``)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Mean next-token cross-entropies of the dense and the pruned model on the same held-out samples, in nats a token."""
+
+    dense: float
+    pruned: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,11 +98,16 @@ class Refitted:
 
     Attributes:
         source: its tensors, float32.
-        lost: what its loss is above the dense model's on the samples that joint fits hold out, in nats a token.
+        losses: on the samples that joint fits hold out.
     """
 
     source: Source
-    lost: float
+    losses: Losses
+
+    @property
+    def lost(self) -> float:
+        """What its loss is above the dense model's."""
+        return self.losses.pruned - self.losses.dense
 
 
 def refitted(
@@ -114,6 +131,23 @@ def refitted(
     engine = Refit(subject.tensors, plan, basis, calibration, stage, store, world, fit, dtype=dtype)
     with progress_bar("re-fitting", engine.work(), shown=world.is_main, unit="tokens × layers") as advance:
         engine.run(advance)
-    lost = engine.loss(held_out=True) - engine.dense_loss(held_out=True)
+    losses = Losses(dense=engine.dense_loss(held_out=True), pruned=engine.loss(held_out=True))
     stage.close()
-    return Refitted(source=Source(tensors=store.tensors()), lost=lost)
+    return Refitted(source=Source(tensors=store.tensors()), losses=losses)
+
+
+def losses_after(tensors: TensorMap, subject: Subject, calibration: Calibration, dtype: torch.dtype) -> Losses:
+    """The losses of a pruned model that was not fitted, and of the dense one; every process takes part.
+
+    Args:
+        tensors: of the pruned model.
+        dtype: what to compute in.
+    """
+    stage = subject.engine.stage(subject.config, tensors.config, dtype=dtype, seq_length=calibration.tokens.shape[1])
+    among, found = fitted_and_held_out(len(calibration.tokens))[1], []
+    for each in (subject.tensors, tensors):
+        walk = Walk(each, calibration, stage, subject.world, dtype=dtype, among=among)
+        walk.to_the_end()
+        found.append(mean_loss(walk, each, among))
+    stage.close()
+    return Losses(dense=found[0], pruned=found[1])

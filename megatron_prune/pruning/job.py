@@ -12,10 +12,10 @@ from megatron_prune.importance.artifact import scores_digest
 from megatron_prune.importance.metric import metric_named
 from megatron_prune.planning.costs_file import CostsManifest, has_costs
 from megatron_prune.pruning.fit import fit_of
-from megatron_prune.pruning.asked import kept_metrics, wants_text
+from megatron_prune.pruning.asked import kept_metrics, quickened, wants_text
 from megatron_prune.pruning.flags import check_effect
 from megatron_prune.pruning.measure import Subject, check_measurable, request_key
-from megatron_prune.pruning.options import CalibrationOptions, FitOptions, PruningOptions, TargetOptions
+from megatron_prune.pruning.options import CalibrationOptions, FitOptions, ChoosingOptions, TargetOptions
 from megatron_prune.pruning.request import Request, read_request
 from megatron_prune.pruning.scored import check_scores
 from megatron_prune.pruning.tokens import kept_vocabulary
@@ -67,7 +67,7 @@ class Job:
         return request_key(self.options, self.subject, **{**self.asked, "plan": plan, "scores": scores, "made_by": self.made_by})
 
 
-def settle(options: PruningOptions, subject: Subject, family: Family, *, prune_type: str) -> Job:
+def settle(options: ChoosingOptions, subject: Subject, family: Family, *, prune_type: str) -> Job:
     """Check all that can be checked before anything is measured.
 
     Args:
@@ -77,6 +77,7 @@ def settle(options: PruningOptions, subject: Subject, family: Family, *, prune_t
         InputError: on options, a plan, scores or a tokenizer that do not fit the model or each other.
     """
     config, layout, text = subject.config, subject.layout, wants_text(options)
+    options = quickened(options, config, text=text)
     refit = text and options.refit is not False
     request = read_request(
         options,
@@ -117,6 +118,11 @@ def settle(options: PruningOptions, subject: Subject, family: Family, *, prune_t
         made_by["hidden_method"] = f"select: {NO_ROTATION}"
         if subject.world.is_main:
             log.info("hidden channels are selected, not rotated: this is %s", NO_ROTATION)
+    if options.plan and not text and subject.world.is_main:
+        log.warning(
+            "the plan is applied as it is, nothing is re-fitted: name text with --data, or pass --refit for the model's own samples, "
+            "and what stays learns to do what the whole did"
+        )
     if options.vocab_plan:
         made_by["vocab"] = request.vocab_plan.vocab_record()
     return Job(

@@ -11,6 +11,9 @@ from megatron_prune.planning.target import HIDDEN_METHODS
 from megatron_prune.runtime.options import DTYPES
 from megatron_prune.writing.options import OutputOptions
 
+QUICK = {"nsamples": 32, "seq_length": 256, "metric": "activation", "reconstruct": 0, "sequential": False}
+"""The settings of ``--quick``, for what is not set otherwise: an eighth of the text, no gradients, and least squares alone."""
+
 BEST = {"hidden": "activation", "ffn": "fisher", "head": "obs", "kv_head": "obs", "layer": "fold"}
 """Axis → how units are chosen where nothing else is asked for: what measured best before least squares in first trials
 (channels: perplexity 61.2 by ``fisher``, 63.2 by ``activation``, 65.1 by ``obs`` on one protocol)."""
@@ -144,8 +147,20 @@ class FitOptions(CalibrationOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningOptions(TargetOptions, FitOptions, OutputOptions):
+class ChoosingOptions(TargetOptions, FitOptions):
+    """What stays, and what it is chosen by."""
+
+    quick: bool = option(
+        "cheap settings for what is not set otherwise: "
+        + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items() if value is not False)
+        + " --no-sequential; several times faster (docs/quality.md says what it costs)",
+        False,
+    )
+    scores: str | None = option("use these scores (of megatron-prune score) and their text", None, group="text", exists=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningOptions(ChoosingOptions, OutputOptions):
     """What stays, how it is re-fitted, and what is written beside it."""
 
-    scores: str | None = option("use these scores (of megatron-prune score) and their text", None, group="text", exists=True)
     save_plan: str | None = option("also write the plan here", None, group="model")

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
 log = logging.getLogger("megatron_prune")
@@ -118,3 +120,14 @@ def shown_time(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+
+
+def quiet_libraries() -> None:
+    """Leave out what libraries say about what is not installed, here and in processes that are spawned."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed|torch\.nn\.parallel|torch\.cuda)")
+    warnings.filterwarnings(
+        "ignore", message=r".*(Apex|Transformer Engine|transformer_engine|barrier\(\)|not a leaf Tensor|CUDA).*"
+    )
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:Apex is not,ignore:Transformer Engine and Apex")

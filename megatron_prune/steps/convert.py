@@ -53,6 +53,8 @@ def convert(options: ConvertOptions, world: World) -> None:
             hf_dtypes=describe_dtypes(megatron.stored_dtypes(model.tensors), model.checkpoint.tied_head_dtype),
             tied_head_stored=model.checkpoint.tied_head_stored,
             recipe=[*model.recipe, {"step": "convert", "from": Path(options.load).name}],
+            base_model=model.base_model,
+            converted_from=str(folder.absolute()),
         )
 
     write_megatron(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,8 +24,11 @@ from megatron_prune.text.windows import draw_windows
 from megatron_prune.verbs.evaluate import EvaluateOptions
 
 
-def evaluate(options: EvaluateOptions, world: World) -> None:
+def evaluate(options: EvaluateOptions, world: World) -> dict[str, Any]:
     """Run the step; every process takes part.
+
+    Returns:
+        The facts, ``perplexity`` among them, that ``--output`` keeps; the same on every process.
 
     Raises:
         InputError: if the text, the tokenizer or the layout does not fit, or the loss is not finite.
@@ -52,6 +56,7 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
             "the tokenizer is not the model's", got=f"token {windows.max()}", needed=f"below {model.config.vocab_size}"
         )
 
+    identity = model.identity if options.output else None  # every process reads: before the model runs
     from megatron_prune.evaluation.perplexity import perplexity
     from megatron_prune.runtime.model import build_model, stop_parallel
 
@@ -64,22 +69,24 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
             f"the loss of {options.load} on {options.data} is not finite (NaN or infinity)",
             do="look for broken weights with megatron-prune inspect --weights, or compute with --dtype fp32",
         )
+    result = {
+        "checkpoint": str(options.load),
+        "content_id": identity,
+        "perplexity": value,
+        "text": str(options.data),
+        **{name: value for name, value in drawn.facts.items() if name in ("split", "files", "passed_over")},
+        "windows": len(windows),
+        "seq_length": options.seq_length,
+        "begins_with_bos": model.leading is not None,
+        "dtype": options.dtype,
+        "tensor_parallel": layout.tensor,
+        "pipeline_parallel": layout.pipeline,
+        "parameters": parameter_count(model.config),
+    }
     if world.is_main:
-        result = {
-            "checkpoint": str(options.load),
-            "perplexity": value,
-            "text": str(options.data),
-            **{name: value for name, value in drawn.facts.items() if name in ("split", "files", "passed_over")},
-            "windows": len(windows),
-            "seq_length": options.seq_length,
-            "begins_with_bos": model.leading is not None,
-            "dtype": options.dtype,
-            "tensor_parallel": layout.tensor,
-            "pipeline_parallel": layout.pipeline,
-            "parameters": parameter_count(model.config),
-        }
         if line := summary(str(options.data), drawn.facts):
             log.info("%s", line)
         log.info("perplexity %.3f over %d windows of %d tokens of %s", value, len(windows), options.seq_length, options.data)
         if options.output:
             staging.write_files({Path(options.output): json.dumps(result, indent=2).encode() + b"\n"})
+    return result

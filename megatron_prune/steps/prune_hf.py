@@ -21,13 +21,14 @@ from megatron_prune.opening.opened import open_huggingface
 from megatron_prune.opening.side_files import say_links
 from megatron_prune.pruning.engines.huggingface import HuggingFaceEngine
 from megatron_prune.pruning.measure import Subject
-from megatron_prune.pruning.procedure import prune_model
 from megatron_prune.pruning.options import TargetOptions
+from megatron_prune.pruning.procedure import prune_model
 from megatron_prune.runtime.world import World
 from megatron_prune.verbs.prune_hf import PruneHfOptions
 from megatron_prune.writing.cut import Form
 from megatron_prune.writing.huggingface import parse_size
 from megatron_prune.writing.overwrite import HUGGING_FACE, check_output
+from megatron_prune.writing.push import check_push
 
 
 def prune_hf(options: PruneHfOptions, world: World) -> None:
@@ -42,13 +43,17 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
     say_links(folder, world)
     if options.save_plan:
         staging.check_file(Path(options.save_plan), beside=save)
-    form = Form(max_shard_bytes=parse_size(options.max_shard_size))
+    max_shard_bytes = parse_size(options.max_shard_size)
     options = with_sizes(options)
     model = open_huggingface(folder, world)
     check_tied_copy(model.checkpoint)
     family = choose_family(model.family, options.target_family)
     subject = Subject(model=model, engine=HuggingFaceEngine(model), tokenizer=model.tokenizer)
+    push = check_push(options, world)
+    form = Form(max_shard_bytes=max_shard_bytes, hub_id=push and push.id)
     prune_model(options, subject, family, form, save, prune_type="balance")
+    if push:
+        push.send(save, world)
 
 
 def with_sizes(options: PruneHfOptions) -> PruneHfOptions:

@@ -1,4 +1,4 @@
-"""Measure a Megatron checkpoint on text and keep every axis's scores, to make any number of plans from."""
+"""Measure a model of either kind on text and keep every axis's scores, to make any number of plans from."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from megatron_prune.importance.artifact import FILE, ScoresManifest, save_scores
 from megatron_prune.importance.metric import METRICS, metric_named
 from megatron_prune.importance.parameters import separate
 from megatron_prune.importance.scoring import all_scores
-from megatron_prune.opening.opened import open_megatron
+from megatron_prune.opening.opened import open_to_run
 from megatron_prune.opening.source import PARAM_DTYPES
 from megatron_prune.planning.plan import shape_of
 from megatron_prune.pruning.costs import measured_costs, needed_moments
-from megatron_prune.pruning.engines.megatron import MegatronEngine
+from megatron_prune.pruning.engines.choice import engine_of
 from megatron_prune.pruning.measure import (
     Subject,
     check_measurable,
@@ -26,7 +26,6 @@ from megatron_prune.pruning.measure import (
 )
 from megatron_prune.pruning.asked import metrics_of
 from megatron_prune.pruning.options import TargetOptions
-from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
 from megatron_prune.verbs.score import ScoreOptions
@@ -41,10 +40,10 @@ def score(options: ScoreOptions, world: World) -> None:
     """
     save, metrics = Path(options.save), metric_names(options.metrics)
     check_output(save, SCORES, overwrite=options.overwrite, source=Path(options.load), inputs=(options.tokenizer,))
-    model = open_megatron(options.load, world, options, tokenizer=options.tokenizer)
-    layout = run_layout(model.layout, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
-    layout.check(model.config)
-    subject = Subject(model=model, engine=MegatronEngine(layout, world), tokenizer=model.tokenizer)
+    model = open_to_run(options.load, world, options, tokenizer=options.tokenizer)
+    engine = engine_of(model, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
+    engine.check_metrics(metrics)
+    layout, subject = engine.layout, Subject(model=model, engine=engine, tokenizer=model.tokenizer)
     check_measurable(options, metrics, model.config, layout)
     choosing = choosing_metrics(metrics) if options.costs else {}
     key = request_key(options, subject, metrics=metrics, costs=options.costs)

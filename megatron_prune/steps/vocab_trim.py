@@ -32,6 +32,7 @@ from megatron_prune.writing.cut import Form, write_cut
 from megatron_prune.writing.huggingface import parse_size
 from megatron_prune.writing.output import Output, staged
 from megatron_prune.writing.overwrite import HUGGING_FACE, MEGATRON, check_output
+from megatron_prune.writing.push import check_push
 
 
 def vocab_trim(options: VocabTrimOptions, world: World) -> None:
@@ -59,21 +60,28 @@ def vocab_trim(options: VocabTrimOptions, world: World) -> None:
     model.say_notes()
     if model.checkpoint is not None:
         say_links(model.path, world)
+    push = check_push(options, world)
     chosen = choose(options, model, vocabulary, options.plan)
     if world.is_main:
         show(chosen)
     if model.checkpoint is None or options.tokenizer_only:
         _write_tokenizer(save, chosen, options, world)
     else:
-        _write_model(save, model, chosen, options, world)
+        _write_model(save, model, chosen, options, world, hub_id=push and push.id)
     if world.is_main:
         log.info("%d of %d tokens: %s", len(chosen.trimmed.rows), chosen.trimmed.vocabulary.rows, save)
+    if push:
+        push.send(save, world)
 
 
 def _check_written(options: VocabTrimOptions, to_megatron: bool) -> None:
     """Refuse what says how weights are written that are not."""
     if options.ckpt_format and not to_megatron:
         raise InputError("--ckpt-format has no effect: no Megatron checkpoint is written", do="leave it out")
+    if to_megatron and options.push_to_hub:
+        raise InputError(
+            "--push-to-hub has no effect: a Megatron checkpoint is written", do="leave it out, and give it to export"
+        )
     if (to_megatron or options.tokenizer_only) and options.max_shard_size != VocabTrimOptions.max_shard_size:
         raise InputError("--max-shard-size has no effect: no Hugging Face weights are written", do="leave it out")
 
@@ -100,7 +108,9 @@ def _check_fold(options: VocabTrimOptions) -> None:
         raise InputError("--fold and --tokenizer-only", do="give one of the two")
 
 
-def _write_model(save: Path, model: Opened, chosen: Chosen, options: VocabTrimOptions, world: World) -> None:
+def _write_model(
+    save: Path, model: Opened, chosen: Chosen, options: VocabTrimOptions, world: World, *, hub_id: str | None
+) -> None:
     layout, megatron_core = _layout(model, options, world), isinstance(model.checkpoint, MegatronCheckpoint)
     if megatron_core:
         check_side_files(world, model.path, model.checkpoint.manifest)
@@ -116,11 +126,11 @@ def _write_model(save: Path, model: Opened, chosen: Chosen, options: VocabTrimOp
         fold=options.fold,
         trimmed=chosen.trimmed,
     )
-    with pruned(job, save) as (plan, source):
-        beside = files_of(replace(chosen, made_by=plan.vocab_record()), options)
+    with pruned(job, save) as result:
+        beside = files_of(replace(chosen, made_by=result.plan.vocab_record()), options)
         output = Output(save=save, beside=beside, overwrite=options.overwrite, strict=options.strict, check=not options.no_check)
-        form = Form(ckpt_format=options.ckpt_format, max_shard_bytes=parse_size(options.max_shard_size))
-        write_cut(output, model, plan, source, form, layout=layout, family=model.family, trimmed=chosen.trimmed)
+        form = Form(ckpt_format=options.ckpt_format, max_shard_bytes=parse_size(options.max_shard_size), hub_id=hub_id)
+        write_cut(output, model, result.plan, result.source, form, layout=layout, family=model.family, trimmed=chosen.trimmed)
 
 
 def _layout(model: Opened, options: VocabTrimOptions, world: World) -> ParallelLayout:

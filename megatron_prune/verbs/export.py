@@ -8,11 +8,11 @@ from typing import ClassVar
 from megatron_prune.config import option
 from megatron_prune.opening.options import ForeignOptions
 from megatron_prune.runtime.options import DTYPES
-from megatron_prune.writing.options import OutputOptions
+from megatron_prune.writing.options import CardOptions, OutputOptions, PushOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(ForeignOptions, OutputOptions):
+class ExportOptions(ForeignOptions, OutputOptions, PushOptions, CardOptions):
     """Turn a Megatron checkpoint into a Hugging Face model that stock transformers loads."""
 
     EXAMPLES: ClassVar = {"all": "megatron-prune export --load ckpt/pruned --save pruned_hf"}
@@ -33,5 +33,5 @@ class ExportOptions(ForeignOptions, OutputOptions):
     max_shard_size: str = option("split weight files larger than this", "5GB", group="expert")
     adapter_only: bool = option("write an adapter as a directory that peft loads, not merged", False)
     base: str | None = option(
-        "model that an adapter belongs on (default: where it was when it was trained)", None, group="expert"
+        "Megatron checkpoint of the model that an adapter is merged into (default: where it was trained)", None, group="expert"
     )

@@ -7,10 +7,11 @@ from typing import ClassVar
 
 from megatron_prune.config import option
 from megatron_prune.pruning.options import PruningOptions
+from megatron_prune.writing.options import PushOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneHfOptions(PruningOptions):
+class PruneHfOptions(PruningOptions, PushOptions):
     """Prune a Hugging Face model to a smaller shape, by scores or by a plan, and re-fit what stays; single process."""
 
     EXAMPLES: ClassVar = {

@@ -13,14 +13,16 @@ from megatron_prune.runtime.options import LayoutOptions
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions(CalibrationOptions, ForeignOptions, LayoutOptions):
-    """Score the units of every axis of a Megatron checkpoint on calibration text."""
+    """Score the units of every axis of a Megatron checkpoint, or of a Hugging Face model in one process, on calibration text."""
 
     EXAMPLES: ClassVar = {
         "all": "torchrun --nproc-per-node 3 -m megatron_prune score --load ckpt/dense --save scores --data calibration.txt",
         "how": "--metrics activation,obs:damping=0.1",
     }
 
-    load: str = option("Megatron checkpoint: its root, or an iteration directory", group="model", exists=True)
+    load: str = option(
+        "Megatron checkpoint (its root, or an iteration directory), Hugging Face directory, or hub id", group="model"
+    )
     save: str = option("directory of scores to write", group="model")
     metrics: tuple[str, ...] = option(
         "metrics to score with, with parameters where they have any, as in obs:damping=0.1", tuple(sorted(set(BEST.values())))

@@ -38,5 +38,5 @@ class TransferOptions(ForeignOptions, OutputOptions):
         group="expert",
     )
     base: str | None = option(
-        "model that an adapter belongs on (default: where it was when it was trained)", None, group="expert"
+        "Megatron checkpoint of the model that an adapter is merged into (default: where it was trained)", None, group="expert"
     )

@@ -9,11 +9,11 @@ from megatron_prune.checkpoint.options import FORMATS
 from megatron_prune.config import option
 from megatron_prune.pruning.options import CalibrationOptions
 from megatron_prune.vocabulary.options import SelectOptions
-from megatron_prune.writing.options import OutputOptions
+from megatron_prune.writing.options import OutputOptions, PushOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class VocabTrimOptions(CalibrationOptions, SelectOptions, OutputOptions):
+class VocabTrimOptions(CalibrationOptions, SelectOptions, OutputOptions, PushOptions):
     """Cut the vocabulary of a Hugging Face model, a Megatron checkpoint at its own TP × PP, or a tokenizer alone."""
 
     EXAMPLES: ClassVar = {

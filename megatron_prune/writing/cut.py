@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.arch.tensors import tensor_ids
+from megatron_prune.arch.tensors import parameter_count, tensor_ids
 from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.options import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.stream import StreamReport, content_id
-from megatron_prune.evaluation.model_card import model_card
+from megatron_prune.evaluation.model_card import CardSubject, model_card
 from megatron_prune.families.family import Family
-from megatron_prune.families.form import code_of
+from megatron_prune.opening.card import FILE as README
+from megatron_prune.opening.card import card_facts
 from megatron_prune.opening.opened import Opened
 from megatron_prune.opening.source import Source
 from megatron_prune.planning.plan import Plan
@@ -32,11 +34,13 @@ class Form:
     Attributes:
         ckpt_format, transformer_impl: of a Megatron checkpoint; the format is that of the source where none is said.
         max_shard_bytes: of a Hugging Face directory's weight files, at most.
+        hub_id: what a Hugging Face directory is going to be called on the hub, if it is.
     """
 
     ckpt_format: str | None = None
     transformer_impl: str = TRANSFORMER_IMPLS[0]
     max_shard_bytes: int = 5 * 10**9
+    hub_id: str | None = None
 
 
 def write_cut(
@@ -49,6 +53,7 @@ def write_cut(
     layout: ParallelLayout,
     family: Family,
     trimmed: Trimmed | None,
+    losses: dict[str, float] | None = None,
 ) -> None:
     """Write what a plan leaves of a model as a checkpoint of the model's kind; every process takes part.
 
@@ -57,8 +62,10 @@ def write_cut(
         layout: how a Megatron checkpoint is divided.
         family: what the result is written as, or exported as later.
         trimmed: the tokenizer that goes with them, where the vocabulary is cut.
+        losses: on held-out samples ``before`` and ``after``, nats a token, where they were measured, for the recipe.
     """
     cut = Cut(plan, model.config)
+    entry = _entry(model, plan, cut, losses)
     common = {
         "config": cut.config,
         "dtypes": Source(tensors=model.tensors, origin=cut.origin).dtypes(cut.config, None),
@@ -73,7 +80,7 @@ def write_cut(
             layout=layout,
             ckpt_format=form.ckpt_format or model.checkpoint.format,
             transformer_impl=form.transformer_impl,
-            manifest=lambda report: _manifest(model.checkpoint.manifest, plan, cut, layout, family, report),
+            manifest=lambda report: _manifest(model, plan, cut, layout, family, report, entry),
             sizes=plan.shard_sizes(),
             plan_text=plan.dumps(),
             **common,
@@ -81,8 +88,17 @@ def write_cut(
         return
     template = trimmed.config(model.checkpoint.hf_config) if trimmed else model.checkpoint.hf_config
     hf_config = family.hf_config(cut.config, template, _kept_layers(plan))
-    recipe = [*model.recipe, plan.recipe_entry()]
-    card = model_card(cut.config, recipe, name=output.save.name, family=family.name, code=bool(code_of(hf_config)))
+    recipe = [*model.recipe, entry]
+    card = CardSubject(
+        name=form.hub_id or output.save.name,
+        config=cut.config,
+        family=family.name,
+        hf_config=hf_config,
+        recipe=recipe,
+        base_model=model.base_model,
+        source=card_facts(model.folder, warn=model.world.is_main),
+        side=common["side_files"],
+    )
     write_huggingface(
         model.world,
         output,
@@ -92,14 +108,25 @@ def write_cut(
         config_text=None,
         max_shard_bytes=form.max_shard_bytes,
         tied_head_stored=model.checkpoint.tied_head_stored,
-        files={megatron.PLAN_FILE: plan.dumps(), "README.md": card},
+        files={megatron.PLAN_FILE: plan.dumps(), README: model_card(card)},
         recipe=recipe,
+        base_model=model.base_model,
         **common,
     )
 
 
-def _manifest(before: Manifest, plan: Plan, cut: Cut, layout: ParallelLayout, family: Family, report: StreamReport) -> Manifest:
-    kept = [entry.layer for entry in plan.layers]
+def _entry(model: Opened, plan: Plan, cut: Cut, losses: dict[str, float] | None) -> dict[str, Any]:
+    """What the recipe says of the cut, with the parameters and, where it is known, which model was cut."""
+    entry, content_id = plan.recipe_entry(), model.recorded_identity or plan.content_id
+    old, new = ({**entry[name], "parameters": parameter_count(of)} for name, of in (("old", model.config), ("new", cut.config)))
+    more = {"content_id": content_id, "held_out_loss": losses}
+    return {**entry, "old": old, "new": new, **{name: value for name, value in more.items() if value}}
+
+
+def _manifest(
+    model: Opened, plan: Plan, cut: Cut, layout: ParallelLayout, family: Family, report: StreamReport, entry: dict[str, Any]
+) -> Manifest:
+    before, kept = model.checkpoint.manifest, [entry.layer for entry in plan.layers]
     return dataclasses.replace(
         before,
         family=family.name,
@@ -109,7 +136,8 @@ def _manifest(before: Manifest, plan: Plan, cut: Cut, layout: ParallelLayout, fa
         hf_dtypes=dtypes_after(before.hf_dtypes, cut),
         tied_head_stored=before.tied_head_stored and cut.config.tie_embeddings,
         kept_layers=[before.kept_layers[layer] for layer in kept] if before.kept_layers else _kept_layers(plan),
-        recipe=[*before.recipe, plan.recipe_entry()],
+        recipe=[*before.recipe, entry],
+        base_model=model.base_model,
     )
 
 

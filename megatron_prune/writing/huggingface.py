@@ -12,7 +12,7 @@ import torch
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import both_versions, huggingface
-from megatron_prune.checkpoint.manifest import RECIPE_FILE, Recipe
+from megatron_prune.checkpoint.manifest import RECIPE_FILE, Recipe, without_places
 from megatron_prune.errors import InputError
 from megatron_prune.evaluation.one_layer import import_stock_class
 from megatron_prune.families.family import Family, form_of
@@ -42,6 +42,7 @@ def write_huggingface(
     buffers: dict[str, torch.Tensor] | None = None,
     files: dict[str, str] | None = None,
     recipe: list[dict[str, Any]] | None = None,
+    base_model: str | None = None,
 ) -> None:
     """Write a Hugging Face directory; every process takes part.
 
@@ -50,7 +51,8 @@ def write_huggingface(
             a changed one is described so that transformers 4 and 5 read the same (``checkpoint/both_versions.py``).
         trimmed: the tokenizer that takes the place of that in ``side_files``.
         files: further text files by name (model card, plan).
-        recipe: how the model came to be, kept beside it.
+        recipe: how the model came to be, kept beside it, without the folders of this machine.
+        base_model: id on the hub of the model that it descends from, kept with the recipe.
     """
 
     def lay_out() -> None:
@@ -89,7 +91,7 @@ def write_huggingface(
                 meanwhile.submit(import_stock_class, family.architecture)
             report = run(world, source, target, label="writing", strict=output.strict)
         if recipe is not None:
-            text = Recipe(recipe=recipe, digests=report.in_order(config)).dumps()
+            text = Recipe(recipe=without_places(recipe), digests=report.in_order(config), base_model=base_model).dumps()
             world.on_main(lambda: (partial / RECIPE_FILE).write_text(text, encoding="utf-8"))
         if output.check:
             check_huggingface(world, partial, config, report)

@@ -22,3 +22,31 @@ class OutputOptions(CheckOptions):
 
     overwrite: bool = option("replace an existing output directory", False, group="run")
     strict: bool = option("refuse weights that hold NaN or infinity instead of warning", False, group="expert")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions:
+    """Whether a Hugging Face directory goes to the hub."""
+
+    push_to_hub: str | None = option(
+        "also upload the result to this repository of the hub (owner/name), made private", None, group="model"
+    )
+    push_public: bool = option("let everybody see that repository", False, group="model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardOptions:
+    """What the card of an exported model, and an adapter's configuration, name."""
+
+    evaluations: tuple[str, ...] = option(
+        "files of megatron-prune evaluate --output for the card: of this model, or of the one that was pruned",
+        (),
+        group="model",
+        exists=True,
+    )
+    base_model_name: str | None = option(
+        "Hugging Face model that --adapter-only names as the adapter's: a directory or a hub id (default: the one that was "
+        "converted, where the adapter was trained on that)",
+        None,
+        group="expert",
+    )

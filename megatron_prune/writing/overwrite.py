@@ -38,14 +38,14 @@ def _files(*patterns: str) -> Tree:
 
 
 _HUGGING_FACE: Tree = {
-    **_files("config.json", "generation_config.json", "configuration.json", "README.md", ".gitattributes", "USE_POLICY.md"),
+    **_files("config.json", "generation_config.json", "configuration.json", "README.md", ".gitattributes"),
     **_files("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     **_files("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),
     **_files("adapter_config.json", "adapter_model.safetensors", huggingface.BUFFERS_FILE),
     **_files("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v*", "*.tiktoken", MAP_FILE),
     **_files("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
     **_files("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json"),
-    **_files("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md"),
+    **_files("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "[Ll]icense*", "[Nn]otice*"),
     **_files("modeling_*.py", "configuration_*.py", "tokenization_*.py", manifest.RECIPE_FILE, megatron.PLAN_FILE),
     "additional_chat_templates": _files("*.jinja"),
 }

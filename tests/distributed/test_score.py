@@ -284,8 +284,8 @@ def test_scores_of_another_checkpoint_are_refused(scored, home, tiny, tmp_path, 
 
 def test_scores_that_are_not_there(scored, home, tmp_path, refused):
     base = words(home, "prune", tmp_path, "--ffn_hidden_size_remain", 48, "--scores")
-    refused([*base, tmp_path / "nowhere"], "nowhere holds no finished scores.*megatron-prune score")
-    refused([*base, home / "qwen2"], "holds no finished scores")
+    refused([*base, tmp_path / "nowhere"], "--scores .*nowhere: no such file or directory")
+    refused([*base, home / "qwen2"], "holds no finished scores.*megatron-prune score")
     few = home / "few"
     if not few.exists():
         main([str(word) for word in words(home, "score", tmp_path, "--data", f"{home / 'text.txt'}:1", "--metrics", "wanda")])
@@ -339,8 +339,8 @@ def test_text_that_does_not_do(home, tmp_path, refused, verb, text, more, messag
         ("--ffn_hidden_size_remain 48 --dtype fp16", "gradients in fp16.*metrics fisher.*bf16"),
         ("--ffn_hidden_size_remain 48 --metric random --seed -1", "--seed.*-1"),
         ("--metric magnitude --hidden_method rotate --hidden_size_remain 36", "rotate needs text.*--data"),
-        ("--plan plan.json --ratio 0.25", "--plan and --ratio both say what stays"),
-        ("--plan plan.json --ffn_hidden_size_remain 48 --metric wanda", "--plan and .*ffn_hidden_size_remain.*--metric"),
+        (f"--plan {__file__} --ratio 0.25", "--plan and --ratio both say what stays"),
+        (f"--plan {__file__} --ffn_hidden_size_remain 48 --metric wanda", "--plan and .*ffn_hidden_size_remain.*--metric"),
     ],
 )
 def test_a_request_that_cannot_be_met(home, tmp_path, refused, more, message):

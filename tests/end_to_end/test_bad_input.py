@@ -115,7 +115,7 @@ SHAPES = {
     "--hidden_size_remain 36 --target-family gpt2": "gpt2",
     "--hidden_size_remain 36 --tensor-model-parallel-size 2": "1 process for TP 2 × PP 1.*nproc-per-node 2",
     "--hidden_size_remain 36 --tensor-model-parallel-size 0": "tensor.*0.*positive",
-    "--hidden_size_remain 36 --plan nowhere.json": "plan.*hidden_size_remain",
+    f"--hidden_size_remain 36 --plan {__file__}": "plan.*hidden_size_remain",
     "--plan nowhere.json": "nowhere.json",
 }
 
@@ -127,7 +127,7 @@ def test_a_request_that_does_not_fit_the_model(shared, tmp_path, refused, words)
 
 def test_flags_that_are_missing_verbs_that_do_not_exist(tmp_path, refused):
     refused(["prune", "--save", tmp_path / "out"], "--load")
-    refused(["convert", "--load-dir", tmp_path], "--save-dir")
+    refused(["convert", "--load-dir", tmp_path], "--save is needed")
     refused(["shrink"], "shrink.*convert.*export")
     refused([])
 
@@ -336,8 +336,11 @@ DAMAGES = {
 def test_a_damaged_hugging_face_directory(hf, tmp_path, refused, damage):
     harm, message = DAMAGES[damage]
     harm(hf)
+    (tmp_path / "plan.json").touch()
     refused(["convert", "--load-dir", hf, "--save-dir", tmp_path / "out"], message)
-    refused(["prune-hf", "--model_name_or_path", hf, "--output_path", tmp_path / "out", "--plan", tmp_path / "no.json"], message)
+    refused(
+        ["prune-hf", "--model_name_or_path", hf, "--output_path", tmp_path / "out", "--plan", tmp_path / "plan.json"], message
+    )
 
 
 def _sharded(tiny, tmp_path) -> tuple[Path, dict]:
@@ -518,7 +521,7 @@ def test_a_tracker_that_names_nothing(shared, tmp_path, refused, text, message):
         ("export --load-dir {m} --save-dir {t}/out --max-shard-size big", "max-shard-size.*big"),
         ("export --load-dir {m} --save-dir {t}/out --max-shard-size 0", "max-shard-size"),
         ("export --load-dir {m} --save-dir {t}/out --hf-dir {t}/none", "none"),
-        ("export --load-dir {t}/none --save-dir {t}/out", "none is not a Megatron checkpoint.*no such directory"),
+        ("export --load-dir {t}/none --save-dir {t}/out", "none: no such file or directory"),
         ("convert --load-dir {t}/none --save-dir {t}/out", "no such model directory.*none"),
         (
             "transfer --load-dir {m} --save-dir {t}/out --target-tensor-parallel-size 5",

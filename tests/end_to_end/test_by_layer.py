@@ -111,7 +111,7 @@ def norms(weights: oracle.Model) -> dict[tuple[str, int | None], torch.Tensor]:
 def test_a_vocabulary_is_trimmed_as_of_any_model(home, ranks, tmp_path, fold):
     """A cut alone leaves the logits of what stays; folding says under ranks what it says in one process."""
     counts = tmp_path / "counts.safetensors"
-    counted = {"tokenizer": str(home / "hf"), "input": (str(home / "text.txt"),), "output": str(counts), "workers": 1}
+    counted = {"tokenizer": str(home / "hf"), "input": (str(home / "text.txt"),), "save": str(counts), "workers": 1}
     vocab_count(VocabCountOptions(**counted), World())
     options = {"counts": (str(counts),), "remain_vocab_size": 280, "save_ids": str(tmp_path / "ids.safetensors")}
     if fold:
@@ -245,7 +245,7 @@ REFUSED = {
         ["--drop_mlp", "1", "--target_family", "qwen3"],
         "layers that are alike.*qwen3-per-layer",
     ),
-    "a plan and sizes": ("alike", ["--plan", "plan.json", "--drop_mlp", "1"], "--plan and --drop_mlp both say what stays"),
+    "a plan and sizes": ("alike", ["--plan", "{plan}", "--drop_mlp", "1"], "--plan and --drop_mlp both say what stays"),
     "a plan that contradicts itself": ("alike", ["--plan", "{plan}"], "layer 1: kv_head.*units, and a block that is none"),
 }
 

@@ -6,14 +6,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import stat
 from pathlib import Path
 
 import pytest
 import rank_jobs_recovery as jobs
 import recovery_reference as reference
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from tiny import state_dict
+from tiny import logits, state_dict
 
 from megatron_prune.checkpoint import torch_dist
 from megatron_prune.errors import CheckpointError, InputError
@@ -73,6 +77,101 @@ def test_merged_and_through_peft_an_adapter_is_one_model_and_the_base_stays(home
         assert torch.equal(value, base[name]) is not changed, name
         assert not changed or (value - base[name]).abs().max() > 1e-3
     assert {path: path.read_bytes() for path in (home / "m").rglob("*") if path.is_file()} == before
+
+
+def test_the_directory_says_what_it_belongs_on_and_peft_loads_it_as_it_is(home, trained, tmp_path):
+    from peft import AutoPeftModelForCausalLM, LoraConfig
+
+    before = os.umask(0o027)
+    try:
+        export(ExportOptions(load=str(trained), save=str(tmp_path / "peft"), adapter_only=True), World())
+        export(ExportOptions(load=str(trained), save=str(tmp_path / "merged")), World())
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (*(tmp_path / "peft").iterdir(), *(tmp_path / "merged").iterdir())} == {
+        0o640
+    }
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft", dtype=torch.float32).eval()
+    described = LoraConfig.from_pretrained(tmp_path / "peft")
+    assert Path(described.base_model_name_or_path).samefile(home / "hf") and described.peft_version
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        found = model(tokens).logits
+    torch.testing.assert_close(found, logits(tmp_path / "merged", tokens), rtol=1e-4, atol=1e-4)
+    assert (found - logits(home / "hf", tokens)).abs().max() > 1e-2
+    card = ModelCard.load(tmp_path / "peft/README.md")
+    assert card.data.to_dict() == {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["megatron-prune", "lora"],
+    }  # a directory of this machine is no base that the hub knows
+    code = card.text.partition("```python\n")[2].partition("```")[0]
+    assert "A LoRA adapter (rank 4, alpha 8)" in card.text and "trust_remote_code" not in code
+    there = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        exec(compile(code, "README.md", "exec"), {})
+    finally:
+        os.chdir(there)
+
+
+def test_an_adapter_on_a_model_of_the_hub_names_it_and_keeps_its_terms(home, tmp_path, monkeypatch):
+    from hub_stand_in import TOKEN, Hub, serving
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "models--ada--tiny" / "snapshots" / ("0" * 40)
+    shutil.copytree(home / "hf", snapshot)
+    (snapshot / "README.md").write_text("---\nlicense: mit\nlanguage: en\nbase_model: ada/older\n---\n")
+    (snapshot / "LICENSE").write_text("terms")
+    convert(ConvertOptions(load=str(snapshot), save=str(tmp_path / "m")), World())
+    run = str(tmp_path / "run")
+    assert jobs.recover(World(), options(home, Path(run), load=str(tmp_path / "m"), train_iters=2)) == 0
+    hub = Hub()
+    with serving(hub) as address:
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        common = {"load": run, "adapter_only": True, "push_to_hub": "ada/adapter"}
+        with pytest.raises(InputError, match="(?s)adapter on .*hf\n.*a directory of this machine.*--base-model-name"):
+            export(ExportOptions(**common, save=str(tmp_path / "no"), base_model_name=str(home / "hf")), World())
+        export(ExportOptions(**common, save=str(tmp_path / "peft")), World())
+    assert hub.repos["ada/adapter"]["files"] == {file.name: file.read_bytes() for file in (tmp_path / "peft").iterdir()}
+    assert sorted(hub.repos["ada/adapter"]["files"]) == [
+        "LICENSE",
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["base_model_name_or_path"] == "ada/tiny"
+    data = ModelCard.load(tmp_path / "peft/README.md").data
+    assert (data.base_model, data.base_model_relation, data.license, data.language) == ("ada/tiny", "adapter", "mit", "en")
+    export(ExportOptions(load=run, save=str(tmp_path / "other"), adapter_only=True, base_model_name="ada/copy"), World())
+    assert json.loads((tmp_path / "other/adapter_config.json").read_text())["base_model_name_or_path"] == "ada/copy"
+
+
+def test_an_adapter_on_a_pruned_model_wants_that_models_directory(home, tmp_path):
+    from peft import AutoPeftModelForCausalLM
+
+    prune(PruneOptions(load=str(home / "m"), save=str(tmp_path / "p"), ffn_hidden_size_remain=48, metric="magnitude"), World())
+    assert jobs.recover(World(), options(home, tmp_path / "run", load=str(tmp_path / "p"), train_iters=2)) == 0
+    wanted = {"load": str(tmp_path / "run"), "save": str(tmp_path / "peft"), "adapter_only": True}
+    with pytest.raises(InputError, match="(?s)not known.*pruned or trained.*megatron-prune export.*--base-model-name"):
+        export(ExportOptions(**wanted), World())
+    for name, message in ((str(home / "hf"), "hf is not the model"), ("no such/model/at all", "(?s)--base-model-name.*an id")):
+        with pytest.raises(InputError, match=message):
+            export(ExportOptions(**wanted, base_model_name=name), World())
+    with pytest.raises(InputError, match="--base-model-name without --adapter-only"):
+        export(ExportOptions(**{**wanted, "adapter_only": False}, base_model_name="ada/tiny"), World())
+    assert not (tmp_path / "peft").exists()
+    export(ExportOptions(load=str(tmp_path / "p"), save=str(tmp_path / "p-hf")), World())
+    export(ExportOptions(**wanted, base_model_name=str(tmp_path / "p-hf")), World())
+    export(ExportOptions(load=str(tmp_path / "run"), save=str(tmp_path / "merged")), World())
+    model, tokens = (
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft", dtype=torch.float32).eval(),
+        torch.arange(20)[None],
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, logits(tmp_path / "merged", tokens), rtol=1e-4, atol=1e-4)
 
 
 def test_a_checkpoint_holds_the_adapters_alone(trained):

@@ -192,6 +192,7 @@ def test_links_out_of_a_model_are_refused_and_linked_weights_said(models, tmp_pa
 
 
 FILE_FLAGS = {
+    "plan": ["--save"],
     "prune": ["--save-plan"],
     "prune-hf": ["--save-plan"],
     "sample": ["--save"],
@@ -208,6 +209,7 @@ def test_links_and_pipes_are_refused_by_every_flag_that_names_a_file(models, tmp
     shared = {
         "evaluate": f"--load-dir {models}/m --data {models}/text.txt --seq-length 16",
         "compare": f"--before {models}/hf --after {models}/hf",
+        "plan": f"--load {models}/hf --ffn-hidden-size-remain 48 --metric magnitude",
     }
     link, pipe = tmp_path / "link.safetensors", tmp_path / "pipe.safetensors"
     (tmp_path / "target").write_text("kept")

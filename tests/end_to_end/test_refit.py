@@ -308,7 +308,7 @@ def test_channels_are_selected_where_a_tied_head_forbids_a_rotation_that_nobody_
 )
 def test_negative_strengths_and_passes_are_refused_before_work(tmp_path, option, value):
     model = build_tiny(tmp_path / "model", "llama", dtype="float32")
-    with pytest.raises(InputError, match=rf"--{option}\s+got: {value}\s+needed: at least 0"):
+    with pytest.raises(InputError, match=rf"--{option.replace('_', '-')}\s+got: {value}\s+needed: at least 0"):
         run(model, tmp_path / "out", {"ffn_hidden_size_remain": 64}, **{option: value})
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 

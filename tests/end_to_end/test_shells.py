@@ -13,12 +13,13 @@ from rank_jobs_recovery import recover, teach
 from shells import ROOT, bash, given_to_python, given_to_torchrun, run_file
 
 from megatron_prune.checkpoint import megatron
+from megatron_prune.cli.parser import parse
 from megatron_prune.errors import InputError
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.preprocess import PreprocessOptions, preprocess
-from megatron_prune.steps.prune import parse, prune
-from megatron_prune.steps.recover import parse as parse_recovery
+from megatron_prune.steps.prune import PruneOptions, prune
+from megatron_prune.recovery.options import RecoverOptions
 
 
 @pytest.fixture
@@ -81,18 +82,17 @@ def test_megatrons_arguments_must_agree_with_the_checkpoint(tiny, tmp_path):
         "64",
     ]
     agreeing += ["--untie-embeddings-and-output-weights", "--normalization", "RMSNorm", "--train-iters", "500000"]
-    prune(parse([*base, *agreeing], "prune"), World())
+    prune(parse(PruneOptions, [*base, *agreeing], prog="prune"), World())
     contradicting = ["--num-layers", "5", "--hidden-size", "64", "--qk-layernorm", "--normalization", "LayerNorm", "--overwrite"]
     with pytest.raises(InputError) as error:
-        prune(parse([*base, *contradicting], "prune"), World())
+        prune(parse(PruneOptions, [*base, *contradicting], prog="prune"), World())
     for word in ("num-layers 5", "hidden-size 64", "qk-layernorm", "layernorm"):
         assert word in str(error.value)
 
 
 def test_an_unknown_argument_is_refused():
-    with pytest.raises(SystemExit) as exit:
-        parse(["--load", "a", "--save", "b", "--hidden_size_remian", "3"], "prune")
-    assert exit.value.code == 2
+    with pytest.raises(InputError, match="--hidden_size_remian is no flag of prune; did you mean --hidden-size-remain?"):
+        parse(PruneOptions, ["--load", "a", "--save", "b", "--hidden_size_remian", "3"], prog="prune")
 
 
 @pytest.mark.parametrize("save", ["m", ".", "m/../m"])
@@ -100,7 +100,14 @@ def test_an_output_that_would_take_the_input_away_is_refused(tiny, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     convert(ConvertOptions(load=str(tiny("qwen2")), save="m"), World())
     with pytest.raises(InputError, match="is, holds or lies in the input"):
-        prune(parse(["--load", "m/release", "--save", save, "--ffn_hidden_size_remain", "64", "--overwrite"], "prune"), World())
+        prune(
+            parse(
+                PruneOptions,
+                ["--load", "m/release", "--save", save, "--ffn_hidden_size_remain", "64", "--overwrite"],
+                prog="prune",
+            ),
+            World(),
+        )
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m"]
 
 
@@ -117,7 +124,7 @@ def test_two_machines_prune_as_one_does(tiny, tmp_path, stub, ranks):
     for agent in agents:
         assert agent.result().returncode == 0, agent.result().stderr
     _, *arguments = given_to_torchrun(stub, 2, "scripts/prune_llama.sh", **settings, SAVE_DIR=tmp_path / "one")
-    ranks(2).run(rank_jobs.run_steps, ("prune", vars(parse(arguments, "prune"))))
+    ranks(2).run(rank_jobs.run_steps, ("prune", vars(parse(PruneOptions, arguments, prog="prune"))))
     plans = [(tmp_path / name / "release/plan.json").read_text() for name in ("one", "two")]
     manifests = [json.loads((tmp_path / name / "release/megatron_prune.json").read_text()) for name in ("one", "two")]
     digests = [manifest["files"].pop("common.pt") for manifest in manifests]  # its args name the tokenizer by its place
@@ -133,7 +140,7 @@ def test_the_script_scores_re_fits_and_keeps_to_a_budget_with_its_settings(tiny,
     few = ("--nsamples", "4", "--seq-length", "16")
     script, *arguments = given_to_torchrun(stub, 2, "scripts/prune_llama.sh", *few, **settings)
     assert script == str(ROOT / "prune_llama.py")
-    ranks(2).run(rank_jobs.run_steps, ("prune", vars(parse(arguments, "prune"))))
+    ranks(2).run(rank_jobs.run_steps, ("prune", vars(parse(PruneOptions, arguments, prog="prune"))))
     made_by = json.loads((tmp_path / "plan.json").read_text())["made_by"]
     assert made_by["metric"]["ffn"] == "fisher" and "refit" in made_by
     assert [source["share"] for source in made_by["calibration"]["sources"]] == [0.5, 0.5]
@@ -155,7 +162,7 @@ def test_the_script_recovers_with_its_settings(tiny, tmp_path, stub, ranks):
     further = ("--eval-iters", "1", "--lr-warmup-iters", "1")
     said = given_to_torchrun(stub, 2, "scripts/check_model.sh", *further, **settings)
     assert said[:3] == ["-m", "megatron_prune", "recover"]
-    assert ranks(2).run(recover, vars(parse_recovery(said[3:], "recover"))) == [0, 0]
+    assert ranks(2).run(recover, vars(parse(RecoverOptions, said[3:], prog="recover"))) == [0, 0]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     asked = {"global_batch_size": 4, "lora_r": 2, "lr": 1e-2, "bf16": False, "data_path": blend.split()}
     assert summary["finished"] and {name: summary["settings"][name] for name in asked} == asked

@@ -240,7 +240,8 @@ def test_what_was_trained_is_exported(tmp_path):
 
 def test_an_adapter_is_exported_as_it_is_and_merged(tmp_path):
     words = ("export", "--load-dir", "runs/adapter", "--base", "m/llama_one", "--save-dir")
-    assert run(*words, tmp_path / "peft", "--adapter-only") == 0
+    assert run(*words, tmp_path / "none", "--adapter-only") == 2  # what peft is to load was not recorded
+    assert run(*words, tmp_path / "peft", "--adapter-only", "--base-model-name", "hf/llama") == 0
     assert digests(tmp_path / "peft") == EXPECTED["runs"]["adapter"]["peft"]
     assert run(*words, tmp_path / "hf") == 0
     assert_logits(tmp_path / "hf", EXPECTED["runs"]["adapter"]["logits"], atol=1e-4)  # merged by arithmetic

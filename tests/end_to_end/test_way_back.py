@@ -13,12 +13,13 @@ from tiny import TEXT, logits, state_dict
 from megatron_prune.checkpoint import megatron, torch_archive
 from megatron_prune.checkpoint.manifest import FILE, RECIPE_FILE
 from megatron_prune.cli.main import main
+from megatron_prune.cli.parser import parse
 from megatron_prune.errors import InputError
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.evaluate import EvaluateOptions, evaluate
 from megatron_prune.steps.export import ExportOptions, export
-from megatron_prune.steps.prune import PruneOptions, parse, prune
+from megatron_prune.steps.prune import PruneOptions, prune
 from megatron_prune.steps.prune_hf import PruneHfOptions, prune_hf
 from megatron_prune.steps.verify import VerifyOptions, verify
 from megatron_prune.text.windows import draw_windows
@@ -146,15 +147,16 @@ def test_requests_that_contradict_themselves_are_refused(tiny, tmp_path, extra, 
     base = ["--load", str(m), "--save", str(tmp_path / "p")]
     prune(
         parse(
+            PruneOptions,
             [*base, "--ffn_hidden_size_remain", "90", "--metric", "random", "--save-plan", str(plan), "--rotary-percent", "1"],
-            "prune",
+            prog="prune",
         ),
         World(),
     )
     shutil.rmtree(tmp_path / "p")
     words = [part.format(plan=plan, save=tmp_path / "p") for part in extra]
     with pytest.raises(InputError, match=word):
-        prune(parse([*base, *words], "prune"), World())
+        prune(parse(PruneOptions, [*base, *words], prog="prune"), World())
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m", "plan.json"]
 
 

@@ -35,7 +35,7 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import huggingface, legacy, megatron, model_folder, torch_dist
 from megatron_prune.checkpoint.description import Told, describe, settle
-from megatron_prune.checkpoint.manifest import Manifest
+from megatron_prune.checkpoint.manifest import VERSION, Manifest
 from megatron_prune.checkpoint.megatron_args import megatron_args, padded_as_stored
 from megatron_prune.checkpoint.options import FORMATS
 from megatron_prune.checkpoint.stream import stream
@@ -659,7 +659,7 @@ def test_a_manifest_comes_back_from_its_file(tmp_path):
     [
         lambda data: data.pop("format"),
         lambda data: data.update(format="another"),
-        lambda data: data.update(version=3),
+        lambda data: data.update(version=VERSION + 1),
         lambda data: data.update(experts=1),
         lambda data: data.pop("model"),
         lambda data: data["model"].update(num_layers=0),

@@ -64,7 +64,7 @@ def test_every_type_is_read():
     "argv, said",
     [
         (["--load", "x", "--unknown", "1"], "--unknown is no flag of prog"),
-        (["--load", "x", "--siz", "1"], "--siz is no flag of prog; did you mean --size?"),
+        (["--load", "x", "--siz", "1"], "--siz is no flag of prog; did you mean --size?\n  what to do: see prog --help"),
         (["--laod", "x"], "--laod is no flag of prog; did you mean --load?"),
         (["--load", "x", "--Strict"], "--Strict is no flag of prog; did you mean --strict?"),
         (["--load", "x", "--rat=2", "--sied", "2"], "--rat is no flag of prog; did you mean --rate?\n--sied is no flag"),
@@ -81,7 +81,7 @@ def test_every_type_is_read():
         (["--load", "x", "--size=--"], "--size: '--' is no value"),
         (
             ["--load", "x", "--plan", "/nowhere/p.json"],
-            "--plan /nowhere/p.json\n  got: no such file or directory\n  needed: a file",
+            "--plan /nowhere/p.json: no such file or directory",
         ),
     ],
 )

@@ -50,7 +50,8 @@ OWN_PROCESSES = "what processes of one run send each other"
 OWN_TOOLS = "imports modules of this project or named in it, never by a file's word"
 TRANSFORMERS = "transformers 5 loads .bin with weights_only=True, and safetensors where there are any"
 GUARDED = {
-    "megatron_prune/cli/main.py": {"importlib.import_module": OWN_TOOLS},
+    "megatron_prune/__init__.py": {"importlib.import_module": OWN_TOOLS},
+    "megatron_prune/api.py": {"importlib.import_module": OWN_TOOLS},
     "megatron_prune/cli/config_file.py": {"import yaml": "composed into nodes, whose plain values alone are taken"},
     "megatron_prune/verbs/table.py": {"importlib.import_module": OWN_TOOLS},
     "megatron_prune/registry.py": {"importlib.import_module": OWN_TOOLS},
@@ -61,7 +62,10 @@ GUARDED = {
     "megatron_prune/text/pair.py": {"IndexedDataset": "reads numbers alone"},
     "megatron_prune/checkpoint/torch_archive.py": {"read_pickle": "files/pickled.py"},
     "megatron_prune/checkpoint/torch_dist.py": {"read_pickle": "files/pickled.py", "import pickle": "to write"},
-    "megatron_prune/checkpoint/stored_args.py": {"import yaml": "composed into nodes, whose plain values alone are taken"},
+    "megatron_prune/files/yaml_nodes.py": {"import yaml": "composed into nodes, from which nothing is built"},
+    "megatron_prune/checkpoint/stored_args.py": {
+        "import yaml": "nodes of files/yaml_nodes.py, whose plain values alone are taken"
+    },
     "megatron_prune/runtime/stock_class.py": {"AutoConfig.from_pretrained": "JSON"},
     "megatron_prune/runtime/stock_model.py": {"kind.from_pretrained": TRANSFORMERS},
     "megatron_prune/evaluation/one_layer.py": {

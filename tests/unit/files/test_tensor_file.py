@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import stat
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megatron_prune.errors import InputError
 from megatron_prune.files.region import Region
-from megatron_prune.files.tensor_file import open_tensors
+from megatron_prune.files.tensor_file import open_tensors, save_tensors
 
 F64 = torch.float64
 
@@ -32,6 +33,21 @@ def test_what_is_as_needed_is_read(file):
         assert held.read("a", F64, (2,)).tolist() == [1.0, -2.0]
         assert held.read("ids", torch.int64, (None, 2), least=3).tolist() == [[3, 4]]
         assert held.read("nan", F64, (1,), finite=False).isnan().all()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o007])
+def test_what_is_written_has_the_mode_of_any_new_file(tmp_path, umask):
+    path, wide = tmp_path / "f.safetensors", torch.arange(6.0).view(2, 3).t()
+    before = os.umask(umask)
+    try:
+        save_tensors(path, {"a": wide}, {"format": "x"})
+        save_tensors(path, {"a": wide}, {"format": "x"})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+    assert torch.equal(load_file(path)["a"], wide)
+    with open_tensors(path) as held:
+        assert held.metadata == {"format": "x"}
 
 
 @pytest.mark.parametrize(
