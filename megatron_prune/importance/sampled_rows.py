@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from megatron_prune.importance.statistics import SampledRows
+from megatron_prune.planning.amounts import SAMPLED_ROWS
 from megatron_prune.runtime.stage import Stage
 from megatron_prune.text.tokens import Calibration
-
-MOST = 2048
-"""Tokens that are sampled. On SmolLM2 1024 of them already find the best blocks of 2, 6 and 8 layers that 3072 find."""
 
 
 def sampled_tokens(calibration: Calibration) -> Tensor:
@@ -18,7 +16,7 @@ def sampled_tokens(calibration: Calibration) -> Tensor:
     inside = torch.arange(calibration.tokens.shape[1])[None] < calibration.lengths[:, None]
     places = inside.nonzero()
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))
-    return places[order[:MOST].sort().values]
+    return places[order[:SAMPLED_ROWS].sort().values]
 
 
 class RowSums:

@@ -190,10 +190,14 @@ class Statistics:
         Raises:
             KeyError: if the pass did not collect it.
         """
-        moment = LayerStatistics.load(self.path(layer)).sites[site_of(role)].moment
-        if moment is None:
-            raise KeyError(f"no second moment of {role} in {self.path(layer)}")
-        return moment
+        return self._second_moment(layer, f"{site_of(role)}.moment")
+
+    def _second_moment(self, layer: int | None, name: str) -> Tensor:
+        """One of a layer's file: what else is in it stays on disk."""
+        with open_tensors(path := self.path(layer), do=_AGAIN.format(self.folder)) as file:
+            if name not in file.names:
+                raise KeyError(f"no {name} in {path}")
+            return file.read(name, torch.float64, (None, None))
 
     def rows(self, layer: int | None) -> SampledRows:
         """What was seen at the sampled tokens: layer ``num_layers`` is the final norm; read from disk once.
@@ -219,11 +223,10 @@ class Statistics:
         Args:
             final_share: what the final norm counts, where every other counts 1.
         """
-        layers = [LayerStatistics.load(self.path(layer)) for layer in range(self.config.num_layers)]
-        final = LayerStatistics.load(self.path(None))
         norms = sum(len(self.config.of_layer(layer).kinds) for layer in range(self.config.num_layers))
-        total = sum(layer.stream for layer in layers) + final_share * final.stream
-        return total / (final.sites[FINAL_SITE].tokens * (norms + final_share))
+        total = sum(self._second_moment(layer, STREAM) for layer in range(self.config.num_layers))  # one at a time in memory
+        total = total + final_share * self._second_moment(None, STREAM)
+        return total / (self.layer(None).sites[FINAL_SITE].tokens * (norms + final_share))
 
     def gradient(self, metric: str, axis: str, layer: int | None, objective: str = CROSS_ENTROPY) -> Tensor:
         """Sums over a unit's weights that a gradient metric left (``importance/gradients.py``), float64 [units].

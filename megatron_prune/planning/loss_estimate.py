@@ -1,9 +1,9 @@
-"""What a shape is expected to cost in quality, from a metric's own scores, and the order of shapes by it."""
+"""What a shape is expected to cost in quality, from a metric's own scores."""
 
 from __future__ import annotations
 
 from functools import cache
-from math import inf, isnan, log
+from math import inf, log
 from typing import Callable
 
 import torch
@@ -11,32 +11,8 @@ import torch
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.axes.axis import AXES
 from megatron_prune.errors import InputError
-from megatron_prune.planning.budget import parameters
-from megatron_prune.planning.multiples import VARIED
+from megatron_prune.planning.loss_weights import LOSS_WEIGHTS, cut_axes, units_each
 from megatron_prune.planning.selection import Scores
-
-LOSS_WEIGHTS = {"hidden": 2.96, "ffn": 1.16, "head": 0.40, "kv_head": 0.72, "layer": 1.28}
-"""Rise of the log perplexity per −log(share that stays). Measured on SmolLM2-135M-Instruct, re-fitted, one axis at a time
-(``docs/quality.md``: ffn 1152, hidden 512 tied, 24 layers, 2 of 3 KV groups, 6 of 9 query heads), with even scores. Hidden 512
-with ffn 1152 then comes out 8 % too high, 22 layers with ffn 1408 within 1 %."""
-
-
-def rank_candidates(
-    config: ModelConfig, candidates: list[ModelConfig], loss: Callable[[ModelConfig], float]
-) -> list[tuple[float, ModelConfig]]:
-    """(loss, shape) by loss, ascending; among equals more parameters first, then fewer axes cut. NaN counts as infinite."""
-    measured = [(inf if isnan(value := float(loss(shape))) else value, shape) for shape in candidates]
-    return sorted(measured, key=lambda pair: (pair[0], -parameters(pair[1]), len(cut_axes(config, pair[1]))))
-
-
-def cut_axes(config: ModelConfig, new: ModelConfig) -> list[str]:
-    """Axes on which ``new``, or a layer of it, is smaller than a model whose layers are alike.
-
-    Query heads that go with their KV group are not cut themselves.
-    """
-    layers = [new] if new.is_uniform else [new.of_layer(layer) for layer in range(new.num_layers)]
-    less = lambda name, layer: _units_each(layer, name) < _units_each(config, name) and (name != "head" or layer.units(name))
-    return [name for name in VARIED if any(less(name, layer) for layer in layers)]
 
 
 def loss_estimate(config: ModelConfig, scores: Scores, *, even: float = 0.0) -> Callable[[ModelConfig], float]:
@@ -61,17 +37,12 @@ def loss_estimate(config: ModelConfig, scores: Scores, *, even: float = 0.0) -> 
     def loss(target: ModelConfig) -> float:
         total = 0.0
         for axis in cut_axes(config, target):
-            keep, shares = _units_each(target, axis), curve(axis)
+            keep, shares = units_each(target, axis), curve(axis)
             stays = min(1.0, (1 - even) * shares[keep - 1] + even * keep / len(shares))
             total += LOSS_WEIGHTS[axis] * -log(stays) if stays > 0 else inf
         return total
 
     return loss
-
-
-def _units_each(config: ModelConfig, axis: str) -> int:
-    """Units of an axis; query heads are counted within their KV group."""
-    return config.heads_per_group if axis == "head" else AXES.get(axis).count(config)
 
 
 def _kept_shares(scores: Scores, axis: str, config: ModelConfig) -> list[float]:
@@ -91,4 +62,4 @@ def _rows(scores: Scores, axis: str, layer: int | None, config: ModelConfig) -> 
         raise InputError(f"scores of {where}", got="none" if units is None else units.numel(), needed=f"{count}, one per unit")
     if not units.isfinite().all():
         raise InputError(f"scores of {where} are not finite", do="look for NaN or infinity in the model's weights or activations")
-    return units.to(torch.float64).clamp(min=0).view(-1, _units_each(config, axis))
+    return units.to(torch.float64).clamp(min=0).view(-1, units_each(config, axis))

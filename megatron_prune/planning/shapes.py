@@ -24,6 +24,7 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.axes.axis import AXES
 from megatron_prune.errors import InputError, raise_all
+from megatron_prune.planning.allocators.allocator import Bounds
 from megatron_prune.planning.budget import Budget, parameters
 from megatron_prune.planning.multiples import VARIED, step_problems
 from megatron_prune.planning.target import check_parallel
@@ -184,6 +185,31 @@ def candidates(
         if shapes := _undominated([shape for shape in found if shape is not None]):
             return sorted(shapes, key=lambda shape: (parameters(shape), _sizes(shape)), reverse=True)
     raise _nothing_meets(budget, limit, grid, columns)
+
+
+def uniform_shapes(bounds: Bounds, *, fixed: dict[str, Any] | None = None, axes: tuple[str, ...] = VARIED) -> list[ModelConfig]:
+    """:func:`candidates` within bounds.
+
+    Raises:
+        InputError: as these; if the model's class cannot say the model itself, or it cannot be served as asked for, that.
+    """
+
+    def legal(shape: ModelConfig) -> bool:
+        try:
+            bounds.check(shape)
+        except InputError:
+            return False
+        return not bounds.unserved(shape)
+
+    kept = {name: getattr(bounds, name) for name in ("multiple_of", "layout", "prune_type")}
+    try:
+        return candidates(bounds.config, bounds.budget, **kept, legal=legal, fixed=fixed, axes=axes)
+    except InputError:
+        bounds.check(bounds.config)  # a class that cannot say the model itself is why there is no shape
+        if problems := bounds.unserved(bounds.config):
+            got, do = f"a model of which --serve cannot have: {'; '.join(problems)}", "allow more, or ask less of --serve"
+            raise InputError("no shape within the budget can be served as asked for", got=got, do=do) from None
+        raise
 
 
 def check_budget(

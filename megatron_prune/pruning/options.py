@@ -58,7 +58,19 @@ class AllocationOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetOptions(AllocationOptions):
+class BudgetOptions:
+    """What the pruned model may cost at most."""
+
+    params: str | None = option("budget: at most this many parameters as stored, such as 90M", None, group="shape")
+    ratio: float | None = option("budget: share of all parameters to remove, such as 0.25", None, group="shape")
+    memory: str | None = option("budget: weights and KV cache of an inference, such as 2GiB", None, group="shape")
+    memory_seq_length: int = option("tokens in the KV cache of --memory", 4096, group="expert")
+    memory_batch: int = option("sequences in the KV cache of --memory", 1, group="expert")
+    multiple_of: str | None = option("sizes are multiples of these, such as hidden=64,ffn=128", None, group="shape")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions(AllocationOptions, BudgetOptions):
     """The shape to reach, or a budget to keep to, and how units are chosen; or a plan."""
 
     hidden_size_remain: int | None = option("residual channels that stay", None, group="shape")
@@ -80,15 +92,9 @@ class TargetOptions(AllocationOptions):
     uniform: bool = option(
         "turn a plan whose layers differ (--plan) into the shape with layers alike and as many parameters", False, group="shape"
     )
-    params: str | None = option("budget: at most this many parameters as stored, such as 90M", None, group="shape")
-    ratio: float | None = option("budget: share of all parameters to remove, such as 0.25", None, group="shape")
-    memory: str | None = option("budget: weights and KV cache of an inference, such as 2GiB", None, group="shape")
-    memory_seq_length: int = option("tokens in the KV cache of --memory", 4096, group="expert")
-    memory_batch: int = option("sequences in the KV cache of --memory", 1, group="expert")
     search: int = option(
         "within a budget, re-fit this many of the shapes that look best and keep what loses least on held-out text", 1
     )
-    multiple_of: str | None = option("sizes are multiples of these, such as hidden=64,ffn=128", None, group="shape")
     metric: str | None = option(
         "how units are scored: random, magnitude, activation, wanda, taylor …, with parameters where it has any, as in "
         "obs:damping=0.1 (default: what measured best for each axis)",

@@ -9,7 +9,8 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.axes.axis import AXES
 from megatron_prune.planning.allocators.allocator import Depth
 from megatron_prune.planning.costs import Costs
-from megatron_prune.planning.loss_estimate import loss_estimate, rank_candidates
+from megatron_prune.planning.loss_estimate import loss_estimate
+from megatron_prune.planning.loss_weights import rank_candidates
 from megatron_prune.planning.make import make_plan
 from megatron_prune.planning.plan import Plan
 from megatron_prune.planning.selection import Scores, keep_layers, needed_scores

@@ -20,6 +20,7 @@ from megatron_prune.opening.source import PARAM_DTYPES, Source
 from megatron_prune.planning.costs import Costs
 from megatron_prune.planning.costs_file import load_costs
 from megatron_prune.planning.plan import Plan
+from megatron_prune.pruning.announcement import announced
 from megatron_prune.pruning.costs import measured_costs, needed_moments
 from megatron_prune.pruning.fit import Losses, best_fit, losses_after
 from megatron_prune.pruning.job import Job, settle
@@ -46,15 +47,16 @@ def prune_model(options: PruningOptions, subject: Subject, family: Family, form:
         InputError: on a request, plan, scores or data that do not fit; nothing is written.
     """
     job, model = settle(options, subject, family, prune_type=prune_type), subject.model
-    if options.strict and (job.measured or model.recorded_identity is None):  # before long work, not while its result is written
-        model.check_values()
-    with pruned(job, save) as result:
-        plan = result.plan
-        beside = {Path(options.save_plan): plan.dumps().encode()} if options.save_plan else {}
-        output = Output(save=save, beside=beside, overwrite=options.overwrite, strict=options.strict, check=not options.no_check)
-        common = {"layout": subject.layout, "family": family, "trimmed": job.trimmed, "losses": _recorded(result.losses)}
-        write_cut(output, model, plan, result.source, form, **common)
-        losses = result.losses or _losses_after(job, save, result)
+    with announced(job, checks=not options.no_check):
+        if options.strict and (job.measured or model.recorded_identity is None):
+            model.check_values()  # before long work, not while its result is written
+        with pruned(job, save) as result:
+            plan = result.plan
+            beside = {Path(options.save_plan): plan.dumps().encode()} if options.save_plan else {}
+            how = {"overwrite": options.overwrite, "strict": options.strict, "check": not options.no_check}
+            common = {"layout": subject.layout, "family": family, "trimmed": job.trimmed, "losses": _recorded(result.losses)}
+            write_cut(Output(save=save, beside=beside, **how), model, plan, result.source, form, **common)
+            losses = result.losses or _losses_after(job, save, result)
     if subject.world.is_main:
         log.info("pruned to %s: %s", save, plan.summary())
         new = plan.new_config(model.config)

@@ -17,12 +17,12 @@ from megatron_prune.opening.opened import Opened
 from megatron_prune.planning.allocators.allocator import ALLOCATORS, Allocator, Bounds
 from megatron_prune.planning.budget import read_budget
 from megatron_prune.planning.check import check_plan, kept_tokens
-from megatron_prune.planning.loss_estimate import cut_axes
+from megatron_prune.planning.loss_weights import cut_axes
 from megatron_prune.planning.make import whole_plan
 from megatron_prune.planning.multiples import check_multiples, parse_multiples
 from megatron_prune.planning.plan import Plan, load_plan
 from megatron_prune.planning.selection import needed_scores
-from megatron_prune.planning.shapes import candidates, check_budget
+from megatron_prune.planning.shapes import check_budget, uniform_shapes
 from megatron_prune.planning.target import Target, check_kinds, check_target, resolve_target
 from megatron_prune.pruning.allocation import check_allocation, read_bounds
 from megatron_prune.pruning.asked import by_layer, metrics_of, vocab_alone
@@ -263,31 +263,7 @@ def _uniform_shapes(
     if twin_of is not None:
         able = [axis for axis in able if axis == "ffn" or axis in cut_axes(bounds.config, twin_of)]
 
-    def legal(shape: ModelConfig) -> bool:
-        try:
-            bounds.check(shape)
-        except InputError:
-            return False
-        return not bounds.unserved(shape)
-
-    try:
-        found = candidates(
-            bounds.config,
-            bounds.budget,
-            multiple_of=bounds.multiple_of,
-            layout=bounds.layout,
-            prune_type=bounds.prune_type,
-            legal=legal,
-            fixed=sizes,
-            axes=tuple(able),
-        )
-    except InputError:
-        bounds.check(bounds.config)  # a class that cannot say the model itself is why there is no shape
-        if problems := bounds.unserved(bounds.config):
-            got, do = f"a model of which --serve cannot have: {'; '.join(problems)}", "allow more, or ask less of --serve"
-            raise InputError("no shape within the budget can be served as asked for", got=got, do=do) from None
-        raise
-    return tuple(found)
+    return tuple(uniform_shapes(bounds, fixed=sizes, axes=tuple(able)))
 
 
 def _check_axes(config: ModelConfig, target: Target, common: dict) -> None:

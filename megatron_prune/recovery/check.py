@@ -22,7 +22,7 @@ from megatron_prune.recovery.data import build_alone, check_data
 from megatron_prune.recovery.flags import SHARED
 from megatron_prune.recovery.history import HISTORY, read_history
 from megatron_prune.recovery.index_cache import check_place
-from megatron_prune.recovery.options import RecoverOptions
+from megatron_prune.recovery.options import RecoverOptions, check_passes
 from megatron_prune.recovery.settings import (
     batch_sizes,
     checkpoint_bytes,
@@ -89,15 +89,7 @@ def _check_arguments(options: RecoverOptions, model: Opened, layout: ParallelLay
     layout.check(config)
     if not 2 <= options.seq_length <= config.max_position_embeddings:
         raise InputError("--seq-length", got=options.seq_length, needed=f"2 to the model's {config.max_position_embeddings}")
-    if options.sequence_parallel and options.seq_length % layout.tensor:
-        raise InputError(
-            "--sequence-parallel", got=f"{options.seq_length} tokens", needed=f"a multiple of the {layout.tensor} ranks"
-        )
-    if options.sequence_parallel and layout.tensor == 1:
-        raise InputError("--sequence-parallel has no effect at one tensor-parallel rank", do="leave it out")
-    if options.bf16 and options.fp16:
-        raise InputError("--bf16 and --fp16", do="choose one")
-    _check_recompute(options, config.num_layers // layout.pipeline)
+    check_passes(options, layout, config.num_layers)
     if options.early_stop < 0:
         raise InputError("--early-stop", got=options.early_stop, needed="0 or more")
     check_seed(options.seed)
@@ -153,21 +145,6 @@ def _check_hidden(options: RecoverOptions, teacher: Opened, student: Opened, lay
     if options.recompute_granularity == "full":
         raise InputError("--hidden-weight and --recompute-granularity full", do="use selective: what is compared must be kept")
     hidden_pairs(options, teacher, student)
-
-
-def _check_recompute(options: RecoverOptions, layers: int) -> None:
-    """``layers``: of a stage."""
-    if options.recompute_activations and options.recompute_granularity == "full":
-        raise InputError("--recompute-activations and --recompute-granularity full", do="choose one")
-    how = (options.recompute_method, options.recompute_num_layers)
-    if options.recompute_granularity != "full" and how != (None, None):
-        raise InputError("--recompute-method and --recompute-num-layers", do="pass --recompute-granularity full with them")
-    if options.recompute_num_layers and options.recompute_num_layers > layers:
-        raise InputError("--recompute-num-layers", got=options.recompute_num_layers, needed=f"at most a stage's {layers} layers")
-    if options.recompute_method == "uniform" and layers % options.recompute_num_layers:
-        raise InputError(
-            "--recompute-num-layers", got=options.recompute_num_layers, needed=f"a number that divides {layers} layers"
-        )
 
 
 def _check_answers(options: RecoverOptions, student: Opened) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_prune.arch.model import ModelConfig
+from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.config import option, require_positive
+from megatron_prune.errors import InputError
 from megatron_prune.opening.options import ForeignOptions
 from megatron_prune.recovery.flags import SEPARATE_DATA, Needs, filled
 from megatron_prune.runtime.megatron_flags import MegatronFlags
@@ -19,7 +21,29 @@ DECAY_STYLES = ["cosine", "linear", "constant", "inverse-square-root"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecoverOptions(ForeignOptions, CheckOptions, LayoutOptions):
+class PassOptions:
+    """How a forward and a backward pass of training run: what their memory and time follow from."""
+
+    seq_length: int | None = option(
+        "tokens in a sequence (default: 4096, or the model's context where that is shorter)", None, group="text"
+    )
+    micro_batch_size: int = option("sequences in a forward pass", 1, group="run")
+    bf16: bool = option("compute in bfloat16, with float32 copies of the weights", False, group="run")
+    fp16: bool = option("compute in float16, with float32 copies of the weights and a scaled loss", False, group="run")
+    sequence_parallel: bool = option(
+        "split activations between the tensor-parallel regions over the ranks too", False, group="expert"
+    )
+    recompute_activations: bool = option("the same as --recompute-granularity selective", False, group="expert")
+    recompute_granularity: str | None = option(
+        "work out activations again: of attention, or of all", None, choices=["selective", "full"], group="expert"
+    )
+    recompute_method: str | None = option("which layers with full", None, choices=["uniform", "block"], group="expert")
+    recompute_num_layers: int | None = option("layers in a unit (uniform) or of a stage (block)", None, group="expert")
+    lora_r: int | None = option("train adapters of this rank alone (default: train the model)", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverOptions(PassOptions, ForeignOptions, CheckOptions, LayoutOptions):
     """Win back what pruning cost: train a Megatron checkpoint, plain or distilled from the unpruned model."""
 
     FOREIGN: ClassVar = MegatronFlags(trains=True)
@@ -42,12 +66,8 @@ class RecoverOptions(ForeignOptions, CheckOptions, LayoutOptions):
     test_data_path: tuple[str, ...] = option("blend that the end is measured on", (), group="text")
     answers_only: bool = option("count the assistant's tokens alone: pairs of preprocess --answers-only", False, group="text")
     data_cache_path: str | None = option("directory for the indices of the data (default: in --save)", None, group="model")
-    seq_length: int | None = option(
-        "tokens in a sequence (default: 4096, or the model's context where that is shorter)", None, group="text"
-    )
     seed: int = option("seed of the order of the data and of dropout", 1234, group="run")
 
-    micro_batch_size: int = option("sequences in a forward pass", 1, group="run")
     global_batch_size: int = option("sequences in a step, over all data-parallel copies", 1024)
     lr: float = option("learning rate after the warm-up", 2.5e-5)
     min_lr: float | None = option("learning rate at the end (default: 1e-05)", None, group="expert")
@@ -59,8 +79,6 @@ class RecoverOptions(ForeignOptions, CheckOptions, LayoutOptions):
     adam_beta1: float = option("decay of Adam's first moment", 0.9, group="expert")
     adam_beta2: float = option("decay of Adam's second moment", 0.95, group="expert")
     adam_eps: float = option("Adam's epsilon", 1e-8, group="expert")
-    bf16: bool = option("compute in bfloat16, with float32 copies of the weights", False, group="run")
-    fp16: bool = option("compute in float16, with float32 copies of the weights and a scaled loss", False, group="run")
     initial_loss_scale: float | None = option("of --fp16 (default: 131072)", None, group="expert")
 
     save_interval: int = option("steps between checkpoints; a held-out loss goes with each", 500, group="run")
@@ -85,22 +103,12 @@ class RecoverOptions(ForeignOptions, CheckOptions, LayoutOptions):
         "student's layers that are compared, 0-based (default: four evenly spread)", (), group="expert"
     )
 
-    lora_r: int | None = option("train adapters of this rank alone (default: train the model)", None)
     lora_alpha: float | None = option("an adapter counts this over its rank (default: 16)", None)
     lora_dropout: float | None = option("share of an adapter's inputs that training drops (default: 0)", None)
     lora_targets: tuple[str, ...] | None = option(
         "matrices with an adapter, as Hugging Face (q_proj …) or Megatron (linear_qkv …) calls them (default: all)", None
     )
 
-    sequence_parallel: bool = option(
-        "split activations between the tensor-parallel regions over the ranks too", False, group="expert"
-    )
-    recompute_activations: bool = option("the same as --recompute-granularity selective", False, group="expert")
-    recompute_granularity: str | None = option(
-        "work out activations again: of attention, or of all", None, choices=["selective", "full"], group="expert"
-    )
-    recompute_method: str | None = option("which layers with full", None, choices=["uniform", "block"], group="expert")
-    recompute_num_layers: int | None = option("layers in a unit (uniform) or of a stage (block)", None, group="expert")
     overwrite: bool = option("begin anew, removing what a run left in --save", False, group="run")
     megatron: dict[str, Any] = field(default_factory=dict)
 
@@ -151,9 +159,44 @@ def filled_options(options: RecoverOptions, config: ModelConfig) -> RecoverOptio
         chosen["lr_warmup_iters"] = min(50, options.train_iters // 10)
     if options.eval_interval is None:
         chosen["eval_interval"] = options.save_interval
-    if options.recompute_activations and not options.recompute_granularity:
-        chosen["recompute_granularity"] = "selective"
+    return replace(options, **chosen, **recomputation(options))
+
+
+def recomputation(options: PassOptions) -> dict[str, Any]:
+    """What is worked out again, by the names of the options, with the defaults that depend on others."""
     if options.recompute_granularity == "full":
-        chosen["recompute_method"] = options.recompute_method or "uniform"
-        chosen["recompute_num_layers"] = options.recompute_num_layers or 1
-    return replace(options, **chosen)
+        method, layers = options.recompute_method or "uniform", options.recompute_num_layers or 1
+        return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
+    selective = options.recompute_granularity or ("selective" if options.recompute_activations else None)
+    return {"recompute_granularity": selective}
+
+
+def check_passes(options: PassOptions, layout: ParallelLayout, layers: int) -> None:
+    """Refuse what does not go together.
+
+    Args:
+        options: with their defaults.
+        layers: of the model.
+
+    Raises:
+        InputError: naming the flags.
+    """
+    if options.sequence_parallel and options.seq_length % layout.tensor:
+        raise InputError(
+            "--sequence-parallel", got=f"{options.seq_length} tokens", needed=f"a multiple of the {layout.tensor} ranks"
+        )
+    if options.sequence_parallel and layout.tensor == 1:
+        raise InputError("--sequence-parallel has no effect at one tensor-parallel rank", do="leave it out")
+    if options.bf16 and options.fp16:
+        raise InputError("--bf16 and --fp16", do="choose one")
+    if options.recompute_activations and options.recompute_granularity == "full":
+        raise InputError("--recompute-activations and --recompute-granularity full", do="choose one")
+    how, stage = (options.recompute_method, options.recompute_num_layers), layers // layout.pipeline
+    if options.recompute_granularity != "full" and how != (None, None):
+        raise InputError("--recompute-method and --recompute-num-layers", do="pass --recompute-granularity full with them")
+    if options.recompute_num_layers and options.recompute_num_layers > stage:
+        raise InputError("--recompute-num-layers", got=options.recompute_num_layers, needed=f"at most a stage's {stage} layers")
+    if options.recompute_method == "uniform" and stage % options.recompute_num_layers:
+        raise InputError(
+            "--recompute-num-layers", got=options.recompute_num_layers, needed=f"a number that divides {stage} layers"
+        )

@@ -26,9 +26,41 @@ def progress_bar(label: str, total: int, *, shown: bool, unit: str = "bytes") ->
         yield lambda count: None
     elif sys.stderr.isatty():
         with _bar(label, total, unit) as advance:
-            yield advance
+            yield _seen(label, total, advance)
     else:
-        yield _Lines(label, total, unit)
+        yield _seen(label, total, _Lines(label, total, unit))
+
+
+Watcher = Callable[[str, int, int], None]
+"""Called with the label of some work, how much of it is done, and its whole."""
+
+_WATCHERS: list[Watcher] = []
+
+
+@contextlib.contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Tell ``watcher`` of all progress that is shown."""
+    _WATCHERS.append(watcher)
+    try:
+        yield
+    finally:
+        _WATCHERS.remove(watcher)
+
+
+def _seen(label: str, total: int, advance: Callable[[int], None]) -> Callable[[int], None]:
+    """``advance`` for watchers too."""
+    done = 0
+
+    def advanced(count: int) -> None:
+        nonlocal done
+        done += count
+        advance(count)
+        for watcher in _WATCHERS:
+            watcher(label, done, total)
+
+    for watcher in _WATCHERS:
+        watcher(label, 0, total)
+    return advanced
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ class BlockFit:
 
     def through(self, folds: Folds, reading: Tensor) -> Tensor:
         """The map from a pruned norm's output to the dense one's that ``reading`` is a start for, float64."""
-        return fitted(folds, scale(folds, reading) * reading, self._fit.readers)[0]
+        return fitted(folds, scale(folds, reading) * reading, self._fit.readers, self._walk.stage.device)[0]
 
     def writer(self, weight: Tensor, inside: list[Tensor], pruned: Tensor) -> Tensor:
         """The writer fitted to bring the pruned stream to where the dense one is now, float64.
@@ -126,7 +126,7 @@ class BlockFit:
         for batch, value, (wanted, weights) in zip(walk.batches(), inside, aims):
             sums.add(batch, walk.stage.gather(walk.on_device(value)), wanted, weights)
         folds = sums.finish()
-        return self.solved(weight.shape, lambda: fitted(folds, weight, self._fit.writers)[0])
+        return self.solved(weight.shape, lambda: fitted(folds, weight, self._fit.writers, walk.stage.device)[0])
 
     def length(self, added: list[Tensor], pruned: Tensor) -> float:
         """The number that what a block adds is to be multiplied by, to add what is wanted best.
@@ -149,7 +149,7 @@ class BlockFit:
 
     def solved(self, shape: tuple[int, ...], solve: Callable[[], Tensor]) -> Tensor:
         """What the first process solves, the same on every one: float64."""
-        found = solve() if self._walk.world.is_main else torch.empty(shape, dtype=torch.float64)
+        found = solve().cpu() if self._walk.world.is_main else torch.empty(shape, dtype=torch.float64)
         return self._walk.stage.spread(found.contiguous())
 
 

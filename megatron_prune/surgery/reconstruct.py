@@ -20,6 +20,7 @@ from typing import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from megatron_prune.planning.amounts import HELD_OUT, STEP_TOKENS
 from megatron_prune.runtime.stage import Stage
 
 RATE = 0.005
@@ -28,10 +29,6 @@ SLOWER = 4
 """If the first pass makes it worse, the rate is divided by this …"""
 SLOWEST = 16
 """… until it has been divided by this."""
-STEP_TOKENS = 1024
-"""Tokens of a step."""
-HELD_OUT = 8
-"""One sample in so many is looked at only."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.files.region import Scratch
 from megatron_prune.importance.text_loss import mean_loss
 from megatron_prune.importance.walk import Walk, check_finite
+from megatron_prune.planning.amounts import WINDOW_PASSES
 from megatron_prune.planning.plan import Plan
 from megatron_prune.runtime.ends import final_norm_factors, norm
 from megatron_prune.runtime.stage import Layers, OpenBlock, OpenLayer, Stage, added, reader, through
@@ -46,8 +47,8 @@ from megatron_prune.surgery.least_squares import scale
 from megatron_prune.surgery.reconstruct import Examples, fitted_and_held_out, reconstruct
 from megatron_prune.text.tokens import Calibration
 
-WINDOW_PASSES = 2
-"""Passes over the text for a window of layers, where a block of its own takes one."""
+Sizes = dict[tuple[str, ...], float]
+"""Roles of a fused matrix → its root mean square."""
 
 
 class Refit:
@@ -79,7 +80,8 @@ class Refit:
         self._kept = [entry.layer for entry in plan.layers]
         self._walk = DenseWalk(tensors, calibration, stage, world, dtype=dtype)
         self._blocks = kept_blocks(self._walk.places, self._kept, store.config)
-        self._pruned = basis.encoded(self._walk.stream).clone()
+        self._pruned = self._walk.stream.new_empty(*self._walk.stream.shape[:2], store.config.hidden_size)
+        self._encode()
         self._block_fit = BlockFit(self._walk, self._old, self._config, basis, fit)
         self._windows = windows_of(self._kept, self._old.num_layers)
         self._layers = Layers(stage, store.config, max(map(len, self._windows)))
@@ -128,22 +130,27 @@ class Refit:
     # ------------------------------------------------------------------------------------------------ windows
 
     def _fit_window(self, window: range) -> None:
-        """Fit new layers one after the other, then all together if layers were cut among them; file them."""
+        """Fit new layers one after the other, then all together if layers were cut among them; file them.
+
+        The first process alone keeps the role tensors of layers that are done; all hold their shards of the window.
+        """
         fit = not self._world.all_gather(all(self._store.path(number).exists() for number in window))[0]
         joint = fit and self._fit.passes and self._folds_layers(window)
         self._begin()
         entered = self._pruned.clone() if joint else None
-        found, opened = [], []
+        found, opened, sizes = [], [], []
         for place, number in enumerate(window):
             opened.append(self._layers.at(number, place))
             found.append(self._initial(number) if fit else self._store.load(number))
             opened[-1].load(reader(found[-1]))
             for kept, block in zip((kept for kept in self._blocks if kept.number == number), opened[-1].blocks):
                 self._fit_block(kept, block, opened[-1], found[-1], fit=fit, window=window)
-            found[-1] = {role: weight.float() for role, weight in found[-1].items()}
+            weights = {role: weight.float() for role, weight in found.pop().items()}
+            sizes.append(_root_mean_squares(opened[-1], weights, set(self._config.of_layer(number).kinds)) if joint else {})
+            found.append(weights if self._world.is_main else {})
             check_finite(self._pruned, f"re-fitted layer {self._kept[number]}", self._world)
         if joint:
-            self._reconstruct_window(opened, found, entered)
+            self._reconstruct_window(opened, sizes, found, entered)
         if not fit:
             self._progress(self._joint_work(window))
         else:
@@ -162,17 +169,23 @@ class Refit:
         together = len(blocks) * WINDOW_PASSES if self._folds_layers(window) else 0
         return self._walk.tokens.numel() * self._fit.passes * (alone + together)
 
-    def _reconstruct_window(self, layers: list[OpenLayer], found: list[dict[str, Tensor]], entered: Tensor) -> None:
+    def _reconstruct_window(
+        self, layers: list[OpenLayer], sizes: list[Sizes], found: list[dict[str, Tensor]], entered: Tensor
+    ) -> None:
         """Fit all matrices of the window's layers together to where the dense stream is now.
 
         Args:
-            found: the layers' role tensors.
+            found: the layers' role tensors on the first process.
             entered: the pruned stream before the first of them.
         """
         kinds = [block.kind for layer in layers for block in layer.blocks]
         forward = lambda stream: through(layers, stream) - stream
         passes = WINDOW_PASSES * self._fit.passes
-        self._together(list(zip(layers, found)), set(kinds), forward, entered, passes, blocks=len(kinds))
+        if self._together(list(zip(layers, sizes)), forward, entered, passes, blocks=len(kinds)):
+            for layer, weights in zip(layers, found):
+                fitted = layer.full(_matrices(layer, set(kinds)))
+                if weights:
+                    weights |= fitted
         if self._fit.sequential:
             for batch in self._walk.batches():
                 self._pruned[batch] = through(layers, self._walk.on_device(entered[batch])).cpu()
@@ -182,7 +195,12 @@ class Refit:
     def _begin(self) -> None:
         """Before a block: without ``sequential`` the pruned stream is the dense one."""
         if not self._fit.sequential:
-            self._pruned = self._basis.encoded(self._walk.stream).clone()
+            self._encode()
+
+    def _encode(self) -> None:
+        """The dense stream in the basis, a few samples at a time where the stage computes."""
+        for batch in self._walk.batches():
+            self._pruned[batch] = self._basis.encoded(self._walk.on_device(self._walk.stream[batch])).cpu()
 
     def _fit_block(
         self, kept: KeptBlock, new: OpenBlock, layer: OpenLayer, weights: dict[str, Tensor], *, fit: bool, window: range
@@ -210,8 +228,9 @@ class Refit:
                 weights[role] = blocks.writer(weights[role], inside, self._pruned)
                 layer.load(reader(weights), {role})
             if self._fits_jointly(kept, window):
-                forward = lambda stream: added(new, stream)
-                self._together([(layer, weights)], {kept.kind}, forward, self._pruned, self._fit.passes, blocks=1)
+                forward, sizes = (lambda stream: added(new, stream)), _root_mean_squares(layer, weights, {kept.kind})
+                if self._together([(layer, sizes)], forward, self._pruned, self._fit.passes, blocks=1):
+                    weights |= layer.full(_matrices(layer, {kept.kind}))
         if self._fit.sequential:  # without it nobody looks at what the pruned block adds
             for batch in walk.batches():
                 self._pruned[batch] += added(new, walk.on_device(self._pruned[batch])).cpu()
@@ -264,17 +283,20 @@ class Refit:
 
     def _together(
         self,
-        layers: list[tuple[OpenLayer, dict[str, Tensor]]],
-        kinds: set[BlockKind],
+        layers: list[tuple[OpenLayer, Sizes]],
         forward: Callable[[Tensor], Tensor],
         entered: Tensor,
         passes: int,
         *,
         blocks: int,
-    ) -> None:
-        """Fit the matrices of ``layers``, and their role tensors, so that ``forward`` leads from ``entered`` to the dense stream."""
+    ) -> bool:
+        """Fit matrices of ``layers`` in place, so that ``forward`` leads from ``entered`` to the dense stream.
+
+        Returns:
+            Whether that changed them.
+        """
         if not passes:
-            return
+            return False
         walk = self._walk
 
         def at(batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -282,16 +304,11 @@ class Refit:
 
         examples = Examples(numbers=walk.numbers, count=walk.count, length=walk.stream.shape[1], at=at)
         parameters = []
-        for layer, weights in layers:
-            roles = _matrices(layer, kinds)
-            for fused, parameter in layer.matrices(roles).items():
-                group = next(tensor.roles for kind in kinds for tensor in kind.megatron if fused[0] in tensor.roles)
-                size = torch.cat([weights[role].flatten() for role in group]).square().mean().sqrt().item()
-                parameters.append((parameter, size))
+        for layer, sizes in layers:
+            held = layer.matrices({role for fused in sizes for role in fused})
+            parameters += [(parameter, sizes[fused]) for fused, parameter in held.items()]
         progress = lambda passes: self._progress(passes * blocks * walk.tokens.numel())
-        if reconstruct(parameters, forward, examples, self._stage, passes, progress):
-            for layer, weights in layers:
-                weights |= layer.full(_matrices(layer, kinds))
+        return reconstruct(parameters, forward, examples, self._stage, passes, progress)
 
     # ------------------------------------------------------------------------------------------------ the stream's ends
 
@@ -317,7 +334,7 @@ class Refit:
             new_norm, head = (scale(folds, basis.encode * weight) * weight / gain - offset).float(), None
         else:
             ones = torch.ones(self._config.hidden_size)
-            through = self._block_fit.through(folds, factors[:, None] * basis.decode)  # the new norm's factors are 1
+            through = self._block_fit.through(folds, factors[:, None] * basis.decode).cpu()  # the new norm's factors are 1
             new_norm, head = ones - offset, whole(HEAD) @ through.float()
         ends = {EMBEDDING: embedding, FINAL_NORM: new_norm} | ({} if head is None else {HEAD: head})
         return {tensor.role: value for tensor, value in ends.items()}
@@ -326,6 +343,15 @@ class Refit:
 def _length(block: OpenBlock, stream: Tensor) -> Tensor:
     """Root mean square of a writer's output, float64 [samples, tokens] on the host."""
     return block.write(block.inside(block.norm(stream))).double().square().mean(dim=-1).sqrt().cpu()
+
+
+def _root_mean_squares(layer: OpenLayer, weights: dict[str, Tensor], kinds: set[BlockKind]) -> Sizes:
+    """Of the matrices of some kinds of block, as the stage fuses them."""
+    found = {}
+    for fused in layer.matrices(_matrices(layer, kinds)):
+        group = next(tensor.roles for kind in kinds for tensor in kind.megatron if fused[0] in tensor.roles)
+        found[fused] = torch.cat([weights[role].flatten() for role in group]).square().mean().sqrt().item()
+    return found
 
 
 def _matrices(layer: OpenLayer, kinds: set[BlockKind]) -> set[str]:

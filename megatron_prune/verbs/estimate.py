@@ -7,40 +7,64 @@ from typing import ClassVar
 
 from megatron_prune.config import option
 from megatron_prune.opening.options import ForeignOptions
+from megatron_prune.pruning.options import BudgetOptions
+from megatron_prune.recovery.options import PassOptions
 from megatron_prune.runtime.options import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
-class EstimateOptions(ForeignOptions):
-    """Say what steps would need in memory per rank and on disk, without reading weights."""
+class RateOptions:
+    """How fast and how large devices and disks are."""
+
+    device_memory: str | None = option("memory of a device, such as 80GiB: what does not fit, and what would", None, group="run")
+    device_tflops: float = option(
+        "what a device can do at best in bf16 and fp16, TFLOP/s (H100: 989)", 989.0, least=1e-6, group="run"
+    )
+    device_tflops_full: float = option("the same in float32 and float64 (H100: 67)", 67.0, least=1e-6, group="run")
+    device_bandwidth: float = option("what a device reads of its memory, TB/s (H100: 3.35)", 3.35, least=1e-6, group="run")
+    mfu: float = option("share of a device's best rate that is reached", 0.4, least=1e-6, group="run")
+    disk_bandwidth: float = option(
+        "what all processes together read and write of the disk, GB/s (1: a network file system)", 1.0, least=1e-6, group="run"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateOptions(ForeignOptions, BudgetOptions, PassOptions, RateOptions):
+    """Say what steps would need of memory, disk and time, without reading weights."""
 
     EXAMPLES: ClassVar = {
-        "all": "megatron-prune estimate meta-llama/Llama-3.1-8B --target-tensor-parallel-size 4 --num-layers-remain 24"
+        "all": "megatron-prune estimate meta-llama/Llama-3.1-8B --target-tensor-parallel-size 4 --num-layers-remain 24 "
+        "--device-memory 80GiB",
+        "shape": "--num-layers-remain 24, or a budget: --ratio 0.25 --multiple-of hidden=64,ffn=128",
+        "run": "--bf16 --device-memory 80GiB --disk-bandwidth 3",
     }
 
     load: str = option(
         "Hugging Face directory, config.json, hub id, or Megatron checkpoint", group="model", former=("path",), positional=True
     )
-    target_tensor_parallel_size: int = option("tensor-parallel ranks", 1)
-    target_pipeline_parallel_size: int = option("pipeline stages", 1)
-    data_parallel_size: int = option("data-parallel copies in scoring, re-fitting and recovery", 1)
-    make_vocab_size_divisible_by: int = option("the padded vocabulary is a multiple of this × the tensor-parallel size", 128)
-    target_params_dtype: str = option("element type of checkpoints and of recovery", "bf16", choices=DTYPES)
+    target_tensor_parallel_size: int = option("tensor-parallel ranks", 1, least=1)
+    target_pipeline_parallel_size: int = option("pipeline stages", 1, least=1)
+    data_parallel_size: int = option("data-parallel copies in scoring, re-fitting and recovery", 1, least=1)
+    make_vocab_size_divisible_by: int = option(
+        "the padded vocabulary is a multiple of this × the tensor-parallel size", 128, least=1
+    )
+    target_params_dtype: str = option("element type of checkpoints", "bf16", choices=DTYPES)
+    dtype: str = option("what measuring and re-fitting compute in", "fp32", choices=DTYPES)
     hidden_size_remain: int | None = option("residual channels that stay", None, group="shape")
     ffn_hidden_size_remain: int | None = option("feed-forward channels that stay", None, group="shape")
     num_attention_heads_remain: int | None = option("query heads that stay", None, group="shape")
     num_query_groups_remain: int | None = option("KV groups that stay", None, group="shape")
     num_layers_remain: int | None = option("layers that stay", None, group="shape")
     layer_sizes: str | None = option("JSON file of sizes by layer, as that of prune", None, group="shape", exists=True)
-    micro_batch_size: int = option("sequences in a forward pass of recovery", 1)
-    seq_length: int = option("tokens in a sequence of recovery", 4096)
-    nsamples: int = option("samples of calibration text, of all sources together", 256)
+    nsamples: int = option("samples of calibration text, of all sources together", 256, least=1, group="text")
     sample_length: int | None = option(
-        "tokens in a sample of calibration text (default: 512, or the model's context where that is shorter)", None, least=2
+        "tokens in a sample of calibration text (default: 512, or the model's context where that is shorter)",
+        None,
+        least=2,
+        group="text",
     )
-    recompute: bool = option("recovery recomputes activations layer by layer", False)
+    reconstruct: int = option("passes over the text in which all matrices of a cut block are fitted together", 4, least=0)
+    recompute: bool = option("the same as --recompute-granularity full", False, group="expert")
     distill: bool = option("recovery is distilled from the unpruned model beside it", False)
     train_tokens: float = option("tokens of the recovery", 12e9, least=1)
-    device_tflops: float = option("what a device can do at best, TFLOP/s (H100 in bf16: 989)", 989.0, least=1e-6)
-    mfu: float = option("share of it that training reaches", 0.4, least=1e-6)
     json: bool = option("print JSON", False, group="run")

@@ -18,7 +18,7 @@ from megatron_prune.errors import InputError
 from megatron_prune.opening.opened import open_huggingface
 from megatron_prune.planning.allocators.free import Free
 from megatron_prune.planning.costs import Costs, levels, sizes_at
-from megatron_prune.planning.loss_estimate import LOSS_WEIGHTS
+from megatron_prune.planning.loss_weights import LOSS_WEIGHTS
 from megatron_prune.pruning import costs as measuring
 from megatron_prune.pruning.engines.huggingface import HuggingFaceEngine
 from megatron_prune.pruning.measure import CalibrationOptions, Subject, measure

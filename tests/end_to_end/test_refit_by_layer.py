@@ -119,3 +119,18 @@ def test_under_ranks_every_layer_of_its_own_width_is_fitted_as_in_one_process(mo
     assert found.keys() == other.keys()
     for tensor, data in found.items():
         assert (other[tensor] - data).abs().max() <= 1e-4 * data.abs().max(), tensor
+
+
+def test_under_ranks_a_window_of_layers_learns_together_as_in_one_process(model, ranks, tmp_path):
+    """Only the first process keeps the layers that are done; what all of them step together is filed by it."""
+    load, _, _ = model
+    given = {"drop_layers": (1,), "metric": "magnitude", "ridge": 30.0, "reconstruct": 2}  # what least squares leaves to do
+    prune(PruneOptions(**options(load, tmp_path / "one", **given)), World())
+    prune(PruneOptions(**options(load, tmp_path / "none", **{**given, "reconstruct": 0})), World())
+    ranks(3).run(rank_jobs.run_steps, ("prune", options(load, tmp_path / "two", **given, tensor_model_parallel_size=3)))
+    found, start, other = (oracle.model_of(tmp_path / name)[1] for name in ("one", "none", "two"))
+    moved = {tensor for tensor, data in found.items() if not torch.equal(data, start[tensor])}
+    assert {tensor.layer for tensor in moved} == {0, 1, 2}  # the layer before the gap, and those after it
+    for tensor, data in found.items():
+        step = (data - start[tensor]).abs().max()
+        assert (other[tensor] - data).abs().max() <= 0.02 * step + 1e-4 * data.abs().max(), tensor

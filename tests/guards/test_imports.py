@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import graphlib
+import json
 import subprocess
 import sys
 
@@ -54,3 +55,17 @@ def test_no_verb_waits_for_torch_to_say_what_it_can_be_asked():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert found.stdout.split() == []
+
+
+def test_an_estimate_of_a_configuration_waits_for_no_torch(tmp_path):
+    """Budgets and what would fit included: the rooms that this takes stay free of it."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    said = {"model_type": "llama", "num_hidden_layers": 4, "vocab_size": 512, "max_position_embeddings": 64, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, **said}))
+    asked = [str(tmp_path / "config.json"), "--ratio", "0.2", "--device-memory", "1MB"]
+    code = (
+        f"import sys\nfrom megatron_prune.cli.main import main\nmain(['estimate', *{asked!r}])\n"
+        "print(*sorted({'torch', 'transformers', 'megatron', 'datasets', 'pandas'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "shapes within the budget" in found.stdout and found.stdout.splitlines()[-1] == ""

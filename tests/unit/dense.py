@@ -26,6 +26,19 @@ SMALL = ModelConfig(
     qk_norm=True,
 )
 
+LARGE = ModelConfig(
+    num_layers=80,
+    hidden_size=8192,
+    ffn_hidden_size=28672,
+    num_attention_heads=64,
+    num_query_groups=8,
+    kv_channels=128,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+    tie_embeddings=False,
+)
+"""A model of 70 billion parameters."""
+
 ATTENTION, MLP = "self_attention.", "mlp."
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -72,3 +75,30 @@ def test_scale_is_the_best_factor():
     error = lambda factor: (t - factor * x @ matrix.T).square().sum().item()
     assert error(best) <= min(error(best * 1.01), error(best * 0.99))
     assert best == pytest.approx(((x @ matrix.T) * t).sum().item() / (x @ matrix.T).square().sum().item())
+
+
+def test_a_fit_takes_two_matrices_of_the_moments_size_beside_its_folds():
+    """What ``planning/passes.py`` counts: the resident peak of a process above what it held before."""
+    inputs, outputs = 2000, 300
+    parts = [samples(inputs, inputs, outputs, seed) for seed in (1, 2)]
+    folds, start = [(x.T @ x, t.T @ x) for x, t, _ in parts], parts[0][2]
+    del parts
+    fitted([(moment[:64, :64], target[:, :64]) for moment, target in folds], start[:, :64])  # libraries get what they keep
+
+    def resident(name: str) -> int:
+        return int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if name in line)) * 1024
+
+    gc.collect()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    fitted(folds, start)
+    assert resident("VmHWM") - before < 8 * (2 * inputs**2 + 3 * inputs * outputs) * 1.1
+
+
+def test_solving_elsewhere_is_solving():
+    x, t, start = samples(40, 5, 3, 8)
+    folds = [(x[:20].T @ x[:20], t[:20].T @ x[:20]), (x[20:].T @ x[20:], t[20:].T @ x[20:])]
+    kept = [(moment.clone(), target.clone()) for moment, target in folds]
+    here, there = fitted(folds, start), fitted(folds, start, device=torch.device("cpu"))
+    assert torch.equal(here[0], there[0]) and here[1] == there[1]
+    assert all(torch.equal(a, b) for one, other in zip(folds, kept) for a, b in zip(one, other))  # folds are not changed

@@ -18,10 +18,11 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import FAMILIES
-from megatron_prune.planning import loss_estimate as ranking
+from megatron_prune.planning import loss_weights as ranking
 from megatron_prune.planning import shapes as grid
 from megatron_prune.planning.budget import Budget, parameters, parse_bytes, parse_count, read_budget
-from megatron_prune.planning.loss_estimate import LOSS_WEIGHTS, cut_axes, loss_estimate, rank_candidates
+from megatron_prune.planning.loss_estimate import loss_estimate
+from megatron_prune.planning.loss_weights import LOSS_WEIGHTS, cut_axes, even_loss, rank_candidates
 from megatron_prune.planning.multiples import VARIED, check_multiples, parse_multiples
 from megatron_prune.planning.shapes import LIMIT, candidates
 from megatron_prune.planning.target import PRUNE_TYPES, check_parallel
@@ -549,3 +550,20 @@ def test_query_heads_that_go_with_their_group_are_not_an_axis_of_their_own():
         "head",
         "kv_head",
     ]
+
+
+def test_at_even_scores_the_estimate_is_that_of_sizes_alone():
+    """What ``estimate`` takes to be the shape that a budget will lead to."""
+    scores = {("hidden", None): torch.ones(SMALL.hidden_size)}
+    for layer in range(SMALL.num_layers):
+        scores |= {("ffn", layer): torch.full((SMALL.ffn_hidden_size,), 3.0), ("head", layer): torch.ones(12)}
+        scores |= {("kv_head", layer): torch.ones(6)}
+    scores["layer", None] = torch.ones(SMALL.num_layers)
+    by_scores, by_sizes = loss_estimate(SMALL, scores, even=0.5), even_loss(SMALL)
+    for sizes in (
+        {"ffn_hidden_size": 18},
+        {"hidden_size": 12, "num_layers": 3},
+        {"num_attention_heads": 6, "num_query_groups": 3},
+    ):
+        shape = replace(SMALL, **sizes)
+        assert by_sizes(shape) == pytest.approx(by_scores(shape))
