@@ -24,7 +24,6 @@ from megatron_prune.planning.resources import (
     saving_memory,
     streaming_memory,
     training_disk,
-    training_flops,
     training_memory,
     training_seconds,
     weight_bytes,
