@@ -6,7 +6,7 @@
 #   MASTER_ADDR      address of machine 0                   (default 127.0.0.1)
 #   MASTER_PORT      a free port on it                      (default 29500; on one machine any free one is taken)
 #   MAX_RESTARTS     start all processes again so many times when one is lost; recover.sh goes on from its last checkpoint
-#                    (default 0)
+#                    (default 0). Bad input (exit code 2 of a verb) is not tried again: it ends the job at once.
 #   LOCAL_ADDR       with MAX_RESTARTS: address of this machine, where its own name does not lead the others to it
 #
 # Under Slurm: sbatch scripts/slurm.sbatch scripts/prune_llama.sh (see that file).
@@ -25,19 +25,20 @@ require() {  # require NAME 'what it is'
 }
 
 launch() {  # launch PROGRAM [ARGUMENT ...]: a file, or -m MODULE
-  local nnodes="${NNODES:-1}" nproc="${NPROC_PER_NODE:-1}" restarts="${MAX_RESTARTS:-0}"
+  local nnodes="${NNODES:-1}" nproc="${NPROC_PER_NODE:-1}" restarts="${MAX_RESTARTS:-0}" torchrun=(-m torch.distributed.run)
+  if [ "$restarts" != 0 ]; then torchrun=("$ROOT/scripts/torchrun.py"); fi
   if [ "$nnodes" = 1 ] && [ "$nproc" = 1 ] && [ "$restarts" = 0 ]; then
     exec "$PYTHON" "$@"
   elif [ "$nnodes" = 1 ]; then
-    exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$nproc" --max-restarts "$restarts" "$@"
+    exec "$PYTHON" "${torchrun[@]}" --standalone --nproc-per-node "$nproc" --max-restarts "$restarts" "$@"
   elif [ "$restarts" != 0 ]; then # machines that meet again after a loss
     local host=0
     if [ "${NODE_RANK:-0}" = 0 ]; then host=1; fi
-    exec "$PYTHON" -m torch.distributed.run --nnodes "$nnodes" --nproc-per-node "$nproc" --max-restarts "$restarts" \
+    exec "$PYTHON" "${torchrun[@]}" --nnodes "$nnodes" --nproc-per-node "$nproc" --max-restarts "$restarts" \
       --rdzv-backend c10d --rdzv-id "${SLURM_JOB_ID:-megatron-prune}" --rdzv-conf "is_host=$host" \
       --rdzv-endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} "$@"
   else
-    exec "$PYTHON" -m torch.distributed.run --nnodes "$nnodes" --node-rank "${NODE_RANK:-0}" \
+    exec "$PYTHON" "${torchrun[@]}" --nnodes "$nnodes" --node-rank "${NODE_RANK:-0}" \
       --nproc-per-node "$nproc" --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" "$@"
   fi
 }

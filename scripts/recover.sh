@@ -16,7 +16,7 @@
 #   GPT_ARGS                     Megatron's own arguments; those of the shape must agree with the checkpoint
 #   Further arguments are passed on, such as --save-interval 100.
 #
-#   Several machines, restarts after a lost process: see launch.sh.
+#   Several machines, restarts after a lost process (not after bad input): see launch.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 require LOAD_DIR "a Megatron checkpoint"

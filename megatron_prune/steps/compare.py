@@ -24,6 +24,7 @@ from megatron_prune.planning.plan import shown_size
 from megatron_prune.runtime.stock_model import load_stock_model
 from megatron_prune.runtime.world import World
 from megatron_prune.text.encoder import load_tokenizer
+from megatron_prune.text.template import ChatTemplate
 from megatron_prune.verbs.compare import CompareOptions
 
 
@@ -51,6 +52,7 @@ def compare(options: CompareOptions, world: World) -> None:
         numbers = all(isinstance(value, (int, float)) for value in (before, after))
         table.add_row(key, Text(_show(before)), Text(_show(after)), f"{after / before:.3f}" if numbers and before else "")
     Console().print(table)
+    print(f"asked: {options.prompt}")
     for label, row in zip(("before", "after"), rows):
         print(f"{label}: {' '.join(row['sample'].split())}")
     if protocols:
@@ -85,16 +87,22 @@ def _facts(name: str, options: CompareOptions, evaluation: dict[str, Any] | None
 
 
 def _generate(folder: Path, options: CompareOptions) -> str:
-    """Greedy continuation of the prompt by stock transformers."""
+    """A greedy sample by stock transformers: the answer to the prompt as a user's turn where the tokenizer has a chat template, else
+    the prompt and its continuation."""
     tokenizer = load_tokenizer(folder)
     model = load_stock_model(folder)
-    inputs = tokenizer(options.prompt, return_tensors="pt")
+    turn = ChatTemplate(tokenizer, folder.name, answers=False).turn(options.prompt)
+    if turn is None:
+        inputs, shown = tokenizer(options.prompt, return_tensors="pt"), 0
+    else:  # a template says itself which special tokens there are
+        inputs = tokenizer(turn, return_tensors="pt", add_special_tokens=False)
+        shown = inputs["input_ids"].shape[1]
     settings = {"max_new_tokens": options.max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
     try:
         output = model.generate(**inputs, **settings)
     except Exception as error:  # settings and token ids that the files name fail in any part of transformers
         raise InputError(f"transformers cannot generate with {folder}", got=reason(error)) from None
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return tokenizer.decode(output[0][shown:], skip_special_tokens=True)
 
 
 def _show(value: Any) -> str:

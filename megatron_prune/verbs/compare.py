@@ -18,6 +18,8 @@ class CompareOptions:
     after: str = option("Hugging Face model: a directory, or a hub id", group="model")
     before_evaluation: str | None = option("JSON file of `evaluate --output` for the first", None, group="model", exists=True)
     after_evaluation: str | None = option("JSON file of `evaluate --output` for the second", None, group="model", exists=True)
-    prompt: str = option("what both continue", "The capital of France is", group="text")
-    max_new_tokens: int = option("length of the continuation", 24, group="text")
+    prompt: str = option(
+        "what both answer, as a turn of a user (without a chat template: continue)", "The capital of France is", group="text"
+    )
+    max_new_tokens: int = option("tokens of the answer", 24, group="text")
     output: str | None = option("also write the table to this JSON file", None, group="model")

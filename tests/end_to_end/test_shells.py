@@ -168,3 +168,33 @@ def test_the_script_recovers_with_its_settings(tiny, tmp_path, stub, ranks):
     assert summary["finished"] and {name: summary["settings"][name] for name in asked} == asked
     assert summary["held_out_loss"] != summary["start_loss"]
     assert "kl" in (tmp_path / "run/history.jsonl").read_text()
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_bad_input_is_not_tried_again(tmp_path, machines):
+    """What a process says of its input it would say after every restart."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = {"LOAD_DIR": tmp_path / "none", "SAVE_DIR": tmp_path / "run", "DATA_PATH": "x", "DP": 2, "MAX_RESTARTS": 2}
+    settings |= {"NNODES": machines, "MASTER_PORT": port, "LOCAL_ADDR": "127.0.0.1"}
+    with ThreadPoolExecutor(machines) as pool:
+        agents = [pool.submit(bash, "scripts/recover.sh", **settings, NODE_RANK=rank) for rank in range(machines)]
+    done = [agent.result() for agent in agents]
+    said = "".join(each.stderr for each in done)
+    assert done[0].returncode == 2 and all(each.returncode for each in done), said
+    assert said.count("none: no such file or directory") == 1, said
+
+
+def test_a_process_that_is_lost_is_started_again_as_often_as_was_asked(tmp_path):
+    program, job = tmp_path / "program.py", tmp_path / "job.sh"
+    program.write_text(
+        "import os, sys, time\n"
+        "again = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
+        "print('start', again, flush=True)\n"
+        "sys.exit(0 if again >= int(sys.argv[1]) else 1)\n"
+    )
+    job.write_text(f"source '{ROOT}/scripts/launch.sh'\nlaunch '{program}' \"$@\"\n")
+    for needed, code, starts in (("1", 0, ["start 0", "start 1"]), ("2", 1, ["start 0", "start 1"])):
+        done = bash(str(job), needed, MAX_RESTARTS=1)
+        assert (done.returncode, done.stdout.splitlines()) == (code, starts), done.stderr
