@@ -1,7 +1,8 @@
 # make demo      a real model, pruned end to end on this machine        (see README.md)
 # make test      the whole test suite, from nothing; in a random order: make test ORDER=7
-# make test-wheel   the wheel, where nothing else is installed than it asks for
+# make test-wheel   sdist and wheel, installed where nothing else is than they ask for
 # make test-serving   vLLM, llama.cpp and transformers 4, each in an environment of its own   (see docs/serving.md)
+# make docs      the documents as a site, in site/
 # make install   only the virtual environment
 
 PYTHON ?= python3
@@ -9,12 +10,12 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-wheel test-serving install clean
+.PHONY: demo test test-wheel test-serving docs install clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py Makefile
-	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] < (3, 13) else "Python 3.10, 3.11 or 3.12 is needed (this is %d.%d); name one with: make PYTHON=python3.11" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] < (3, 14) else "Python 3.10, 3.11, 3.12 or 3.13 is needed (this is %d.%d); name one with: make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test]'
@@ -57,5 +58,12 @@ test-serving: install $(SERVING:%=%/.installed) .venv-llama-cpp/llama.cpp
 	  LLAMA_CPP_PYTHON=$(CURDIR)/.venv-llama-cpp/bin/python LLAMA_CPP=$(CURDIR)/.venv-llama-cpp/llama.cpp \
 	  $(BIN)/python -m pytest -m serving tests/serving
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) $(SERVING) demo
+	rm -rf $(VENV) $(SERVING) demo site

