@@ -5,7 +5,7 @@
 #   MODEL          any Llama, Mistral, Qwen2/2.5 or Qwen3: a directory or hub id  (default: SmolLM2-135M-Instruct)
 #   TEXT           text for the perplexity                                         (default: Python's own documentation)
 #   TP             tensor-parallel ranks                                           (default: the largest of 3 2 1 that divides)
-#   PRUNE          what to prune, as arguments of prune_llama.py                   (default: see below)
+#   PRUNE          what to prune, as arguments of the verb prune                    (default: see below)
 #   OUT            where everything goes                                           (default: demo)
 #
 # A stage whose command has not changed since it last succeeded, and whose inputs were not remade, is not run again.
@@ -50,14 +50,14 @@ import json, sys
 facts = json.load(sys.stdin)
 tp = int(sys.argv[1] or next(size for size in (3, 2, 1) if size in facts["tensor_parallel_sizes"]))
 ffn = facts["shape"]["ffn_hidden_size"]
-print(tp, f"--ffn_hidden_size_remain {max(tp, ffn * 3 // 4 // (8 * tp) * (8 * tp))}")' "${TP:-}")
-PRUNE="${PRUNE:-$DEFAULT_PRUNE --prune_type global --data $OUT/calibration.txt:1 --nsamples 16}"
+print(tp, f"--ffn-hidden-size-remain {max(tp, ffn * 3 // 4 // (8 * tp) * (8 * tp))}")' "${TP:-}")
+PRUNE="${PRUNE:-$DEFAULT_PRUNE --prune-type global --data $OUT/calibration.txt:1 --nsamples 16}"
 
 stage 3 "converting to Megatron shards for TP $TP" "$OUT/megatron" \
   prune_tool convert --load "$HF" --save "$OUT/megatron" --target-tensor-parallel-size "$TP" --overwrite
 verify() { ranks -m megatron_prune verify --load "$OUT/megatron" --hf-dir "$HF" && touch "$OUT/verified"; }
 stage 4 "comparing logits under TP $TP with transformers" "$OUT/verified" verify
-prune() { ranks "$ROOT/prune_llama.py" --load "$OUT/megatron" --save "$OUT/pruned" --save-plan "$OUT/plan.json" --overwrite "$@"; }
+prune() { ranks -m megatron_prune prune --load "$OUT/megatron" --save "$OUT/pruned" --save-plan "$OUT/plan.json" --overwrite "$@"; }
 # shellcheck disable=SC2086  # PRUNE is a list of arguments
 stage 5 "pruning under TP $TP: $PRUNE" "$OUT/pruned" prune $PRUNE
 stage 6 "converting back to Hugging Face" "$OUT/pruned_hf" \
@@ -77,5 +77,5 @@ if [ "$LAST" = 0 ] && [ "$FRESH" = 0 ]; then cat "$OUT/table.txt"; fi
 cat <<END
 
 Done in $((SECONDS - STARTED)) s. The pruned model is a plain Hugging Face directory: $OUT/pruned_hf
-One shot, no training, on a few windows of text: it shows the path. More text and the model's own samples do better (README).
+One shot, no training, on a few windows of text: it shows the path. More text and the model's own samples do better (docs/measured.md).
 END

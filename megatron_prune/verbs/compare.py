@@ -19,7 +19,9 @@ class CompareOptions:
     before_evaluation: str | None = option("JSON file of `evaluate --output` for the first", None, group="model", exists=True)
     after_evaluation: str | None = option("JSON file of `evaluate --output` for the second", None, group="model", exists=True)
     prompt: str = option(
-        "what both answer, as a turn of a user (without a chat template: continue)", "The capital of France is", group="text"
+        "what both answer, as a turn of a user (without a chat template: continue)",
+        "What is the capital of France?",
+        group="text",
     )
     max_new_tokens: int = option("tokens of the answer", 24, group="text")
     output: str | None = option("also write the table to this JSON file", None, group="model")

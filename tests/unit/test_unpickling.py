@@ -243,7 +243,7 @@ OPCODES = {
     "STACK_GLOBAL of a dotted name": PROTO4 + name4("os", "path.os.mkdir") + PATH + b"\x85R.",
     "STACK_GLOBAL through argparse": PROTO4 + name4("argparse", "_os.mkdir") + PATH + b"\x85R.",
     "STACK_GLOBAL through torch": PROTO4 + name4("torch", "os.mkdir") + PATH + b"\x85R.",
-    "STACK_GLOBAL through a harmless module": PROTO4 + name4("pathlib", "os.mkdir") + PATH + b"\x85R.",
+    "STACK_GLOBAL through a harmless module": PROTO4 + name4("glob", "os.mkdir") + PATH + b"\x85R.",
     "STACK_GLOBAL of the memo": PROTO4 + text("os") + b"\x940" + text("mkdir") + b"\x940h\x00h\x01\x93" + PATH + b"\x85R.",
     "INST": b"(" + COMMAND + b"isubprocess\nPopen\n.",
     "OBJ": b"(csubprocess\nPopen\n" + COMMAND + b"o.",
