@@ -28,19 +28,11 @@ AWAITED = {"docs/estimate.md", "docs/hub.md", "docs/serving.md"}
 """Pages that are linked and still being written elsewhere; whoever brings one takes it out of here."""
 
 OTHERS = {
-    *("--nproc-per-node", "--max-restarts", "--nodes"),  # torchrun, sbatch
-    *("--use-checkpoint-args", "--dist-ckpt-strictness", "--use-cpu-initialization"),  # Megatron-LM
-    *(
-        "--file",
-        "--tag",
-        "--gpus",
-        "--rm",
-        "--ipc",
-        "--nv",
-        "--user",
-        "--check",
-        "--build-arg",
-    ),  # docker, apptainer, containers/install.py
+    *("--nproc-per-node", "--max-restarts"),  # torchrun
+    *("--nodes", "--gres", "--ntasks", "--cpus-per-task", "--exclusive"),  # Slurm
+    *("--use-checkpoint-args", "--dist-ckpt-strictness"),  # Megatron-LM
+    *("--build-arg", "--entrypoint", "--file", "--gpus", "--ipc", "--rm", "--tag", "--user", "--volume"),  # docker
+    *("--bind", "--nv"),  # Apptainer
 }
 """Flags of programs that are not ours."""
 
