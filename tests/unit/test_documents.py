@@ -30,7 +30,7 @@ OTHERS = {
     *("--use-checkpoint-args", "--dist-ckpt-strictness"),  # Megatron-LM
     *("--build-arg", "--entrypoint", "--file", "--gpus", "--ipc", "--rm", "--tag", "--user", "--volume"),  # docker
     *("--bind", "--nv"),  # Apptainer
-    "--trust-remote-code",  # vLLM
+    *("--trust-remote-code", "--tensor-parallel-size", "--outfile"),  # vLLM, llama.cpp
 }
 """Flags of programs that are not ours."""
 
