@@ -119,6 +119,7 @@ def add_options(parser: Parser, kind: type) -> None:
     hints, examples = typing.get_type_hints(kind), getattr(kind, "EXAMPLES", {})
     for group, title in GROUPS.items():
         chosen = [item for item in fields(kind) if item.metadata.get("group") == group]
+        chosen.sort(key=lambda item: item.default is not MISSING)  # what is needed stands first
         if chosen or group == "run":
             shown = parser.add_argument_group(title, f"for example: {examples[group]}" if group in examples else None)
             for item in chosen:

@@ -13,7 +13,7 @@ def overview(verbs: Iterable[str] = VERBS) -> str:
     lines = ["usage: megatron-prune <verb> [options]      megatron-prune <verb> --help", ""]
     lines += [f"  {verb:12} {VERBS[verb]}" for verb in verbs]
     lines += ["", "Under torchrun: torchrun --nproc-per-node N -m megatron_prune <verb> [options]"]
-    lines += ['Completion of a shell: eval "$(megatron-prune completion bash)" (or zsh, tcsh)']
+    lines += ['Completion of a shell: eval "$(megatron-prune completion bash)" (also zsh, tcsh, fish, powershell)']
     return "\n".join(lines)
 
 
