@@ -32,6 +32,7 @@ NEXT = {
     "teach": lambda o, ranks: _under(ranks, f"recover --teacher-logits {o.save} --load … --save … --train-iters {o.train_iters}"),
     "recover": lambda o, ranks: f"megatron-prune export --load {o.save}/best --save …",
     "vocab count": lambda o, ranks: f"megatron-prune vocab select --load {o.tokenizer} --counts {o.save} --coverage 0.9999",
+    "vocab select": lambda o, ranks: f"megatron-prune vocab trim --load {o.load} --plan {o.save_plan} --save …",
     "vocab trim": lambda o, ranks: f"megatron-prune inspect {o.save}",
     "vocab remap": lambda o, ranks: f"megatron-prune recover --load … --save … --train-iters 100 --data-path {o.save}",
 }
@@ -45,14 +46,15 @@ class Ending:
         self._verb, self._options, self._world, self._start = verb, options, world, time.monotonic()
 
     def say(self) -> None:
-        """On the main process, of a verb that wrote what ``--save`` names."""
-        if self._verb not in NEXT or not self._world.is_main:
+        """On the main process, of a verb that wrote what ``--save`` (or ``--save-plan`` alone) names."""
+        save = getattr(self._options, "save", None) or getattr(self._options, "save_plan", None)
+        if self._verb not in NEXT or save is None or not self._world.is_main:
             return
-        files = _files(Path(self._options.save))
+        files = _files(Path(save))
         if not files:
             return
         size, seconds = sum(path.stat().st_size for path in files), time.monotonic() - self._start
-        log.info("%s: %s in %s", self._options.save, shown_bytes(size), shown_time(seconds))
+        log.info("%s: %s in %s", save, shown_bytes(size), shown_time(seconds))
         log.info("next: %s", NEXT[self._verb](self._options, self._world.size))
 
 

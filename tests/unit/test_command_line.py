@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import subprocess
 import sys
@@ -16,10 +17,13 @@ from hypothesis import strategies as st
 
 from megatron_prune.cli.completion import SHELLS, script
 from megatron_prune.cli.config_file import set_defaults, text_of
+from megatron_prune.cli.ending import NEXT, Ending
 from megatron_prune.cli.main import main
 from megatron_prune.cli.parser import made, parse, parser_of
 from megatron_prune.config import GROUPS, option
 from megatron_prune.errors import InputError
+from megatron_prune.runtime.reporting import log
+from megatron_prune.runtime.world import World
 from megatron_prune.verbs.table import VERBS, options_of
 
 
@@ -249,3 +253,50 @@ def test_a_message_about_a_command_line_comes_before_torch(tmp_path):
     words = ["prune", "--load", str(tmp_path / "none"), "--save", "x", "--ratio", "0.25"]
     found = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert found.returncode == 2 and "no such file or directory" in found.stderr and found.stdout == "False\n"
+
+
+def test_every_verb_that_writes_says_what_comes_next():
+    writing = {verb for verb in VERBS if {"save", "save_plan"} & {item.name for item in dataclasses.fields(options_of(verb))}}
+    assert set(NEXT) == writing
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("verb", NEXT)
+def test_what_comes_next_is_a_command_of_ours(verb, ranks, monkeypatch):
+    monkeypatch.setattr("megatron_prune.cli.parser.check_there", lambda options: None)
+    kind = options_of(verb)
+    needed = [word for item in dataclasses.fields(kind) if item.default is dataclasses.MISSING for word in needed_words(item)]
+    said = NEXT[verb](parse(kind, needed, prog="x"), ranks)
+    words = shlex.split(said.replace("…", "there"))
+    words = words[words.index("megatron_prune" if "-m" in words else "megatron-prune") + 1 :]
+    following = next(other for other in VERBS if " ".join(words).startswith(f"{other} "))
+    argv = words[len(following.split()) :]
+    argv += ["--global-batch-size", "8"] if following == "recover" else []
+    parse(options_of(following), argv, prog="x")
+    assert ("torchrun --nproc-per-node 3" in said) == (
+        ranks == 3 and following in ("prune", "recover") and verb != "preprocess" and verb != "vocab remap"
+    )
+
+
+def test_the_ending_says_where_how_large_and_how_long(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level("INFO", log.name)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a").write_bytes(bytes(1500))
+    (tmp_path / "p_text_document.bin").write_bytes(bytes(2_000_000))
+    (tmp_path / "p_text_document.idx").write_bytes(bytes(500_000))
+    for verb, save, size in (("export", tmp_path / "d", "1.5 KB"), ("preprocess", tmp_path / "p", "2.5 MB")):
+        words = [
+            word
+            for item in dataclasses.fields(options_of(verb))
+            if item.default is dataclasses.MISSING
+            for word in needed_words(item)
+        ]
+        monkeypatch.setattr("megatron_prune.cli.parser.check_there", lambda options: None)
+        options = dataclasses.replace(parse(options_of(verb), words, prog="x"), save=str(save))
+        Ending(verb, options, World()).say()
+        assert re.search(rf"{save}: {size} in 0\.\d s", caplog.text)
+    before = caplog.text
+    Ending("export", options, World(rank=1, size=2)).say()
+    Ending("inspect", options, World()).say()
+    assert caplog.text == before
