@@ -15,7 +15,7 @@ from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig, RopeScaling
 from megatron_prune.checkpoint import gemma3_args, heterogeneous, model_folder
 from megatron_prune.checkpoint.known_args import refused_arguments, shown
 from megatron_prune.errors import CheckpointError, raise_all
-from megatron_prune.families.family import Family, family_of
+from megatron_prune.families.family import Family, family_of, kin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,8 +331,11 @@ def check_goes_back_to(config: ModelConfig, family: Family, hf_dir: Path, *, pru
     hf_config = model_folder.read_config(hf_dir)
     other = family_of(hf_config)
     theirs, problems = other.model_config(hf_config), []
-    if not other.fits(config):
-        problems.append(f"family: the checkpoint is a {family.name} model, config.json a {other.name} model")
+    if kin(theirs) != kin(config):
+        switches = (item.name for item in fields(config) if item.type == "bool" and item.name != "tie_embeddings")
+        apart = [name for name in switches if getattr(config, name) != getattr(theirs, name)]
+        more = f" ({', '.join(apart)} differs)" if apart else ""
+        problems.append(f"family: the checkpoint is a {family.name} model, config.json a {other.name} model{more}")
     for name in SHAPE_FIELDS:
         ours, needed = getattr(config, name), getattr(theirs, name)
         larger = max(config.each(name)) > max(theirs.each(name))

@@ -134,7 +134,7 @@ def test_a_shape_that_the_familys_class_refuses_is_run_by_one_of_its_kin(tiny):
     layer.load(reader({role: torch.ones(size) for role, size in sizes.items()}))
     assert values_inside(layer, torch.ones(1, 4, 40).to(stage.device), stage)["write_mlp"].isfinite().all()
     with pytest.raises(InputError, match="cannot express"):
-        stage.layer(replace(model.config, qk_norm=True))
+        stage.layer(replace(model.config, qk_norm=True, qkv_bias=True))  # no family has both
 
 
 # ------------------------------------------------------------------------------------------------------------ statistics

@@ -111,7 +111,7 @@ SHAPES = {
     "--hidden_size_remain 36 --hidden_size_remian 30": "hidden_size_remian",
     "--hidden_size_remain 36 --num-layers 5": "--num-layers 5, the checkpoint has 4",
     "--hidden_size_remain 36 --hidden-size 64 --swiglu --ffn-hidden-size 96": "--hidden-size 64, the checkpoint has 48",
-    "--hidden_size_remain 36 --target-family llama": "target-family llama.*qwen2",
+    "--hidden_size_remain 36 --target-family mistral": "target-family mistral.*qwen2",
     "--hidden_size_remain 36 --target-family gpt2": "gpt2",
     "--hidden_size_remain 36 --tensor-model-parallel-size 2": "1 process for TP 2 × PP 1.*nproc-per-node 2",
     "--hidden_size_remain 36 --tensor-model-parallel-size 0": "tensor.*0.*positive",

@@ -251,6 +251,13 @@ def test_the_directory_of_another_model_is_refused(ours, tiny, tmp_path, capsys,
     ).exists()
 
 
+def test_a_model_with_biases_does_not_go_back_to_a_llama_without(ours, tiny, tmp_path, capsys):
+    """Sizes are alike, and Llama's class can have biases."""
+    m, _ = ours("torch", "qwen2", num_key_value_heads=12)
+    message = refused(capsys, "export", "--load-dir", m, "--save-dir", tmp_path / "out", "--hf-dir", tiny("llama"))
+    assert "config.json a llama model (qkv_bias differs)" in message and not (tmp_path / "out").exists()
+
+
 def test_the_family_is_that_of_hf_dir_where_the_architecture_is_the_same(ours, tmp_path):
     m, source = ours("torch", "mistral", num_key_value_heads=4)
     exports_exactly(foreign(m, tmp_path / "c"), source)
