@@ -8,11 +8,11 @@ from typing import ClassVar
 from megatron_prune.config import option
 from megatron_prune.opening.options import ForeignOptions
 from megatron_prune.runtime.options import DTYPES
-from megatron_prune.writing.options import CardOptions, OutputOptions, PushOptions
+from megatron_prune.writing.options import CardOptions, HuggingFaceOptions, OutputOptions, PushOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(ForeignOptions, OutputOptions, PushOptions, CardOptions):
+class ExportOptions(ForeignOptions, OutputOptions, HuggingFaceOptions, PushOptions, CardOptions):
     """Turn a Megatron checkpoint into a Hugging Face model that stock transformers loads."""
 
     EXAMPLES: ClassVar = {"all": "megatron-prune export --load ckpt/pruned --save pruned_hf"}
@@ -24,13 +24,6 @@ class ExportOptions(ForeignOptions, OutputOptions, PushOptions, CardOptions):
     target_params_dtype: str | None = option(
         "element type (default: that of the Hugging Face model it came from)", None, choices=DTYPES
     )
-    target_family: str | None = option(
-        "write as another family of the same architecture, such as mistral; or layers that differ as llama-per-layer "
-        "(transformers, with a file of code) or nemotron-nas (vLLM and others)",
-        None,
-        group="model",
-    )
-    max_shard_size: str = option("split weight files larger than this", "5GB", group="expert")
     adapter_only: bool = option("write an adapter as a directory that peft loads, not merged", False)
     base: str | None = option(
         "Megatron checkpoint of the model that an adapter is merged into (default: where it was trained)", None, group="expert"

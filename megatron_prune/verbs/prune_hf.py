@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from megatron_prune.config import option
 from megatron_prune.pruning.options import PruningOptions
-from megatron_prune.writing.options import PushOptions
+from megatron_prune.writing.options import HuggingFaceOptions, PushOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneHfOptions(PruningOptions, PushOptions):
+class PruneHfOptions(PruningOptions, HuggingFaceOptions, PushOptions):
     """Prune a Hugging Face model to a smaller shape, by scores or by a plan, and re-fit what stays; single process."""
 
     EXAMPLES: ClassVar = {
@@ -31,10 +31,3 @@ class PruneHfOptions(PruningOptions, PushOptions):
         group="shape",
         exists=True,
     )
-    target_family: str | None = option(
-        "write as another family of the same architecture, such as mistral; or layers that differ as llama-per-layer "
-        "(transformers, with a file of code) or nemotron-nas (vLLM and others)",
-        None,
-        group="model",
-    )
-    max_shard_size: str = option("split weight files larger than this", "5GB", group="expert")

@@ -25,6 +25,19 @@ class OutputOptions(CheckOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HuggingFaceOptions:
+    """As what a Hugging Face directory is written."""
+
+    target_family: str | None = option(
+        "write as another family of the same architecture, such as mistral; or layers that differ as llama-per-layer "
+        "(transformers, with a file of code) or nemotron-nas (vLLM and others)",
+        None,
+        group="model",
+    )
+    max_shard_size: str = option("split weight files larger than this", "5GB", group="expert")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushOptions:
     """Whether a Hugging Face directory goes to the hub."""
 
