@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -284,9 +285,22 @@ def metric(name: str, *, axes: Sequence[str] = ("hidden", "ffn", "head", "kv_hea
 
     Args:
         axes: that a function can score.
+
+    Raises:
+        InputError: on a name that is taken (one's own may be filed again) or none, an axis that there is not; and, when a function
+            is called, if what it returns is no tensor of its weights' shape.
     """
+    from megatron_prune.axes.axis import AXES
     from megatron_prune.importance.metric import METRICS
     from megatron_prune.importance.metric import Metric as Base
+
+    axes = (axes,) if isinstance(axes, str) else tuple(axes)
+    if not re.fullmatch(r"[A-Za-z]\w*", name):
+        raise InputError("the name of a metric", got=repr(name), needed="a letter, then letters, digits and underscores")
+    for axis in axes:
+        AXES.get(axis)
+    if name not in _OWN and name in METRICS.names():
+        raise InputError(f"a metric {name!r} is there already", do="choose another name")
 
     def filed(given: Any) -> Any:
         if name in _OWN:  # a cell of a notebook that runs again
@@ -300,7 +314,14 @@ def metric(name: str, *, axes: Sequence[str] = ("hidden", "ffn", "head", "kv_hea
             reads_weights = True
 
             def per_weight(self, axis: str, tensor: Any, weight: Tensor, cols: range) -> Tensor:
-                return given(weight.float()).double()
+                found = given(weight.float())
+                shape = list(getattr(found, "shape", ()))
+                if not hasattr(found, "double") or shape != list(weight.shape):
+                    got = f"a tensor {shape}" if hasattr(found, "double") else type(found).__name__
+                    raise InputError(
+                        f"metric {name}: what it says of weights", got=got, needed=f"a tensor {list(weight.shape)}, as they are"
+                    )
+                return found.double()
 
             def finish(self, axis: str, layer: int | None, total: Tensor) -> Tensor:
                 return total

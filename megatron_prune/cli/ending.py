@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.checkpoint import model_folder
 from megatron_prune.runtime.reporting import log, shown_bytes, shown_time
 from megatron_prune.runtime.world import World
 
@@ -13,6 +14,12 @@ from megatron_prune.runtime.world import World
 def _under(ranks: int, command: str) -> str:
     """A command of ours as it is started on so many ranks."""
     return f"torchrun --nproc-per-node {ranks} -m megatron_prune {command}" if ranks > 1 else f"megatron-prune {command}"
+
+
+def _pruner(load: str) -> str:
+    """The verb that prunes a model of its kind."""
+    path = Path(load)
+    return "prune" if path.is_dir() and not model_folder.is_huggingface(path) else "prune-hf"
 
 
 NEXT = {
@@ -23,7 +30,7 @@ NEXT = {
     "transfer": lambda o, ranks: f"megatron-prune inspect {o.save}",
     "sample": lambda o, ranks: _under(ranks, f"prune --load {o.load} --save … --ratio 0.25 --data {o.save}"),
     "score": lambda o, ranks: _under(ranks, f"prune --load {o.load} --save … --ratio 0.25 --scores {o.save}"),
-    "plan": lambda o, ranks: _under(ranks, f"prune --load {o.load} --save … --plan {o.save} --data …"),
+    "plan": lambda o, ranks: _under(ranks, f"{_pruner(o.load)} --load {o.load} --save … --plan {o.save} --data …"),
     "prune": lambda o, ranks: f"megatron-prune export --load {o.save} --save …",
     "prune-hf": lambda o, ranks: f"megatron-prune compare --before {o.load} --after {o.save}",
     "preprocess": lambda o, ranks: (

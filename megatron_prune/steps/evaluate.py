@@ -16,6 +16,7 @@ from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.opening.opened import open_to_run
 from megatron_prune.opening.source import PARAM_DTYPES
+from megatron_prune.planning.amounts import SEQ_LENGTH
 from megatron_prune.runtime.layout import run_layout
 from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
@@ -34,7 +35,7 @@ def evaluate(options: EvaluateOptions, world: World) -> dict[str, Any]:
         InputError: if the text, the tokenizer or the layout does not fit, or the loss is not finite.
     """
     require_positive(options, "seq_length", "windows", "micro_batch_size")
-    if options.seq_length < 2:
+    if options.seq_length is not None and options.seq_length < 2:
         raise InputError("--seq-length", got=options.seq_length, needed="at least 2: the first token is never predicted")
     if options.output:
         staging.check_file(Path(options.output))
@@ -42,13 +43,13 @@ def evaluate(options: EvaluateOptions, world: World) -> dict[str, Any]:
     stored = model.layout or ParallelLayout(tensor=world.size // (options.pipeline_model_parallel_size or 1) or 1)
     layout = run_layout(stored, world, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     layout.check(model.config)
-    if options.seq_length > model.config.max_position_embeddings:
-        raise InputError(
-            "--seq-length", got=options.seq_length, needed=f"at most the model's {model.config.max_position_embeddings}"
-        )
+    context = model.config.max_position_embeddings
+    length = min(SEQ_LENGTH, context) if options.seq_length is None else options.seq_length
+    if length > context:
+        raise InputError("--seq-length", got=length, needed=f"at most the model's {context}")
     if model.tokenizer is None:
         raise InputError(f"{model.path} keeps no tokenizer", do="name one with --tokenizer")
-    settings = {"seq_length": options.seq_length, "count": options.windows, "field": options.data_field, "leading": model.leading}
+    settings = {"seq_length": length, "count": options.windows, "field": options.data_field, "leading": model.leading}
     drawn = draw_windows(options.data, model.tokenizer, **settings)
     windows = drawn.tokens
     if windows.max() >= model.config.vocab_size:
@@ -61,7 +62,7 @@ def evaluate(options: EvaluateOptions, world: World) -> dict[str, Any]:
     from megatron_prune.runtime.model import build_model, stop_parallel
 
     dtype: torch.dtype = PARAM_DTYPES[options.dtype]
-    running = build_model(model.tensors, layout, world, dtype=dtype, seq_length=options.seq_length)
+    running = build_model(model.tensors, layout, world, dtype=dtype, seq_length=length)
     value = perplexity(running, windows, world, micro_batch_size=options.micro_batch_size)
     stop_parallel()
     if not math.isfinite(value):
@@ -76,7 +77,7 @@ def evaluate(options: EvaluateOptions, world: World) -> dict[str, Any]:
         "text": str(options.data),
         **{name: value for name, value in drawn.facts.items() if name in ("split", "files", "passed_over")},
         "windows": len(windows),
-        "seq_length": options.seq_length,
+        "seq_length": length,
         "begins_with_bos": model.leading is not None,
         "dtype": options.dtype,
         "tensor_parallel": layout.tensor,
@@ -86,7 +87,7 @@ def evaluate(options: EvaluateOptions, world: World) -> dict[str, Any]:
     if world.is_main:
         if line := summary(str(options.data), drawn.facts):
             log.info("%s", line)
-        log.info("perplexity %.3f over %d windows of %d tokens of %s", value, len(windows), options.seq_length, options.data)
+        log.info("perplexity %.3f over %d windows of %d tokens of %s", value, len(windows), length, options.data)
         if options.output:
             staging.write_files({Path(options.output): json.dumps(result, indent=2).encode() + b"\n"})
     return result

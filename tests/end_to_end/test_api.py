@@ -99,6 +99,7 @@ def test_perplexity_is_that_of_stock_transformers(folder, model, tmp_path):
         logits = model.double()(tokens).logits[:, :-1]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).exp().item()
     settings = {"seq_length": 16, "windows": 3}
+    assert mp.evaluate(folder, tmp_path / "t.txt", windows=1)["seq_length"] == 64, "the model's context, which is below 512"
     mp.convert(folder, tmp_path / "m")
     for given, more in ((folder, {}), (model.float(), {"tokenizer": folder}), (tmp_path / "m", {})):
         found = mp.evaluate(given, tmp_path / "t.txt", **settings, **more)
@@ -142,8 +143,21 @@ def test_a_metric_of_ones_own(folder):
         assert METRICS.get("largest_squares").axes == {"ffn", "head"}
         kept = [mp.plan(folder, FFN, metric=name, refit=False).layers for name in ("largest_squares", "by_class", "magnitude")]
         assert kept[0] == kept[1] == kept[2]
-        with pytest.raises(RuntimeError, match="registered twice"):
-            mp.metric("magnitude")(squares)
+        for name, axes, said in (
+            ("magnitude", ["ffn"], "there already"),
+            ("a b:c", ["ffn"], "letters"),
+            ("new", "fnn", "did you mean 'ffn'"),
+        ):
+            with pytest.raises(mp.InputError, match=said):
+                mp.metric(name, axes=axes)
+        for wrong, said in (
+            (lambda w: w.sum(-1), "got: a tensor"),
+            (lambda w: None, "got: NoneType"),
+            (lambda w: w.sum(), "got: a tensor"),
+        ):
+            mp.metric("largest_squares", axes="ffn")(wrong)
+            with pytest.raises(mp.InputError, match=f"(?s)metric largest_squares.*{said}.*needed: a tensor"):
+                mp.plan(folder, FFN, metric="largest_squares", refit=False)
     finally:
         METRICS.forget("largest_squares"), METRICS.forget("by_class")
 

@@ -274,7 +274,7 @@ def test_what_comes_next_is_a_command_of_ours(verb, ranks, monkeypatch):
     argv += ["--global-batch-size", "8"] if following == "recover" else []
     parse(options_of(following), argv, prog="x")
     assert ("torchrun --nproc-per-node 3" in said) == (
-        ranks == 3 and following in ("prune", "recover") and verb != "preprocess" and verb != "vocab remap"
+        ranks == 3 and following in ("prune", "prune-hf", "recover") and verb != "preprocess" and verb != "vocab remap"
     )
 
 
