@@ -219,7 +219,8 @@ def trim_vocabulary(
     Args:
         size: tokens that stay, exactly (or say ``coverage``, ``min_count``, ``keep_script`` … as options).
         counts: files of ``megatron-prune vocab count``.
-        data: corpora that are counted, instead.
+        data: corpora that are counted, instead: by processes of their own, which import the calling script, so that it needs
+            ``if __name__ == "__main__":`` around what it does.
         options: further ones of ``megatron-prune vocab trim``.
 
     Returns:

@@ -37,7 +37,9 @@ def set_defaults(parser: Parser, path: Path) -> None:
     for key, node in _entries(path):
         flag = parser.spelled("--" + key)
         action = parser._option_string_actions.get(flag)
-        if action is None or isinstance(action, argparse._HelpAction) or action.dest in ("config", "print_config"):
+        if action is not None and action.dest in ("help", "config", "print_config"):
+            raise InputError(f"{path}: {key} is for the command line alone", do="leave it out")
+        if action is None:
             raise InputError(f"{path}: {parser.unknown('--' + key)}", needed="names of flags, without their dashes")
         if action.dest in seen:
             raise InputError(f"{path} says {seen[action.dest]} and {key}, which are the same", do="leave one out")
