@@ -6,8 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.arch.tensors import parameter_count, tensor_ids
+from megatron_prune.arch.tensors import TensorId, parameter_count, tensor_ids
 from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
@@ -72,6 +74,7 @@ def write_cut(
         "side_files": trimmed.vocabulary.folder if trimmed else model.folder,
         "trimmed": trimmed,
     }
+    source = _as_written(source, common["dtypes"])
     if isinstance(model.checkpoint, MegatronCheckpoint):
         write_megatron(
             model.world,
@@ -121,6 +124,13 @@ def _entry(model: Opened, plan: Plan, cut: Cut, losses: dict[str, float] | None)
     old, new = ({**entry[name], "parameters": parameter_count(of)} for name, of in (("old", model.config), ("new", cut.config)))
     more = {"content_id": content_id, "held_out_loss": losses}
     return {**entry, "old": old, "new": new, **{name: value for name, value in more.items() if value}}
+
+
+def _as_written(source: Source, dtypes: dict[TensorId, torch.dtype]) -> Source:
+    """The tensors in the element types that are written: the content id is then of what lies in the files, as whoever reads the
+    model elsewhere finds it (what is re-fitted is float32 until here)."""
+    change = source.transform or (lambda tensor, data, scratch: data)
+    return dataclasses.replace(source, transform=lambda tensor, data, scratch: change(tensor, data, scratch).to(dtypes[tensor]))
 
 
 def _manifest(

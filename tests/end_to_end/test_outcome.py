@@ -11,7 +11,9 @@ import pytest
 import torch
 from tiny import build_tiny
 
+from megatron_prune.checkpoint.description import Told
 from megatron_prune.checkpoint.manifest import Recipe
+from megatron_prune.opening.opened import open_either
 from megatron_prune.pruning import measure
 from megatron_prune.pruning.options import QUICK
 from megatron_prune.runtime.world import World
@@ -127,3 +129,17 @@ def test_quick_is_its_settings_by_hand_and_what_is_set_otherwise_stays(tmp_path,
     prune_hf(PruneHfOptions(save=str(tmp_path / "hand"), **by_hand), World())
     read = lambda name: (tmp_path / name / "model.safetensors").read_bytes()
     assert read("quick") == read("hand")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_re_fitted_checkpoint_has_the_content_id_of_what_it_is_exported_as(tmp_path, samples, dtype):
+    """So that what is measured on the export, or planned for it, is of the same model."""
+    model = build_tiny(tmp_path / "model", "llama", dtype=dtype)
+    convert(ConvertOptions(load=str(model), save=str(tmp_path / "m")), World())
+    prune(
+        PruneOptions(load=str(tmp_path / "m"), save=str(tmp_path / "p"), ffn_hidden_size_remain=48, reconstruct=0, **samples),
+        World(),
+    )
+    export(ExportOptions(load=str(tmp_path / "p"), save=str(tmp_path / "hf")), World())
+    written, exported = (open_either(str(tmp_path / name), World(), Told()) for name in ("p", "hf"))
+    assert written.recorded_identity == exported.identity and exported.recorded_identity is None
