@@ -20,8 +20,8 @@ from megatron_prune.errors import CheckpointError
 from megatron_prune.files.documents import STRICT, parse_versioned, read_bytes
 
 FILE = "megatron_prune.json"
-VERSION = 3
-"""1 had no digests of tensors and files, 2 did not say which model of the hub it was made from."""
+VERSION = 4
+"""1 had no digests of tensors and files, 2 did not say which model of the hub it was made from, 3 had no content id in a recipe."""
 _FORMAT, _RECIPE = "megatron-prune checkpoint", "megatron-prune recipe"
 
 RECIPE_FILE = "megatron_prune_recipe.json"
@@ -58,7 +58,7 @@ class Recipe:
     Attributes:
         recipe: steps that made the directory, oldest first.
         digests: str(tensor) → digests of its stored bytes (``checkpoint/digests.py``).
-        base_model: as in :class:`Manifest`.
+        base_model, content_id: as in :class:`Manifest`.
     """
 
     __pydantic_config__ = STRICT
@@ -66,6 +66,7 @@ class Recipe:
     recipe: list[RecipeEntry] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
     base_model: str | None = None
+    content_id: str | None = None
 
     def dumps(self) -> str:
         """The file's text."""
@@ -100,8 +101,8 @@ class Manifest:
 
     Attributes:
         family: Hugging Face ``model_type`` the model came from and returns to.
-        content_id: digest of the model's role tensors when it was first converted or last pruned
-            (``stream.content_id``); later changes of format, layout or dtype keep it. Plans refer to it.
+        content_id: digest of the model's role tensors when it was first converted, or last pruned or trained
+            (``stream.content_id``); later changes of format, layout or dtype keep it, an export too. Plans refer to it.
         hf_dtypes: ``{"default": dtype, str(tensor): dtype, …}`` of the Hugging Face checkpoint.
         tied_head_stored: the Hugging Face checkpoint stored a copy of the tied output layer.
         kept_layers: the original layers that remain, ``None`` if none were dropped.

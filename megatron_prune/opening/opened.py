@@ -79,9 +79,7 @@ class Opened:
     @property
     def recipe(self) -> list[dict[str, Any]]:
         """The steps that made it, oldest first."""
-        if isinstance(self.checkpoint, MegatronCheckpoint):
-            return self.checkpoint.manifest.recipe
-        return Recipe.load(self.path).recipe
+        return self._described.recipe
 
     @property
     def template(self) -> dict[str, Any] | None:
@@ -92,9 +90,8 @@ class Opened:
     @property
     def base_model(self) -> str | None:
         """Id on the hub of the model that it descends from, as it was recorded, or as its directory says it; ``None``: unknown."""
-        described = self.checkpoint.manifest if isinstance(self.checkpoint, MegatronCheckpoint) else Recipe.load(self.path)
-        if described.base_model or self.folder is None:
-            return described.base_model
+        if self._described.base_model or self.folder is None:
+            return self._described.base_model
         return id_of_snapshot(self.folder) or id_said_by(self.template or {})
 
     @property
@@ -163,8 +160,13 @@ class Opened:
 
     @property
     def recorded_identity(self) -> str | None:
-        """The content id that its manifest says."""
-        return self.checkpoint.manifest.content_id if isinstance(self.checkpoint, MegatronCheckpoint) else None
+        """The content id that its manifest, or the recipe beside it, says."""
+        return self._described.content_id
+
+    @functools.cached_property
+    def _described(self) -> Manifest | Recipe:
+        """What lies beside its weights: how it came to be."""
+        return self.checkpoint.manifest if isinstance(self.checkpoint, MegatronCheckpoint) else Recipe.load(self.path)
 
     @functools.cached_property
     def identity(self) -> str:

@@ -29,7 +29,7 @@ from megatron_prune.checkpoint import megatron
 from megatron_prune.checkpoint.adapter import adapter_digests
 from megatron_prune.checkpoint.manifest import FILE, Manifest
 from megatron_prune.checkpoint.megatron_args import megatron_args
-from megatron_prune.checkpoint.stream import StreamReport, stream
+from megatron_prune.checkpoint.stream import StreamReport, content_id, stream
 from megatron_prune.errors import CheckpointError, InputError, PruneError
 from megatron_prune.files import staging
 from megatron_prune.recovery import reading, writer
@@ -59,7 +59,8 @@ class Checkpoints:
         side_files: fills a checkpoint's directory with what goes along (tokenizer, plan).
         tokenizer: whether one is among these.
         needed: bytes of one checkpoint.
-        check: read every checkpoint again before it is put in place, and keep digests of its weights.
+        check: read every checkpoint again before it is put in place, and keep digests of its weights
+            and the content id of what was read; without that, and of adapters, the manifest keeps the id that it was given.
     """
 
     root: Path
@@ -167,11 +168,11 @@ class Checkpoints:
 
     def _commit(self, folder: Path, described: Manifest, best: bool) -> None:
         error, partial = None, staging.partial_path(folder)
-        digests = self._read_again(partial, described) if self.check else {}
+        described = self._read_again(partial, described) if self.check else described
         if self.world.is_main:
             try:
                 self.side_files(partial)
-                megatron.write_manifest(partial, replace(described, digests=digests))
+                megatron.write_manifest(partial, described)
                 staging.commit(folder)
                 staging.write_text(self.root / megatron.TRACKER, str(int(folder.name.removeprefix("iter_"))))
                 if best:
@@ -181,8 +182,8 @@ class Checkpoints:
                 error = TrainingError(f"{folder} could not be written: {found}\n  {self._whole()}")
         self.world.agree(error)
 
-    def _read_again(self, partial: Path, described: Manifest) -> dict[str, str]:
-        """Digests of the weights as they lie in the files, which every rank reads a share of.
+    def _read_again(self, partial: Path, described: Manifest) -> Manifest:
+        """The manifest with the digests of the weights as they lie in the files, which every rank reads a share of.
 
         Raises:
             TrainingError: if they are not a model (or an adapter) of the shape that was to be written.
@@ -199,7 +200,8 @@ class Checkpoints:
         self.world.agree(error)
         for part in self.world.all_gather(found):
             found.merge(part)
-        return dict(sorted(found.stored.items()))
+        identity = content_id(found.digests) if found.digests else described.content_id
+        return replace(described, digests=dict(sorted(found.stored.items())), content_id=identity)
 
     def _whole(self) -> str:
         """What is left, in words."""

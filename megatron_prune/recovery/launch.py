@@ -244,7 +244,7 @@ def _copy_side_files(model: Opened, folder: Path) -> None:
 
 
 def describe(options: RecoverOptions, model: Opened, layout: ParallelLayout, position: Position, step: Step) -> Manifest:
-    """The manifest of a checkpoint of the run."""
+    """The manifest of a checkpoint of the run; its id says what it was made from and how, until the weights are read again."""
     before = model.checkpoint.manifest
     settings = {name: value for name, value in run_settings(options, model).items() if value not in (None, [], False)}
     entry = {
@@ -255,7 +255,7 @@ def describe(options: RecoverOptions, model: Opened, layout: ParallelLayout, pos
         "training_loss": step.losses[0],
         "settings": settings,
     }
-    identity = xxhash.xxh3_128_hexdigest(json.dumps([before.content_id, entry], sort_keys=True).encode())
+    identity = "lineage-xxh3:" + xxhash.xxh3_128_hexdigest(json.dumps([before.content_id, entry], sort_keys=True).encode())
     lora, adapter = adapter_config(options), None
     if lora:
         adapter = AdapterOrigin(config=lora, base=str(model.path.absolute()), base_content_id=before.content_id)

@@ -49,7 +49,7 @@ def convert(options: ConvertOptions, world: World) -> None:
             family=model.family.name,
             model=model.config,
             layout=layout,
-            content_id=content_id(report.digests),
+            content_id=model.recorded_identity or content_id(report.digests),
             hf_dtypes=describe_dtypes(megatron.stored_dtypes(model.tensors), model.checkpoint.tied_head_dtype),
             tied_head_stored=model.checkpoint.tied_head_stored,
             recipe=[*model.recipe, {"step": "convert", "from": Path(options.load).name}],

@@ -108,6 +108,7 @@ def _write_model(
         files=files,
         recipe=recipe if changed else None,
         base_model=model.base_model,
+        identity=model.recorded_identity,
     )
 
 

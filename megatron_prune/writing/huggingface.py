@@ -13,6 +13,7 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.checkpoint import both_versions, huggingface
 from megatron_prune.checkpoint.manifest import RECIPE_FILE, Recipe, without_places
+from megatron_prune.checkpoint.stream import content_id
 from megatron_prune.errors import InputError
 from megatron_prune.evaluation.one_layer import import_stock_class
 from megatron_prune.families.family import Family, form_of
@@ -46,6 +47,7 @@ def write_huggingface(
     files: dict[str, str] | None = None,
     recipe: list[dict[str, Any]] | None = None,
     base_model: str | None = None,
+    identity: str | None = None,
 ) -> None:
     """Write a Hugging Face directory; every process takes part.
 
@@ -56,6 +58,7 @@ def write_huggingface(
         files: further text files by name (model card, plan).
         recipe: how the model came to be, kept beside it, without the folders of this machine.
         base_model: id on the hub of the model that it descends from, kept with the recipe.
+        identity: the content id by which the model is known; that of what is written where ``None``.
     """
 
     def lay_out() -> None:
@@ -94,8 +97,13 @@ def write_huggingface(
                 meanwhile.submit(import_stock_class, family.architecture)
             report = run(world, source, target, label="writing", strict=output.strict)
         if recipe is not None:
-            text = Recipe(recipe=without_places(recipe), digests=report.in_order(config), base_model=base_model).dumps()
-            world.on_main(lambda: (partial / RECIPE_FILE).write_text(text, encoding="utf-8"))
+            told = Recipe(
+                recipe=without_places(recipe),
+                digests=report.in_order(config),
+                base_model=base_model,
+                content_id=identity or content_id(report.digests),
+            )
+            world.on_main(lambda: (partial / RECIPE_FILE).write_text(told.dumps(), encoding="utf-8"))
         if output.check:
             check_huggingface(world, partial, config, report)
 

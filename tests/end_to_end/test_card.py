@@ -309,3 +309,13 @@ def test_a_recovered_model_is_a_finetune_and_says_its_losses(home, tmp_path):
     said = f"3 steps, 96 tokens of `x_text_document`; held-out loss {shown[0]} nats a token (perplexity {shown[1]})"
     assert said in card.text and "pruned and trained with megatron-prune" in card.text
     assert str(tmp_path) not in card.text
+    measured = ("--data", home / "t.txt", "--seq-length", 32, "--windows", 4, "--output")
+    assert run("export", "--load", tmp_path / "run", "--save", tmp_path / "half", "--target-params-dtype", "bf16") == 0
+    assert run("evaluate", tmp_path / "half", *measured, tmp_path / "half.json") == 0
+    assert run("convert", "--load", tmp_path / "half", "--save", tmp_path / "again") == 0
+    ids = {megatron.open_checkpoint(tmp_path / name).manifest.content_id for name in ("again", "run/best")}
+    assert ids == {json.loads((tmp_path / "half.json").read_text())["content_id"]}
+    files = ("--evaluations", home / "m.json", tmp_path / "half.json")
+    assert run("export", "--load", tmp_path / "run", "--save", tmp_path / "told", *files) == 0
+    values = [json.loads(Path(file).read_text())["perplexity"] for file in files[1:]]
+    assert table(card_of(tmp_path / "told"))["perplexity: t.txt, 4 windows of 32 tokens"] == [f"{x:.4g}" for x in values]
