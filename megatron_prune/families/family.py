@@ -57,6 +57,15 @@ FORMS = (PER_LAYER, NEMOTRON_NAS)
 """Ways to say layers that have sizes of their own."""
 
 
+@dataclass(frozen=True)
+class Refused:
+    """Why a family cannot say a model: the parts of an :class:`InputError`."""
+
+    what: str
+    got: object = None
+    needed: str | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One Hugging Face model family.
@@ -224,34 +233,36 @@ class Family:
         self._check(self._form(config, None), config)
 
     def _check(self, form: Form | None, config: ModelConfig) -> None:
-        able = "write the model as what can say it: "
-        if form is not None:
-            if why := self._form_unsaid(form, config):
-                other = self._able(config)
-                do = able + other if other != NONE else "choose sizes that it can say: no other family or form says these either"
-                raise InputError(f"{self._named(form)} cannot say this model", got=why, do=do)
+        if (said := self._refused(form, config)) is None:
             return
+        others = ", ".join(f"--target-family {name}" for name in self.others(config))
+        raise InputError(
+            said.what,
+            got=said.got,
+            needed=said.needed,
+            do=f"write the model as what can say it: {others}"
+            if others
+            else "choose other sizes: no other family or form says these",
+        )
+
+    def refused(self, config: ModelConfig) -> Refused | None:
+        """Why no form of this family which may be written describes a model; ``None``: one does."""
+        return self._refused(self._form(config, None), config)
+
+    def _refused(self, form: Form | None, config: ModelConfig) -> Refused | None:
+        if form is not None:
+            why = self._form_unsaid(form, config)
+            return Refused(f"{self._named(form)} cannot say this model", got=why) if why else None
         if not is_plain(config):
-            raise InputError(
-                f"transformers' {self.architecture} has layers that are alike",
-                got=differences(config),
-                do=able
-                + self._able(config)
-                + "; or keep layers alike (a plan becomes such a one with prune --plan PLAN --uniform)",
-            )
+            needed = "layers that are alike (a plan becomes such a one with prune --plan PLAN --uniform)"
+            return Refused(f"transformers' {self.architecture} has layers that are alike", got=differences(config), needed=needed)
         if lost := self._unsaid(config):
-            raise InputError(
-                f"transformers' {self.architecture} cannot express this model's {', '.join(lost)}",
-                do="write it as a family whose class can: " + self._able(config),
-            )
+            return Refused(f"transformers' {self.architecture} cannot express this model's {', '.join(lost)}")
         heads, hidden = config.num_attention_heads, config.hidden_size
-        if not self._divides(config):
-            below = hidden - hidden % heads
-            raise InputError(
-                f"transformers' {self.architecture} cannot express hidden_size {hidden} with {heads} attention heads",
-                needed=f"a hidden size that is a multiple of {heads} ({below} or {below + heads})",
-                do="choose such a size, or " + able + self._able(config),
-            )
+        if self._divides(config):
+            return None
+        what = f"transformers' {self.architecture} cannot express hidden_size {hidden} with {heads} attention heads"
+        return Refused(what, needed=f"a hidden size that is a multiple of {heads}")
 
     def fits(self, config: ModelConfig) -> bool:
         """Whether a model has this family's traits: the same tensors, computed with in the same way."""
@@ -318,14 +329,14 @@ class Family:
     def _divides(self, config: ModelConfig) -> bool:
         return not self.heads_divide_hidden or config.hidden_size % config.num_attention_heads == 0
 
-    def _able(self, config: ModelConfig) -> str:
-        """Flags that name the families of this architecture which can describe ``config``."""
+    def others(self, config: ModelConfig) -> dict[str, Family]:
+        """What else can describe a model of this architecture: as ``--target-family`` names it → the family in that form."""
         able_to_be = [FAMILIES.get(name) for name in kin(config)]
-        able = [family.name for family in able_to_be if family._class_says(config)]
-        if not is_plain(config):
-            as_form = [(form, replace(family, form=form.name)) for form in FORMS for family in able_to_be]
-            able += dict.fromkeys(family._named(form) for form, family in as_form if not family._form_unsaid(form, config))
-        return ", ".join(f"--target-family {name}" for name in able) or NONE
+        if is_plain(config):
+            return {family.name: replace(family, form="plain") for family in able_to_be if family._class_says(config)}
+        as_form = [(PER_LAYER, replace(family, form=PER_LAYER.name)) for family in able_to_be]
+        as_form.append((NEMOTRON_NAS, replace(self, form=NEMOTRON_NAS.name)))
+        return {family._named(form): family for form, family in as_form if not family._form_unsaid(form, config)}
 
     def _fresh(self, config: ModelConfig) -> dict[str, Any]:
         hf: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name, **self.stated}
@@ -335,7 +346,6 @@ class Family:
         return hf
 
 
-NONE = "there is none"
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _DERIVED = ("num_key_value_heads", "head_dim")
 

@@ -196,7 +196,6 @@ def _exact(
     check_target(config, target, layout, prune_type)
     if target.by_layer:
         check_kinds(config, target.config)
-    demand.family.check_expressible(target.config)
     demand.check(_trimmed(common, target.config), before=_trimmed(common, config))
     _check_axes(config, target, common)
     return target
@@ -306,7 +305,6 @@ def _read(
         )
     if not uneven:
         layout.check(plan.new_config(config))
-    demand.family.check_expressible(plan.new_config(config))
     demand.check(plan.new_config(config))
     _check_model(plan, options.plan, model)
     return plan

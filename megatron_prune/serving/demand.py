@@ -7,8 +7,7 @@ from typing import Any
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.errors import InputError
-from megatron_prune.families.choice import choose_family
-from megatron_prune.families.family import FORMS, Family, kin
+from megatron_prune.families.family import Family, Refused
 from megatron_prune.families.form import commonest, is_plain
 from megatron_prune.serving import tensor_parallel
 from megatron_prune.serving.nearest import nearest_shapes, sizes_in_words
@@ -48,7 +47,7 @@ class Demand:
         return found + [word for ranks in self.ranks for word in tensor_parallel.problems(layer, ranks, of_layers=True)]
 
     def check(self, config: ModelConfig, before: ModelConfig | None = None) -> None:
-        """Refuse a shape that cannot be served.
+        """Refuse a shape that the family cannot say, or that cannot be served.
 
         Args:
             before: the model that is cut: the nearest shapes that it can be cut to are named.
@@ -56,26 +55,26 @@ class Demand:
         Raises:
             InputError: naming what is wrong, the nearest shapes, and the families that would do.
         """
-        if problems := self.problems(config):
-            shapes, families = self.ways_out(config, before)
-            raise InputError(
-                "--serve: the requested shape cannot be served so",
-                got="; ".join(problems),
-                needed=f"{' or '.join(shapes)} (the nearest)" if shapes else None,
-                do=" or ".join(families) if families else "choose other sizes" if shapes else "ask less of --serve",
-            )
+        refused, problems = self.family.refused(config), self.problems(config)
+        if not refused and not problems:
+            return
+        shapes, families = self.ways_out(config, before)
+        said = refused or Refused("--serve: the requested shape cannot be served so", got="; ".join(problems))
+        nearest = f"{' or '.join(shapes)} (the nearest)" if shapes else None
+        raise InputError(
+            said.what,
+            got=said.got,
+            needed="; ".join(filter(None, (said.needed, nearest))) or None,
+            do=" or ".join(families) if families else "choose other sizes" if refused or shapes else "ask less of --serve",
+        )
 
     def ways_out(self, config: ModelConfig, before: ModelConfig | None) -> tuple[list[str], list[str]]:
         """The nearest shapes that can be served, in words, and the flags that write the same shape as what can be."""
         plain = before is not None and is_plain(config) and is_plain(before)
         shapes = nearest_shapes(config, before, self.problems, self.family.says) if plain else []
-        names = [*kin(config), *(f"{name}-{FORMS[0].name}" for name in kin(config)), FORMS[1].name]
-        able = []
-        for name in names if not is_plain(config) else kin(config):
-            family = choose_family(self.family, name, config)
-            if family.says(config) and not replace(self, family=family, template=None).problems(config):
-                able.append(f"--target-family {name}")
-        return [sizes_in_words(shape, config) for shape in shapes], able
+        others = self.family.others(config).items()
+        able = [name for name, family in others if not replace(self, family=family, template=None).problems(config)]
+        return [sizes_in_words(shape, config) for shape in shapes], [f"--target-family {name}" for name in able]
 
 
 def _differing(layer: ModelConfig) -> ModelConfig:

@@ -370,7 +370,7 @@ def test_a_shape_is_refused_exactly_where_transformers_class_refuses_it(name, hi
     try:
         CLASSES[name](**{**SIZES, "num_key_value_heads": 4, "head_dim": 8, "hidden_size": hidden})
     except Exception:
-        able = "there is none" if name == "gemma3_text" else "--target-family mistral"
+        able = "no other family or form" if name == "gemma3_text" else "--target-family mistral"
         with pytest.raises(InputError, match=able):
             FAMILIES.get(name).hf_config(config, None)
     else:

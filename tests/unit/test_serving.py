@@ -191,6 +191,34 @@ def test_the_nearest_shapes_can_be_served_and_reached(heads, width, hidden, serv
         assert all(getattr(shape, field) <= getattr(before, field) for field in named)
 
 
+@settings(max_examples=12, deadline=None)
+@given(
+    family=st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]),
+    groups=st.integers(1, 6),
+    each=st.sampled_from([1, 2]),
+    hidden=st.integers(100, 192),
+    serve=st.sampled_from([None, "tp=2", "tp=4", "vllm", "vllm,llamacpp,tp=2"]),
+)
+def test_what_a_refusal_proposes_is_within_the_model_said_by_the_class_and_served(family, groups, each, hidden, serve):
+    """A size that the class itself refuses, too: what is proposed in its place is no larger than the model and meets --serve."""
+    before = model(family, **SMALL)
+    asked = dataclasses.replace(before, num_attention_heads=groups * each, num_query_groups=groups, hidden_size=hidden)
+    try:
+        demand(family, serve=serve).check(asked, before)
+    except InputError as refused:
+        said = str(refused)
+    else:
+        return
+    nearest = re.search(r"needed: (.*) \(the nearest\)", said)
+    for words in nearest[1].rpartition("; ")[2].split(" or ") if nearest else ():
+        named = {field: int(size) for field, size in re.findall(r"(\w+) (\d+)", words)}
+        shape = dataclasses.replace(asked, **named)
+        assert all(getattr(shape, field) <= getattr(before, field) for field in named)
+        demand(family, serve=serve).check(shape, before)
+    for name in re.findall(r"--target-family (\S+)", said.partition("what to do")[2]):
+        demand(family, target=name, serve=serve).check(asked, before)
+
+
 def test_a_shape_that_can_be_served_is_taken_and_so_is_any_without_serve():
     demand(serve="vllm,llamacpp,tp=2").check(model(num_attention_heads=12, hidden_size=768, ffn_hidden_size=4000), model())
     demand().check(model(num_attention_heads=10), model())
