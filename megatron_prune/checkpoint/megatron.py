@@ -19,18 +19,19 @@ import torch
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import EMBEDDING, TensorId, tensor_ids
-from megatron_prune.checkpoint import legacy, manifest, torch_dist
+from megatron_prune.checkpoint import legacy, manifest, model_folder, torch_dist
 from megatron_prune.checkpoint.description import Description, Told, check_flags, check_goes_back_to, describe, settle
 from megatron_prune.checkpoint.digests import digest_file
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.megatron_args import megatron_args, padded_as_stored
+from megatron_prune.checkpoint.model_folder import TRACKER
 from megatron_prune.checkpoint.options import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError
 from megatron_prune.families.family import FAMILIES, family_for
 from megatron_prune.files.documents import LIMIT, read_text, shorten
 
-TRACKER, RELEASE, HF_FOLDER, PLAN_FILE = "latest_checkpointed_iteration.txt", "release", "hf", "plan.json"
+RELEASE, HF_FOLDER, PLAN_FILE = "release", "hf", "plan.json"
 TOKENIZER = "tokenizer"
 _FORMATS = {"torch_dist": torch_dist, "torch": legacy}
 
@@ -92,6 +93,13 @@ def iteration_directory(path: Path) -> Path:
         return path
     tracker = path / TRACKER
     if not tracker.is_file():
+        if model_folder.is_huggingface(path):
+            raise CheckpointError(
+                f"{path} is not a Megatron checkpoint",
+                got="a Hugging Face directory",
+                do=f"make a checkpoint of it: megatron-prune convert --load {path} --save CHECKPOINT (or cut it as it is: megatron-prune "
+                "prune-hf)",
+            )
         raise CheckpointError(
             f"{path} is not a Megatron checkpoint",
             got=f"no {TRACKER}" if path.is_dir() else "no such directory",

@@ -12,11 +12,18 @@ from megatron_prune.errors import CheckpointError, InputError, reason
 from megatron_prune.files.documents import read_json
 
 CONFIG, _ADAPTER = "config.json", "adapter_config.json"
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Names the iteration directory of a Megatron checkpoint."""
 
 
 def is_huggingface(path: Path) -> bool:
     """Whether ``path`` looks like a Hugging Face model directory."""
     return (path / CONFIG).is_file()
+
+
+def is_megatron(path: Path) -> bool:
+    """Whether ``path`` looks like a Megatron checkpoint: its root, or an iteration directory."""
+    return (path / TRACKER).is_file() or (path / "metadata.json").is_file() or any(path.glob("mp_rank_*"))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -28,6 +35,14 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path if path.is_file() else path / CONFIG
     if path.is_dir() and not file.exists():
         check_no_adapter(path)
+        if is_megatron(path):
+            raise CheckpointError(
+                f"{path} has no {CONFIG}",
+                got="a Megatron checkpoint",
+                needed="a Hugging Face model directory",
+                do=f"make one of it: megatron-prune export --load {path} --save DIRECTORY (as it is, a checkpoint is cut by megatron-prune "
+                "prune, and brought to another layout by transfer)",
+            )
         raise CheckpointError(f"{path} has no {CONFIG}", needed="a Hugging Face model directory")
     return read_json(file, do="fetch it again")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import replace
 
 from megatron_prune.arch.model import ModelConfig
@@ -30,7 +31,10 @@ def choose_family(recorded: Family, asked: str | None, config: ModelConfig) -> F
     name, able = asked.removesuffix(suffix), kin(config)
     if name not in (recorded.name, *able):
         forms = [*(name + suffix for name in able), NEMOTRON_NAS.name]
+        near = difflib.get_close_matches(asked, (*able, *forms), n=1)
         raise InputError(
-            f"--target-family {asked}", got=f"a {recorded.name} model", needed="one of " + ", ".join((*able, *forms))
+            f"--target-family {asked}" + (f"; did you mean {near[0]}?" if near else ""),
+            got=f"a {recorded.name} model",
+            needed="one of " + ", ".join((*able, *forms)),
         )
     return replace(FAMILIES.get(name), form=PER_LAYER.name if asked.endswith(suffix) else "plain")

@@ -11,7 +11,7 @@ from megatron_prune.arch.tensors import TensorId, layer_roles
 from megatron_prune.errors import CheckpointError, InputError
 from megatron_prune.families import config_keys
 from megatron_prune.families.entries import Entries
-from megatron_prune.families.form import Form, commonest, differences, is_plain
+from megatron_prune.families.form import Form, Refused, commonest, differences, is_plain
 from megatron_prune.families.nemotron_nas import NEMOTRON_NAS
 from megatron_prune.families.per_layer import PER_LAYER
 from megatron_prune.families.rope import ROTARY
@@ -55,15 +55,6 @@ FIELDS = {
 
 FORMS = (PER_LAYER, NEMOTRON_NAS)
 """Ways to say layers that have sizes of their own."""
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Why a family cannot say a model: the parts of an :class:`InputError`."""
-
-    what: str
-    got: object = None
-    needed: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,15 @@ SIZES = ("ffn_hidden_size", "num_attention_heads", "num_query_groups")
 """Fields of :class:`ModelConfig` that a form says layer by layer."""
 
 
+@dataclass(frozen=True)
+class Refused:
+    """Why a family cannot say a model: the parts of an :class:`InputError`."""
+
+    what: str
+    got: object = None
+    needed: str | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Form:
     """One form.

@@ -54,9 +54,29 @@ def by_layer(options: TargetOptions) -> Sizes:
     return found
 
 
+SHAPE = (*TargetOptions.SIZES, *TargetOptions.BY_LAYER, "params", "ratio", "memory", "plan", "vocab_plan")
+"""Options that say what is to stay."""
+
+
+def check_asked(options: TargetOptions) -> None:
+    """Refuse a pruning of which nothing says what is to stay; nothing is opened for that.
+
+    Raises:
+        InputError: naming the options that say it.
+    """
+    if options.untie or any(getattr(options, name) is not None for name in SHAPE):
+        return
+    flags = [f"--{name.replace('_', '-')}" for name in SHAPE]
+    raise InputError(
+        "nothing to prune: no size, budget or plan was named",
+        needed=f"one of {', '.join(flags)}",
+        do="name a budget, such as --ratio 0.25, or sizes, such as --ffn-hidden-size-remain 1024",
+    )
+
+
 def vocab_alone(options: TargetOptions) -> bool:
     """Whether nothing but the vocabulary is to be cut."""
-    others = (*TargetOptions.SIZES, *TargetOptions.BY_LAYER, "params", "ratio", "memory", "plan")
+    others = [name for name in SHAPE if name != "vocab_plan"]
     return bool(options.vocab_plan) and not options.untie and all(getattr(options, name) is None for name in others)
 
 

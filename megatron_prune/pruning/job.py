@@ -16,7 +16,7 @@ from megatron_prune.planning.costs_file import CostsManifest, has_costs
 from megatron_prune.pruning.fit import fit_of
 from megatron_prune.pruning.asked import kept_metrics, quickened, wants_text
 from megatron_prune.pruning.flags import check_effect
-from megatron_prune.pruning.measure import Subject, check_measurable, request_key
+from megatron_prune.pruning.measure import Subject, check_measurable, check_text, request_key
 from megatron_prune.pruning.options import CalibrationOptions, FitOptions, ChoosingOptions, TargetOptions
 from megatron_prune.pruning.request import Request, read_request
 from megatron_prune.pruning.scored import check_scores
@@ -106,6 +106,8 @@ def settle(options: ChoosingOptions, subject: Subject, family: Family, *, prune_
     fit_of(options)
     check_seed(options.seed)
     check_effect(options, request, config, text=text, refit=refit)
+    if text and not (kept_scores and options.data is None):
+        check_text(options, subject)
     if text and kept_scores:
         check_scores(kept_scores, request, subject)
         if request.probed_axes() and has_costs(kept_scores):
@@ -115,6 +117,33 @@ def settle(options: ChoosingOptions, subject: Subject, family: Family, *, prune_
         check_measurable(options, request.metrics(config), config, layout)
     if text and not refit and request.rotates(config):
         raise InputError("--no-refit with rotated hidden units", do="use --hidden_method select, or re-fit")
+    if options.plan and not text and subject.world.is_main:
+        log.warning(
+            "the plan is applied as it is, nothing is re-fitted: name text with --data, or pass --refit for the model's own samples, "
+            "and what stays learns to do what the whole did"
+        )
+    return Job(
+        subject=subject,
+        request=request,
+        options=options,
+        measured=text,
+        kept_scores=kept_scores,
+        prune_type=prune_type,
+        search=options.search,
+        fit=options if refit else None,
+        trimmed=trimmed,
+        made_by=_made_by(options, request, subject, prune_type=prune_type, refit=refit),
+        asked={
+            name: getattr(options, name)
+            for kind in (TargetOptions, ServeOptions, FitOptions)
+            for name in kind.__dataclass_fields__
+        },
+    )
+
+
+def _made_by(options: ChoosingOptions, request: Request, subject: Subject, *, prune_type: str, refit: bool) -> dict[str, Any]:
+    """The record of how units are chosen, for the plan."""
+    config, layout = subject.config, subject.layout
     used = {axis: request.metric_of[axis] for axis in sorted(request.axes(config))}
     made_by = {
         "metric": metric_named(options.metric).spelling if options.metric else used,
@@ -128,30 +157,9 @@ def settle(options: ChoosingOptions, subject: Subject, family: Family, *, prune_
         made_by["hidden_method"] = f"select: {NO_ROTATION}"
         if subject.world.is_main:
             log.info("hidden channels are selected, not rotated: this is %s", NO_ROTATION)
-    if options.plan and not text and subject.world.is_main:
-        log.warning(
-            "the plan is applied as it is, nothing is re-fitted: name text with --data, or pass --refit for the model's own samples, "
-            "and what stays learns to do what the whole did"
-        )
     if options.vocab_plan:
         made_by["vocab"] = request.vocab_plan.vocab_record()
-    return Job(
-        subject=subject,
-        request=request,
-        options=options,
-        measured=text,
-        kept_scores=kept_scores,
-        prune_type=prune_type,
-        search=options.search,
-        fit=options if refit else None,
-        trimmed=trimmed,
-        made_by=made_by,
-        asked={
-            name: getattr(options, name)
-            for kind in (TargetOptions, ServeOptions, FitOptions)
-            for name in kind.__dataclass_fields__
-        },
-    )
+    return made_by
 
 
 def _unserved(request: Request, demand: Demand, config: ModelConfig) -> list[str]:

@@ -27,7 +27,8 @@ from megatron_prune.runtime.reporting import log, progress_bar
 from megatron_prune.runtime.world import World
 from megatron_prune.text.contents import summary
 from megatron_prune.text.reader import stamps
-from megatron_prune.text.sources import load_calibration, parse_data
+from megatron_prune.text.encoder import Encoder
+from megatron_prune.text.sources import check_calibration, load_calibration, parse_data
 from megatron_prune.text.tokens import Calibration
 
 
@@ -88,13 +89,30 @@ def check_measurable(options: CalibrationOptions, metrics: list[str], config: Mo
         )
 
 
+def check_text(options: CalibrationOptions, subject: Subject) -> None:
+    """Refuse text that is not there, or samples that do not fit the model, before anything that takes time.
+
+    Raises:
+        InputError: naming what does not fit.
+    """
+    require_positive(options, "nsamples", "seq_length")
+    check_calibration(
+        parse_data(options.data),
+        Encoder(subject.tokenizer),
+        seq_length=sample_length(options, subject.config),
+        nsamples=options.nsamples,
+        seed=options.seed,
+        max_position_embeddings=subject.config.max_position_embeddings,
+        field=options.data_field,
+    )
+
+
 def obtain_calibration(options: CalibrationOptions, subject: Subject, folder: Path) -> Calibration:
     """The tokens, from ``folder`` if they are kept there, else read (and sampled) and kept; the same on every process.
 
     Raises:
         InputError: if the data cannot be read, is too short or does not fit the model.
     """
-    require_positive(options, "nsamples", "seq_length")
     kept, world = load_calibration_file(folder, subject.config), subject.world
     if all(world.all_gather(kept is not None)):
         return kept

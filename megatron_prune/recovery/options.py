@@ -55,7 +55,9 @@ class RecoverOptions(PassOptions, ForeignOptions, CheckOptions, LayoutOptions):
         "run": "--bf16 --micro-batch-size 4 --save-interval 200",
     }
 
-    load: str = option("Megatron checkpoint to start from: its root, or an iteration directory", group="model", exists=True)
+    load: str = option(
+        "Megatron checkpoint to start from: its root, or an iteration directory", group="model", exists=True, positional=True
+    )
     save: str = option("directory of the run; a run that was interrupted there goes on", group="model")
     train_iters: int = option("steps in all")
 

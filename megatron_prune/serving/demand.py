@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.errors import InputError
-from megatron_prune.families.family import Family, Refused
-from megatron_prune.families.form import commonest, is_plain
+from megatron_prune.families.family import Family
+from megatron_prune.families.form import Refused, commonest, is_plain
 from megatron_prune.serving import tensor_parallel
 from megatron_prune.serving.nearest import nearest_shapes, sizes_in_words
 from megatron_prune.serving.runtime import RUNTIMES, Written

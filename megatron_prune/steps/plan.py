@@ -9,6 +9,7 @@ from megatron_prune.families.choice import choose_family
 from megatron_prune.files import staging
 from megatron_prune.opening.opened import open_to_run
 from megatron_prune.planning.plan import Plan
+from megatron_prune.pruning.asked import check_asked
 from megatron_prune.pruning.engines.choice import engine_of
 from megatron_prune.pruning.measure import Subject
 from megatron_prune.pruning.procedure import planned
@@ -26,6 +27,7 @@ def plan(options: PlanOptions, world: World) -> Plan:
     Raises:
         InputError: on a request, scores or a model that do not fit; nothing is written.
     """
+    check_asked(options)
     save = Path(options.save)
     staging.check_file(save)
     if options.plan and not options.uniform:

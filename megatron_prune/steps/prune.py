@@ -11,6 +11,7 @@ from megatron_prune.families.choice import choose_family
 from megatron_prune.files import staging
 from megatron_prune.opening.opened import open_megatron
 from megatron_prune.opening.side_files import say_links
+from megatron_prune.pruning.asked import check_asked
 from megatron_prune.pruning.engines.megatron import MegatronEngine
 from megatron_prune.pruning.measure import Subject
 from megatron_prune.pruning.procedure import prune_model
@@ -28,6 +29,7 @@ def prune(options: PruneOptions, world: World) -> None:
     Raises:
         InputError: on a request, layout, plan or checkpoint that does not fit; nothing is written.
     """
+    check_asked(options)
     save = Path(options.save)
     read = (options.scores, options.tokenizer)
     check_output(save, MEGATRON, overwrite=options.overwrite, source=Path(options.load), inputs=read)

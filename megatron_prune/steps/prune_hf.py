@@ -22,6 +22,7 @@ from megatron_prune.opening.side_files import say_links
 from megatron_prune.pruning.engines.huggingface import HuggingFaceEngine
 from megatron_prune.pruning.measure import Subject
 from megatron_prune.pruning.options import TargetOptions
+from megatron_prune.pruning.asked import SHAPE, check_asked
 from megatron_prune.pruning.procedure import prune_model
 from megatron_prune.runtime.world import World
 from megatron_prune.verbs.prune_hf import PruneHfOptions
@@ -62,12 +63,13 @@ def with_sizes(options: PruneHfOptions) -> PruneHfOptions:
     Raises:
         InputError: if the file is not one of sizes, or is named beside something that says the shape too.
     """
-    shape = (*TargetOptions.SIZES, *TargetOptions.BY_LAYER, *BUDGETS, "plan", "vocab_plan")
-    said = [f"--{name}" for name in shape if getattr(options, name) is not None]
-    if not said:
+    said = [f"--{name.replace('_', '-')}" for name in SHAPE if getattr(options, name) is not None]
+    if not said and not options.prune_config_path and not Path(DEFAULT_CONFIG).exists():
+        check_asked(options)
+    elif not said and not options.untie:
         return dataclasses.replace(options, **read_prune_config(Path(options.prune_config_path or DEFAULT_CONFIG)))
     if options.prune_config_path:
-        raise InputError(f"{', '.join(said)} and --prune_config_path both say the shape", do="give one of the two")
+        raise InputError(f"{', '.join(said)} and --prune-config-path both say the shape", do="give one of the two")
     return options
 
 
@@ -85,7 +87,6 @@ class PruneConfig:
     drop_layers: list[int] | None = None
 
 
-BUDGETS = ("params", "ratio", "memory")
 DEFAULT_CONFIG = "prune_config.json"
 
 

@@ -20,6 +20,7 @@ from megatron_prune.pruning.engines.choice import engine_of
 from megatron_prune.pruning.measure import (
     Subject,
     check_measurable,
+    check_text,
     measure,
     obtain_calibration,
     request_key,
@@ -44,6 +45,7 @@ def score(options: ScoreOptions, world: World) -> None:
     engine = engine_of(model, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     engine.check_metrics(metrics)
     layout, subject = engine.layout, Subject(model=model, engine=engine, tokenizer=model.tokenizer)
+    check_text(options, subject)
     check_measurable(options, metrics, model.config, layout)
     choosing = choosing_metrics(metrics) if options.costs else {}
     key = request_key(options, subject, metrics=metrics, costs=options.costs)

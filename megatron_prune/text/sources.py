@@ -121,7 +121,8 @@ def load_calibration(
 ) -> Calibration:
     """Read every source and mix them: a pure function of its arguments and the files, so alike on every rank.
 
-    What can be refused without reading is refused first, then data is read, and own samples are drawn last.
+    What can be refused without reading is refused first (:func:`check_calibration`), then data is read, and own samples are
+    drawn last.
 
     Args:
         specs: as :func:`parse_data` returns them.
@@ -139,12 +140,9 @@ def load_calibration(
         InputError: if the sizes do not fit the model, a source is missing, empty or too short, own samples are asked for
             and cannot be made, or a token is not in the vocabulary.
     """
-    _check_sizes(seq_length, nsamples, seed, max_position_embeddings)
-    if not specs:
-        raise InputError("calibration without a source", needed="at least one, such as self")
-    encode = Encoder(tokenizer_dir)
-    readers = [open_reader(spec.name, encode=encode, field=field, split=split) for spec in specs]
-    check_read_once("--data", ((reader.name, reader.files()) for reader in readers))
+    sizes = {"seq_length": seq_length, "nsamples": nsamples, "seed": seed}
+    encode, told = Encoder(tokenizer_dir), {"field": field, "split": split}
+    readers = check_calibration(specs, encode, **sizes, max_position_embeddings=max_position_embeddings, **told)
     for reader in readers:
         _prepare(reader, self_samples)
     drawn: dict[int, Drawn] = {}
@@ -154,6 +152,30 @@ def load_calibration(
     weights = [spec.weight for spec in specs]
     settings = [{"name": reader.label, "seq_length": seq_length, "seed": seed} for reader in readers]
     return _mix(weights, [drawn[number] for number in range(len(specs))], settings)
+
+
+def check_calibration(
+    specs: Sequence[DataSpec],
+    encode: Encoder,
+    *,
+    seq_length: int,
+    nsamples: int,
+    seed: int,
+    max_position_embeddings: int,
+    split: str = TRAIN,
+    field: str = "text",
+) -> list[Reader]:
+    """The readers of :func:`load_calibration`, of which nothing is read yet.
+
+    Raises:
+        InputError: if the sizes do not fit the model, or a source is not there.
+    """
+    _check_sizes(seq_length, nsamples, seed, max_position_embeddings)
+    if not specs:
+        raise InputError("calibration without a source", needed="at least one, such as self")
+    readers = [open_reader(spec.name, encode=encode, field=field, split=split) for spec in specs]
+    check_read_once("--data", ((reader.name, reader.files()) for reader in readers))
+    return readers
 
 
 def _check_sizes(seq_length: int, nsamples: int, seed: int, max_position_embeddings: int) -> None:

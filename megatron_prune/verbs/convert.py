@@ -19,7 +19,7 @@ class ConvertOptions(OutputOptions):
         "all": "megatron-prune convert --load HuggingFaceTB/SmolLM2-135M-Instruct --save ckpt/dense --target-tensor-parallel-size 3",
     }
 
-    load: str = option("Hugging Face model: a directory, or a hub id", group="model", former=("load_dir",))
+    load: str = option("Hugging Face model: a directory, or a hub id", group="model", former=("load_dir",), positional=True)
     save: str = option("Megatron checkpoint to write", group="model", former=("save_dir",))
     target_tensor_parallel_size: int = option("tensor-parallel ranks it is written for", 1)
     target_pipeline_parallel_size: int = option("pipeline stages it is written for", 1)

@@ -18,7 +18,11 @@ class ExportOptions(ForeignOptions, OutputOptions, HuggingFaceOptions, PushOptio
     EXAMPLES: ClassVar = {"all": "megatron-prune export --load ckpt/pruned --save pruned_hf"}
 
     load: str = option(
-        "Megatron checkpoint: its root, or an iteration directory", group="model", exists=True, former=("load_dir",)
+        "Megatron checkpoint: its root, or an iteration directory",
+        group="model",
+        exists=True,
+        former=("load_dir",),
+        positional=True,
     )
     save: str = option("Hugging Face directory to write", group="model", former=("save_dir",))
     target_params_dtype: str | None = option(

@@ -23,7 +23,9 @@ class PlanOptions(ChoosingOptions, ForeignOptions, LayoutOptions):
     }
 
     load: str = option(
-        "Megatron checkpoint (its root, or an iteration directory), Hugging Face directory, or hub id", group="model"
+        "Megatron checkpoint (its root, or an iteration directory), Hugging Face directory, or hub id",
+        group="model",
+        positional=True,
     )
     save: str = option("plan to write: a JSON file", group="model")
     prune_type: str = option("which units each tensor-parallel rank keeps", "balance", choices=PRUNE_TYPES)

@@ -27,7 +27,7 @@ class PruneOptions(PruningOptions, ForeignOptions, LayoutOptions):
         "run": "--dtype bf16 --seed 7",
     }
 
-    load: str = option("Megatron checkpoint: its root, or an iteration directory", group="model", exists=True)
+    load: str = option("Megatron checkpoint: its root, or an iteration directory", group="model", exists=True, positional=True)
     save: str = option("pruned Megatron checkpoint to write", group="model")
     prune_type: str = option("which units each tensor-parallel rank keeps", "balance", choices=PRUNE_TYPES)
     tokenizer: str | None = option(

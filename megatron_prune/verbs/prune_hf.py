@@ -22,7 +22,9 @@ class PruneHfOptions(PruningOptions, HuggingFaceOptions, PushOptions):
         "run": "--dtype bf16 --seed 7",
     }
 
-    load: str = option("Hugging Face model: a directory, or a hub id", group="model", former=("model_name_or_path",))
+    load: str = option(
+        "Hugging Face model: a directory, or a hub id", group="model", former=("model_name_or_path",), positional=True
+    )
     save: str = option("Hugging Face directory to write", group="model", former=("output_path",))
     prune_config_path: str | None = option(
         "JSON file with hidden_size_remain, num_attention_heads_remain, ffn_hidden_size_remain, drop_layers "

@@ -16,7 +16,7 @@ class SampleOptions(ForeignOptions, LayoutOptions):
 
     EXAMPLES: ClassVar = {"all": "torchrun --nproc-per-node 3 -m megatron_prune sample --load ckpt/dense --save own.safetensors"}
 
-    load: str = option("Megatron checkpoint: its root, or an iteration directory", group="model", exists=True)
+    load: str = option("Megatron checkpoint: its root, or an iteration directory", group="model", exists=True, positional=True)
     save: str = option("file to write, *.safetensors", group="model")
     nsamples: int = option("samples", 128, group="text")
     seq_length: int = option("tokens in a sample", 512, group="text")

@@ -21,7 +21,9 @@ class ScoreOptions(CalibrationOptions, ForeignOptions, LayoutOptions):
     }
 
     load: str = option(
-        "Megatron checkpoint (its root, or an iteration directory), Hugging Face directory, or hub id", group="model"
+        "Megatron checkpoint (its root, or an iteration directory), Hugging Face directory, or hub id",
+        group="model",
+        positional=True,
     )
     save: str = option("directory of scores to write", group="model")
     metrics: tuple[str, ...] = option(

@@ -19,7 +19,9 @@ class TeachOptions(ForeignOptions, LayoutOptions):
         "--train-iters 100 --global-batch-size 64",
     }
 
-    load: str = option("Megatron checkpoint of the teacher: its root, or an iteration directory", group="model", exists=True)
+    load: str = option(
+        "Megatron checkpoint of the teacher: its root, or an iteration directory", group="model", exists=True, positional=True
+    )
     save: str = option("directory to write", group="model")
     train_iters: int = option("steps of the recovery")
     global_batch_size: int = option("sequences in a step of the recovery")

@@ -19,7 +19,11 @@ class TransferOptions(ForeignOptions, OutputOptions):
     EXAMPLES: ClassVar = {"all": "megatron-prune transfer --load ckpt/dense --save ckpt/tp8 --target-tensor-parallel-size 8"}
 
     load: str = option(
-        "Megatron checkpoint: its root, or an iteration directory", group="model", exists=True, former=("load_dir",)
+        "Megatron checkpoint: its root, or an iteration directory",
+        group="model",
+        exists=True,
+        former=("load_dir",),
+        positional=True,
     )
     save: str = option("Megatron checkpoint to write", group="model", former=("save_dir",))
     target_tensor_parallel_size: int = option("tensor-parallel ranks it is written for", 1)

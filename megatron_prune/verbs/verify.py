@@ -17,7 +17,11 @@ class VerifyOptions(ForeignOptions, LayoutOptions):
     EXAMPLES: ClassVar = {"all": "torchrun --nproc-per-node 3 -m megatron_prune verify --load ckpt/dense --hf-dir model"}
 
     load: str = option(
-        "Megatron checkpoint: its root, or an iteration directory", group="model", exists=True, former=("load_dir",)
+        "Megatron checkpoint: its root, or an iteration directory",
+        group="model",
+        exists=True,
+        former=("load_dir",),
+        positional=True,
     )
     hf_dir: str = option("Hugging Face model: a directory, or a hub id", group="model")
     text: str | None = option("text file to compare on (default: a built-in sentence)", None, group="text", exists=True)

@@ -18,6 +18,7 @@ class SelectOptions(ForeignOptions):
         "model: a Hugging Face directory or hub id, or a Megatron checkpoint; or a tokenizer alone",
         group="model",
         former=("load_dir",),
+        positional=True,
     )
     tokenizer: str | None = option("directory of the tokenizer, for a model that keeps none", None, group="model")
     counts: tuple[str, ...] = option("files of megatron-prune vocab count, each with :WEIGHT if wanted", (), group="text")

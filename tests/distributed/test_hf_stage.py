@@ -321,9 +321,9 @@ def test_a_run_without_data_measures_on_the_models_own_samples_and_imports_no_me
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"hidden_size_remain": 36, "prune_config_path": "sizes.json"}, "hidden_size_remain and --prune_config_path"),
-        ({"params": "50K", "prune_config_path": "sizes.json"}, "params and --prune_config_path"),
-        ({"plan": "plan.json", "prune_config_path": "sizes.json"}, "plan and --prune_config_path"),
+        ({"hidden_size_remain": 36, "prune_config_path": "sizes.json"}, "hidden-size-remain and --prune-config-path"),
+        ({"params": "50K", "prune_config_path": "sizes.json"}, "params and --prune-config-path"),
+        ({"plan": "plan.json", "prune_config_path": "sizes.json"}, "plan and --prune-config-path"),
         ({"ffn_hidden_size_remain": 48, "metric": "taylor"}, "taylor needs gradients of the weights.*convert"),
         ({"num_layers_remain": 2, "depth_metric": "perplexity"}, "perplexity needs losses of the whole model"),
         ({"hidden_size_remain": 36, "params": "50K"}, "budget"),

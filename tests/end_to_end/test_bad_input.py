@@ -125,6 +125,49 @@ def test_a_request_that_does_not_fit_the_model(shared, tmp_path, refused, words)
     refused(["prune", "--load", shared / "qwen2", "--save", tmp_path / "out", *words.split()], SHAPES[words])
 
 
+def test_a_model_of_the_other_kind_is_answered_with_what_makes_one_and_what_takes_it(shared, tiny, tmp_path, refused):
+    hf, checkpoint = tiny("qwen2"), shared / "qwen2"
+    for verb, more in (("prune", ["--ratio", 0.2]), ("export", []), ("transfer", []), ("sample", [])):
+        words = [verb, hf, "--save", tmp_path / "out.safetensors", *more]
+        refused(words, f"a Hugging Face directory.*convert --load {hf}.*prune-hf")
+    for verb, more in (("prune-hf", ["--ratio", 0.2]), ("convert", [])):
+        for path in (checkpoint, checkpoint / "release", shared / "legacy"):
+            refused(
+                [verb, path, "--save", tmp_path / "out", *more], f"a Megatron checkpoint.*export --load {path}.*prune.*transfer"
+            )
+
+
+@pytest.mark.parametrize("verb", ["prune", "prune-hf", "plan"])
+def test_nothing_that_is_asked_for_is_answered_with_what_may_be(shared, tiny, tmp_path, refused, monkeypatch, verb):
+    monkeypatch.chdir(tmp_path)
+    model = tiny("qwen2") if verb == "prune-hf" else shared / "qwen2"
+    refused(
+        [verb, model, "--save", tmp_path / "out"],
+        "nothing to prune.*--ffn-hidden-size-remain.*--ratio.*--vocab-plan.*--ratio 0.25",
+    )
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (["--data", "nosuch"], "unknown data 'nosuch'"),
+        (["--data", "./nosuch.txt"], "no file or folder ./nosuch.txt"),
+        (["--seq-length", 65], "--seq-length.*at most the model's 64"),
+        (["--nsamples", 0], "nsamples"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["prune", "score", "plan"])
+def test_text_that_does_not_fit_is_refused_before_anything_is_announced(shared, tmp_path, refused, verb, text, message):
+    asked = [] if verb == "score" else ["--ratio", 0.2]
+    said = refused([verb, shared / "qwen2", "--save", tmp_path / "out", *asked, *text], message)
+    assert "to be cut" not in said and "steps:" not in said
+
+
+def test_a_family_that_is_mistyped_is_answered_with_the_nearest(shared, tmp_path, refused):
+    words = ["prune", shared / "llama", "--save", tmp_path / "out", "--ratio", 0.2, "--target-family", "mistrall"]
+    refused(words, "mistrall; did you mean mistral.*a llama model")
+
+
 def test_flags_that_are_missing_verbs_that_do_not_exist(tmp_path, refused):
     refused(["prune", "--save", tmp_path / "out"], "--load")
     refused(["convert", "--load-dir", tmp_path], "--save is needed")
