@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.checkpoint import model_folder
+from megatron_prune.files.hidden import kept_parts
 from megatron_prune.runtime.reporting import log, shown_bytes, shown_time
 from megatron_prune.runtime.world import World
 
@@ -62,6 +63,8 @@ class Ending:
             return
         size, seconds = sum(path.stat().st_size for path in files), time.monotonic() - self._start
         log.info("%s: %s in %s", save, shown_bytes(size), shown_time(seconds))
+        if kept := kept_parts(Path(save)):
+            log.info("%s holds what a stopped run of another request had finished: give that again, or remove it", kept)
         log.info("next: %s", NEXT[self._verb](self._options, self._world.size))
 
 

@@ -55,6 +55,12 @@ def is_ours(folder: Path) -> bool:
         return False
 
 
+def kept_parts(path: Path) -> Path | None:
+    """The hidden directory of finished parts that a stopped run has left for an output, if there is one."""
+    box = hidden_path(path, WORK)
+    return box if is_ours(box) and (box / REQUEST).is_file() else None
+
+
 def is_fixed(place: Path) -> bool:
     """Whether a directory has to be filled where it is: it is a mount point, or nothing can be put beside it."""
     if place.is_symlink() or not place.is_dir():

@@ -20,8 +20,9 @@ from megatron_prune.cli.config_file import set_defaults, text_of
 from megatron_prune.cli.ending import NEXT, Ending
 from megatron_prune.cli.main import main
 from megatron_prune.cli.parser import made, parse, parser_of
-from megatron_prune.config import GROUPS, option
+from megatron_prune.config import GROUPS, made_of, option
 from megatron_prune.errors import InputError
+from megatron_prune.files import staging
 from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World
 from megatron_prune.verbs.table import VERBS, options_of
@@ -300,3 +301,21 @@ def test_the_ending_says_where_how_large_and_how_long(tmp_path, caplog, monkeypa
     Ending("export", options, World(rank=1, size=2)).say()
     Ending("inspect", options, World()).say()
     assert caplog.text == before
+
+
+def test_finished_parts_that_another_request_left_are_named(tmp_path, caplog, monkeypatch):
+    save = tmp_path / "out"
+    save.write_text("x" * 10)
+    with pytest.raises(KeyboardInterrupt), staging.work(save, "one", main=True, agree=lambda error: None) as folder:
+        (folder / "part").write_text("half")
+        raise KeyboardInterrupt
+    ending = Ending("export", made_of(options_of("export"), {"load": tmp_path, "save": save}), World())
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level("INFO", log.name)
+    ending.say()
+    assert f"{tmp_path / '.out.work'} holds what a stopped run of another request had finished" in caplog.text
+    with staging.work(save, "two", main=True, agree=lambda error: None) as folder:
+        assert not list(folder.iterdir())
+    caplog.clear()
+    ending.say()
+    assert "stopped run" not in caplog.text and not (tmp_path / ".out.work").exists()
