@@ -44,7 +44,7 @@ def read_config(path: Path) -> dict[str, Any]:
                 "prune, and brought to another layout by transfer)",
             )
         raise CheckpointError(f"{path} has no {CONFIG}", needed="a Hugging Face model directory")
-    return read_json(file, do="fetch it again")
+    return read_json(file, do="fetch it again" if file.name == CONFIG else f"name a model's directory, or its {CONFIG}")
 
 
 def check_no_adapter(path: Path) -> None:

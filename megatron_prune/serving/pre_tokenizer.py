@@ -96,7 +96,7 @@ def advice(folder: Path, *, trimmed: bool, nemotron_nas: bool) -> str:
         return ""
     why = "knows pre-tokenizers by ids, which are others in a trimmed vocabulary" if trimmed else _NAS
     known = f"this one is {name}" if name else "this one is none that is known here: name it with --pre"
-    return f"llama.cpp's converter {why}; {known}: python tools/gguf/convert.py CONVERT_HF_TO_GGUF.PY MODEL (docs/serving.md)"
+    return f"for GGUF: python tools/gguf/convert.py CONVERT_HF_TO_GGUF.PY MODEL, since llama.cpp's own converter {why}; {known}"
 
 
-_NAS = "takes byte-level BPE of nemotron-nas models for what it is at 128,256 tokens alone"
+_NAS = "knows the pre-tokenizers of nemotron-nas models at 128,256 tokens alone"
