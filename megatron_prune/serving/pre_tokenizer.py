@@ -1,7 +1,7 @@
 """The pre-tokenizer of a byte-level BPE as llama.cpp calls it.
 
 Its converter knows one by a digest of the ids that a text becomes, which are others in a trimmed vocabulary: then it has to be told
-(``tools/gguf/convert.py``).
+(``to_gguf.py``).
 """
 
 from __future__ import annotations
@@ -96,7 +96,10 @@ def advice(folder: Path, *, trimmed: bool, nemotron_nas: bool) -> str:
         return ""
     why = "knows pre-tokenizers by ids, which are others in a trimmed vocabulary" if trimmed else _NAS
     known = f"this one is {name}" if name else "this one is none that is known here: name it with --pre"
-    return f"for GGUF: python tools/gguf/convert.py CONVERT_HF_TO_GGUF.PY MODEL, since llama.cpp's own converter {why}; {known}"
+    return f"for GGUF: python {TOOL} CONVERT_HF_TO_GGUF.PY MODEL, since llama.cpp's own converter {why}; {known}"
 
+
+TOOL = Path(__file__).resolve().with_name("to_gguf.py")
+"""The program that hands llama.cpp's converter the name."""
 
 _NAS = "knows the pre-tokenizers of nemotron-nas models at 128,256 tokens alone"

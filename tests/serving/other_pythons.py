@@ -13,7 +13,7 @@ import torch
 
 from megatron_prune.runtime.stock_model import load_stock_model
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "gguf" / "convert.py"
+TOOL = Path(__file__).resolve().parents[2] / "megatron_prune" / "serving" / "to_gguf.py"
 SECONDS = 1500
 
 

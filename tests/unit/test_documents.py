@@ -34,7 +34,7 @@ OTHERS = {
 }
 """Flags of programs that are not ours."""
 
-MEASURES = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("emb_pruner/*/*.py"), *ROOT.glob("tools/gguf/*.py")]
+MEASURES = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("emb_pruner/*/*.py"), ROOT / "megatron_prune/serving/to_gguf.py"]
 """Programs of ours that are no verbs."""
 
 FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")

@@ -338,7 +338,7 @@ def test_a_pre_tokenizer_is_called_as_llama_cpp_calls_it(tmp_path, steps, whole,
     (tmp_path / "tokenizer.json").write_text(json.dumps(said))
     assert pre_tokenizer_of(tmp_path) == name
     line = advice(tmp_path, trimmed=True, nemotron_nas=False)
-    assert line == "" if name is None else (name or "--pre") in line and "tools/gguf/convert.py" in line
+    assert line == "" if name is None else (name or "--pre") in line and "megatron_prune/serving/to_gguf.py CONVERT" in line
     assert advice(tmp_path, trimmed=False, nemotron_nas=False) == ""
     (tmp_path / "tokenizer.model").write_bytes(b"")
     assert pre_tokenizer_of(tmp_path) is None

@@ -55,7 +55,9 @@ GUARDED = {
     "megatron_prune/cli/config_file.py": {"import yaml": "composed into nodes, whose plain values alone are taken"},
     "megatron_prune/verbs/table.py": {"importlib.import_module": OWN_TOOLS},
     "megatron_prune/registry.py": {"importlib.import_module": OWN_TOOLS},
-    "tools/gguf/convert.py": {"importlib.import_module": "the converter that the user names, which is a program of the user"},
+    "megatron_prune/serving/to_gguf.py": {
+        "importlib.import_module": "the converter that the user names, which is a program of the user"
+    },
     "megatron_prune/runtime/world.py": {"dist.all_gather_object": OWN_PROCESSES},
     "megatron_prune/runtime/megatron_stage.py": {"dist.all_gather_object": OWN_PROCESSES},
     "megatron_prune/text/encoder.py": {"AutoTokenizer.from_pretrained": "tokenizers hold no pickles"},

@@ -1,10 +1,10 @@
-#!/usr/bin/env python3
 """Run llama.cpp's own ``convert_hf_to_gguf.py`` with the pre-tokenizer named, which it finds by ids that a trim changes.
 
-    python tools/gguf/convert.py LLAMA.CPP/convert_hf_to_gguf.py MODEL --outfile model.gguf [--pre smollm] [its other arguments]
+    python megatron_prune/serving/to_gguf.py LLAMA.CPP/convert_hf_to_gguf.py MODEL --outfile model.gguf [--pre smollm] [its arguments]
 
 ``--pre`` is a name of llama.cpp's (``tokenizer.ggml.pre``); without it the name is found in ``tokenizer.json``. A ``nemotron-nas``
-model's tokenizer is then read as byte-level BPE whatever its size. It runs with the Python that the converter runs with.
+model's tokenizer is then read as byte-level BPE whatever its size. It is a program by itself, which the Python that the
+converter runs with runs: that may have neither torch nor this package.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 
 
 def found_name(model: Path) -> str:
@@ -40,7 +41,8 @@ def _fail(text: str) -> int:
 
 def main(argv: list[str]) -> None:
     """Load the converter as a module, give its classes the name, and run it with the other arguments."""
-    parser = argparse.ArgumentParser(prog="convert.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != HERE]  # whose modules are not the converter's
+    parser = argparse.ArgumentParser(prog="to_gguf.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
     parser.add_argument("model", type=Path, help="Hugging Face directory")
     parser.add_argument("--pre", help="llama.cpp's name of the pre-tokenizer (default: found in tokenizer.json)")
