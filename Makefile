@@ -46,6 +46,9 @@ $(SERVING:%=%/.installed): Makefile
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PACKAGES)
+	@# an index may have torchvision for CUDA builds of torch alone; no text model needs it
+	@$(@D)/bin/python -c 'import torchvision' 2>/dev/null || \
+	  $(@D)/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
 	@touch $@
 
 # The converter is no wheel: it lies in the sources of a package that ships llama.cpp's
