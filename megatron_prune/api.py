@@ -16,11 +16,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from megatron_prune.config import made_of
+from megatron_prune.config import made_of, shown
 from megatron_prune.errors import InputError
-from megatron_prune.in_memory import folder_of, is_megatron, loaded, named_plan, named_text, placed, several
+from megatron_prune.in_memory import (
+    called,
+    folder_of,
+    is_megatron,
+    loaded,
+    named_plan,
+    named_text,
+    place_of,
+    placed,
+    several,
+    standing_for,
+)
 from megatron_prune.runtime.reporting import log, quiet_libraries
 from megatron_prune.runtime.world import World
+from megatron_prune.spelling import Arguments, check_beside, options_of_target, reworded
 from megatron_prune.verbs.table import module_of, options_of
 
 if TYPE_CHECKING:
@@ -32,9 +44,6 @@ if TYPE_CHECKING:
 
     Source = str | Path
     Tokenizer = PreTrainedTokenizerBase | str | Path
-
-SIZES = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "num_layers")
-"""Keys of ``target`` that are sizes; all others are the names of options: ``ratio``, ``params``, ``drop_layers``, ``layer_sizes`` …"""
 
 
 def run(verb: str, options: Any, world: World | None = None) -> Any:
@@ -54,14 +63,16 @@ def run(verb: str, options: Any, world: World | None = None) -> Any:
     return getattr(step, name)(options, world or World.of_environment())
 
 
-def _options(verb: str, given: Mapping[str, Any]) -> Any:
-    return made_of(options_of(verb), {name: value for name, value in given.items() if value is not None})
+def _call(function: str, verb: str, given: Mapping[str, Any], **renamed: str) -> Any:
+    """Run a verb, and say what there is to say in the words of the function that calls it.
 
-
-def _target(target: Any) -> dict[str, Any]:
-    if not isinstance(target, Mapping):
-        return {"plan": target}
-    return {f"{name}_remain" if name in SIZES else name: value for name, value in target.items()}
+    Args:
+        given: its options; what is ``None`` is not said.
+        renamed: option → the argument of the function that it is, where their names differ.
+    """
+    kind, said = options_of(verb), {name: value for name, value in given.items() if value is not None}
+    with reworded(Arguments(kind, said, renamed)):
+        return run(verb, made_of(kind, said, of=f"mp.{function}"))
 
 
 def convert(load: Source, save: Source, *, tensor_parallel: int = 1, pipeline_parallel: int = 1, **options: Any) -> Path:
@@ -75,7 +86,9 @@ def convert(load: Source, save: Source, *, tensor_parallel: int = 1, pipeline_pa
         ``save``.
     """
     sizes = {"target_tensor_parallel_size": tensor_parallel, "target_pipeline_parallel_size": pipeline_parallel}
-    run("convert", _options("convert", {"load": load, "save": save, **sizes, **options}))
+    given = {"load": place_of(load, "load"), "save": place_of(save, "save"), **sizes, **options}
+    names = {"target_tensor_parallel_size": "tensor_parallel", "target_pipeline_parallel_size": "pipeline_parallel"}
+    _call("convert", "convert", given, **names)
     return Path(save)
 
 
@@ -88,7 +101,7 @@ def export(load: Source, save: Source, **options: Any) -> Path:
     Returns:
         ``save``.
     """
-    run("export", _options("export", {"load": load, "save": save, **options}))
+    _call("export", "export", {"load": place_of(load, "load"), "save": place_of(save, "save"), **options})
     return Path(save)
 
 
@@ -103,14 +116,15 @@ def score(load: Source, save: Source, *, data: Any = None, texts: Sequence[str] 
     Returns:
         ``save``: the directory of scores.
     """
+    given = {"load": place_of(load, "load"), "save": place_of(save, "save"), **options}
     with named_text(data, texts) as named:
-        run("score", _options("score", {"load": load, "save": save, **named, **options}))
+        _call("score", "score", {**given, **named})
     return Path(save)
 
 
 def plan(
     load: Source,
-    target: Mapping[str, Any],
+    target: Mapping[str, Any] | Plan | Source,
     *,
     save: Source | None = None,
     data: Any = None,
@@ -120,13 +134,21 @@ def plan(
     """Choose what stays of a model of either kind.
 
     Args:
-        target: what it is to be: sizes (``{"ffn_hidden_size": 1152, "num_layers": 24}``), or a budget (``{"ratio": 0.25}``).
+        target: what it is to be: sizes (``{"ffn_hidden_size": 1152, "num_layers": 24}``), or a budget (``{"ratio": 0.25}``);
+            a plan, or its file, with ``uniform=True``: turned into the shape with layers alike and as many parameters.
         save: JSON file to write the plan to.
         data, texts: as for :func:`score`; not read where ``scores`` names a directory.
         options: further ones of ``megatron-prune plan``, such as ``scores`` or ``metric``.
     """
-    with named_text(data, texts) as named, placed(save, "plan.json") as file:
-        return run("plan", _options("plan", {"load": load, "save": file, **_target(target), **named, **options}))
+    load, given = place_of(load, "load"), _asked(target, "plan", options)
+    with named_text(data, texts) as named, named_plan(given) as given, placed(save, "plan.json", "the plan") as file:
+        return _call("plan", "plan", {"load": load, "save": file, **named, **given}, plan="target")
+
+
+def _asked(target: Any, verb: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``target`` says, and the options beside it."""
+    check_beside(options)
+    return {**options_of_target(target, options_of(verb)), **options}
 
 
 @overload
@@ -165,29 +187,31 @@ def prune(
 
     Args:
         model: a transformers model in memory (it is not changed), a Hugging Face directory or hub id, or a Megatron checkpoint.
-        target: sizes (``{"ffn_hidden_size": 1152, "num_layers": 24}``), a budget (``{"ratio": 0.25}``), a plan, or its file.
+        target: a plan, or its file; or what the model is to be, as keys with values: sizes that are to stay (``hidden_size``,
+            ``ffn_hidden_size``, ``num_attention_heads``, ``num_query_groups``, ``num_layers``), layers or blocks that go
+            (``drop_layers``, ``drop_attention``, ``drop_mlp``), sizes by layer (``layer_sizes``), or a budget (``ratio``,
+            ``params``, ``memory``): ``{"ffn_hidden_size": 1152, "num_layers": 24}``, ``{"ratio": 0.25}``.
         save: directory to write; needed unless the model is in memory.
         data: sources as on the command line, or samples as int64 [samples, tokens] (default: the model's own samples).
         texts: texts in memory, instead.
-        tokenizer: that text is read with (default: the model's own; a model in memory has none).
+        tokenizer: that text is read with (default: the model's own; a model in memory has none): itself beside a model in
+            memory, or its directory or hub id.
         options: further ones of ``megatron-prune prune`` or ``prune-hf``.
 
     Returns:
         A model in memory for a model in memory, with its element type and on its device; else ``save``.
     """
-    given = {**_target(target), **options}
+    given = _asked(target, "prune-hf", options)
     with named_text(data, texts) as named, named_plan(given) as given, folder_of(model, tokenizer) as folder:
         if folder is None:
             if save is None:
-                raise InputError("save", got="nothing", needed="a directory to write the pruned model to")
-            verb, more = ("prune", {"tokenizer": tokenizer}) if is_megatron(model) else ("prune-hf", {})
-            if verb == "prune-hf" and tokenizer is not None:
-                raise InputError("tokenizer beside a directory", do="put its files there, or load the model and give both")
-            run(verb, _options(verb, {"load": model, "save": save, **more, **named, **given}))
+                raise InputError("save=", got="nothing", needed="a directory to write the pruned model to")
+            asked = {"load": model, "save": place_of(save, "save"), "tokenizer": tokenizer, **named, **given}
+            _call("prune", "prune" if is_megatron(model) else "prune-hf", asked, load="model", plan="target")
             return Path(save)
-        with placed(save, "pruned") as place:
-            run("prune-hf", _options("prune-hf", {"load": folder, "save": place, **named, **given}))
-            return loaded(place, model)
+        with placed(save, "pruned", "memory") as place:
+            _call("prune", "prune-hf", {"load": folder, "save": place, **named, **given}, load="model", plan="target")
+            return loaded(place, model, save)
 
 
 @overload
@@ -200,8 +224,14 @@ def apply(
     """Cut a model by a plan. Without text (``data``, ``texts``) nothing is re-fitted: what stays keeps its bits.
 
     Args:
+        plan: itself, or its file.
         model, save, options: as for :func:`prune`.
     """
+    if not isinstance(plan, (str, Path)) and not hasattr(plan, "dumps"):
+        do = "make one with mp.plan, or prune by sizes or a budget with mp.prune" if isinstance(plan, Mapping) else None
+        raise InputError("plan=", got=shown(plan), needed="a plan, or its file", do=do)
+    if options.get("data") is None and options.get("texts") is None:
+        options.setdefault("refit", False)
     return prune(model, plan, save=save, **options)
 
 
@@ -219,20 +249,20 @@ def trim_vocabulary(
     Args:
         size: tokens that stay, exactly (or say ``coverage``, ``min_count``, ``keep_script`` … as options).
         counts: files of ``megatron-prune vocab count``.
-        data: corpora that are counted, instead: by processes of their own, which import the calling script, so that it needs
-            ``if __name__ == "__main__":`` around what it does.
+        data: corpora that are counted, instead.
         options: further ones of ``megatron-prune vocab trim``.
 
     Returns:
         ``save``.
     """
-    with tempfile.TemporaryDirectory() as work:
-        named = several(counts)
-        if corpora := several(data):
+    load, named, corpora = place_of(load, "load"), several(counts, "counts"), several(data, "data")
+    given = {"load": load, "save": place_of(save, "save"), "remain_vocab_size": size, **options}
+    with tempfile.TemporaryDirectory() as work, standing_for(f"{work}/counts", "counts of data"):
+        if corpora:
             named = (*named, f"{work}/counts")
-            run("vocab count", _options("vocab count", {"tokenizer": load, "input": corpora, "save": named[-1]}))
-        given = {"load": load, "save": save, "counts": named, "remain_vocab_size": size, **options}
-        run("vocab trim", _options("vocab trim", given))
+            counted = {"tokenizer": load, "input": corpora, "save": named[-1]}
+            _call("trim_vocabulary", "vocab count", counted, tokenizer="load", input="data")
+        _call("trim_vocabulary", "vocab trim", {**given, "counts": named or None}, remain_vocab_size="size")
     return Path(save)
 
 
@@ -243,15 +273,17 @@ def evaluate(
 
     Args:
         data: a source as on the command line.
-        tokenizer: that it is read with (default: the model's own).
+        tokenizer: that it is read with (default: the model's own; a model in memory has none): itself beside a model in memory,
+            or its directory or hub id.
         options: further ones of ``megatron-prune evaluate``, such as ``seq_length`` and ``windows``.
 
     Returns:
         The facts, ``"perplexity"`` among them.
     """
+    source = str(place_of(data, "data"))
     with folder_of(model, tokenizer) as folder:
-        named = {"tokenizer": None if folder else tokenizer}
-        return run("evaluate", _options("evaluate", {"load": folder or model, "data": data, **named, **options}))
+        named = {"checkpoint": called(model)} if folder else {"tokenizer": tokenizer}
+        return _call("evaluate", "evaluate", {"load": folder or model, "data": source, **named, **options}, load="model")
 
 
 def recover(load: Source, save: Source, data_path: Source | Sequence[Any], *, train_iters: int, **options: Any) -> Path:
@@ -267,9 +299,9 @@ def recover(load: Source, save: Source, data_path: Source | Sequence[Any], *, tr
     Raises:
         InterruptedError: if the run was asked to stop; it goes on when it is called again.
     """
-    data = tuple(map(str, several(data_path)))
-    given = {"load": load, "save": save, "data_path": data, "train_iters": train_iters, **options}
-    if run("recover", _options("recover", given)):
+    data = (data_path,) if isinstance(data_path, (str, Path)) else tuple(map(str, data_path))
+    given = {"load": place_of(load, "load"), "save": place_of(save, "save"), "data_path": data, "train_iters": train_iters}
+    if _call("recover", "recover", {**given, **options}):
         raise InterruptedError(f"the run in {save} was stopped and has saved; the same call goes on from there")
     return Path(save) / "best"
 

@@ -10,7 +10,7 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, field
 from pathlib import Path
 from typing import Any, Callable
@@ -169,9 +169,20 @@ def given(options: Any) -> dict[str, Any]:
     return {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if getattr(options, f.name) != f.default}
 
 
-def made_of(kind: type, values: Mapping[str, Any]) -> Any:
+def shown(value: object, limit: int = 80) -> str:
+    """A value that a program gave, for a message: as Python writes it, or what it is where that is long."""
+    text = repr(value)
+    if len(text) <= limit and "\n" not in text:
+        return text
+    return type(value).__name__ + (f" of {len(value)}" if isinstance(value, (list, tuple, dict)) else "")
+
+
+def made_of(kind: type, values: Mapping[str, Any], *, of: str) -> Any:
     """Options of a dataclass from values that a program gives, as its fields say them: numbers may be of any kind, paths are
-    paths or texts, sequences tuples or lists; of a former name the value is the field's.
+    paths or texts, sequences of any kind; of a former name the value is the field's.
+
+    Args:
+        of: what takes the options, for messages.
 
     Raises:
         InputError: naming an option that there is not (with the nearest), one that is needed, or a value that does not fit.
@@ -183,7 +194,7 @@ def made_of(kind: type, values: Mapping[str, Any]) -> Any:
         field_name = former.get(name, name)
         if field_name not in known:
             near = difflib.get_close_matches(name, [*known, *former], n=1)
-            raise InputError(f"{name} is no option of {kind.__name__}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise InputError(f"{name} is no argument of {of}" + (f"; did you mean {near[0]}?" if near else ""))
         found[field_name] = _fitted(known[field_name], hints[field_name], value)
     if missing := [item.name for item in known.values() if _is_needed(item) and item.name not in found]:
         raise InputError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed")
@@ -203,7 +214,7 @@ def _fitted(item: Field, annotation: Any, value: Any) -> Any:
     if isinstance(annotation, types.UnionType):
         annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
     if annotation in (tuple[str, ...], tuple[int, ...]):
-        several = value if isinstance(value, (list, tuple)) else (value,)
+        several = (value,) if isinstance(value, (str, Path, Mapping)) or not isinstance(value, Iterable) else value
         return tuple(_one(item, typing.get_args(annotation)[0], each) for each in several)
     return _one(item, annotation, value)
 
@@ -211,11 +222,14 @@ def _fitted(item: Field, annotation: Any, value: Any) -> Any:
 def _one(item: Field, annotation: type, value: Any) -> Any:
     if annotation is bool:
         if not isinstance(value, bool):
-            raise InputError(item.name, got=repr(value), needed="True or False")
+            raise InputError(item.name, got=shown(value), needed="True or False")
         return value
     fits = {int: numbers.Integral, float: numbers.Real, str: (str, Path, numbers.Integral)}[annotation]
-    if isinstance(value, bool) or not isinstance(value, fits):
-        raise InputError(item.name, got=repr(value), needed={int: "a whole number", float: "a number", str: "a text"}[annotation])
+    is_place = item.metadata["exists"] or item.metadata["group"] == "model"
+    if isinstance(value, bool) or not isinstance(value, fits) or (is_place and isinstance(value, numbers.Integral)):
+        needed = {int: "a whole number", float: "a number", str: "a name, or a path" if is_place else "a text"}[annotation]
+        choices = item.metadata["choices"]
+        raise InputError(item.name, got=shown(value), needed="one of " + ", ".join(map(str, choices)) if choices else needed)
     try:
         return reader(item, annotation)(str(value) if annotation is not float else repr(float(value)))
     except argparse.ArgumentTypeError as error:

@@ -1,21 +1,44 @@
-"""What a caller has in memory, as the files that verbs read: models, texts, samples, plans."""
+"""What a caller has in memory, as the files that verbs read: models, texts, samples, plans. No message names these files."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.config import shown
 from megatron_prune.errors import InputError
 from megatron_prune.runtime.world import World
+from megatron_prune.spelling import reworded
+
+TEXT = "names of files, folders or data sets (texts in memory: texts=), or samples as int64 [samples, tokens]"
 
 
-def several(names: Any) -> tuple[Any, ...]:
-    """One name or several, as several."""
-    return (str(names),) if isinstance(names, (str, Path)) else tuple(names)
+def several(names: Any, argument: str, needed: str = "a name, a path, or several") -> tuple[str, ...]:
+    """One name or several, as several.
+
+    Raises:
+        InputError: naming the argument, if they are something else.
+    """
+    found = (names,) if isinstance(names, (str, Path)) else tuple(names) if isinstance(names, (list, tuple)) else None
+    if found is None or not all(isinstance(name, (str, Path)) for name in found):
+        raise InputError(f"{argument}=", got=shown(names), needed=needed)
+    return tuple(map(str, found))
+
+
+def place_of(name: Any, argument: str) -> Path:
+    """A place that is named.
+
+    Raises:
+        InputError: naming the argument, if it is something else, such as a model in memory.
+    """
+    if isinstance(name, (str, Path)):
+        return Path(name)
+    do = "save it (save_pretrained), and name that directory" if hasattr(name, "save_pretrained") else None
+    raise InputError(f"{argument}=", got=shown(name), needed="a name, or a path", do=do)
 
 
 def is_megatron(name: Any) -> bool:
@@ -27,13 +50,20 @@ def is_megatron(name: Any) -> bool:
 
 
 @contextlib.contextmanager
-def placed(save: str | Path | None, name: str) -> Iterator[str]:
-    """Where something is written: the place that was named, or one that goes."""
+def placed(save: str | Path | None, name: str, words: str) -> Iterator[str]:
+    """Where something is written: the place that was named, or one that goes, which messages call ``words``."""
     if save is not None:
-        yield str(save)
+        yield str(place_of(save, "save"))
         return
-    with shared_folder() as folder:
+    with shared_folder() as folder, standing_for(f"{folder}/{name}", words):
         yield f"{folder}/{name}"
+
+
+@contextlib.contextmanager
+def standing_for(path: str, words: str) -> Iterator[None]:
+    """What is said of a temporary file or directory meanwhile is said of what it stands for."""
+    with reworded(lambda text: text.replace(f"{path}/", f"{words}: ").replace(path, words)):
+        yield
 
 
 @contextlib.contextmanager
@@ -48,38 +78,70 @@ def shared_folder() -> Iterator[str]:
 
 @contextlib.contextmanager
 def named_text(data: Any, texts: Sequence[str] | None) -> Iterator[dict[str, Any]]:
-    """Options that name the text."""
+    """Options that name the text.
+
+    Raises:
+        InputError: if it is no text and no samples, or both are there.
+    """
     if data is not None and texts is not None:
-        raise InputError("data and texts", needed="one of the two")
-    if texts is None and not hasattr(data, "dim"):
-        yield {} if data is None else {"data": several(data)}
-        return
-    with shared_folder() as folder:
-        world = World.of_environment()
-        if texts is not None:
-            if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-                raise InputError("texts", needed="a sequence of texts")
-            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-            world.on_main(lambda: Path(folder, "texts.jsonl").write_text(lines, encoding="utf-8"))
+        raise InputError("data= and texts=", needed="one of the two")
+    if texts is not None:
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in _texts(texts))
+        with shared_folder() as folder, standing_for(f"{folder}/texts.jsonl", "texts"):
+            World.of_environment().on_main(lambda: Path(folder, "texts.jsonl").write_text(lines, encoding="utf-8"))
             yield {"data": (f"{folder}/texts.jsonl",)}
-            return
+    elif hasattr(data, "shape"):  # of torch or numpy
         from megatron_prune.text.artifact import save_samples
 
-        file = Path(folder, "samples.safetensors")
-        world.on_main(lambda: save_samples(file, data, {"content_id": "given in memory"}))
-        yield {"data": (str(file),), "nsamples": data.shape[0], "seq_length": data.shape[1]}
+        samples = _samples(data)
+        with shared_folder() as folder, standing_for(f"{folder}/samples.safetensors", "data"):
+            file = Path(folder, "samples.safetensors")
+            World.of_environment().on_main(lambda: save_samples(file, samples, {"content_id": "given in memory"}))
+            yield {"data": (str(file),), "nsamples": samples.shape[0], "seq_length": samples.shape[1]}
+    else:
+        yield {} if data is None else {"data": several(data, "data", TEXT)}
+
+
+def _texts(texts: Any) -> list[str]:
+    if isinstance(texts, (str, bytes, Mapping)) or not hasattr(texts, "__iter__"):
+        raise InputError("texts=", got=shown(texts), needed="a sequence of texts")
+    found = list(texts)
+    if wrong := [text for text in found if not isinstance(text, str)]:
+        raise InputError("texts=", got=shown(wrong[0]), needed="a sequence of texts")
+    if not any(text.strip() for text in found):
+        raise InputError("texts=", got=shown(found), needed="at least one text that says something")
+    return found
+
+
+def _samples(data: Any) -> Any:
+    """Samples as a tensor: of whole numbers, two-dimensional."""
+    import torch
+
+    kind, shape = str(data.dtype).removeprefix("torch."), list(data.shape)
+    if not kind.startswith("int") or len(shape) != 2 or not all(shape):
+        raise InputError("data=", got=f"{kind} {shape}", needed=TEXT)
+    return torch.as_tensor(data).to("cpu", torch.int64)
 
 
 @contextlib.contextmanager
 def named_plan(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The options with a plan in memory as a file."""
-    if not hasattr(given.get("plan"), "dumps"):
+    """The options with a plan, or sizes by layer, that are in memory as files."""
+    dumps = {"plan": lambda plan: plan.dumps(), "layer_sizes": json.dumps}
+    held = {name for name in dumps if not isinstance(given.get(name), (str, Path, type(None)))}
+    with contextlib.ExitStack() as stack:
+        for name in sorted(held):
+            folder = stack.enter_context(shared_folder())
+            file = Path(folder, f"{name}.json")
+            stack.enter_context(standing_for(str(file), {"plan": "the plan"}.get(name, name)))
+            text = dumps[name](given[name])
+            World.of_environment().on_main(lambda: file.write_text(text, encoding="utf-8"))
+            given = {**given, name: str(file)}
         yield given
-        return
-    with shared_folder() as folder:
-        file = Path(folder, "plan.json")
-        World.of_environment().on_main(lambda: file.write_text(given["plan"].dumps(), encoding="utf-8"))
-        yield {**given, "plan": str(file)}
+
+
+def called(model: Any) -> str:
+    """What messages call a model in memory."""
+    return f"{type(model).__name__} in memory"
 
 
 @contextlib.contextmanager
@@ -90,31 +152,59 @@ def folder_of(model: Any, tokenizer: Any) -> Iterator[str | None]:
         InputError: if it is neither, or several processes would write it.
     """
     if isinstance(model, (str, Path)):
+        if not isinstance(tokenizer, (str, Path, type(None))):
+            raise InputError(
+                "tokenizer=", got=type(tokenizer).__name__, needed="the name of its directory, as the model is named"
+            )
         yield None
         return
-    if not hasattr(model, "save_pretrained"):
-        raise InputError("model", got=type(model).__name__, needed="a transformers model, or the name of a directory")
-    if World.of_environment().size > 1:
-        raise InputError(
-            "a model in memory, and several processes", do="save it, convert it (mp.convert) and name the checkpoint"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
-        model.save_pretrained(folder)
+    _check_model(model)
+    with tempfile.TemporaryDirectory() as folder, standing_for(folder, called(model)):
+        with no_bars():
+            model.save_pretrained(folder)
         if hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(folder)
         elif tokenizer is not None:
             from megatron_prune.checkpoint import model_folder
             from megatron_prune.text.encoder import load_tokenizer
 
-            load_tokenizer(model_folder.resolve(str(tokenizer), weights=False)).save_pretrained(folder)
+            name = place_of(tokenizer, "tokenizer")
+            load_tokenizer(model_folder.resolve(str(name), weights=False)).save_pretrained(folder)
         yield folder
 
 
-def loaded(folder: str, like: Any) -> Any:
-    """A model in memory, with the element type and on the device of another."""
+def _check_model(model: Any) -> None:
+    if not hasattr(model, "save_pretrained") or not hasattr(model, "state_dict"):
+        raise InputError("model=", got=shown(model), needed="a transformers model, or the name of a directory")
+    if getattr(model, "peft_config", None):
+        raise InputError("model=", got=f"{type(model).__name__} with adapters", needed="weights alone", do="merge_and_unload()")
+    if getattr(getattr(model, "device", None), "type", None) == "meta":
+        raise InputError("model=", got=f"{type(model).__name__} on meta", needed="a model with its weights")
+    if World.of_environment().size > 1:
+        raise InputError(
+            "a model in memory, and several processes", do="save it, convert it (mp.convert) and name the checkpoint"
+        )
+
+
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Without the progress bars of transformers."""
+    from transformers.utils import logging
+
+    shown_before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown_before:
+            logging.enable_progress_bar()
+
+
+def loaded(folder: str, like: Any, save: str | Path | None) -> Any:
+    """A model in memory, with the element type and on the device of another; its name is where it was saved, if it was."""
     from megatron_prune.runtime.stock_model import load_stock_model
 
-    return load_stock_model(Path(folder), dtype=like.dtype).to(like.device)
+    with no_bars():
+        model = load_stock_model(Path(folder), dtype=like.dtype).to(like.device)
+    model.name_or_path = model.config.name_or_path = str(save or "")
+    return model

@@ -120,7 +120,7 @@ def describe(stored: dict[str, Any], where: object, ignored: frozenset[str] = fr
         eod_added=stored.get("tokenizer_type") in _EOD_ADDED if isinstance(stored.get("tokenizer_type"), str) else False,
     )
     unknown = any("not an argument that is known" in problem for problem in problems)
-    do = "pass over one that changes nothing which the model computes with --ignore-args NAME …" if unknown else None
+    do = "pass over one that changes nothing which the model computes with --ignore-args=NAME" if unknown else None
     raise_all(CheckpointError, f"the arguments stored in {where} do not describe a supported model", problems, do=do)
     return described
 

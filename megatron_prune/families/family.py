@@ -245,7 +245,7 @@ class Family:
             why = self._form_unsaid(form, config)
             return Refused(f"{self._named(form)} cannot say this model", got=why) if why else None
         if not is_plain(config):
-            needed = "layers that are alike (a plan becomes such a one with prune --plan PLAN --uniform)"
+            needed = "layers that are alike (a plan becomes such a one with megatron-prune prune --plan PLAN --uniform)"
             return Refused(f"transformers' {self.architecture} has layers that are alike", got=differences(config), needed=needed)
         if lost := self._unsaid(config):
             return Refused(f"transformers' {self.architecture} cannot express this model's {', '.join(lost)}")

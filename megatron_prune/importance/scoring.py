@@ -84,6 +84,8 @@ def score(
                 totals[key][start : start + piece.numel()] += piece
         close_files()
     found = {key: metric.finish(*key, total) for key, total in totals.items()}
+    for key in found:
+        _check_said(metric, found[key], totals[key], f"{_place(key)}, from finite sums")
     concluded: Scores = {}
     for axis in dict.fromkeys(axis for axis, _ in wanted):
         concluded |= _concluded(metric, {key: value for key, value in found.items() if key[0] == axis})
@@ -109,7 +111,32 @@ def _concluded(metric: Metric, scores: Scores) -> Scores:
     found = metric.conclude({key: torch.where(value.isfinite(), value, lowest) for key, value in scores.items()})
     if {key: value.shape for key, value in found.items()} != {key: value.shape for key, value in scores.items()}:
         raise TypeError(f"{metric.spelling}: conclude returned scores of other units than it was given")
+    for key in scores:
+        _check_said(metric, found[key], scores[key], f"{_place(key)}, as its last word")
     return {key: torch.where(scores[key].isfinite(), found[key], scores[key]) for key in scores}
+
+
+def _check_said(metric: Metric, said: torch.Tensor, of: torch.Tensor, where: str) -> None:
+    """Refuse what a metric makes of sound numbers that is none: broken weights are another thing (:func:`_sound`).
+
+    Args:
+        said, of: [units].
+
+    Raises:
+        InputError: naming the metric and the units.
+    """
+    broken = of.isfinite() & ~said.isfinite()
+    if broken.any():
+        first = int(broken.nonzero()[0])
+        got = f"{float(said[first])} for unit {first}" + (f" and {int(broken.sum()) - 1} more" if broken.sum() > 1 else "")
+        raise InputError(f"metric {metric.spelling} is not finite at {where}", got=got, needed="finite scores", do=MEND)
+
+
+MEND = "mend the metric: a division by zero, a root or a logarithm of what is not positive"
+
+
+def _place(key: tuple[str, int | None]) -> str:
+    return key[0] if key[1] is None else f"{key[0]} in layer {key[1]}"
 
 
 def _reads_units(metric: Metric) -> bool:
@@ -121,10 +148,8 @@ def _sound(key: tuple[str, int | None], scores: torch.Tensor, world: World) -> t
     """Scores with NaN and infinity replaced by the lowest there is: a unit with broken weights goes first."""
     broken = ~scores.isfinite()
     if broken.any() and world.is_main:
-        where = key[0] if key[1] is None else f"{key[0]} in layer {key[1]}"
-        log.warning(
-            "%s: units %s have weights that are not finite and are dropped first", where, broken.nonzero().flatten().tolist()[:8]
-        )
+        units = broken.nonzero().flatten().tolist()[:8]
+        log.warning("%s: units %s have weights that are not finite and are dropped first", _place(key), units)
     return scores.masked_fill(broken, -torch.inf)
 
 
@@ -164,6 +189,10 @@ def _partial_sums(
                         totals = values.sum(dim=others, dtype=torch.float64) if others else values.double()
                         first = part.start // each - mine[key].start
                         sums[key][first : first + totals.numel() // each] += totals.view(-1, each).sum(dim=1)
+                if not sums[key].isfinite().all() and weight.isfinite().all() and not values.isfinite().all():
+                    where = tensor.role if tensor.layer is None else f"{tensor.role} in layer {tensor.layer}"
+                    got = f"NaN or infinity of the finite weights of {where}"
+                    raise InputError(f"metric {metric.spelling} is not finite", got=got, needed="finite numbers", do=MEND)
             progress(weight.numel() * tensors.dtype(tensor).itemsize)
     return {key: (mine[key].start, total) for key, total in sums.items()}
 
@@ -186,6 +215,8 @@ def _whole_units(
         values = []
         for some, parts in stored_units(tensors, axis, layer, units):
             values.append(unit_values(metric, axis, layer, parts, 0.0, config))
+            sound = torch.stack([part.weight.flatten(1).isfinite().all(1) for part in parts.values()]).all(0)
+            _check_said(metric, values[-1], torch.where(sound, 0.0, torch.nan), _place((axis, layer)))
             progress(sum(part.weight.numel() * tensors.dtype(TensorId(role, layer)).itemsize for role, part in parts.items()))
         found[axis, layer] = (units.start, torch.cat(values))
     return found

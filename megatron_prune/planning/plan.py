@@ -42,7 +42,7 @@ class LayerPlan:
         return getattr(self, axis)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Plan:
     """Attributes:
     old, new: the sizes in :data:`SHAPE_FIELDS` before and after: a number, or a list of one for each layer where these differ.
@@ -167,6 +167,9 @@ class Plan:
             return replace(self, vocab=None, tokenizer=None, new={**self.new, "vocab_size": self.old["vocab_size"]})
         new = {**self.new, "vocab_size": len(other.vocab)}
         return replace(self, vocab=other.vocab, tokenizer=other.tokenizer, new=new)
+
+    def __repr__(self) -> str:
+        return f"<Plan: {self.summary()}>"
 
     def summary(self) -> str:
         """The sizes that change, for a person."""

@@ -61,7 +61,7 @@ def check_allocation(bounds: Bounds, metric_of: dict[str, str], *, has_text: boo
     """
     if not has_text or not refit:
         got = "--no-refit" if has_text else "no text"
-        do = "name text with --data (--data self will do), without --no-refit"
+        do = "name text with --data (--data=self will do), without --no-refit"
         raise InputError("--allocate free measures on text, and compares re-fitted models", got=got, do=do)
     for axis in layer_axes():
         if axis not in metric_named(name := metric_of[axis]).axes:

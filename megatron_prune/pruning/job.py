@@ -117,7 +117,7 @@ def settle(options: ChoosingOptions, subject: Subject, family: Family, *, prune_
         check_measurable(options, request.metrics(config), config, layout)
     if text and not refit and request.rotates(config):
         raise InputError("--no-refit with rotated hidden units", do="use --hidden_method select, or re-fit")
-    if options.plan and not text and subject.world.is_main:
+    if options.plan and not text and options.refit is None and subject.world.is_main:
         log.warning(
             "the plan is applied as it is, nothing is re-fitted: name text with --data, or pass --refit for the model's own samples, "
             "and what stays learns to do what the whole did"

@@ -68,6 +68,8 @@ class BudgetOptions:
     memory_batch: int = option("sequences in the KV cache of --memory", 1, group="expert")
     multiple_of: str | None = option("sizes are multiples of these, such as hidden=64,ffn=128", None, group="shape")
 
+    BUDGETS: ClassVar[tuple[str, ...]] = ("params", "ratio", "memory")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TargetOptions(AllocationOptions, BudgetOptions):

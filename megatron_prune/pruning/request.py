@@ -294,7 +294,7 @@ def _read(
     if plan.rotated and config.after_norms:
         raise PlanError(f"{options.plan} rotates the stream", got=NO_ROTATION, needed="a plan that keeps channels as they are")
     if plan.rotated and not has_text:
-        raise PlanError(f"{options.plan} rotates the stream, which needs text", do="name some with --data (--data self will do)")
+        raise PlanError(f"{options.plan} rotates the stream, which needs text", do="name some with --data (--data=self will do)")
     if layout.tensor == 1:
         plan = plan.without_shards()
     uneven = plan.shard_sizes()

@@ -74,7 +74,11 @@ class _Evaluation(TypedDict):
 
 
 def _read(path: str | None) -> _Evaluation | None:
-    return None if path is None else read_json(Path(path), _Evaluation, error=InputError, do="name a file of evaluate --output")
+    return (
+        None
+        if path is None
+        else read_json(Path(path), _Evaluation, error=InputError, do="name a file of megatron-prune evaluate --output")
+    )
 
 
 def _facts(name: str, options: CompareOptions, evaluation: dict[str, Any] | None, world: World) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def evaluate(options: EvaluateOptions, world: World) -> dict[str, Any]:
             do="look for broken weights with megatron-prune inspect --weights, or compute with --dtype fp32",
         )
     result = {
-        "checkpoint": str(options.load),
+        "checkpoint": options.checkpoint or str(options.load),
         "content_id": identity,
         "perplexity": value,
         "text": str(options.data),

@@ -40,13 +40,14 @@ def prune_hf(options: PruneHfOptions, world: World) -> None:
     """
     save = Path(options.save)
     folder = model_folder.resolve(options.load)
-    check_output(save, HUGGING_FACE, overwrite=options.overwrite, source=folder, inputs=(options.scores,))
+    check_output(save, HUGGING_FACE, overwrite=options.overwrite, source=folder, inputs=(options.scores, options.tokenizer))
     say_links(folder, world)
     if options.save_plan:
         staging.check_file(Path(options.save_plan), beside=save)
     max_shard_bytes = parse_size(options.max_shard_size)
     options = with_sizes(options)
     model = open_huggingface(folder, world)
+    model.named_tokenizer = options.tokenizer
     check_tied_copy(model.checkpoint)
     family = choose_family(model.family, options.target_family, model.config)
     subject = Subject(model=model, engine=HuggingFaceEngine(model), tokenizer=model.tokenizer)

@@ -70,7 +70,7 @@ class Encoder:
         if self._tokenizer is not None:
             return
         if self._folder is None:
-            raise InputError("text needs a tokenizer and the model keeps none", do="name a directory with --tokenizer")
+            raise InputError("text needs a tokenizer and the model keeps none", do="name one with --tokenizer")
         self._tokenizer = load_tokenizer(self._folder)
 
 
@@ -78,13 +78,19 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a Hugging Face directory, as ``transformers`` gives it.
 
     Raises:
-        InputError: if it cannot be loaded, or only by running code of its own.
+        InputError: if there is none, or it cannot be loaded, or only by running code of its own.
     """
     from transformers import AutoTokenizer
 
+    if not any(entry.name.startswith(_NAMES) or entry.suffix in _SUFFIXES for entry in folder.iterdir()):
+        raise InputError(f"text needs a tokenizer, and {folder} keeps none", do="name one with --tokenizer")
     check_no_code(folder)
     with tokenizer_errors(f"the tokenizer in {folder} cannot be read"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+_NAMES, _SUFFIXES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens"), (".model", ".tiktoken")
+"""What the files of a tokenizer are called: one of them at least is there where there is one."""
 
 
 def check_no_code(folder: Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.context
 import os
 import signal
+import sys
 import threading
+import types
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -61,9 +64,30 @@ def in_processes(
             pool.shutdown(cancel_futures=True)
 
 
+class _Process(multiprocessing.context.ForkServerProcess):
+    """A process that does not run the caller's script again: what it works with are functions of this project.
+
+    The standard library imports it into every process, so that a script without ``if __name__ == "__main__":`` would start its
+    work anew in each.
+    """
+
+    @staticmethod
+    def _Popen(process: Any) -> Any:
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            return multiprocessing.context.ForkServerProcess._Popen(process)
+        finally:
+            sys.modules["__main__"] = script
+
+
+class _Context(multiprocessing.context.ForkServerContext):
+    Process = _Process
+
+
 def _processes() -> Any:
     """Processes that start clean (threads of this one are not copied) and with the slow imports done, once for all."""
-    context = multiprocessing.get_context("forkserver")
+    context = _Context()
     context.set_forkserver_preload([__name__, "megatron_prune.text.parts", "transformers.tokenization_utils_tokenizers"])
     return context
 

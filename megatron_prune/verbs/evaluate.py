@@ -17,9 +17,8 @@ class EvaluateOptions(ForeignOptions, LayoutOptions):
     EXAMPLES: ClassVar = {"all": "megatron-prune evaluate pruned_hf --data held_out.txt"}
 
     load: str = option(
-        "Megatron checkpoint: its root, or an iteration directory",
+        "Megatron checkpoint (its root, or an iteration directory), Hugging Face directory, or hub id",
         group="model",
-        exists=True,
         former=("load_dir",),
         positional=True,
     )
@@ -37,3 +36,4 @@ class EvaluateOptions(ForeignOptions, LayoutOptions):
     micro_batch_size: int = option("windows in a forward pass", 1, group="run")
     dtype: str = option("what to compute in", "fp32", choices=DTYPES, group="run")
     output: str | None = option("also write the result to this JSON file", None, group="model")
+    checkpoint: str | None = None  # what the result calls the model, if not by its place; no flag

@@ -26,6 +26,7 @@ class PruneHfOptions(PruningOptions, HuggingFaceOptions, PushOptions):
         "Hugging Face model: a directory, or a hub id", group="model", former=("model_name_or_path",), positional=True
     )
     save: str = option("Hugging Face directory to write", group="model", former=("output_path",))
+    tokenizer: str | None = option("Hugging Face directory of the tokenizer (default: the model's own)", None, group="model")
     prune_config_path: str | None = option(
         "JSON file with hidden_size_remain, num_attention_heads_remain, ffn_hidden_size_remain, drop_layers "
         "(and num_query_groups_remain, num_layers_remain) (default: prune_config.json, where no size, budget or plan is given)",

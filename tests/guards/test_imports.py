@@ -13,7 +13,7 @@ ORDER = (
     *(PACKAGE, "errors", "registry", "config"),
     *("files", "arch", "axes", "families", "serving", "checkpoint", "planning"),
     *("runtime", "opening", "text", "vocabulary", "evaluation", "importance", "surgery"),
-    *("writing", "pruning", "recovery", "verbs", "steps", "in_memory", "api", "cli", "__main__"),
+    *("writing", "pruning", "recovery", "verbs", "steps", "spelling", "in_memory", "api", "cli", "__main__"),
 )
 
 

@@ -1,0 +1,206 @@
+"""What the command line says, as a caller of Python knows it: arguments instead of flags, and the keys of ``target``."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.config import shown
+from megatron_prune.errors import InputError, PruneError
+from megatron_prune.pruning.options import TargetOptions
+from megatron_prune.runtime.reporting import log
+
+
+@contextlib.contextmanager
+def reworded(reword: Callable[[str], str]) -> Iterator[None]:
+    """What is said meanwhile, in other words: errors of ours that pass through, and the log."""
+
+    def heard(record: logging.LogRecord) -> bool:
+        record.msg, record.args = reword(record.getMessage()), ()
+        return True
+
+    log.addFilter(heard)
+    try:
+        yield
+    except PruneError as error:
+        error.args = (reword(str(error)),)
+        raise
+    finally:
+        log.removeFilter(heard)
+
+
+# ----------------------------------------------------------------------------------------------------- flags → arguments
+
+_COMMAND = re.compile(r"\b(?:megatron-prune|torchrun) [a-z-].*?(?=[,;)\n]| or | and |$)")
+"""A command that is to be typed into a shell: its flags stay flags."""
+_FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9]*(?:[-_][a-z0-9]+)*)(?![\w-])")
+_NUMBER = r"[+-]?\d+(?:\.\d+)?(?:,\d+)*"
+
+
+class Arguments:
+    """The options of a verb as arguments of the function that calls it; called with a text, says that text in their words.
+
+    ``--flag`` becomes ``flag=``, and ``--flag VALUE`` ``flag=VALUE`` where that surely is its value: joined by ``=``, what the
+    call gave, one of the option's choices, a number, or the last word of a line.
+
+    Args:
+        kind: the options.
+        given: values that the call gave.
+        renamed: option → the argument that it is, where their names differ.
+    """
+
+    def __init__(self, kind: type, given: Mapping[str, Any], renamed: Mapping[str, str]):
+        self._given, self._renamed, self._hints = given, renamed, typing.get_type_hints(kind)
+        self._options = {item.name: item for item in fields(kind) if "group" in item.metadata}
+        self._former = {old: item.name for item in self._options.values() for old in item.metadata["former"]}
+
+    def __call__(self, text: str) -> str:
+        parts, end = [], 0
+        for command in _COMMAND.finditer(text):
+            parts += [self._prose(text[end : command.start()]), command.group()]
+            end = command.end()
+        said = "".join([*parts, self._prose(text[end:])])
+        first = re.match(r"\w+(?=:|\n|$)", said)
+        return self._renamed.get(first.group(), first.group()) + said[first.end() :] if first else said
+
+    def _prose(self, text: str) -> str:
+        parts, end = [], 0
+        for flag in _FLAG.finditer(text):
+            if flag.start() < end or (found := self._option(flag.group(1))) is None:
+                continue
+            name, negated = found
+            value = None if self._is_switch(name) else self._value(name).match(text, flag.end())
+            words = value.group(1) or value.group(2) if value else None
+            parts += [text[end : flag.start()], self.spelled(name, words, negated=negated)]
+            end = value.end() if value else flag.end()
+        text = "".join([*parts, text[end:]])
+        return re.sub(r"\b(" + "|".join(KEYS) + r")_remain\b", r"\1", text)
+
+    def spelled(self, name: str, value: str | None = None, *, negated: bool = False) -> str:
+        """An option as the argument, or the key of ``target``, that it is."""
+        if self._is_switch(name):
+            return f"{self._renamed.get(name, name)}={not negated}"
+        if value is not None:
+            annotation = str(self._hints[name])
+            value = f"[{value.replace(',', ', ')}]" if "tuple[int" in annotation else value
+            value = f'"{value}"' if "str" in annotation else value
+        if name in _KEY_OF:
+            return f'"{_KEY_OF[name]}"' + (f": {value}" if value is not None else "")
+        return f"{self._renamed.get(name, name)}={value or ''}"
+
+    def _option(self, flag: str) -> tuple[str, bool] | None:
+        """(the option that a flag is, whether it says no); ``None``: it is none of this verb's."""
+        name = flag.replace("-", "_")
+        name = self._former.get(name, name)
+        if name in self._options:
+            return name, False
+        positive = name.removeprefix("no_")
+        return (positive, True) if positive != name and positive in self._options and self._is_switch(positive) else None
+
+    def _is_switch(self, name: str) -> bool:
+        annotation = self._hints[name]
+        return annotation is bool or (isinstance(annotation, types.UnionType) and bool in typing.get_args(annotation))
+
+    def _value(self, name: str) -> re.Pattern[str]:
+        """What follows a flag and is its value."""
+        given = self._given.get(name)
+        several = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
+        choices = self._options[name].metadata["choices"] or ()
+        known = [*map(str, several), *map(str, choices)]
+        words = sorted(map(re.escape, filter(None, known)), key=len, reverse=True)
+        last = r"(?!out$|too$)[\w.:=/-]+(?=$|\n|, --)"
+        return re.compile(rf"=([^\s,;)]+)| ((?:{'|'.join([*words, _NUMBER])})(?=[\s,;:.)]|$)|{last})", re.MULTILINE)
+
+
+# ---------------------------------------------------------------------------------------------------- the keys of target
+
+_KEY_OF = {name: name.removesuffix("_remain") for name in (*TargetOptions.SIZES, *TargetOptions.BY_LAYER, *TargetOptions.BUDGETS)}
+KEYS = {key: name for name, key in _KEY_OF.items()}
+"""Key of ``target`` → the option that it is."""
+
+_MEANT = {
+    "intermediate_size": ("ffn_hidden_size",),
+    "mlp": ("ffn_hidden_size", "drop_mlp"),
+    "n_inner": ("ffn_hidden_size",),
+    "d_ff": ("ffn_hidden_size",),
+    "d_model": ("hidden_size",),
+    "n_embd": ("hidden_size",),
+    "dim": ("hidden_size",),
+    "width": ("hidden_size", "ffn_hidden_size"),
+    "num_hidden_layers": ("num_layers",),
+    "n_layer": ("num_layers",),
+    "n_layers": ("num_layers",),
+    "depth": ("num_layers", "drop_layers"),
+    "n_head": ("num_attention_heads",),
+    "n_heads": ("num_attention_heads",),
+    "num_heads": ("num_attention_heads",),
+    "num_key_value_heads": ("num_query_groups",),
+    "num_kv_heads": ("num_query_groups",),
+    "n_kv_heads": ("num_query_groups",),
+    "kv_heads": ("num_query_groups",),
+    "kv_groups": ("num_query_groups",),
+    "sparsity": ("ratio",),
+    "pruning_ratio": ("ratio",),
+    "parameters": ("params",),
+    "num_parameters": ("params",),
+}
+"""Names of Hugging Face's configurations and of other pruners → the keys that mean this."""
+
+NEEDED = 'sizes (target={"ffn_hidden_size": 1152, "num_layers": 24}), a budget (target={"ratio": 0.25}), a plan, or its file'
+
+
+def nearest_keys(name: str) -> list[str]:
+    """Keys of ``target`` that one which is not may have been meant for, the likeliest first."""
+    name = name.lower()
+    if name.removesuffix("_remain") in KEYS:
+        return [name.removesuffix("_remain")]
+    if meant := _MEANT.get(name):
+        return list(meant)
+    holding = [key for key in KEYS if name in key.split("_") or f"_{name}_" in f"_{key}_" or (len(name) > 2 and name in key)]
+    return holding[:3] or difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
+
+
+def options_of_target(target: Any, kind: type) -> dict[str, Any]:
+    """The options of a pruning that ``target`` says.
+
+    Args:
+        kind: the options of the verb.
+
+    Raises:
+        InputError: if it says nothing, or is neither sizes nor a budget nor a plan; naming a key that there is not, and the nearest.
+    """
+    if isinstance(target, (str, Path)) or hasattr(target, "dumps"):
+        return {"plan": target}
+    if not isinstance(target, Mapping):
+        raise InputError("target=", got=shown(target), needed=NEEDED)
+    for key in target:
+        if key in KEYS:
+            continue
+        meant = nearest_keys(str(key))
+        if not meant and key in {item.name for item in fields(kind)}:
+            raise InputError(f"{key!r} is no key of target=", do=f"say it beside: {key}={shown(target[key])}")
+        near = f"; did you mean {' or '.join(map(repr, meant))}?" if meant else ""
+        raise InputError(f"{key!r} is no key of target={near}", needed="some of " + ", ".join(KEYS))
+    said = {KEYS[key]: value for key, value in target.items() if value is not None}
+    if not said:
+        raise InputError("target= says nothing", got=shown(target), needed=NEEDED)
+    return said
+
+
+def check_beside(options: Mapping[str, Any]) -> None:
+    """Refuse what belongs into ``target`` and stands beside it.
+
+    Raises:
+        InputError: naming the key.
+    """
+    for name in options:
+        if (key := _KEY_OF.get(name, name)) in KEYS:
+            raise InputError(f"{name}= is no argument of its own", do=f'say it in target=: {{"{key}": {shown(options[name])}}}')
