@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -134,7 +135,7 @@ def named_plan(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
             file = Path(folder, f"{name}.json")
             stack.enter_context(standing_for(str(file), {"plan": "the plan"}.get(name, name)))
             text = dumps[name](given[name])
-            World.of_environment().on_main(lambda: file.write_text(text, encoding="utf-8"))
+            World.of_environment().on_main(functools.partial(file.write_text, text, encoding="utf-8"))
             given = {**given, name: str(file)}
         yield given
 

@@ -78,9 +78,11 @@ class Arguments:
                 continue
             name, negated = found
             value = None if self._is_switch(name) else self._value(name).match(text, flag.end())
+            end_of_words = value.end() if value else flag.end()
             words = value.group(1) or value.group(2) if value else None
-            parts += [text[end : flag.start()], self.spelled(name, words, negated=negated)]
-            end = value.end() if value else flag.end()
+            said = self.spelled(name, words, negated=negated)
+            parts += [text[end : flag.start()], said.removesuffix("=") if text[end_of_words : end_of_words + 1] == ":" else said]
+            end = end_of_words
         text = "".join([*parts, text[end:]])
         return re.sub(r"\b(" + "|".join(KEYS) + r")_remain\b", r"\1", text)
 
@@ -175,7 +177,8 @@ def options_of_target(target: Any, kind: type) -> dict[str, Any]:
         kind: the options of the verb.
 
     Raises:
-        InputError: if it says nothing, or is neither sizes nor a budget nor a plan; naming a key that there is not, and the nearest.
+        InputError: if it says nothing, or is neither sizes nor a budget nor a plan; naming a key that there is not, and the
+            nearest.
     """
     if isinstance(target, (str, Path)) or hasattr(target, "dumps"):
         return {"plan": target}
@@ -184,9 +187,11 @@ def options_of_target(target: Any, kind: type) -> dict[str, Any]:
     for key in target:
         if key in KEYS:
             continue
-        meant = nearest_keys(str(key))
-        if not meant and key in {item.name for item in fields(kind)}:
+        if key == "plan":
+            raise InputError("'plan' is no key of target=", do="give the plan, or its file, as target= itself")
+        if key in {item.name for item in fields(kind)} - set(_KEY_OF):
             raise InputError(f"{key!r} is no key of target=", do=f"say it beside: {key}={shown(target[key])}")
+        meant = nearest_keys(str(key))
         near = f"; did you mean {' or '.join(map(repr, meant))}?" if meant else ""
         raise InputError(f"{key!r} is no key of target={near}", needed="some of " + ", ".join(KEYS))
     said = {KEYS[key]: value for key, value in target.items() if value is not None}
