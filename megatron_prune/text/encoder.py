@@ -83,7 +83,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     if not any(entry.name.startswith(_NAMES) or entry.suffix in _SUFFIXES for entry in folder.iterdir()):
-        raise InputError(f"text needs a tokenizer, and {folder} keeps none", do="name one with --tokenizer")
+        raise InputError(f"text needs a tokenizer, and there is none in {folder}", do="name one with --tokenizer")
     check_no_code(folder)
     with tokenizer_errors(f"the tokenizer in {folder} cannot be read"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -6,12 +6,14 @@ import json
 import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import TEXT, build_tiny, state_dict
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 import megatron_prune as mp
 from megatron_prune.cli.main import main
@@ -165,43 +167,220 @@ def test_a_metric_of_ones_own(folder):
 @pytest.mark.parametrize(
     "call, said",
     [
-        (lambda m, f, t: mp.prune(m, {"fnn_hidden_size": 48}), "fnn_hidden_size is no option.*did you mean ffn_hidden_size"),
-        (lambda m, f, t: mp.prune(f, FFN), "save"),
+        (lambda m, f, t: mp.prune(m, {"fnn_hidden_size": 48}), "'fnn_hidden_size' is no key of target=; did you mean 'ffn_hid"),
+        (lambda m, f, t: mp.prune(m, {}), "target= says nothing"),
+        (lambda m, f, t: mp.prune(m, None), "target=\\s+got: None"),
+        (lambda m, f, t: mp.plan(f, 64), "target=\\s+got: 64"),
+        (lambda m, f, t: mp.apply(m, FFN), "plan=\\s+got: {'ffn_hidden_size': 48}.*mp.plan"),
+        (lambda m, f, t: mp.apply(m, None), "plan=\\s+got: None"),
+        (lambda m, f, t: mp.prune(m, FFN, ratio=0.2), 'ratio= is no argument of its own.*in target=: {"ratio": 0.2}'),
+        (lambda m, f, t: mp.prune(m, {"ratio": 2}), '"ratio"\\s+got: 2.0'),
+        (lambda m, f, t: mp.prune(m, {"ffn_hidden_size": 1000}), "- ffn_hidden_size 1000 is larger"),
+        (lambda m, f, t: mp.prune(f, FFN), "save="),
+        (lambda m, f, t: mp.prune(f, FFN, save=3), "save=\\s+got: 3\\s+needed: a name, or a path"),
+        (lambda m, f, t: mp.prune(f, FFN, save=f), "output .* the input .*name another directory"),
+        (
+            lambda m, f, t: (t / "x").write_text("a") and mp.prune(m, FFN, save=t / "x"),
+            "x exists.*pass overwrite=True to replace it",
+        ),
+        (lambda m, f, t: mp.plan(m, FFN), "load=\\s+got: LlamaForCausalLM\\s.*save_pretrained"),
+        (lambda m, f, t: mp.convert(m, t / "o"), "load=\\s+got: LlamaForCausalLM\\s"),
+        (lambda m, f, t: mp.evaluate(m, [TEXT]), "data=\\s+got: list of 1|data=\\s+got: .'A small"),
+        (lambda m, f, t: mp.prune(m, FFN, data={"input_ids": SAMPLES}), "data=\\s+got: dict of 1\\s.*texts="),
+        (lambda m, f, t: mp.prune(m, FFN, data=SAMPLES.float()), "data=\\s+got: float32 .12, 24.\\s.*int64 .samples, tokens."),
+        (lambda m, f, t: mp.prune(m, FFN, data=SAMPLES[0]), "data=\\s+got: int64 .24.\\s"),
+        (lambda m, f, t: mp.prune(m, FFN, data=SAMPLES + 300), "data: a token is not in the model's vocabulary"),
+        (lambda m, f, t: mp.prune(m, FFN, texts=[]), "texts=\\s+got: ..\\s+needed: at least one"),
+        (lambda m, f, t: mp.prune(m, FFN, texts=[TEXT, {"text": 1}]), "texts=\\s+got: {'text': 1}"),
+        (lambda m, f, t: mp.prune(m, FFN, texts=["a"], tokenizer=f), "texts holds fewer tokens.*nsamples=, seq_length="),
+        (lambda m, f, t: mp.prune(m, FFN, texts=[TEXT]), "there is none in LlamaForCausalLM in memory.*name one with tokenizer="),
+        (lambda m, f, t: mp.evaluate(m, __file__), "there is none in LlamaForCausalLM in memory.*name one with tokenizer="),
+        (lambda m, f, t: mp.prune(m, FFN, texts=[TEXT], tokenizer=3), "tokenizer=\\s+got: 3"),
+        (lambda m, f, t: mp.prune(m.model, FFN), "architectures\\s+got: .'LlamaModel'"),
+        (lambda m, f, t: mp.prune(m.to("meta"), FFN), "LlamaForCausalLM on meta"),
+        (lambda m, f, t: mp.prune(m, FFN, dtype=torch.bfloat16), "dtype\\s+got: torch.bfloat16\\s+needed: one of fp32, bf16"),
+        (lambda m, f, t: mp.prune(m, FFN, refit=False, ridge=1.0), "ridge= where nothing.*data=, without refit=False"),
+        (lambda m, f, t: mp.trim_vocabulary(f, t / "o"), "one of size=, min_count="),
+        (lambda m, f, t: mp.convert(f, t / "o", tensor_parallel=0), "^tensor_parallel=\\s+got: 0\\s+needed: a positive"),
         (
             lambda m, f, t: mp.prune(f, FFN, save=t / "o", metrik="obs"),
-            "metrik is no option of PruneHfOptions; did you mean metric?",
+            "metrik is no argument of mp.prune; did you mean metric?",
         ),
         (
             lambda m, f, t: mp.prune(f, {"ffn_hidden_size": "48"}, save=t / "o"),
-            "ffn_hidden_size_remain\\s+got: '48'\\s+needed: a whole",
+            "^ffn_hidden_size\\s+got: '48'\\s+needed: a whole",
         ),
         (lambda m, f, t: mp.prune(f, {"ffn_hidden_size": True}, save=t / "o"), "got: True"),
         (lambda m, f, t: mp.prune(f, {"ratio": float("nan")}, save=t / "o"), "'nan' is not a finite number"),
         (lambda m, f, t: mp.prune(f, FFN, save=t / "o", dtype="fp8"), "dtype: 'fp8' is none of fp32, bf16, fp16"),
-        (lambda m, f, t: mp.prune(f, t / "no.json", save=t / "o"), "no.json: no such file or directory"),
+        (lambda m, f, t: mp.prune(f, t / "no.json", save=t / "o"), 'target=".*no.json": no such file or directory'),
         (lambda m, f, t: mp.prune(f, FFN, save=t / "o", nsamples=0), "nsamples: 0 is not a positive number"),
-        (lambda m, f, t: mp.prune(m, FFN, data=["a"], texts=["b"]), "data and texts"),
+        (lambda m, f, t: mp.prune(m, FFN, data=["a"], texts=["b"]), "data= and texts="),
         (lambda m, f, t: mp.prune(m, FFN, texts="one text"), "a sequence of texts"),
-        (lambda m, f, t: mp.prune(3, FFN), "model\\s+got: int"),
-        (lambda m, f, t: mp.prune(f, FFN, save=t / "o", tokenizer=f), "tokenizer beside a directory"),
-        (lambda m, f, t: mp.plan(f, {"plan": __file__}), "is a plan already"),
-        (lambda m, f, t: mp.plan(f, FFN, ridge=1.0), "--ridge: nothing is fitted"),
+        (lambda m, f, t: mp.prune(3, FFN), "model=\\s+got: 3"),
+        (lambda m, f, t: mp.prune(f, FFN, save=t / "o", tokenizer=m), "tokenizer=\\s+got: LlamaForCausalLM"),
+        (lambda m, f, t: mp.plan(f, __file__), "target=.*is a plan already.*alike: uniform=True"),
+        (lambda m, f, t: mp.plan(f, FFN, ridge=1.0), "^ridge: nothing is fitted"),
         (lambda m, f, t: mp.convert(t / "none", t / "o"), "no such model directory"),
     ],
 )
-def test_what_does_not_fit_is_refused_as_on_the_command_line(folder, model, tmp_path, call, said):
-    with pytest.raises(mp.InputError, match=f"(?s){said}"):
+def test_what_does_not_fit_is_refused_in_the_words_of_the_caller(folder, model, tmp_path, monkeypatch, caplog, call, said):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    caplog.set_level("INFO")
+    with pytest.raises(mp.InputError, match=f"(?s){said}") as found:
         call(model, folder, tmp_path)
-    assert not (tmp_path / "o").exists()
+    assert not (tmp_path / "o").exists() and not any((tmp_path / "temporary").iterdir())
+    assert "--" not in str(found.value) and "temporary" not in str(found.value) + caplog.text
+
+
+def test_nothing_that_comes_back_names_a_temporary_file(folder, model, tmp_path, monkeypatch, caplog):
+    """Neither what is returned, nor what is written, nor the log."""
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "t.txt").write_text(TEXT * 60)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    caplog.set_level("INFO")
+    bars = transformers_logging.is_progress_bar_enabled()
+    text = {
+        "nsamples": 4,
+        "seq_length": 16,
+        "texts": (TEXT for _ in range(40)),
+        "tokenizer": AutoTokenizer.from_pretrained(folder),
+    }
+    saved = mp.prune(model, FFN, save=tmp_path / "small", metric="activation", reconstruct=0, **text)
+    assert saved.name_or_path == saved.config.name_or_path == str(tmp_path / "small")
+    result = mp.evaluate(
+        model, tmp_path / "t.txt", seq_length=16, windows=1, tokenizer=folder, output=tmp_path / "small" / "e.json"
+    )
+    assert result["checkpoint"] == "LlamaForCausalLM in memory"
+    plan = mp.plan(folder, FFN, metric="magnitude", refit=False)
+    assert repr(plan) == "<Plan: ffn_hidden_size 96 → 48>"
+    small = mp.apply(model, plan)
+    assert small.name_or_path == small.config.name_or_path == "", "it is none that anybody could load"
+    mp.score(folder, tmp_path / "small" / "scores", texts=[TEXT] * 40, nsamples=4, seq_length=16, metrics="activation")
+    mp.trim_vocabulary(folder, tmp_path / "small" / "trimmed", size=280, data=tmp_path / "t.txt")
+    assert not any((tmp_path / "temporary").iterdir())
+    written = [file for file in (tmp_path / "small").rglob("*") if file.is_file()]
+    assert len(written) > 15 and not [file for file in written if b"temporary" in file.read_bytes()]
+    assert "text: texts (50%)" in caplog.text and "pruned to memory" in caplog.text
+    said = caplog.text + repr([result, plan.made_by, small.config.to_dict(), saved.config.to_dict(), small.__dict__])
+    assert "temporary" not in said and "--" not in caplog.text
+    assert transformers_logging.is_progress_bar_enabled() == bars
+
+
+def test_a_plan_that_is_applied_is_not_warned_of(folder, model, tmp_path, caplog):
+    """That nothing is re-fitted is what it means; with text what stays is re-fitted."""
+    plan = mp.plan(folder, FFN, metric="magnitude", refit=False)
+    cut = mp.apply(model, plan)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    rows = torch.tensor(plan.layers[1].ffn)
+    assert torch.equal(cut.state_dict()["model.layers.1.mlp.up_proj.weight"], model.model.layers[1].mlp.up_proj.weight[rows])
+    mp.prune(model, plan)
+    assert "name text with data=, or pass refit=True" in caplog.text
+    fitted = mp.apply(model, plan, data=SAMPLES, reconstruct=0)
+    assert not torch.equal(fitted.model.layers[1].mlp.down_proj.weight, cut.model.layers[1].mlp.down_proj.weight)
+
+
+def test_values_may_be_of_the_kinds_that_python_has(folder, model):
+    """numpy samples, sizes by layer as a mapping, numbers of layers as a range or an array; a model of bf16 stays one."""
+    numpy = pytest.importorskip("numpy")
+    cut = mp.prune(model, FFN, data=SAMPLES, reconstruct=0, metric="activation")
+    other = mp.prune(model, FFN, data=SAMPLES.int().numpy(), reconstruct=0, metric="activation")
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in cut.state_dict().items())
+    for drop in ([1, 2], range(1, 3), numpy.array([1, 2])):
+        assert mp.prune(model, {"drop_layers": drop}, refit=False).config.num_hidden_layers == 2
+    by_layer = mp.prune(model, {"layer_sizes": {1: {"ffn_hidden_size": 32}}}, refit=False, metric="magnitude")
+    assert [layer.mlp.up_proj.out_features for layer in by_layer.model.layers] == [96, 32, 96, 96]
+    assert mp.prune(model.bfloat16(), FFN, metric="magnitude", refit=False).dtype == torch.bfloat16
+
+
+def test_a_tokenizer_may_be_named_beside_a_directory_without_one(folder, model, tmp_path):
+    model.save_pretrained(tmp_path / "bare")
+    text = {"texts": [TEXT] * 40, "nsamples": 4, "seq_length": 16, "metric": "activation", "reconstruct": 0}
+    with pytest.raises(mp.InputError, match="there is none in .*bare\n.*name one with tokenizer="):
+        mp.prune(tmp_path / "bare", FFN, save=tmp_path / "o", **text)
+    mp.prune(tmp_path / "bare", FFN, save=tmp_path / "o", tokenizer=folder, **text)
+    mp.prune(folder, FFN, save=tmp_path / "own", **text)
+    ours, theirs = state_dict(tmp_path / "o"), state_dict(tmp_path / "own")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_script_without_a_guard_counts_in_processes_of_its_own(folder, tmp_path):
+    """They do not run the script again."""
+    (tmp_path / "t.txt").write_text(TEXT * 60)
+    call = f"mp.trim_vocabulary({str(folder)!r}, {str(tmp_path / 'o')!r}, size=280, data={str(tmp_path / 't.txt')!r})"
+    (tmp_path / "script.py").write_text(f"import megatron_prune as mp\nprint('once')\nprint({call}.name)\n")
+    done = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split().count("once") == 1 and done.stdout.split()[-1] == "o" and "Error" not in done.stderr
+    assert json.loads((tmp_path / "o" / "config.json").read_text())["vocab_size"] == 280
+
+
+def test_numbers_of_a_metric_that_are_none_are_its_own(folder, tmp_path, caplog):
+    @mp.metric("mine", axes=["ffn"])
+    def mine(weight):
+        return torch.where(weight == weight.max(), torch.nan, weight)
+
+    class Base(mp.Metric):
+        reads_weights = True
+
+        def per_weight(self, axis, tensor, weight, cols):
+            return weight.double().square()
+
+        def finish(self, axis, layer, total):
+            return total
+
+    @mp.metric("finished")
+    class Finished(Base):
+        def finish(self, axis, layer, total):
+            return total / (layer != 2)
+
+    @mp.metric("concluded")
+    class Concluded(Base):
+        def conclude(self, scores):
+            return {key: value.log() - value.log().mean() * (torch.inf if key[1] == 3 else 1) for key, value in scores.items()}
+
+    @mp.metric("whole")
+    class Whole(mp.Metric):
+        axes, reads_units = frozenset({"ffn"}), True
+
+        def per_unit(self, axis, layer, parts, samples):
+            total = parts["up"].weight.flatten(1).sum(1)
+            return torch.where(torch.arange(len(total)) == 5, torch.inf, total) if layer == 1 else total
+
+        def finish(self, axis, layer, total):
+            return total
+
+    names = {
+        "mine": "(?s)^metric mine is not finite\n.*NaN or infinity of the finite weights of gate in layer 0",
+        "finished": "metric finished is not finite at ffn in layer 2, .*\n  got: inf for unit 0 and 95 more",
+        "concluded": "metric concluded is not finite at ffn in layer 3",
+        "whole": "metric whole is not finite at ffn in layer 1\n  got: inf for unit 5\n",
+    }
+    try:
+        for name, said in names.items():
+            with pytest.raises(mp.InputError, match=said):
+                mp.plan(folder, FFN, metric=name, refit=False)
+        assert "dropped first" not in caplog.text
+        broken = AutoModelForCausalLM.from_pretrained(folder)
+        broken.model.layers[1].mlp.up_proj.weight.data[7, 3] = torch.nan
+        broken.save_pretrained(tmp_path / "broken")
+        METRICS.forget("mine")
+        mp.metric("mine", axes=["ffn"])(lambda weight: weight.abs())
+        plan = mp.plan(tmp_path / "broken", FFN, metric="mine", refit=False)
+        assert "ffn in layer 1: units [7] have weights that are not finite" in caplog.text and 7 not in plan.layers[1].ffn
+    finally:
+        [METRICS.forget(name) for name in names]
 
 
 def test_the_names_are_there_without_torch():
     code = (
         "import sys, megatron_prune as mp; print('torch' in sys.modules, mp.__all__ == sorted(mp.__all__[:-3]) + mp.__all__[-3:])"
     )
-    code += "; print(all(hasattr(mp, name) for name in mp.__all__), set(mp.__all__) <= set(dir(mp)))"
+    code += "; print(all(hasattr(mp, name) for name in mp.__all__), dir(mp) == sorted(['__version__', *mp.__all__]))"
+    code += "; here = {}; exec('from megatron_prune import *', here); print(set(here) - {'__builtins__'} == set(mp.__all__))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "True", "True", "True"]
+    assert done.stdout.split() == ["False", "True", "True", "True", "True"]
     with pytest.raises(AttributeError):
         mp.nothing
 

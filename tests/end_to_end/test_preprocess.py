@@ -395,7 +395,7 @@ def test_bad_input_is_refused_by_name(refused, folder, tokenizer, tmp_path):
         (["--input", good, "--output-prefix", good / "x"], "x_text_document.json cannot be written"),
         (["--input", tmp_path / "y_text_document.json", "--output-prefix", tmp_path / "y", "--overwrite"], "is the input"),
         (["--input", tmp_path, "--output-prefix", tmp_path / "nothing" / "x"], "lies in it"),
-        (["--input", good, "--tokenizer", tmp_path / "nothing"], "tokenizer in .*nothing cannot be read"),
+        (["--input", good, "--tokenizer", tmp_path / "nothing"], "there is none in .*nothing"),
         (["--input", good, "--tokenizer", tmp_path / "absent"], "absent"),
         (["--input", good, "--tokenizer", tmp_path / "endless"], "no end-of-text token.*--no-append-eod"),
         (["--input", tmp_path / "taken_text_document.bin"], "is not text"),

@@ -86,7 +86,10 @@ def test_errors_and_the_log_are_said_in_other_words():
     handler.emit = lambda record: heard.append(record.getMessage())
     log.addHandler(handler)
     try:
-        with pytest.raises(CheckpointError, match="^there it is\n  got: there$"), reworded(lambda text: text.replace("here", "there")):
+        with (
+            pytest.raises(CheckpointError, match="^there it is\n  got: there$"),
+            reworded(lambda text: text.replace("here", "there")),
+        ):
             log.warning("it is %s", "here")
             raise CheckpointError("here it is", got="here")
         log.warning("here again")
