@@ -227,7 +227,11 @@ def _one(item: Field, annotation: type, value: Any) -> Any:
     fits = {int: numbers.Integral, float: numbers.Real, str: (str, Path, numbers.Integral)}[annotation]
     is_place = item.metadata["exists"] or item.metadata["group"] == "model"
     if isinstance(value, bool) or not isinstance(value, fits) or (is_place and isinstance(value, numbers.Integral)):
-        needed = {int: "a whole number", float: "a number", str: "a name, or a path" if is_place else "a text"}[annotation]
+        needed = {
+            int: "a whole number",
+            float: "a number",
+            str: "a name, or a path" if is_place else "a text, or a whole number",
+        }[annotation]
         choices = item.metadata["choices"]
         raise InputError(item.name, got=shown(value), needed="one of " + ", ".join(map(str, choices)) if choices else needed)
     try:

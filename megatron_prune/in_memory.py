@@ -63,7 +63,9 @@ def placed(save: str | Path | None, name: str, words: str) -> Iterator[str]:
 @contextlib.contextmanager
 def standing_for(path: str, words: str) -> Iterator[None]:
     """What is said of a temporary file or directory meanwhile is said of what it stands for."""
-    with reworded(lambda text: text.replace(f"{path}/", f"{words}: ").replace(path, words)):
+    name = Path(path).name
+    alone = name if name.startswith(tempfile.gettempprefix()) else path  # a directory may be called by its last name
+    with reworded(lambda text: text.replace(f"{path}/", f"{words}: ").replace(path, words).replace(alone, words)):
         yield
 
 
@@ -178,7 +180,12 @@ def _check_model(model: Any) -> None:
     if not hasattr(model, "save_pretrained") or not hasattr(model, "state_dict"):
         raise InputError("model=", got=shown(model), needed="a transformers model, or the name of a directory")
     if getattr(model, "peft_config", None):
-        raise InputError("model=", got=f"{type(model).__name__} with adapters", needed="weights alone", do="merge_and_unload()")
+        raise InputError(
+            "model=",
+            got=f"{type(model).__name__} with adapters",
+            needed="weights alone",
+            do="merge them: model.merge_and_unload()",
+        )
     if getattr(getattr(model, "device", None), "type", None) == "meta":
         raise InputError("model=", got=f"{type(model).__name__} on meta", needed="a model with its weights")
     if World.of_environment().size > 1:
