@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_prune.config import shown
 from megatron_prune.errors import InputError
+from megatron_prune.runtime.reporting import no_bars
 from megatron_prune.runtime.world import World
 from megatron_prune.spelling import reworded
 
@@ -194,25 +195,10 @@ def _check_model(model: Any) -> None:
         )
 
 
-@contextlib.contextmanager
-def no_bars() -> Iterator[None]:
-    """Without the progress bars of transformers."""
-    from transformers.utils import logging
-
-    shown_before = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown_before:
-            logging.enable_progress_bar()
-
-
 def loaded(folder: str, like: Any, save: str | Path | None) -> Any:
     """A model in memory, with the element type and on the device of another; its name is where it was saved, if it was."""
     from megatron_prune.runtime.stock_model import load_stock_model
 
-    with no_bars():
-        model = load_stock_model(Path(folder), dtype=like.dtype).to(like.device)
+    model = load_stock_model(Path(folder), dtype=like.dtype).to(like.device)
     model.name_or_path = model.config.name_or_path = str(save or "")
     return model

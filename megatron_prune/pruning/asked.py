@@ -54,7 +54,7 @@ def by_layer(options: TargetOptions) -> Sizes:
     return found
 
 
-SHAPE = (*TargetOptions.SIZES, *TargetOptions.BY_LAYER, "params", "ratio", "memory", "plan", "vocab_plan")
+SHAPE = (*TargetOptions.SIZES, *TargetOptions.BY_LAYER, *TargetOptions.BUDGETS, "plan", "vocab_plan")
 """Options that say what is to stay."""
 
 

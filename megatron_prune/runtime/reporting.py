@@ -122,6 +122,20 @@ def shown_time(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
 
 
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Without the progress bars of transformers; whoever had them has them again."""
+    from transformers.utils import logging
+
+    shown_before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown_before:
+            logging.enable_progress_bar()
+
+
 def quiet_libraries() -> None:
     """Leave out what libraries say about what is not installed, here and in processes that are spawned."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -12,6 +12,7 @@ from megatron_prune.checkpoint import huggingface
 from megatron_prune.checkpoint.huggingface import HuggingFaceModel
 from megatron_prune.errors import InputError, reason
 from megatron_prune.files.region import Scratch, closed_files
+from megatron_prune.runtime.reporting import no_bars
 from megatron_prune.runtime.stock_class import stock_class_of
 
 
@@ -25,15 +26,14 @@ def load_stock_model(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
         CheckpointError: if the directory holds no whole model of a family that is carried.
         InputError: if transformers cannot load it.
     """
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
     model = huggingface.open_model(folder)
     try:
         kind, config = stock_class_of(model)
         if model.in_safetensors:
             safe = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
-            return kind.from_pretrained(folder, config=config, dtype=dtype or "auto", attn_implementation="sdpa", **safe).eval()
+            with no_bars():
+                stock = kind.from_pretrained(folder, config=config, dtype=dtype or "auto", attn_implementation="sdpa", **safe)
+            return stock.eval()
         # transformers would unpickle a .bin; its bytes are read here instead.
         stock = kind(config).to(dtype or config.dtype or model.tensors.dtype(EMBEDDING))
         stock.load_state_dict(_state_dict(model))

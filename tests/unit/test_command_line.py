@@ -309,7 +309,7 @@ def test_finished_parts_that_another_request_left_are_named(tmp_path, caplog, mo
     with pytest.raises(KeyboardInterrupt), staging.work(save, "one", main=True, agree=lambda error: None) as folder:
         (folder / "part").write_text("half")
         raise KeyboardInterrupt
-    ending = Ending("export", made_of(options_of("export"), {"load": tmp_path, "save": save}), World())
+    ending = Ending("export", made_of(options_of("export"), {"load": tmp_path, "save": save}, of="export"), World())
     monkeypatch.setattr(log, "propagate", True)
     caplog.set_level("INFO", log.name)
     ending.say()
