@@ -118,7 +118,7 @@ class Arguments:
         choices = self._options[name].metadata["choices"] or ()
         known = [*map(str, several), *map(str, choices)]
         words = sorted(map(re.escape, filter(None, known)), key=len, reverse=True)
-        last = r"(?!out$|too$)[\w.:=/-]+(?=$|\n|, --)"
+        last = r"(?!out$|too$|it$)[\w.:=/-]+(?=$|\n|, --)"
         return re.compile(rf"=([^\s,;)]+)| ((?:{'|'.join([*words, _NUMBER])})(?=[\s,;:.)]|$)|{last})", re.MULTILINE)
 
 

@@ -212,7 +212,7 @@ def _prepare(reader: Reader, self_samples: Callable[[int], torch.Tensor] | None)
     """Load the tokenizer, or hand over the sampler, before any source is read."""
     if isinstance(reader, Self):
         if self_samples is None:
-            raise InputError("--data self needs a model to draw samples from", do="name data, or a kept .safetensors of samples")
+            raise InputError("--data=self needs a model to draw samples from", do="name data, or a kept .safetensors of samples")
         reader.sampler = self_samples
     if reader.needs_tokenizer:
         reader.encode.load()

@@ -34,6 +34,7 @@ GIVEN = {"load": "my model", "plan": "a plan.json", "data": ("one.txt:0.5", "two
         ("text with --data, without --no-refit", "text with data=, without refit=False"),
         ("or pass --refit for its own", "or pass refit=True for its own"),
         ("give --untie too", "give untie=True too"),
+        ("to start from a checkpoint of it --load it", "of it model= it"),
         ("leave --metric out", "leave metric= out"),
         ("damp it more, as in --metric obs:damping=0.1", 'as in metric="obs:damping=0.1"'),
         ("--allocate free measures on text", 'allocate="free" measures on text'),
