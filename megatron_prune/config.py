@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, field
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 from megatron_prune.errors import InputError
 
@@ -28,6 +28,33 @@ GROUPS = {
 """Groups of the help, in its order → their titles."""
 
 
+class Limits(NamedTuple):
+    """The numbers that an option takes; ``None`` where there is no such limit."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def hold(self, number: float) -> bool:
+        """Whether a number is one of them."""
+        low = (self.least is None or number >= self.least) and (self.above is None or number > self.above)
+        return low and (self.most is None or number <= self.most) and (self.below is None or number < self.below)
+
+    @property
+    def words(self) -> str:
+        """What is needed: ``a positive number``, ``at least 0``, ``above 0 and at most 1``."""
+        if self in (Limits(least=1), Limits(above=0)):
+            return "a positive number"
+        said = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{word} {number:g}" for word, number in said.items() if number is not None)
+
+
+def flag(name: str) -> str:
+    """An option's name as the help spells it: ``seq_length`` → ``--seq-length``."""
+    return f"--{name.replace('_', '-')}"
+
+
 def option(
     help: str,
     default: Any = MISSING,
@@ -35,6 +62,9 @@ def option(
     group: str = "how",
     choices: list[str] | None = None,
     least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
     former: tuple[str, ...] = (),
     positional: bool = False,
     exists: bool = False,
@@ -43,13 +73,15 @@ def option(
 
     Args:
         group: where the help shows it, one of :data:`GROUPS`.
-        least: the lowest number that is taken.
+        least, above, most, below: the numbers that are taken: from ``least`` on, or those above ``above``; up to ``most``, or those
+            below ``below``.
         former: other names that the flag had, or has in other programs; they are taken too.
         positional: the value may also stand alone, without the flag.
         exists: the value names files or directories of this machine, which must be there.
     """
     assert group in GROUPS, group
-    metadata = {"help": help, "group": group, "choices": choices, "least": least}
+    limits = Limits(least=least, above=above, most=most, below=below)
+    metadata = {"help": help, "group": group, "choices": choices, "limits": limits}
     metadata |= {"former": former, "positional": positional, "exists": exists}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
@@ -87,15 +119,14 @@ def finite(text: str) -> float:
     return number
 
 
-def _at_least(read: Callable[[str], Any], least: float | None) -> Callable[[str], Any]:
+def _within(read: Callable[[str], Any], limits: Limits) -> Callable[[str], Any]:
     def checked(text: str) -> Any:
         number = read(text)
-        if number < least:
-            needed = "a positive number" if least == 1 else f"at least {least:g}"
-            raise argparse.ArgumentTypeError(f"{number} is not {needed}")
+        if not limits.hold(number):
+            raise argparse.ArgumentTypeError(f"{number} is not {limits.words}")
         return number
 
-    return read if least is None else checked
+    return read if limits == Limits() else checked
 
 
 def is_utf8(name: str) -> bool:
@@ -135,7 +166,7 @@ def read_value(item: Field, annotation: type, text: str) -> Any:
 
 def reader(item: Field, annotation: type) -> Callable[[str], Any]:
     """What turns one word into the value of a field, or raises ``argparse.ArgumentTypeError`` saying what is wrong with it."""
-    read = _at_least({**_TYPES, "bool": truth}[annotation.__name__], item.metadata["least"])
+    read = _within({**_TYPES, "bool": truth}[annotation.__name__], item.metadata["limits"])
     choices = item.metadata["choices"]
 
     def chosen(text: str) -> Any:
@@ -152,16 +183,16 @@ def reader(item: Field, annotation: type) -> Callable[[str], Any]:
 _TYPES: dict[str, Callable[[str], Any]] = {"int": whole, "float": finite, "str": nonempty, "tuple": integers}
 
 
-def require_positive(options: Any, *names: str) -> None:
-    """Refuse options that are given and not positive.
+def check_limits(options: Any) -> None:
+    """Refuse numbers that their options do not take: of options that no command line was read into.
 
     Raises:
         InputError: naming the flag.
     """
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name}", got=value, needed="a positive number")
+    for item in dataclasses.fields(options):
+        value, limits = getattr(options, item.name), item.metadata.get("limits", Limits())
+        if isinstance(value, (int, float)) and not (math.isfinite(value) and limits.hold(value)):
+            raise InputError(flag(item.name), got=value, needed=limits.words or "a finite number")
 
 
 def given(options: Any) -> dict[str, Any]:
@@ -250,11 +281,10 @@ def check_there(options: Any) -> None:
         value = getattr(options, item.name)
         if not item.metadata.get("exists") or value is None:
             continue
-        flag = f"--{item.name.replace('_', '-')}"
         for name in (value,) if isinstance(value, str) else value:
             try:
                 Path(name).stat()
             except (FileNotFoundError, NotADirectoryError):
-                raise InputError(f"{flag} {name}: no such file or directory") from None
+                raise InputError(f"{flag(item.name)} {name}: no such file or directory") from None
             except OSError as error:
-                raise InputError(f"{flag} {name} cannot be read", got=error.strerror) from None
+                raise InputError(f"{flag(item.name)} {name} cannot be read", got=error.strerror) from None

@@ -14,6 +14,7 @@ from typing import Any
 from megatron_prune.arch.model import SHAPE_FIELDS, ModelConfig, RopeScaling
 from megatron_prune.checkpoint import gemma3_args, heterogeneous, model_folder
 from megatron_prune.checkpoint.known_args import refused_arguments, shown
+from megatron_prune.config import flag
 from megatron_prune.errors import CheckpointError, raise_all
 from megatron_prune.families.family import Family, family_of, kin
 
@@ -274,7 +275,7 @@ def check_flags(told: Told, values: dict[str, Any]) -> None:
         CheckpointError: naming every one that does.
     """
     problems = [
-        f"--{name.replace('_', '-')} {value}, the checkpoint has {_shown(values[name])}"
+        f"{flag(name)} {value}, the checkpoint has {_shown(values[name])}"
         for name, value in told.values.items()
         if name in values and not _same(value, values[name], tolerance=1e-3)
     ]

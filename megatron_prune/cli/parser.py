@@ -14,7 +14,7 @@ import typing
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar
 
-from megatron_prune.config import GROUPS, check_there, nonempty, reader
+from megatron_prune.config import GROUPS, check_there, flag, nonempty, reader
 from megatron_prune.errors import InputError
 
 Options = TypeVar("Options")
@@ -33,6 +33,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=_Help, add_help=False
         )
+        self._negative_number_matcher = re.compile(r"-\.?[0-9]")  # also -1GiB, which is a value: what is wrong with it is said
         self.needed: list[argparse.Action] = []
 
     def parse_args(self, args: list[str] | None = None) -> argparse.Namespace:
@@ -63,7 +64,9 @@ class Parser(argparse.ArgumentParser):
             if alone is None:
                 continue
             if getattr(namespace, dest) not in (None, self.get_default(dest)):
-                raise InputError(f"--{dest} {getattr(namespace, dest)} and {alone}", needed="one of the two", do=self._where())
+                raise InputError(
+                    f"{flag(dest)} {getattr(namespace, dest)} and {alone}", needed="one of the two", do=self._where()
+                )
             setattr(namespace, dest, alone)
 
     def error(self, message: str) -> typing.NoReturn:
@@ -141,7 +144,7 @@ def _add(parser: Parser, group: argparse._ArgumentGroup, item: Field, annotation
     if isinstance(annotation, types.UnionType):
         annotation, optional = next(part for part in typing.get_args(annotation) if part is not type(None)), True
     name = (typing.get_origin(annotation) or annotation).__name__
-    spellings = [_flag(item.name), *map(_flag, item.metadata["former"])]
+    spellings = [flag(item.name), *map(flag, item.metadata["former"])]
     default = None if item.default is MISSING else item.default
     common = {"dest": item.name, "help": _text(item), "default": default}
     if name == "bool" and optional:  # --this or --no-this, and None where nothing is said
@@ -163,10 +166,6 @@ def _add(parser: Parser, group: argparse._ArgumentGroup, item: Field, annotation
         group.add_argument(**alone, help="the same without a flag")
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def _text(item: Field) -> str:
     """Help of a flag: what it says, its default, its other names."""
     text = item.metadata["help"]
@@ -174,7 +173,7 @@ def _text(item: Field) -> str:
         strings = isinstance(item.default, tuple) and isinstance(item.default[0], str)
         text += f" (default: {' '.join(item.default) if strings else item.default})"
     if former := item.metadata["former"]:
-        text += f" (also {', '.join(map(_flag, former))})"
+        text += f" (also {', '.join(map(flag, former))})"
     return text.replace("%", "%%")
 
 

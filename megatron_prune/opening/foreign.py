@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_prune.checkpoint import model_folder
 from megatron_prune.checkpoint.description import Told
-from megatron_prune.config import require_positive
+from megatron_prune.config import check_limits
 from megatron_prune.errors import InputError
 from megatron_prune.opening.options import ForeignOptions
 from megatron_prune.runtime.megatron_flags import model_fields
@@ -21,13 +21,10 @@ def told(options: ForeignOptions, flags: dict[str, Any] | None = None) -> Told:
     Raises:
         InputError: on a value that is none, or --believe without two to believe.
     """
-    require_positive(options, "vocab_size")
-    base = options.rotary_base
-    if base is not None and not 0 < base < float("inf"):
-        raise InputError("--rotary-base", got=base, needed="a positive number")
+    check_limits(options)
     if options.believe and not options.hf_dir:
         raise InputError("--believe without --hf-dir", do="name the model with --hf-dir, or leave it out")
-    said = {"vocab_size": options.vocab_size, "rotary_base": base, **model_fields(flags or {})}
+    said = {"vocab_size": options.vocab_size, "rotary_base": options.rotary_base, **model_fields(flags or {})}
     return Told(
         hf_dir=model_folder.resolve(options.hf_dir, weights=False) if options.hf_dir else None,
         believe=options.believe,

@@ -20,6 +20,6 @@ class ForeignOptions:
     believe: str | None = option(
         "who is right where its arguments and --hf-dir differ", None, choices=["args", "hf"], group="expert"
     )
-    vocab_size: int | None = option("tokens without padding, where it does not say", None, group="expert")
-    rotary_base: float | None = option("base of the rotary embedding, where it does not say", None, group="expert")
+    vocab_size: int | None = option("tokens without padding, where it does not say", None, least=1, group="expert")
+    rotary_base: float | None = option("base of the rotary embedding, where it does not say", None, above=0, group="expert")
     ignore_args: tuple[str, ...] = option("stored arguments that are not known here, and change nothing", (), group="expert")

@@ -9,6 +9,7 @@ from math import floor
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import parameter_count
+from megatron_prune.config import flag
 from megatron_prune.errors import InputError
 
 
@@ -39,15 +40,15 @@ class Budget:
     def __post_init__(self):
         named = [name for name in ("params", "ratio", "memory") if getattr(self, name) is not None]
         if len(named) != 1:
-            got = " and ".join(f"--{name}" for name in named) or "none of them"
+            got = " and ".join(flag(name) for name in named) or "none of them"
             raise InputError("a budget", got=got, needed="one of --params, --ratio and --memory")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise InputError("--ratio", got=self.ratio, needed="the share of parameters to remove, between 0 and 1")
         for name in ("params", "memory", "seq_length", "batch", "dtype_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                flag = f"--memory_{name}" if name in ("seq_length", "batch") else f"--{name}"
-                raise InputError(flag, got=value, needed="a positive number")
+                called = flag(f"memory_{name}" if name in ("seq_length", "batch") else name)
+                raise InputError(called, got=value, needed="a positive number")
 
     def limit(self, config: ModelConfig) -> int:
         """The most that a smaller ``config`` may cost: parameters, or bytes."""

@@ -23,6 +23,7 @@ from typing import Any, Callable, Iterator, NamedTuple
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.axes.axis import AXES
+from megatron_prune.config import flag
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.planning.allocators.allocator import Bounds
 from megatron_prune.planning.budget import Budget, parameters
@@ -223,7 +224,7 @@ def check_budget(
     Raises:
         InputError: if a budget and exact sizes are both given, a step fits no size, or the model meets the budget already.
     """
-    if named := [f"--{name}" for name, value in fixed.items() if value is not None]:
+    if named := [flag(name) for name, value in fixed.items() if value is not None]:
         raise InputError(f"a budget and {', '.join(named)} both say what stays", do="give one of the two")
     raise_all(InputError, "--multiple_of", step_problems(multiple_of, config))
     layout.check(config)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_prune.arch.model import ModelConfig
+from megatron_prune.config import flag
 from megatron_prune.errors import InputError, raise_all
 from megatron_prune.importance.artifact import ScoresManifest
 from megatron_prune.importance.metric import metric_named
@@ -66,7 +67,7 @@ def check_asked(options: TargetOptions) -> None:
     """
     if options.untie or any(getattr(options, name) is not None for name in SHAPE):
         return
-    flags = [f"--{name.replace('_', '-')}" for name in SHAPE]
+    flags = list(map(flag, SHAPE))
     raise InputError(
         "nothing to prune: no size, budget or plan was named",
         needed=f"one of {', '.join(flags)}",

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 
 import torch
 
 from megatron_prune.checkpoint.role_store import RoleStore
-from megatron_prune.errors import InputError
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.importance.statistics import Statistics
 from megatron_prune.importance.text_loss import mean_loss
@@ -30,15 +28,7 @@ from megatron_prune.text.tokens import Calibration
 
 
 def fit_of(options: FitOptions) -> Fit:
-    """The options as the engine's.
-
-    Raises:
-        InputError: if a number is negative or not finite.
-    """
-    for name in ("ridge", "reader_ridge", "reconstruct"):
-        value = getattr(options, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise InputError(f"--{name.replace('_', '-')}", got=value, needed="at least 0 and finite")
+    """The options as the engine's."""
     return Fit(
         sequential=bool(options.sequential), writers=options.ridge, readers=options.reader_ridge, passes=options.reconstruct
     )

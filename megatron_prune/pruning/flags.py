@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Iterator
 
 from megatron_prune.arch.model import ModelConfig
+from megatron_prune.config import flag
 from megatron_prune.errors import InputError
 from megatron_prune.importance.metric import metric_named
 from megatron_prune.pruning.request import Request
@@ -29,7 +30,7 @@ def check_effect(options, request: Request, config: ModelConfig, *, text: bool, 
         InputError: naming the flags and what they need.
     """
     for names, why, do in _idle(options, request, config, text, refit):
-        given = [f"--{name}" for name in names if _is_given(options, name)]
+        given = [flag(name) for name in names if _is_given(options, name)]
         if given:
             raise InputError(f"{', '.join(given)} {why}", do=do)
 

@@ -13,7 +13,6 @@ from megatron_prune.families.family import Family
 from megatron_prune.importance.artifact import scores_digest
 from megatron_prune.importance.metric import metric_named
 from megatron_prune.planning.costs_file import CostsManifest, has_costs
-from megatron_prune.pruning.fit import fit_of
 from megatron_prune.pruning.asked import kept_metrics, quickened, wants_text
 from megatron_prune.pruning.flags import check_effect
 from megatron_prune.pruning.measure import Subject, check_measurable, check_text, request_key
@@ -103,7 +102,6 @@ def settle(options: ChoosingOptions, subject: Subject, family: Family, *, prune_
     if subject.world.is_main:
         for line in _unserved(request, demand, config):
             log.warning("%s", line)
-    fit_of(options)
     check_seed(options.seed)
     check_effect(options, request, config, text=text, refit=refit)
     if text and not (kept_scores and options.data is None):

@@ -11,7 +11,7 @@ import torch
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint.tensor_map import TensorMap
-from megatron_prune.config import require_positive
+from megatron_prune.config import check_limits
 from megatron_prune.errors import InputError
 from megatron_prune.importance.artifact import load_calibration_file, save_calibration
 from megatron_prune.importance.collect import collect
@@ -95,7 +95,7 @@ def check_text(options: CalibrationOptions, subject: Subject) -> None:
     Raises:
         InputError: naming what does not fit.
     """
-    require_positive(options, "nsamples", "seq_length")
+    check_limits(options)
     check_calibration(
         parse_data(options.data),
         Encoder(subject.tokenizer),

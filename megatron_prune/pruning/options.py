@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron_prune.config import option
+from megatron_prune.config import flag, option
 from megatron_prune.planning.allocators.allocator import ALLOCATORS
 from megatron_prune.planning.target import HIDDEN_METHODS
 from megatron_prune.runtime.options import DTYPES
@@ -35,7 +35,7 @@ class CalibrationOptions:
     seq_length: int | None = option(
         "tokens in a sample (default: 512, or the model's context where that is shorter)", None, least=2, group="text"
     )
-    seed: int = option("seed of all that is drawn: windows, own samples, the random metric", 1234, group="run")
+    seed: int = option("seed of all that is drawn: windows, own samples, the random metric", 1234, least=0, group="run")
     dtype: str = option("what to compute in", "fp32", choices=DTYPES, group="run")
 
 
@@ -50,10 +50,14 @@ class AllocationOptions:
         choices=ALLOCATORS.names(),
     )
     min_layer_ratio: float = option(
-        "share of a layer's units that stays at least, where its block stays (--allocate free)", 0.0, group="expert"
+        "share of a layer's units that stays at least, where its block stays (--allocate free)",
+        0.0,
+        least=0,
+        most=1,
+        group="expert",
     )
     max_layer_ratio: float = option(
-        "share of a layer's units that stays at most, where it is cut (--allocate free)", 1.0, group="expert"
+        "share of a layer's units that stays at most, where it is cut (--allocate free)", 1.0, above=0, most=1, group="expert"
     )
 
 
@@ -62,10 +66,10 @@ class BudgetOptions:
     """What the pruned model may cost at most."""
 
     params: str | None = option("budget: at most this many parameters as stored, such as 90M", None, group="shape")
-    ratio: float | None = option("budget: share of all parameters to remove, such as 0.25", None, group="shape")
+    ratio: float | None = option("budget: share of all parameters to remove, such as 0.25", None, above=0, below=1, group="shape")
     memory: str | None = option("budget: weights and KV cache of an inference, such as 2GiB", None, group="shape")
-    memory_seq_length: int = option("tokens in the KV cache of --memory", 4096, group="expert")
-    memory_batch: int = option("sequences in the KV cache of --memory", 1, group="expert")
+    memory_seq_length: int = option("tokens in the KV cache of --memory", 4096, least=1, group="expert")
+    memory_batch: int = option("sequences in the KV cache of --memory", 1, least=1, group="expert")
     multiple_of: str | None = option("sizes are multiples of these, such as hidden=64,ffn=128", None, group="shape")
 
     BUDGETS: ClassVar[tuple[str, ...]] = ("params", "ratio", "memory")
@@ -75,11 +79,11 @@ class BudgetOptions:
 class TargetOptions(AllocationOptions, BudgetOptions):
     """The shape to reach, or a budget to keep to, and how units are chosen; or a plan."""
 
-    hidden_size_remain: int | None = option("residual channels that stay", None, group="shape")
-    ffn_hidden_size_remain: int | None = option("feed-forward channels that stay in every layer", None, group="shape")
-    num_attention_heads_remain: int | None = option("query heads that stay in every layer", None, group="shape")
-    num_query_groups_remain: int | None = option("KV groups that stay in every layer", None, group="shape")
-    num_layers_remain: int | None = option("layers that stay, chosen by the depth metric", None, group="shape")
+    hidden_size_remain: int | None = option("residual channels that stay", None, least=1, group="shape")
+    ffn_hidden_size_remain: int | None = option("feed-forward channels that stay in every layer", None, least=1, group="shape")
+    num_attention_heads_remain: int | None = option("query heads that stay in every layer", None, least=1, group="shape")
+    num_query_groups_remain: int | None = option("KV groups that stay in every layer", None, least=1, group="shape")
+    num_layers_remain: int | None = option("layers that stay, chosen by the depth metric", None, least=1, group="shape")
     drop_layers: tuple[int, ...] | None = option("layers that go, 0-based, such as 7,13", None, group="shape")
     drop_attention: tuple[int, ...] | None = option(
         "layers whose attention goes alone, 0-based, such as 3,7", None, group="shape"
@@ -95,7 +99,7 @@ class TargetOptions(AllocationOptions, BudgetOptions):
         "turn a plan whose layers differ (--plan) into the shape with layers alike and as many parameters", False, group="shape"
     )
     search: int = option(
-        "within a budget, re-fit this many of the shapes that look best and keep what loses least on held-out text", 1
+        "within a budget, re-fit this many of the shapes that look best and keep what loses least on held-out text", 1, least=1
     )
     metric: str | None = option(
         "how units are scored: random, magnitude, activation, wanda, taylor …, with parameters where it has any, as in "
@@ -141,11 +145,14 @@ class FitOptions(CalibrationOptions):
         "how strongly o and down are held to the cut matrices, as a share of the moment's mean diagonal (default: for each "
         "what predicts one half of the samples best from the other)",
         None,
+        least=0,
         group="expert",
     )
-    reader_ridge: float | None = option("the same for q, k, v, gate and up, where hidden units are cut", None, group="expert")
+    reader_ridge: float | None = option(
+        "the same for q, k, v, gate and up, where hidden units are cut", None, least=0, group="expert"
+    )
     reconstruct: int = option(
-        "passes over the text in which all matrices of a cut block are fitted together; 0 leaves it at least squares", 4
+        "passes over the text in which all matrices of a cut block are fitted together; 0 leaves it at least squares", 4, least=0
     )
 
 
@@ -155,7 +162,7 @@ class ChoosingOptions(TargetOptions, ServeOptions, FitOptions):
 
     quick: bool = option(
         "cheap settings for what is not set otherwise: "
-        + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items() if value is not False)
+        + " ".join(f"{flag(name)} {value}" for name, value in QUICK.items() if value is not False)
         + " --no-sequential; several times faster (docs/quality.md says what it costs)",
         False,
     )

@@ -10,7 +10,7 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.axes.axis import AXES, layer_axes
-from megatron_prune.config import require_positive
+from megatron_prune.config import check_limits, flag
 from megatron_prune.errors import InputError, PlanError
 from megatron_prune.importance.metric import METRICS, metric_named
 from megatron_prune.opening.opened import Opened
@@ -130,7 +130,7 @@ def read_request(
     """
     config = model.config
     layout.check(config)
-    require_positive(options, "search", "memory_seq_length", "memory_batch")
+    check_limits(options)
     by_name = options.hidden_method == "rotate"
     if by_name and not has_text:
         raise InputError("--hidden_method rotate needs text to find the subspace", do="name some with --data, or use select")
@@ -213,7 +213,7 @@ def _by_layer_plan(options: TargetOptions, model: Opened) -> ModelConfig:
     Raises:
         InputError: if a budget is named too, its layers are alike, or its tokens are not named.
     """
-    if several := [f"--{name}" for name in ("params", "ratio", "memory") if getattr(options, name) is not None]:
+    if several := [flag(name) for name in ("params", "ratio", "memory") if getattr(options, name) is not None]:
         raise InputError(f"--uniform and {', '.join(several)} both say how large the model becomes", do="give one of the two")
     if options.allocate != "uniform":
         raise InputError(f"--uniform and --allocate {options.allocate}", do="give one of the two")
@@ -283,7 +283,7 @@ def _read(
     has_text: bool,
 ) -> Plan:
     extra = [
-        f"--{item.name}" for item in fields(TargetOptions) if item.name != "plan" and getattr(options, item.name) != item.default
+        flag(item.name) for item in fields(TargetOptions) if item.name != "plan" and getattr(options, item.name) != item.default
     ]
     if prune_type != "balance":
         extra.append("--prune_type")

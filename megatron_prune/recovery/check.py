@@ -13,7 +13,7 @@ from typing import Any
 from megatron_prune.arch.adapter import target_roles
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import megatron
-from megatron_prune.config import require_positive
+from megatron_prune.config import flag
 from megatron_prune.errors import CheckpointError, InputError, raise_all
 from megatron_prune.files import staging
 from megatron_prune.files.documents import STRICT, read_json, shorten
@@ -90,8 +90,6 @@ def _check_arguments(options: RecoverOptions, model: Opened, layout: ParallelLay
     if not 2 <= options.seq_length <= config.max_position_embeddings:
         raise InputError("--seq-length", got=options.seq_length, needed=f"2 to the model's {config.max_position_embeddings}")
     check_passes(options, layout, config.num_layers)
-    if options.early_stop < 0:
-        raise InputError("--early-stop", got=options.early_stop, needed="0 or more")
     check_seed(options.seed)
     batch_sizes(options).check(world.size // (layout.tensor * layout.pipeline))
     optimizer_options(options).check()
@@ -100,12 +98,6 @@ def _check_arguments(options: RecoverOptions, model: Opened, layout: ParallelLay
         raise InputError("--wandb-project needs a package", do="pip install wandb, or leave it out")
     if options.teacher and options.teacher_logits:
         raise InputError("--teacher and --teacher-logits", do="choose one")
-    if not 0 <= options.distill_weight <= 1:
-        raise InputError("--distill-weight", got=options.distill_weight, needed="0 to 1")
-    if not 0 < options.distill_temperature < float("inf"):
-        raise InputError("--distill-temperature", got=options.distill_temperature, needed="a positive number")
-    if not 0 <= options.hidden_weight < float("inf"):
-        raise InputError("--hidden-weight", got=options.hidden_weight, needed="0 or more")
     if options.hidden_weight and not options.teacher:
         raise InputError("--hidden-weight without --teacher", do="name the unpruned checkpoint")
     if not options.teacher:
@@ -158,7 +150,7 @@ def _check_answers(options: RecoverOptions, student: Opened) -> None:
         )
     own = json.loads(json.dumps({name: getattr(options, name) for name in SHARED}))
     problems = [
-        f"--{name.replace('_', '-')} {value}, taught with {_shown(description.settings.get(name))}"
+        f"{flag(name)} {value}, taught with {_shown(description.settings.get(name))}"
         for name, value in own.items()
         if description.settings.get(name) != value
     ]
@@ -178,12 +170,7 @@ def _shown(value: Any) -> str:
 def _check_adapter(options: RecoverOptions) -> None:
     if options.lora_r is None:
         return
-    require_positive(options, "lora_r")
     target_roles(options.lora_targets)
-    if not 0 < options.lora_alpha < float("inf"):
-        raise InputError("--lora-alpha", got=options.lora_alpha, needed="a positive number")
-    if not 0 <= options.lora_dropout < 1:
-        raise InputError("--lora-dropout", got=options.lora_dropout, needed="from 0 on, below 1")
 
 
 def check_tokenizer(prefixes: list[str], model: Opened) -> None:
@@ -217,7 +204,7 @@ def _check_run(options: RecoverOptions, model: Opened) -> None:
         before = read_json(save / RUN_FILE, RunFile, error=InputError, do="pass --overwrite to begin anew").settings
         before = {"answers_only": False, **before}
         problems = [
-            f"--{name.replace('_', '-')} {value}, begun with {_shown(before.get(name))}"
+            f"{flag(name)} {value}, begun with {_shown(before.get(name))}"
             for name, value in run_settings(options, model).items()
             if before.get(name) != value
         ]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Callable, NamedTuple, TypeVar
 
+from megatron_prune.config import flag
 from megatron_prune.errors import InputError
 
 Options = TypeVar("Options")
@@ -38,7 +39,7 @@ def filled(options: Options, rules: dict[str, Needs]) -> Options:
             chosen[name] = default(options) if callable(default) else default
         elif value != default and not there(options):
             shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise InputError(f"--{name.replace('_', '-')} {shown} has no effect without {beside}", do="leave it out")
+            raise InputError(f"{flag(name)} {shown} has no effect without {beside}", do="leave it out")
     return dataclasses.replace(options, **chosen)
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.config import option, require_positive
+from megatron_prune.config import check_limits, option
 from megatron_prune.errors import InputError
 from megatron_prune.opening.options import ForeignOptions
 from megatron_prune.recovery.flags import SEPARATE_DATA, Needs, filled
@@ -25,9 +25,9 @@ class PassOptions:
     """How a forward and a backward pass of training run: what their memory and time follow from."""
 
     seq_length: int | None = option(
-        "tokens in a sequence (default: 4096, or the model's context where that is shorter)", None, group="text"
+        "tokens in a sequence (default: 4096, or the model's context where that is shorter)", None, least=1, group="text"
     )
-    micro_batch_size: int = option("sequences in a forward pass", 1, group="run")
+    micro_batch_size: int = option("sequences in a forward pass", 1, least=1, group="run")
     bf16: bool = option("compute in bfloat16, with float32 copies of the weights", False, group="run")
     fp16: bool = option("compute in float16, with float32 copies of the weights and a scaled loss", False, group="run")
     sequence_parallel: bool = option(
@@ -38,8 +38,8 @@ class PassOptions:
         "work out activations again: of attention, or of all", None, choices=["selective", "full"], group="expert"
     )
     recompute_method: str | None = option("which layers with full", None, choices=["uniform", "block"], group="expert")
-    recompute_num_layers: int | None = option("layers in a unit (uniform) or of a stage (block)", None, group="expert")
-    lora_r: int | None = option("train adapters of this rank alone (default: train the model)", None)
+    recompute_num_layers: int | None = option("layers in a unit (uniform) or of a stage (block)", None, least=1, group="expert")
+    lora_r: int | None = option("train adapters of this rank alone (default: train the model)", None, least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class RecoverOptions(PassOptions, ForeignOptions, CheckOptions, LayoutOptions):
         "Megatron checkpoint to start from: its root, or an iteration directory", group="model", exists=True, positional=True
     )
     save: str = option("directory of the run; a run that was interrupted there goes on", group="model")
-    train_iters: int = option("steps in all")
+    train_iters: int = option("steps in all", least=1)
 
     data_path: tuple[str, ...] = option("prefixes of .bin/.idx pairs, each after its weight or all without", (), group="text")
     split: str | None = option("shares of the documents for training, validation, test (default: 969,30,1)", None, group="text")
@@ -68,45 +68,49 @@ class RecoverOptions(PassOptions, ForeignOptions, CheckOptions, LayoutOptions):
     test_data_path: tuple[str, ...] = option("blend that the end is measured on", (), group="text")
     answers_only: bool = option("count the assistant's tokens alone: pairs of preprocess --answers-only", False, group="text")
     data_cache_path: str | None = option("directory for the indices of the data (default: in --save)", None, group="model")
-    seed: int = option("seed of the order of the data and of dropout", 1234, group="run")
+    seed: int = option("seed of the order of the data and of dropout", 1234, least=0, group="run")
 
-    global_batch_size: int = option("sequences in a step, over all data-parallel copies", 1024)
-    lr: float = option("learning rate after the warm-up", 2.5e-5)
-    min_lr: float | None = option("learning rate at the end (default: 1e-05)", None, group="expert")
+    global_batch_size: int = option("sequences in a step, over all data-parallel copies", 1024, least=1)
+    lr: float = option("learning rate after the warm-up", 2.5e-5, above=0)
+    min_lr: float | None = option("learning rate at the end (default: 1e-05)", None, least=0, group="expert")
     lr_decay_style: str = option("how it falls", "cosine", choices=DECAY_STYLES, group="expert")
-    lr_decay_iters: int | None = option("steps over which it falls (default: all)", None, group="expert")
-    lr_warmup_iters: int | None = option("steps over which it rises (default: 50, or a tenth of all where that is less)", None)
-    weight_decay: float = option("decoupled weight decay", 0.01, group="expert")
-    clip_grad: float = option("norm that the gradient is cut down to; 0 for never", 1.0, group="expert")
-    adam_beta1: float = option("decay of Adam's first moment", 0.9, group="expert")
-    adam_beta2: float = option("decay of Adam's second moment", 0.95, group="expert")
-    adam_eps: float = option("Adam's epsilon", 1e-8, group="expert")
-    initial_loss_scale: float | None = option("of --fp16 (default: 131072)", None, group="expert")
+    lr_decay_iters: int | None = option("steps over which it falls (default: all)", None, least=1, group="expert")
+    lr_warmup_iters: int | None = option(
+        "steps over which it rises (default: 50, or a tenth of all where that is less)", None, least=0
+    )
+    weight_decay: float = option("decoupled weight decay", 0.01, least=0, group="expert")
+    clip_grad: float = option("norm that the gradient is cut down to; 0 for never", 1.0, least=0, group="expert")
+    adam_beta1: float = option("decay of Adam's first moment", 0.9, least=0, below=1, group="expert")
+    adam_beta2: float = option("decay of Adam's second moment", 0.95, least=0, below=1, group="expert")
+    adam_eps: float = option("Adam's epsilon", 1e-8, least=0, group="expert")
+    initial_loss_scale: float | None = option("of --fp16 (default: 131072)", None, above=0, group="expert")
 
-    save_interval: int = option("steps between checkpoints; a held-out loss goes with each", 500, group="run")
-    keep: int = option("newest checkpoints that stay, beside the best", 2, group="run")
-    eval_interval: int | None = option("steps between held-out losses (default: --save-interval)", None, group="run")
-    eval_iters: int = option("global batches that a held-out loss is measured on, the same every time", 10, group="run")
-    early_stop: int = option("end after so many held-out losses that are no better than the best; 0: never", 0, group="run")
-    log_interval: int = option("steps between lines of the log", 10, group="run")
+    save_interval: int = option("steps between checkpoints; a held-out loss goes with each", 500, least=1, group="run")
+    keep: int = option("newest checkpoints that stay, beside the best", 2, least=1, group="run")
+    eval_interval: int | None = option("steps between held-out losses (default: --save-interval)", None, least=1, group="run")
+    eval_iters: int = option("global batches that a held-out loss is measured on, the same every time", 10, least=1, group="run")
+    early_stop: int = option(
+        "end after so many held-out losses that are no better than the best; 0: never", 0, least=0, group="run"
+    )
+    log_interval: int = option("steps between lines of the log", 10, least=1, group="run")
     wandb_project: str | None = option("also log to this project of Weights & Biases", None, group="model")
 
     teacher: str | None = option("unpruned Megatron checkpoint to distil from, at the same TP × PP", None, exists=True)
     teacher_logits: str | None = option("distil from answers that megatron-prune teach kept, instead", None, exists=True)
     distill_weight: float | None = option(
-        "share of the KL divergence from the teacher, beside cross-entropy (default: 0.5)", None
+        "share of the KL divergence from the teacher, beside cross-entropy (default: 0.5)", None, least=0, most=1
     )
-    distill_temperature: float | None = option("temperature of both distributions (default: 1)", None)
+    distill_temperature: float | None = option("temperature of both distributions (default: 1)", None, above=0)
 
     hidden_weight: float = option(
-        "count 1 - CKA of layers' outputs and the teacher's so much beside; 0: not at all", 0.0, group="expert"
+        "count 1 - CKA of layers' outputs and the teacher's so much beside; 0: not at all", 0.0, least=0, group="expert"
     )
     hidden_layers: tuple[int, ...] = option(
         "student's layers that are compared, 0-based (default: four evenly spread)", (), group="expert"
     )
 
-    lora_alpha: float | None = option("an adapter counts this over its rank (default: 16)", None)
-    lora_dropout: float | None = option("share of an adapter's inputs that training drops (default: 0)", None)
+    lora_alpha: float | None = option("an adapter counts this over its rank (default: 16)", None, above=0)
+    lora_dropout: float | None = option("share of an adapter's inputs that training drops (default: 0)", None, least=0, below=1)
     lora_targets: tuple[str, ...] | None = option(
         "matrices with an adapter, as Hugging Face (q_proj …) or Megatron (linear_qkv …) calls them (default: all)", None
     )
@@ -151,8 +155,7 @@ RULES = {
 
 def filled_options(options: RecoverOptions, config: ModelConfig) -> RecoverOptions:
     """The options with the defaults that depend on others."""
-    require_positive(options, "train_iters", "micro_batch_size", "global_batch_size", "save_interval", "keep", "eval_iters")
-    require_positive(options, "log_interval", "eval_interval", "lr_decay_iters", "seq_length", "recompute_num_layers")
+    check_limits(options)
     options = filled(options, RULES)
     chosen: dict[str, Any] = {"load": str(Path(options.load).absolute())}
     if options.seq_length is None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_prune.arch.model import ModelConfig, RopeScaling
+from megatron_prune.config import flag
 from megatron_prune.errors import InputError, raise_all
 
 _MODEL = {
@@ -65,14 +66,15 @@ def add_megatron_flags(parser: argparse.ArgumentParser) -> None:
         "Megatron's arguments", "shape: must agree with the checkpoint; training: accepted, without effect"
     )
     for name in sorted({*_MODEL, *_MODEL_SWITCHES, *_MODEL_CHOICES, *_TRAINING, *_TRAINING_SWITCHES} - taken):
-        flag = f"--{name.replace('_', '-')}"
         shown = None if name in _MODEL or name in _MODEL_SWITCHES else argparse.SUPPRESS
         if name in _MODEL_SWITCHES or name in _TRAINING_SWITCHES:
-            group.add_argument(flag, dest=name, action="store_true", help=shown)
+            group.add_argument(flag(name), dest=name, action="store_true", help=shown)
         elif name in _MODEL:
-            group.add_argument(flag, dest=name, type=_MODEL[name], help=shown, metavar="N")
+            group.add_argument(flag(name), dest=name, type=_MODEL[name], help=shown, metavar="N")
         else:
-            group.add_argument(flag, dest=name, nargs="*" if name in ("data_path", "rampup_batch_size") else None, help=shown)
+            group.add_argument(
+                flag(name), dest=name, nargs="*" if name in ("data_path", "rampup_batch_size") else None, help=shown
+            )
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def refuse_training_flags(namespace: argparse.Namespace) -> None:
         value = getattr(namespace, name, None)
         same = str(value) == harmless if isinstance(harmless, str) else _number(value) == harmless
         if value is not None and not (harmless is not None and same):
-            problems.append(f"--{name.replace('_', '-')} {value}")
+            problems.append(f"{flag(name)} {value}")
     raise_all(InputError, "arguments that recovery does not know what to do with", problems, do="leave them out")
 
 
@@ -175,5 +177,5 @@ def check_megatron_flags(flags: dict[str, Any], config: ModelConfig) -> None:
             actual, value = _MODEL_CHOICES[name].lower(), str(value).lower()
         agrees = abs(value - actual) <= 1e-3 * abs(actual) if isinstance(actual, float) else value == actual
         if not agrees:
-            problems.append(f"--{name.replace('_', '-')} {value}, the checkpoint has {actual}")
+            problems.append(f"{flag(name)} {value}, the checkpoint has {actual}")
     raise_all(InputError, "arguments contradict the checkpoint", problems, do="correct them, or leave them out")

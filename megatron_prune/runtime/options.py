@@ -14,5 +14,9 @@ DTYPES = ["fp32", "bf16", "fp16"]
 class LayoutOptions:
     """The layout that a checkpoint is run at."""
 
-    tensor_model_parallel_size: int | None = option("tensor-parallel ranks (default: those of the checkpoint)", None, group="run")
-    pipeline_model_parallel_size: int | None = option("pipeline stages (default: those of the checkpoint)", None, group="run")
+    tensor_model_parallel_size: int | None = option(
+        "tensor-parallel ranks (default: those of the checkpoint)", None, least=1, group="run"
+    )
+    pipeline_model_parallel_size: int | None = option(
+        "pipeline stages (default: those of the checkpoint)", None, least=1, group="run"
+    )

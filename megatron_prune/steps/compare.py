@@ -14,7 +14,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from megatron_prune.checkpoint import model_folder
 from megatron_prune.checkpoint.description import Told
-from megatron_prune.config import require_positive
+from megatron_prune.config import check_limits
 from megatron_prune.errors import InputError, reason
 from megatron_prune.files import staging
 from megatron_prune.files.documents import read_json
@@ -34,7 +34,7 @@ def compare(options: CompareOptions, world: World) -> None:
     Raises:
         InputError: if a model or an evaluation cannot be read, or the evaluations are of different texts.
     """
-    require_positive(options, "max_new_tokens")
+    check_limits(options)
     if options.output:
         staging.check_file(Path(options.output))
     evaluations = [_read(options.before_evaluation), _read(options.after_evaluation)]

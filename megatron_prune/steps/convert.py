@@ -13,7 +13,7 @@ from megatron_prune.checkpoint import megatron, model_folder
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.stream import StreamReport, content_id
 from megatron_prune.checkpoint.tied_copy import check_tied_copy
-from megatron_prune.config import require_positive
+from megatron_prune.config import check_limits
 from megatron_prune.opening.opened import open_huggingface
 from megatron_prune.opening.side_files import say_links
 from megatron_prune.runtime.world import World
@@ -29,7 +29,7 @@ def convert(options: ConvertOptions, world: World) -> None:
     Raises:
         InputError: on an argument, layout or checkpoint that does not fit; nothing is written.
     """
-    require_positive(options, "target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by")
+    check_limits(options)
     layout = ParallelLayout(
         tensor=options.target_tensor_parallel_size,
         pipeline=options.target_pipeline_parallel_size,

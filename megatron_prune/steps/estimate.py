@@ -16,7 +16,7 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.checkpoint import model_folder
 from megatron_prune.checkpoint.description import Told
-from megatron_prune.config import require_positive
+from megatron_prune.config import check_limits
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import Family, family_of
 from megatron_prune.opening.foreign import told
@@ -56,8 +56,7 @@ def estimate(options: EstimateOptions, world: World) -> None:
         InputError: if the layout, the requested shape or a budget does not fit the model.
     """
     sizes = ["target_tensor_parallel_size", "target_pipeline_parallel_size", "data_parallel_size"]
-    require_positive(options, *sizes, "make_vocab_size_divisible_by", "micro_batch_size", "nsamples", "seq_length")
-    require_positive(options, "lora_r", "recompute_num_layers", "memory_seq_length", "memory_batch")
+    check_limits(options)
     config, family = read_config(options.load, world, told(options))
     layout = ParallelLayout(
         tensor=options.target_tensor_parallel_size,

@@ -11,7 +11,7 @@ import torch
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.arch.tensors import parameter_count
-from megatron_prune.config import require_positive
+from megatron_prune.config import check_limits
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.opening.opened import open_to_run
@@ -34,7 +34,7 @@ def evaluate(options: EvaluateOptions, world: World) -> dict[str, Any]:
     Raises:
         InputError: if the text, the tokenizer or the layout does not fit, or the loss is not finite.
     """
-    require_positive(options, "seq_length", "windows", "micro_batch_size")
+    check_limits(options)
     if options.seq_length is not None and options.seq_length < 2:
         raise InputError("--seq-length", got=options.seq_length, needed="at least 2: the first token is never predicted")
     if options.output:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_prune.config import flag
 from megatron_prune.errors import InputError
 from megatron_prune.families.choice import choose_family
 from megatron_prune.files import staging
@@ -34,7 +35,7 @@ def plan(options: PlanOptions, world: World) -> Plan:
         raise InputError(
             f"--plan {options.plan} is a plan already", do="prune by it, or turn it into one whose layers are alike: --uniform"
         )
-    if idle := [f"--{name.replace('_', '-')}" for name in FITS if getattr(options, name) is not None]:
+    if idle := [flag(name) for name in FITS if getattr(options, name) is not None]:
         raise InputError(f"{', '.join(idle)}: nothing is fitted", do="leave it out")
     model = open_to_run(options.load, world, options, tokenizer=options.tokenizer)
     engine = engine_of(model, options.tensor_model_parallel_size, options.pipeline_model_parallel_size)

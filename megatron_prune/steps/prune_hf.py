@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_prune.checkpoint import model_folder
 from megatron_prune.checkpoint.tied_copy import check_tied_copy
+from megatron_prune.config import flag
 from megatron_prune.errors import InputError
 from megatron_prune.families.choice import choose_family
 from megatron_prune.files import staging
@@ -64,7 +65,7 @@ def with_sizes(options: PruneHfOptions) -> PruneHfOptions:
     Raises:
         InputError: if the file is not one of sizes, or is named beside something that says the shape too.
     """
-    said = [f"--{name.replace('_', '-')}" for name in SHAPE if getattr(options, name) is not None]
+    said = [flag(name) for name in SHAPE if getattr(options, name) is not None]
     if not said and not options.prune_config_path and not Path(DEFAULT_CONFIG).exists():
         check_asked(options)
     elif not said and not options.untie:

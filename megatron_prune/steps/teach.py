@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_prune.config import require_positive
+from megatron_prune.config import check_limits
 from megatron_prune.errors import InputError, PruneError
 from megatron_prune.files import staging
 from megatron_prune.opening.opened import open_megatron
@@ -30,7 +30,7 @@ def teach(options: TeachOptions, world: World) -> None:
     Raises:
         InputError: on arguments, data, a checkpoint or a layout that do not fit; nothing is written.
     """
-    require_positive(options, "train_iters", "global_batch_size", "top_k", "micro_batch_size", "seq_length", "eval_iters")
+    check_limits(options)
     save = Path(options.save)
     check_output(save, TEACHER, overwrite=options.overwrite, source=Path(options.load))
     model = open_megatron(options.load, world, options)
@@ -42,8 +42,6 @@ def teach(options: TeachOptions, world: World) -> None:
         raise InputError("--seq-length", got=length, needed=f"2 to the model's {config.max_position_embeddings}")
     if options.top_k > config.vocab_size:
         raise InputError("--top-k", got=options.top_k, needed=f"at most the vocabulary's {config.vocab_size}")
-    if not 0 < options.distill_temperature < float("inf"):
-        raise InputError("--distill-temperature", got=options.distill_temperature, needed="a positive number")
     check_seed(options.seed)
     options = dataclasses.replace(filled(options, SEPARATE_DATA), seq_length=length)
 

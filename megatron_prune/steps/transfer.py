@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.config import require_positive
+from megatron_prune.config import check_limits
 from megatron_prune.opening.opened import open_merged
 from megatron_prune.opening.side_files import say_links
 from megatron_prune.runtime.world import World
@@ -22,7 +22,7 @@ def transfer(options: TransferOptions, world: World) -> None:
     Raises:
         InputError: on an argument, layout or checkpoint that does not fit; nothing is written.
     """
-    require_positive(options, "target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by")
+    check_limits(options)
     save = Path(options.save)
     check_output(save, MEGATRON, overwrite=options.overwrite, source=Path(options.load), inputs=(options.base,))
     model = open_merged(options.load, options.base, world, options)

@@ -13,7 +13,7 @@ from megatron_prune.checkpoint import both_versions, megatron, model_folder
 from megatron_prune.checkpoint.huggingface import VOCABULARY_FILES
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.tied_copy import check_tied_copy
-from megatron_prune.config import require_positive
+from megatron_prune.config import check_limits
 from megatron_prune.errors import InputError
 from megatron_prune.opening.opened import open_huggingface, open_megatron
 from megatron_prune.runtime.layout import run_layout
@@ -36,7 +36,7 @@ def verify(options: VerifyOptions, world: World) -> int:
     Raises:
         InputError: if the two models have different shapes, or the layout does not fit.
     """
-    require_positive(options, "seq_length")
+    check_limits(options)
     folder = model_folder.resolve(options.hf_dir)
     model = open_huggingface(folder, world)
     check_tied_copy(model.checkpoint)

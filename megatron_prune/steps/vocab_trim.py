@@ -9,6 +9,7 @@ from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import both_versions, huggingface, megatron
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.tied_copy import check_tied_copy
+from megatron_prune.config import flag
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.opening.foreign import told
@@ -101,7 +102,7 @@ def _check_fold(options: VocabTrimOptions) -> None:
         InputError: naming the options.
     """
     text = {name: item for name, item in CalibrationOptions.__dataclass_fields__.items() if name != "data_field"}
-    idle = [f"--{name.replace('_', '-')}" for name, item in text.items() if getattr(options, name) != item.default]
+    idle = [flag(name) for name, item in text.items() if getattr(options, name) != item.default]
     if idle and not options.fold:
         raise InputError(", ".join(idle) + " without --fold", do="leave it out, or pass --fold")
     if options.fold and options.tokenizer_only:

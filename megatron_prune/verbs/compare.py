@@ -23,5 +23,5 @@ class CompareOptions:
         "What is the capital of France?",
         group="text",
     )
-    max_new_tokens: int = option("tokens of the answer", 24, group="text")
+    max_new_tokens: int = option("tokens of the answer", 24, least=1, group="text")
     output: str | None = option("also write the table to this JSON file", None, group="model")

@@ -21,8 +21,8 @@ class ConvertOptions(OutputOptions):
 
     load: str = option("Hugging Face model: a directory, or a hub id", group="model", former=("load_dir",), positional=True)
     save: str = option("Megatron checkpoint to write", group="model", former=("save_dir",))
-    target_tensor_parallel_size: int = option("tensor-parallel ranks it is written for", 1)
-    target_pipeline_parallel_size: int = option("pipeline stages it is written for", 1)
+    target_tensor_parallel_size: int = option("tensor-parallel ranks it is written for", 1, least=1)
+    target_pipeline_parallel_size: int = option("pipeline stages it is written for", 1, least=1)
     target_params_dtype: str | None = option("element type (default: as stored)", None, choices=DTYPES)
     ckpt_format: str = option("checkpoint layout", "torch_dist", choices=FORMATS)
     transformer_impl: str = option(
@@ -32,5 +32,5 @@ class ConvertOptions(OutputOptions):
         group="expert",
     )
     make_vocab_size_divisible_by: int = option(
-        "the padded vocabulary is a multiple of this × the tensor-parallel size", 128, group="expert"
+        "the padded vocabulary is a multiple of this × the tensor-parallel size", 128, least=1, group="expert"
     )

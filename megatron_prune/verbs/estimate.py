@@ -18,13 +18,13 @@ class RateOptions:
 
     device_memory: str | None = option("memory of a device, such as 80GiB: what does not fit, and what would", None, group="run")
     device_tflops: float = option(
-        "what a device can do at best in bf16 and fp16, TFLOP/s (H100: 989)", 989.0, least=1e-6, group="run"
+        "what a device can do at best in bf16 and fp16, TFLOP/s (H100: 989)", 989.0, above=0, group="run"
     )
-    device_tflops_full: float = option("the same in float32 and float64 (H100: 67)", 67.0, least=1e-6, group="run")
-    device_bandwidth: float = option("what a device reads of its memory, TB/s (H100: 3.35)", 3.35, least=1e-6, group="run")
-    mfu: float = option("share of a device's best rate that is reached", 0.4, least=1e-6, group="run")
+    device_tflops_full: float = option("the same in float32 and float64 (H100: 67)", 67.0, above=0, group="run")
+    device_bandwidth: float = option("what a device reads of its memory, TB/s (H100: 3.35)", 3.35, above=0, group="run")
+    mfu: float = option("share of a device's best rate that is reached", 0.4, above=0, most=1, group="run")
     disk_bandwidth: float = option(
-        "what all processes together read and write of the disk, GB/s (1: a network file system)", 1.0, least=1e-6, group="run"
+        "what all processes together read and write of the disk, GB/s (1: a network file system)", 1.0, above=0, group="run"
     )
 
 

@@ -30,10 +30,10 @@ class EvaluateOptions(ForeignOptions, LayoutOptions):
     data_field: str = option("name of the text in JSONL and data sets", "text", group="text")
     tokenizer: str | None = option("Hugging Face directory of the tokenizer (default: the model's own)", None, group="model")
     seq_length: int | None = option(
-        "tokens in a window (default: 512, or the model's context where that is shorter)", None, group="text"
+        "tokens in a window (default: 512, or the model's context where that is shorter)", None, least=1, group="text"
     )
-    windows: int = option("windows from the start of the text, at most", 16, group="text")
-    micro_batch_size: int = option("windows in a forward pass", 1, group="run")
+    windows: int = option("windows from the start of the text, at most", 16, least=1, group="text")
+    micro_batch_size: int = option("windows in a forward pass", 1, least=1, group="run")
     dtype: str = option("what to compute in", "fp32", choices=DTYPES, group="run")
     output: str | None = option("also write the result to this JSON file", None, group="model")
     checkpoint: str | None = None  # what the result calls the model, if not by its place; no flag

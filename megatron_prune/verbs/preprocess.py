@@ -30,6 +30,6 @@ class PreprocessOptions:
     answers_only: bool = option("also mark which tokens of talks the assistant says, for recover --answers-only", False)
     append_eod: bool | None = option("end every document with the tokenizer's end-of-text token (default: yes)", True)
     tokenizer_hf_include_special_tokens: bool = option("keep what the tokenizer itself puts around a text (Llama: BOS)", False)
-    workers: int | None = option("processes that tokenise (default: the cores that may be used)", None, group="run")
+    workers: int | None = option("processes that tokenise (default: the cores that may be used)", None, least=1, group="run")
     split: str = option("split of data sets", TRAIN, group="text")
     overwrite: bool = option("replace existing files", False, group="run")

@@ -18,7 +18,7 @@ class SampleOptions(ForeignOptions, LayoutOptions):
 
     load: str = option("Megatron checkpoint: its root, or an iteration directory", group="model", exists=True, positional=True)
     save: str = option("file to write, *.safetensors", group="model")
-    nsamples: int = option("samples", 128, group="text")
-    seq_length: int = option("tokens in a sample", 512, group="text")
-    seed: int = option("seed of the draws", 1234, group="run")
+    nsamples: int = option("samples", 128, least=1, group="text")
+    seq_length: int = option("tokens in a sample", 512, least=2, group="text")
+    seed: int = option("seed of the draws", 1234, least=0, group="run")
     dtype: str = option("what to compute in", "fp32", choices=DTYPES, group="run")

@@ -23,20 +23,20 @@ class TeachOptions(ForeignOptions, LayoutOptions):
         "Megatron checkpoint of the teacher: its root, or an iteration directory", group="model", exists=True, positional=True
     )
     save: str = option("directory to write", group="model")
-    train_iters: int = option("steps of the recovery")
-    global_batch_size: int = option("sequences in a step of the recovery")
+    train_iters: int = option("steps of the recovery", least=1)
+    global_batch_size: int = option("sequences in a step of the recovery", least=1)
     data_path: tuple[str, ...] = option("as for recover", (), group="text")
     split: str | None = option("as for recover (default: 969,30,1)", None, group="text")
     train_data_path: tuple[str, ...] = option("as for recover", (), group="text")
     valid_data_path: tuple[str, ...] = option("as for recover", (), group="text")
     test_data_path: tuple[str, ...] = option("as for recover", (), group="text")
     seq_length: int | None = option(
-        "as for recover (default: 4096, or the model's context where that is shorter)", None, group="text"
+        "as for recover (default: 4096, or the model's context where that is shorter)", None, least=1, group="text"
     )
-    seed: int = option("as for recover", 1234, group="run")
-    eval_iters: int = option("as for recover", 10)
-    top_k: int = option("tokens that are kept of each distribution", 64)
-    distill_temperature: float = option("temperature of the distributions", 1.0)
-    micro_batch_size: int = option("sequences in a forward pass", 1, group="run")
+    seed: int = option("as for recover", 1234, least=0, group="run")
+    eval_iters: int = option("as for recover", 10, least=1)
+    top_k: int = option("tokens that are kept of each distribution", 64, least=1)
+    distill_temperature: float = option("temperature of the distributions", 1.0, above=0)
+    micro_batch_size: int = option("sequences in a forward pass", 1, least=1, group="run")
     dtype: str = option("what to compute in", "fp32", choices=DTYPES, group="run")
     overwrite: bool = option("replace an existing output directory", False, group="run")

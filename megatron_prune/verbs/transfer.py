@@ -26,8 +26,8 @@ class TransferOptions(ForeignOptions, OutputOptions):
         positional=True,
     )
     save: str = option("Megatron checkpoint to write", group="model", former=("save_dir",))
-    target_tensor_parallel_size: int = option("tensor-parallel ranks it is written for", 1)
-    target_pipeline_parallel_size: int = option("pipeline stages it is written for", 1)
+    target_tensor_parallel_size: int = option("tensor-parallel ranks it is written for", 1, least=1)
+    target_pipeline_parallel_size: int = option("pipeline stages it is written for", 1, least=1)
     target_params_dtype: str | None = option("element type (default: as stored)", None, choices=DTYPES)
     ckpt_format: str | None = option("checkpoint layout (default: that of the source)", None, choices=FORMATS)
     transformer_impl: str = option(
@@ -39,6 +39,7 @@ class TransferOptions(ForeignOptions, OutputOptions):
     make_vocab_size_divisible_by: int | None = option(
         "the padded vocabulary is a multiple of this × the tensor-parallel size (default: that of the source)",
         None,
+        least=1,
         group="expert",
     )
     base: str | None = option(

@@ -25,5 +25,5 @@ class VerifyOptions(ForeignOptions, LayoutOptions):
     )
     hf_dir: str = option("Hugging Face model: a directory, or a hub id", group="model")
     text: str | None = option("text file to compare on (default: a built-in sentence)", None, group="text", exists=True)
-    seq_length: int = option("tokens of it to compare on, at most", 128, group="text")
+    seq_length: int = option("tokens of it to compare on, at most", 128, least=1, group="text")
     tolerance: float = option("largest allowed difference of a logit; both sides compute in float32", 1e-3, least=0)

@@ -20,6 +20,6 @@ class VocabCountOptions:
     save: str = option("file of counts to write (safetensors)", group="model", former=("output",))
     data_field: str = option("name of the text (or talk) in records", "text", group="text")
     split: str = option("split of data sets", TRAIN, group="text")
-    workers: int | None = option("processes that tokenise (default: the cores that may be used)", None, group="run")
+    workers: int | None = option("processes that tokenise (default: the cores that may be used)", None, least=1, group="run")
     text: str | None = option("also write a text file of lines 'id count', the most frequent first", None, group="model")
     overwrite: bool = option("replace an existing file", False, group="run")

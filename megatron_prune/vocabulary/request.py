@@ -8,7 +8,7 @@ import torch
 
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.checkpoint import torch_archive
-from megatron_prune.config import require_positive
+from megatron_prune.config import check_limits, flag
 from megatron_prune.errors import InputError, reason
 from megatron_prune.files import staging
 from megatron_prune.files.documents import read_bytes, read_text, shorten
@@ -33,22 +33,16 @@ def check_select(options: SelectOptions) -> None:
     Raises:
         InputError: naming the option.
     """
-    require_positive(options, "remain_vocab_size", "multiple_of")
+    check_limits(options)
     sizes = [name for name in ("remain_vocab_size", "min_count", "coverage") if getattr(options, name) is not None]
     if len(sizes) > 1:
-        raise InputError(" and ".join(f"--{name}" for name in sizes) + " both say how many tokens stay", do="give one of the two")
-    if options.coverage is not None and not 0 < options.coverage <= 1:
-        raise InputError("--coverage", got=options.coverage, needed="a share of all occurrences, above 0 and at most 1")
-    if options.min_count is not None and not options.min_count > 0:
-        raise InputError("--min-count", got=options.min_count, needed="a positive number")
-    if not 0 <= options.prior <= 1:
-        raise InputError("--prior", got=options.prior, needed="from 0 to 1")
+        raise InputError(" and ".join(flag(name) for name in sizes) + " both say how many tokens stay", do="give one of the two")
     if options.prior != PRIOR and not options.counts:
         raise InputError("--prior without --counts", got="nothing to weigh it against", do="leave it out, or name counts")
     for name in ("min_count", "coverage"):
         if getattr(options, name) is not None and not options.counts:
             raise InputError(
-                f"--{name} needs counts", do="make them with megatron-prune vocab count, and name them with --counts"
+                f"{flag(name)} needs counts", do="make them with megatron-prune vocab count, and name them with --counts"
             )
     files = [getattr(options, name, None) for name in ("report", "save_ids", "save_plan")]
     named = [located(Path(path)) for path in files if path]
@@ -150,8 +144,8 @@ def wanted_tokens(options: SelectOptions, vocabulary: Vocabulary, layout: Parall
         InputError: if they ask for nothing, or a file or script is not what it should be.
     """
     if all(getattr(options, name) is None for name in SelectOptions.CRITERIA):
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in SelectOptions.CRITERIA)
-        raise InputError("nothing says which tokens stay", needed=f"one of {flags}")
+        names = ", ".join(map(flag, SelectOptions.CRITERIA))
+        raise InputError("nothing says which tokens stay", needed=f"one of {names}")
     keep: dict[int, str] = {}
     if options.keep_script:
         scripts = [name.strip() for name in options.keep_script.split(",") if name.strip()]

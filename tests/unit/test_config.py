@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_prune.cli.parser import parse
 from megatron_prune.config import given as given_options
-from megatron_prune.config import integers, option, require_positive
+from megatron_prune.config import check_limits, integers, made_of, option
 from megatron_prune.errors import CheckpointError, InputError, PlanError, PruneError, raise_all
 
 
@@ -37,11 +38,39 @@ def test_a_list_of_something_else_is_refused(text):
         integers(text)
 
 
-@pytest.mark.parametrize("value", [0, -3])
-def test_an_option_that_must_be_positive_is_refused_by_its_flag(value):
-    with pytest.raises(InputError, match="--size"):
-        require_positive(Options(load="x", size=value), "seed", "size")
-    require_positive(Options(load="x", size=None), "seed", "size")
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    count: int = option("of samples", 1, least=1)
+    share: float = option("of a rate", 0.5, above=0, most=1)
+    decay: float = option("of a moment", 0.9, least=0, below=1)
+    rate: float | None = option("any", None)
+
+
+@pytest.mark.parametrize(
+    "name, value, needed",
+    [
+        ("count", 0, "a positive number"),
+        ("share", 0.0, "above 0 and at most 1"),
+        ("share", 2.0, "above 0 and at most 1"),
+        ("decay", -0.1, "at least 0 and below 1"),
+        ("decay", 1.0, "at least 0 and below 1"),
+        ("share", float("nan"), "above 0 and at most 1"),
+        ("rate", float("inf"), "a finite number"),
+    ],
+)
+def test_a_number_outside_of_what_an_option_takes_is_refused_by_its_flag(name, value, needed):
+    """By the same limits whether a program gives it, a file of options, or a word of a command line."""
+    with pytest.raises(InputError, match=f"--{name}(?s:.*)needed: {needed}$"):
+        check_limits(Numbers(**{name: value}))
+    with pytest.raises(InputError, match=f"--{name}: .* is not {needed}|is not a finite number"):
+        parse(Numbers, [f"--{name}", str(value)], prog="prog")
+    with pytest.raises(InputError, match=f"{name}: .* is not {needed}|is not a finite number"):
+        made_of(Numbers, {name: value})
+
+
+def test_the_ends_of_a_range_are_taken():
+    for held in (Numbers(count=1, share=1.0, decay=0.0), Numbers(rate=-7.5), Numbers()):
+        check_limits(held)
 
 
 def test_only_what_differs_from_the_defaults_is_recorded():
