@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import math
 import time
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -18,8 +16,7 @@ import torch
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.files.documents import parse_json, read_text
-
-log = logging.getLogger("megatron_prune")
+from megatron_prune.runtime.reporting import log, shown_time
 
 HISTORY, PLOT, BOARD = "history.jsonl", "loss.png", "tensorboard"
 
@@ -96,7 +93,7 @@ class History:
             "mfu": flops / self.peak if self.peak else None,
         }
         self._keep(record)
-        left = timedelta(seconds=round((self.train_iters - iteration) * elapsed / done))
+        left = shown_time((self.train_iters - iteration) * elapsed / done)
         parts = [f"iteration {iteration}/{self.train_iters}", f"loss {values['loss']:.4f}"]
         if values.get("kl"):
             parts.append(f"kl {values['kl']:.4f}")

@@ -12,11 +12,18 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 log = logging.getLogger("megatron_prune")
 
 EVERY = 30.0
 """Seconds between lines where there is no terminal."""
+
+WIDEST = 10_000
+"""Columns of a table where there is no terminal."""
 
 
 @contextlib.contextmanager
@@ -105,20 +112,30 @@ class _Lines:
 
 
 def shown_bytes(count: float) -> str:
-    """Bytes in words."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            break
-        count, unit = count / 1000, {"B": "KB", "KB": "MB", "MB": "GB", "GB": "TB"}[unit]
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+    """Bytes of files and of what is read, in words: decimal (a GB is 1000³ bytes), as disks and hubs say them."""
+    return _scaled(count, 1000, ("B", "KB", "MB", "GB", "TB"))
+
+
+def shown_memory(count: float) -> str:
+    """Bytes of memory in words: binary (a GiB is 1024³ bytes), as drivers and schedulers say it."""
+    return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def _scaled(count: float, step: int, units: tuple[str, ...]) -> str:
+    power = 0
+    while power < len(units) - 1 and (round(count) if power == 0 else round(count, 1)) >= step:
+        count, power = count / step, power + 1
+    return f"{count:.0f} {units[0]}" if power == 0 else f"{count:.1f} {units[power]}"
 
 
 def shown_time(seconds: float) -> str:
-    """A duration in words."""
-    if seconds < 60:
+    """A duration in words, in its two largest units: ``5.0 s``, ``1 min 01 s``, ``2 h 02 min``, ``3 d 4 h``."""
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24} h"
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
 
 
@@ -134,6 +151,16 @@ def no_bars() -> Iterator[None]:
     finally:
         if shown_before:
             logging.enable_progress_bar()
+
+
+def print_table(table: Table) -> None:
+    """Print a table: as wide as the terminal, words that do not fit folded; where there is none, as wide as it is."""
+    from rich.console import Console
+
+    for column in table.columns:
+        column.overflow = "fold"
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    Console(width=None if known else WIDEST).print(table)
 
 
 def quiet_libraries() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from typing_extensions import NotRequired, TypedDict
@@ -22,6 +21,7 @@ from megatron_prune.opening.facts import describe
 from megatron_prune.opening.opened import open_either
 from megatron_prune.planning.plan import shown_size
 from megatron_prune.runtime.stock_model import load_stock_model
+from megatron_prune.runtime.reporting import print_table
 from megatron_prune.runtime.world import World
 from megatron_prune.text.encoder import load_tokenizer
 from megatron_prune.text.template import ChatTemplate
@@ -51,7 +51,7 @@ def compare(options: CompareOptions, world: World) -> None:
         before, after = (row.get(key, "") for row in rows)
         numbers = all(isinstance(value, (int, float)) for value in (before, after))
         table.add_row(key, Text(_show(before)), Text(_show(after)), f"{after / before:.3f}" if numbers and before else "")
-    Console().print(table)
+    print_table(table)
     print(f"asked: {options.prompt}")
     for label, row in zip(("before", "after"), rows):
         print(f"{label}: {' '.join(row['sample'].split())}")

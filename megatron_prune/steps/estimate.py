@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -34,7 +33,7 @@ from megatron_prune.planning.target import check_target, resolve_target
 from megatron_prune.planning.words import cut_in_words
 from megatron_prune.planning.work import Rates
 from megatron_prune.recovery.options import check_passes, recomputation
-from megatron_prune.runtime.reporting import shown_bytes, shown_time
+from megatron_prune.runtime.reporting import print_table, shown_bytes, shown_time
 from megatron_prune.runtime.world import World
 from megatron_prune.verbs.estimate import EstimateOptions
 
@@ -223,7 +222,7 @@ def show(facts: dict[str, Any], config: ModelConfig, target: ModelConfig, option
         host = [shown_bytes(need["host_memory_first_rank"]), *([shown_bytes(need["host_memory"])] if processes > 1 else [])]
         row = [name + when[name], device, *host, shown_bytes(need["disk"]), shown_time(need["seconds"])]
         table.add_row(*row, *(["yes" if need["fits"] else "no"] if limited else []))
-    Console().print(table)
+    print_table(table)
     print(cut_in_words(config, target))
     if (among := facts["shapes_within_budget"]) is not None:
         assumed = (

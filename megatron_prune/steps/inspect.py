@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +15,7 @@ from megatron_prune.checkpoint import model_folder
 from megatron_prune.errors import InputError, plain
 from megatron_prune.opening.facts import describe, describe_config
 from megatron_prune.opening.foreign import told
+from megatron_prune.runtime.reporting import print_table
 from megatron_prune.runtime.world import World
 from megatron_prune.serving.runtime import RUNTIMES
 from megatron_prune.verbs.inspect import InspectOptions
@@ -58,7 +58,7 @@ def inspect(options: InspectOptions, world: World) -> int:
         elif value is None:
             value = "none"
         table.add_row(key.replace("_", " "), Text(plain(value)))
-    Console().print(table)
+    print_table(table)
     return int(differs)
 
 

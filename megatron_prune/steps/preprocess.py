@@ -14,7 +14,7 @@ from megatron_prune import __version__
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.opening.opened import open_tokenizer
-from megatron_prune.runtime.reporting import log, progress_bar
+from megatron_prune.runtime.reporting import log, progress_bar, shown_bytes, shown_time
 from megatron_prune.runtime.world import World
 from megatron_prune.text.answers import mask_prefix
 from megatron_prune.text.contents import check_read_once, summary
@@ -66,7 +66,7 @@ def preprocess(options: PreprocessOptions, world: World) -> None:
         for why, number in passed.items():
             log.info("%s: passed over %d documents %s", outputs(options, key)["bin"], number, why)
     seconds, total = time.monotonic() - start, sum(tokens for _, tokens in written)
-    log.info("%.1f MB in %.1f s: %.0f tokens a second", size / 1e6, seconds, total / seconds)
+    log.info("%s in %s: %.0f tokens a second", shown_bytes(size), shown_time(seconds), total / seconds)
 
 
 def outputs(options: PreprocessOptions, key: str) -> dict[str, Path]:

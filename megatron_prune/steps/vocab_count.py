@@ -11,7 +11,7 @@ from megatron_prune import __version__
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.opening.opened import open_with_vocabulary
-from megatron_prune.runtime.reporting import log, progress_bar
+from megatron_prune.runtime.reporting import log, progress_bar, shown_bytes, shown_time
 from megatron_prune.runtime.world import World
 from megatron_prune.text.contents import check_read_once, summary
 from megatron_prune.text.documents import DocumentReader, check_split, open_begun
@@ -88,7 +88,7 @@ def vocab_count(options: VocabCountOptions, world: World) -> None:
     used = int((sum(counts.tables) > 0).sum())
     for corpus in corpora:
         log.info("%s: %d documents, %d tokens", corpus.name, corpus.documents, corpus.tokens)
-    log.info("%s: %d of %d tokens occur; %.1f MB in %.1f s", output, used, vocabulary.rows, size / 1e6, seconds)
+    log.info("%s: %d of %d tokens occur; %s in %s", output, used, vocabulary.rows, shown_bytes(size), shown_time(seconds))
 
 
 def _is_pair(name: str) -> bool:

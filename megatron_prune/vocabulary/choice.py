@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +21,7 @@ from megatron_prune.opening.opened import Opened
 from megatron_prune.planning.check import kept_tokens
 from megatron_prune.planning.make import whole_plan
 from megatron_prune.planning.plan import Plan, load_plan
+from megatron_prune.runtime.reporting import print_table
 from megatron_prune.vocabulary import report as reports
 from megatron_prune.vocabulary.request import SelectOptions, held_out_lines, read_counts, wanted_tokens
 from megatron_prune.vocabulary.selection import Selection, select
@@ -112,7 +112,7 @@ def show(chosen: Chosen) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for what, value in reports.lines(chosen.report):
         table.add_row(what, Text(value))  # not markup: tokens may hold brackets
-    Console().print(table)
+    print_table(table)
 
 
 def files_of(chosen: Chosen, options: SelectOptions) -> dict[Path, bytes]:

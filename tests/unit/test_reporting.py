@@ -9,7 +9,7 @@ import re
 import pytest
 
 from megatron_prune.runtime import reporting
-from megatron_prune.runtime.reporting import log, progress_bar, shown_bytes, shown_time
+from megatron_prune.runtime.reporting import log, print_table, progress_bar, shown_bytes, shown_memory, shown_time
 
 
 class Clock:
@@ -85,11 +85,33 @@ def test_a_bar_reaches_its_end_where_part_of_the_work_was_not_needed(said, monke
 
 
 def test_sizes_and_times_in_words():
+    """Of files decimal, of memory binary; a unit is never said 1000 (1024, 60, 24) times."""
     assert [shown_bytes(count) for count in (0, 999, 1000, 2_500_000, 7e12)] == ["0 B", "999 B", "1.0 KB", "2.5 MB", "7.0 TB"]
-    assert [shown_time(seconds) for seconds in (0.04, 59, 61, 3599.6, 7325)] == [
-        "0.0 s",
-        "59.0 s",
-        "1 min 01 s",
-        "1 h 00 min",
-        "2 h 02 min",
-    ]
+    assert [shown_bytes(count) for count in (999.7, 999_960, 5e15)] == ["1.0 KB", "1.0 MB", "5000.0 TB"]
+    amounts = [shown_memory(count) for count in (0, 1023, 1 << 10, 5 << 19, (1 << 30) - 1, 80 << 30, 3 << 39)]
+    assert amounts == ["0 B", "1023 B", "1.0 KiB", "2.5 MiB", "1.0 GiB", "80.0 GiB", "1.5 TiB"]
+    times = {
+        **{0.04: "0.0 s", 59: "59.0 s", 59.97: "1 min 00 s", 61: "1 min 01 s", 3599.6: "1 h 00 min", 7325: "2 h 02 min"},
+        **{86399: "23 h 59 min", 86400: "1 d 0 h", 273_700: "3 d 4 h", 86400 * 400: "400 d 0 h"},
+    }
+    assert {seconds: shown_time(seconds) for seconds in times} == times
+
+
+LONG = "a_name_without_blanks_that_is_much_longer_than_any_terminal_is_wide_" * 2
+
+
+@pytest.mark.parametrize("columns", ["40", "80", None])
+def test_a_table_loses_no_letter_however_narrow_the_place_is(columns, capsys, monkeypatch):
+    from rich.table import Table
+
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    table = Table("step", "time")
+    table.add_row(LONG, "3 d 4 h")
+    print_table(table)
+    lines = capsys.readouterr().out.splitlines()
+    cells = [line.strip("│").split("│")[0].strip() for line in lines if line.startswith("│")]
+    assert "".join(cells) == LONG and any("3 d 4 h" in line for line in lines)
+    assert columns is None or max(map(len, lines)) <= int(columns)
+    assert columns is not None or len(cells) == 1
