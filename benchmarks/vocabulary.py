@@ -152,7 +152,8 @@ def _folded(options: argparse.Namespace, trimmed: Trimmed, table, head):
     from megatron_prune.pruning.engines.huggingface import HuggingFaceEngine
     from megatron_prune.runtime.world import World
     from megatron_prune.surgery.fold_tokens import fold_rows, hidden_states, respelled
-    from megatron_prune.text.sources import load_calibration, parse_data
+    from megatron_prune.text.data_specs import parse_data
+    from megatron_prune.text.sources import load_calibration
 
     world = World()
     model = open_huggingface(Path(options.model), world)

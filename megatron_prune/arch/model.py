@@ -162,7 +162,7 @@ class ModelConfig:
                 f"{field} is not one number for the model: layers differ",
                 got=f"{most}, but {', '.join(others[:8])}{more}",
                 needed="a model whose layers are alike, or sizes by layer",
-                do="name sizes with --layer_sizes, or, within a budget, have them chosen with --allocate free",
+                do="name sizes with --layer-sizes, or, within a budget, have them chosen with --allocate free",
             )
         return value
 

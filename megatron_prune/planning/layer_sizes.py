@@ -1,4 +1,4 @@
-"""Sizes named layer by layer: ``--drop_attention``, ``--drop_mlp`` and the file of ``--layer_sizes``."""
+"""Sizes named layer by layer: ``--drop-attention``, ``--drop-mlp`` and the file of ``--layer-sizes``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _LayerSizes:
 
 
 def read_layer_sizes(path: Path) -> Sizes:
-    """The file of ``--layer_sizes``: layer before pruning → sizes in Megatron's names, or ``"none"`` for a block that goes.
+    """The file of ``--layer-sizes``: layer before pruning → sizes in Megatron's names, or ``"none"`` for a block that goes.
 
     Raises:
         InputError: if it is not such a file, or says two things of a block.

@@ -75,10 +75,3 @@ def _layer_plan(model: ModelConfig, layer: int, target: Target, scores: Scores, 
     if prune_type == "unbalance":
         shards = {axis: shard_counts(axis, found[axis], config, ranks) for axis in ("ffn", "kv_head") if found[axis]}
     return LayerPlan(layer=layer, shards=shards, **found)
-
-
-def whole_plan(config: ModelConfig, made_by: dict[str, Any], content_id: str | None) -> Plan:
-    """The plan that changes nothing: what a cut of the vocabulary alone starts from."""
-    layers = [LayerPlan(layer=layer) for layer in range(config.num_layers)]
-    shape = shape_of(config)
-    return Plan(old=shape, new=shape, hidden=None, layers=layers, made_by=made_by, content_id=content_id)

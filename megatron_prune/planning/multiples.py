@@ -1,4 +1,4 @@
-"""Sizes that hardware likes: ``--multiple_of hidden=64,ffn=128``."""
+"""Sizes that hardware likes: ``--multiple-of hidden=64,ffn=128``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VARIED = ("hidden", "ffn", "head", "kv_head", "layer")
 """Axes that a budget may cut."""
 
 
-def parse_multiples(text: str, flag: str = "--multiple_of") -> dict[str, int]:
+def parse_multiples(text: str, flag: str = "--multiple-of") -> dict[str, int]:
     """``"hidden=64,ffn=128"`` → ``{"hidden": 64, "ffn": 128}``.
 
     Raises:
@@ -39,7 +39,7 @@ def check_multiples(config: ModelConfig, new: ModelConfig, multiple_of: dict[str
     Raises:
         InputError: naming the nearest sizes that would do, or steps that no size of this model can have.
     """
-    raise_all(InputError, "--multiple_of", step_problems(multiple_of, config))
+    raise_all(InputError, "--multiple-of", step_problems(multiple_of, config))
     problems = []
     for name, step in multiple_of.items():
         field = AXES.get(name).field

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from megatron_prune.arch.blocks.block import BLOCKS, BlockKind
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
+from megatron_prune.arch.tensors import tensor_shape
 from megatron_prune.axes.axis import AXES
 from megatron_prune.planning.amounts import AFTER, BATCH_TOKENS, PROBED, SAMPLED_ROWS, SAMPLED_TOGETHER, STEP_TOKENS
 from megatron_prune.planning.budget import cached_features
@@ -28,7 +29,6 @@ from megatron_prune.planning.resources import (
     rank_parameters,
     widest_inside,
 )
-from megatron_prune.arch.tensors import tensor_shape
 
 CONTEXT_BYTES = 1 << 30
 """Of a GPU's memory: the driver's context, kernels, workspaces and buffers of NCCL. Assumed, not measured."""

@@ -283,3 +283,10 @@ def shape_of(config: ModelConfig) -> dict[str, int | list[int]]:
     """A model's sizes as files say them: a number, or a list of one for each layer where these differ."""
     sizes = {name: getattr(config, name) for name in SHAPE_FIELDS}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in sizes.items()}
+
+
+def whole_plan(config: ModelConfig, made_by: dict[str, Any], content_id: str | None) -> Plan:
+    """The plan that changes nothing: what a cut of the vocabulary alone starts from."""
+    layers = [LayerPlan(layer=layer) for layer in range(config.num_layers)]
+    shape = shape_of(config)
+    return Plan(old=shape, new=shape, hidden=None, layers=layers, made_by=made_by, content_id=content_id)

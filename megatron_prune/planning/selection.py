@@ -11,7 +11,6 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.axes.axis import AXES
-from megatron_prune.planning.target import Target
 
 Scores = dict[tuple[str, int | None], torch.Tensor]
 """(axis, layer or None) → float64 [units] by global unit id; larger is more important.
@@ -59,23 +58,3 @@ def shard_counts(axis_name: str, kept: list[int], config: ModelConfig, ranks: in
     """How many of the kept units every rank held before."""
     parts = [AXES.get(axis_name).local_units(config, rank, ranks) for rank in range(ranks)]
     return [sum(unit in part for unit in kept) for part in parts]
-
-
-def needed_scores(config: ModelConfig, target: Target) -> list[tuple[str, int | None]]:
-    """(axis, layer) pairs whose scores a selection will ask for."""
-    new, needed = target.config, []
-    if new.hidden_size != config.hidden_size:
-        needed.append(("hidden", None))
-    if target.drop_layers is None:
-        needed.append(("layer", None))
-    layers = [layer for layer in range(config.num_layers) if layer not in (target.drop_layers or ())]
-    for axis in ("ffn", "kv_head"):
-        units = lambda layer: target.units(axis, layer, config)
-        needed += [(axis, layer) for layer in layers if 0 < units(layer) < AXES.get(axis).count(config.of_layer(layer))]
-    return needed + [("head", layer) for layer in layers if _narrows_groups(target, layer, config)]
-
-
-def _narrows_groups(target: Target, layer: int, config: ModelConfig) -> bool:
-    """Whether KV groups of a layer lose query heads."""
-    groups = target.units("kv_head", layer, config)
-    return bool(groups) and target.units("head", layer, config) // groups != config.of_layer(layer).heads_per_group

@@ -226,7 +226,7 @@ def check_budget(
     """
     if named := [flag(name) for name, value in fixed.items() if value is not None]:
         raise InputError(f"a budget and {', '.join(named)} both say what stays", do="give one of the two")
-    raise_all(InputError, "--multiple_of", step_problems(multiple_of, config))
+    raise_all(InputError, "--multiple-of", step_problems(multiple_of, config))
     layout.check(config)
     limit = budget.limit(config)
     if budget.cost(config) <= limit:

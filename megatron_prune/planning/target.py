@@ -15,6 +15,9 @@ from megatron_prune.planning.layer_sizes import Sizes, completed, paired
 HIDDEN_METHODS = ["rotate", "select"]
 """How residual channels are cut: after a rotation of the stream, or as they are."""
 
+NO_ROTATION = "a model with a norm after its blocks: its weight stands between what writes to the stream and the stream"
+"""Why no rotation of such a stream is exact: diag(g) after the division by the root mean square does not commute with it."""
+
 PRUNE_TYPES = ["balance", "global", "unbalance"]
 
 
@@ -84,7 +87,7 @@ def resolve_target(
     raise_all(InputError, "the requested shape does not fit the model", problems)
     by_layer = completed(by_layer or {}, config, drop_layers or ())
     if by_layer and num_layers is not None and drop_layers is None and num_layers < config.num_layers:
-        raise InputError("sizes by layer, and layers that scores choose", do="name the layers that go with --drop_layers")
+        raise InputError("sizes by layer, and layers that scores choose", do="name the layers that go with --drop-layers")
     drop_layers = tuple(drop_layers or ()) + _emptied(config, by_layer) or None
     if len(drop_layers or ()) == config.num_layers:
         raise InputError("the request empties every block of the model", needed="at least one block that stays")
@@ -201,7 +204,7 @@ def _division_problems(old: ModelConfig, sizes: dict[str, int], layout: Parallel
     if prune_type != "global" and heads_change and sizes["kv_head"] and old.units("kv_head") % ranks:
         problems.append(
             f"{prune_type}: {old.units('kv_head')} KV groups do not divide over {ranks} ranks, so no rank holds whole "
-            "groups; use --prune_type global, or a smaller tensor-parallel size"
+            "groups; use --prune-type global, or a smaller tensor-parallel size"
         )
     if prune_type == "balance":
         for axis in ("kv_head", "head"):
@@ -218,3 +221,23 @@ def _not_divisible(name: str, value: int, largest: int, ranks: int, changed: boo
     legal = list(range(ranks, largest + 1, ranks))
     shown = str(legal) if len(legal) <= 16 else f"multiples of {ranks} up to {legal[-1]}"
     return [f"{name} {value} does not divide over {ranks} ranks; legal: {shown}"]
+
+
+def needed_scores(config: ModelConfig, target: Target) -> list[tuple[str, int | None]]:
+    """(axis, layer) pairs whose scores a selection will ask for."""
+    new, needed = target.config, []
+    if new.hidden_size != config.hidden_size:
+        needed.append(("hidden", None))
+    if target.drop_layers is None:
+        needed.append(("layer", None))
+    layers = [layer for layer in range(config.num_layers) if layer not in (target.drop_layers or ())]
+    for axis in ("ffn", "kv_head"):
+        units = lambda layer: target.units(axis, layer, config)
+        needed += [(axis, layer) for layer in layers if 0 < units(layer) < AXES.get(axis).count(config.of_layer(layer))]
+    return needed + [("head", layer) for layer in layers if _narrows_groups(target, layer, config)]
+
+
+def _narrows_groups(target: Target, layer: int, config: ModelConfig) -> bool:
+    """Whether KV groups of a layer lose query heads."""
+    groups = target.units("kv_head", layer, config)
+    return bool(groups) and target.units("head", layer, config) // groups != config.of_layer(layer).heads_per_group

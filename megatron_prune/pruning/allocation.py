@@ -8,9 +8,9 @@ from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.axes.axis import layer_axes
 from megatron_prune.errors import InputError, reason
-from megatron_prune.importance.metric import METRICS, metric_named
 from megatron_prune.planning.allocators.allocator import Bounds
 from megatron_prune.planning.budget import Budget
+from megatron_prune.pruning.metric_facts import check_scores_axis
 from megatron_prune.pruning.options import AllocationOptions
 from megatron_prune.serving.demand import Demand
 
@@ -37,7 +37,7 @@ def read_bounds(
     least, most = options.min_layer_ratio, options.max_layer_ratio
     if not (0 <= least <= most <= 1 and most > 0):
         raise InputError(
-            "--min_layer_ratio, --max_layer_ratio", got=f"{least:g}, {most:g}", needed="shares of 0 to 1, the first no larger"
+            "--min-layer-ratio, --max-layer-ratio", got=f"{least:g}, {most:g}", needed="shares of 0 to 1, the first no larger"
         )
     return Bounds(
         config=config,
@@ -64,9 +64,7 @@ def check_allocation(bounds: Bounds, metric_of: dict[str, str], *, has_text: boo
         do = "name text with --data (--data=self will do), without --no-refit"
         raise InputError("--allocate free measures on text, and compares re-fitted models", got=got, do=do)
     for axis in layer_axes():
-        if axis not in metric_named(name := metric_of[axis]).axes:
-            able = [other for other in METRICS.names() if axis in METRICS.get(other).axes]
-            raise InputError(f"metric {name} cannot score the axis {axis}", needed="one of " + ", ".join(able))
+        check_scores_axis(metric_of[axis], axis)
     config = bounds.config
     if config.is_uniform and config.num_layers > 1 and config.units("ffn") > 1:
         differing = (config.units("ffn") - 1, *[config.units("ffn")] * (config.num_layers - 1))

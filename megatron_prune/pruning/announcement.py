@@ -6,24 +6,15 @@ import contextlib
 from typing import Iterator
 
 from megatron_prune.arch.model import ModelConfig
-from megatron_prune.importance.metric import metric_named
 from megatron_prune.opening.source import PARAM_DTYPES
 from megatron_prune.planning.needs import STEPS, Setup
 from megatron_prune.planning.words import cut_in_words
+from megatron_prune.pruning.asked import sample_length
 from megatron_prune.pruning.forecast import Forecast
 from megatron_prune.pruning.job import Job
-from megatron_prune.pruning.measure import sample_length
+from megatron_prune.pruning.passes import PASSES, Reading, passes_of
 from megatron_prune.runtime.reporting import log, watched
-from megatron_prune.text.sources import parse_data
-
-PASSES = {
-    "sampling": "sampling text",
-    "measuring": "measuring",
-    "gradients": "scoring by gradients",
-    "probing": "costs of blocks",
-    "re-fitting": "re-fitting",
-}
-"""Label of a pass's progress → what ``estimate`` calls it, in their order."""
+from megatron_prune.text.data_specs import parse_data
 
 
 @contextlib.contextmanager
@@ -36,7 +27,11 @@ def announced(job: Job, *, checks: bool = True) -> Iterator[None]:
     if not job.subject.world.is_main:
         yield
         return
-    shape, passes, last = assumed_shape(job), passes_of(job), ["checking what was written"] if checks else []
+    shape, passes, last = (
+        assumed_shape(job),
+        passes_of(job.request, job.subject.config, _reading(job)),
+        ["checking what was written"] if checks else [],
+    )
     log.info("to be cut: %s", cut_of(job, shape))
     log.info("text: %s", text_of(job))
     log.info("steps: %s", ", ".join([*(PASSES[label] for label in passes), "cutting and writing", *last]))
@@ -82,23 +77,15 @@ def text_of(job: Job) -> str:
     return f"{names}: {job.options.nsamples} samples each of {sample_length(job.options, job.subject.config)} tokens"
 
 
-def passes_of(job: Job) -> list[str]:
-    """Labels of the passes that will run, in their order."""
-    if not job.measured:
-        return []
-    config, request = job.subject.config, job.request
-    named = [] if job.kept_scores else [*request.metrics(config), *request.fallback_metrics(config)]
-    needs = frozenset().union(*(metric_named(name).needs for name in named))
-    moments = request.moments(config) if job.kept_scores is None else frozenset()
-    reads_text = job.kept_scores is None or job.options.data is not None
-    wanted = {
-        "sampling": reads_text and any(spec.name == "self" for spec in parse_data(job.options.data)),
-        "measuring": bool(moments or "activations" in needs or request.rotates(config) or job.measures_costs),
-        "gradients": "gradients" in needs,
-        "probing": job.measures_costs,
-        "re-fitting": job.fit is not None,
-    }
-    return [label for label in PASSES if wanted[label]]
+def _reading(job: Job) -> Reading:
+    """What is read and measured."""
+    return Reading(
+        text=job.measured,
+        data=job.options.data,
+        scores=job.kept_scores is not None,
+        costs=job.measures_costs,
+        refit=job.fit is not None,
+    )
 
 
 def setup_of(job: Job, shape: ModelConfig) -> Setup:

@@ -9,10 +9,10 @@ from pathlib import Path
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.config import flag
 from megatron_prune.errors import InputError, raise_all
-from megatron_prune.importance.artifact import ScoresManifest
-from megatron_prune.importance.metric import metric_named
+from megatron_prune.planning.amounts import SEQ_LENGTH
 from megatron_prune.planning.layer_sizes import Sizes, dropped, read_layer_sizes
-from megatron_prune.pruning.options import BEST, QUICK, ChoosingOptions, TargetOptions
+from megatron_prune.pruning.metric_facts import metric_facts
+from megatron_prune.pruning.options import BEST, QUICK, CalibrationOptions, ChoosingOptions, TargetOptions
 
 
 def metrics_of(options: TargetOptions, *, has_text: bool, held: list[str] | None = None, refit: bool = True) -> dict[str, str]:
@@ -25,15 +25,15 @@ def metrics_of(options: TargetOptions, *, has_text: bool, held: list[str] | None
         InputError: if there is no such metric, or it takes no such parameters.
     """
     chosen = {axis: options.metric or _best(axis, held) for axis in BEST}
-    if has_text and not (options.metric and metric_named(options.metric).block_wise):
+    if has_text and not (options.metric and metric_facts(options.metric).block_wise):
         chosen["layer"] = _best("layer", held) if refit else "angular"
     chosen["layer"] = options.depth_metric or chosen["layer"]
-    return {axis: metric_named(name).spelling for axis, name in chosen.items()}
+    return {axis: metric_facts(name).spelling for axis, name in chosen.items()}
 
 
 def _best(axis: str, held: list[str] | None) -> str:
-    able = [name for name in held or () if axis in metric_named(name).axes]
-    return min(able or [BEST[axis]], key=lambda name: (name != BEST[axis], metric_named(name).name != BEST[axis]))
+    able = [name for name in held or () if axis in metric_facts(name).axes]
+    return min(able or [BEST[axis]], key=lambda name: (name != BEST[axis], name.partition(":")[0] != BEST[axis]))
 
 
 def by_layer(options: TargetOptions) -> Sizes:
@@ -43,8 +43,8 @@ def by_layer(options: TargetOptions) -> Sizes:
         InputError: if two options say the same layer's.
     """
     parts = [
-        dropped(options.drop_attention, "attention", "--drop_attention"),
-        dropped(options.drop_mlp, "mlp", "--drop_mlp"),
+        dropped(options.drop_attention, "attention", "--drop-attention"),
+        dropped(options.drop_mlp, "mlp", "--drop-mlp"),
         read_layer_sizes(Path(options.layer_sizes)) if options.layer_sizes else {},
     ]
     found: Sizes = {}
@@ -106,7 +106,7 @@ def wants_text(options: ChoosingOptions) -> bool:
     if options.refit is False:
         asked = {axis for name, axes in AXES_OF.items() if getattr(options, name) is not None for axis in axes}
         metrics = {axis: name for axis, name in metrics.items() if axis in asked}
-    return named or any(metric_named(name).needs for name in metrics.values())
+    return named or any(metric_facts(name).needs for name in metrics.values())
 
 
 def quickened(options: ChoosingOptions, config: ModelConfig, *, text: bool) -> ChoosingOptions:
@@ -127,10 +127,6 @@ def quickened(options: ChoosingOptions, config: ModelConfig, *, text: bool) -> C
     return replace(options, **{name: quick[name] for name in names if getattr(options, name) == default[name]})
 
 
-def kept_metrics(options: ChoosingOptions) -> list[str] | None:
-    """Metrics of the scores that were named.
-
-    Raises:
-        InputError: if the directory holds no finished scores.
-    """
-    return ScoresManifest.load(Path(options.scores)).metrics if options.scores else None
+def sample_length(options: CalibrationOptions, config: ModelConfig) -> int:
+    """Tokens in a sample."""
+    return min(SEQ_LENGTH, config.max_position_embeddings) if options.seq_length is None else options.seq_length

@@ -1,6 +1,6 @@
 """Flags of a pruning that a run would not look at: refused, since whoever passes one expects something of it.
 
-``--metric``, ``--prune_type`` and ``--seed`` are rules for all that may be cut, ``--nsamples`` and ``--data_field`` for all text that
+``--metric``, ``--prune-type`` and ``--seed`` are rules for all that may be cut, ``--nsamples`` and ``--data-field`` for all text that
 may be read beside ``--scores``: scripts give them whatever is. ``--seq-length`` is among the arguments that users of Megatron give
 every program.
 """
@@ -12,7 +12,7 @@ from typing import Iterator
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.config import flag
 from megatron_prune.errors import InputError
-from megatron_prune.importance.metric import metric_named
+from megatron_prune.pruning.metric_facts import metric_facts
 from megatron_prune.pruning.request import Request
 
 REFIT = ("sequential", "ridge", "reader_ridge", "reconstruct")
@@ -56,7 +56,7 @@ def _idle(options, request: Request, config: ModelConfig, text: bool, refit: boo
         yield ("min_layer_ratio", "max_layer_ratio"), "without --allocate free", "leave it out"
     axes = request.axes(config)
     used = {request.metric_of[axis] for axis in axes}
-    measured = refit or any(metric_named(name).needs for name in used)
+    measured = refit or any(metric_facts(name).needs for name in used)
     if not (text and measured):
         why = "where no text is read: nothing is re-fitted, and no metric that is used measures on it"
         yield (*TEXT, "scores"), why, "leave it out, or ask for what needs text"
@@ -65,6 +65,6 @@ def _idle(options, request: Request, config: ModelConfig, text: bool, refit: boo
     if request.target is None:  # of shapes within a budget nobody knows which axes they cut
         return
     if "layer" not in axes:
-        yield ("depth_metric",), "where scores choose no layer", "leave it out, or ask for --num_layers_remain"
+        yield ("depth_metric",), "where scores choose no layer", "leave it out, or ask for --num-layers-remain"
     if request.target.config.hidden_size == config.hidden_size:
-        yield ("hidden_method",), "where no hidden unit is cut", "leave it out, or ask for --hidden_size_remain"
+        yield ("hidden_method",), "where no hidden unit is cut", "leave it out, or ask for --hidden-size-remain"

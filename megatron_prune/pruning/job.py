@@ -13,18 +13,18 @@ from megatron_prune.families.family import Family
 from megatron_prune.importance.artifact import scores_digest
 from megatron_prune.importance.metric import metric_named
 from megatron_prune.planning.costs_file import CostsManifest, has_costs
-from megatron_prune.pruning.asked import kept_metrics, quickened, wants_text
+from megatron_prune.planning.target import NO_ROTATION
+from megatron_prune.pruning.asked import quickened, wants_text
 from megatron_prune.pruning.flags import check_effect
 from megatron_prune.pruning.measure import Subject, check_measurable, check_text, request_key
-from megatron_prune.pruning.options import CalibrationOptions, FitOptions, ChoosingOptions, TargetOptions
+from megatron_prune.pruning.options import CalibrationOptions, ChoosingOptions, FitOptions, TargetOptions
 from megatron_prune.pruning.request import Request, read_request
-from megatron_prune.pruning.scored import check_scores
+from megatron_prune.pruning.scored import check_scores, kept_metrics
 from megatron_prune.pruning.tokens import kept_vocabulary
 from megatron_prune.runtime.reporting import log
 from megatron_prune.serving.demand import Demand, warnings
 from megatron_prune.serving.options import ServeOptions, parse_serve
 from megatron_prune.serving.runtime import RUNTIMES
-from megatron_prune.surgery.basis import NO_ROTATION
 from megatron_prune.text.sources import check_seed
 from megatron_prune.vocabulary.trimmed import Trimmed
 
@@ -114,7 +114,7 @@ def settle(options: ChoosingOptions, subject: Subject, family: Family, *, prune_
     elif text:
         check_measurable(options, request.metrics(config), config, layout)
     if text and not refit and request.rotates(config):
-        raise InputError("--no-refit with rotated hidden units", do="use --hidden_method select, or re-fit")
+        raise InputError("--no-refit with rotated hidden units", do="use --hidden-method select, or re-fit")
     if options.plan and not text and options.refit is None and subject.world.is_main:
         log.warning(
             "the plan is applied as it is, nothing is re-fitted: name text with --data, or pass --refit for the model's own samples, "

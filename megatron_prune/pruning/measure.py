@@ -20,15 +20,16 @@ from megatron_prune.importance.statistics import Statistics
 from megatron_prune.importance.whole_units import check_shared
 from megatron_prune.opening.opened import Opened
 from megatron_prune.opening.source import PARAM_DTYPES
-from megatron_prune.planning.amounts import SEQ_LENGTH
+from megatron_prune.pruning.asked import sample_length
 from megatron_prune.pruning.engines.engine import Engine
 from megatron_prune.pruning.options import CalibrationOptions
 from megatron_prune.runtime.reporting import log, progress_bar
 from megatron_prune.runtime.world import World
 from megatron_prune.text.contents import summary
-from megatron_prune.text.reader import stamps
+from megatron_prune.text.data_specs import parse_data
 from megatron_prune.text.encoder import Encoder
-from megatron_prune.text.sources import check_calibration, load_calibration, parse_data
+from megatron_prune.text.reader import stamps
+from megatron_prune.text.sources import check_calibration, load_calibration
 from megatron_prune.text.tokens import Calibration
 
 
@@ -134,11 +135,6 @@ def obtain_calibration(options: CalibrationOptions, subject: Subject, folder: Pa
             log.info("%s", line)
     world.on_main(lambda: save_calibration(folder, calibration))
     return calibration
-
-
-def sample_length(options: CalibrationOptions, config: ModelConfig) -> int:
-    """Tokens in a sample."""
-    return min(SEQ_LENGTH, config.max_position_embeddings) if options.seq_length is None else options.seq_length
 
 
 def own_samples(options: CalibrationOptions, subject: Subject, count: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from megatron_prune.config import flag, option
 from megatron_prune.planning.allocators.allocator import ALLOCATORS
-from megatron_prune.planning.target import HIDDEN_METHODS
+from megatron_prune.planning.target import HIDDEN_METHODS, PRUNE_TYPES
 from megatron_prune.runtime.options import DTYPES
 from megatron_prune.serving.options import ServeOptions
 from megatron_prune.writing.options import OutputOptions
@@ -21,8 +21,8 @@ BEST = {"hidden": "activation", "ffn": "fisher", "head": "obs", "kv_head": "obs"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationOptions:
-    """The text that a model is measured on, and what it is computed in."""
+class AmountOptions:
+    """How much text a model is measured on, and what it is computed in."""
 
     data: tuple[str, ...] | None = option(
         "files of text, JSON, CSV or Parquet, folders, Megatron .bin/.idx, data set names, or self (own samples), each with "
@@ -30,13 +30,19 @@ class CalibrationOptions:
         None,
         group="text",
     )
-    data_field: str = option("name of the text in JSONL records and data sets", "text", group="text")
     nsamples: int = option("samples from each source", 128, least=1, group="text")
+    dtype: str = option("what to compute in", "fp32", choices=DTYPES, group="run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions(AmountOptions):
+    """The text that a model is measured on, and what it is computed in."""
+
+    data_field: str = option("name of the text in JSONL records and data sets", "text", group="text")
     seq_length: int | None = option(
         "tokens in a sample (default: 512, or the model's context where that is shorter)", None, least=2, group="text"
     )
     seed: int = option("seed of all that is drawn: windows, own samples, the random metric", 1234, least=0, group="run")
-    dtype: str = option("what to compute in", "fp32", choices=DTYPES, group="run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +82,8 @@ class BudgetOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetOptions(AllocationOptions, BudgetOptions):
-    """The shape to reach, or a budget to keep to, and how units are chosen; or a plan."""
+class ShapeOptions:
+    """The shape to reach, size by size, or a plan's."""
 
     hidden_size_remain: int | None = option("residual channels that stay", None, least=1, group="shape")
     ffn_hidden_size_remain: int | None = option("feed-forward channels that stay in every layer", None, least=1, group="shape")
@@ -94,25 +100,6 @@ class TargetOptions(AllocationOptions, BudgetOptions):
         None,
         group="shape",
         exists=True,
-    )
-    uniform: bool = option(
-        "turn a plan whose layers differ (--plan) into the shape with layers alike and as many parameters", False, group="shape"
-    )
-    search: int = option(
-        "within a budget, re-fit this many of the shapes that look best and keep what loses least on held-out text", 1, least=1
-    )
-    metric: str | None = option(
-        "how units are scored: random, magnitude, activation, wanda, taylor …, with parameters where it has any, as in "
-        "obs:damping=0.1 (default: what measured best for each axis)",
-        None,
-    )
-    depth_metric: str | None = option(
-        "how layers are chosen (default: fold where there is text, angular with --no-refit, else the metric)", None
-    )
-    hidden_method: str | None = option(
-        "how hidden units are cut (default: rotate where there is text, what stays is re-fitted and the model allows it, else select)",
-        None,
-        choices=HIDDEN_METHODS,
     )
     untie: bool = option("store the head of a tied model as a matrix of its own", False, group="shape")
     plan: str | None = option("apply this plan instead of making one", None, group="shape", exists=True)
@@ -132,10 +119,69 @@ class TargetOptions(AllocationOptions, BudgetOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitOptions(CalibrationOptions):
-    """How what stays is re-fitted on the text."""
+class MethodOptions:
+    """How units are chosen."""
+
+    search: int = option(
+        "within a budget, re-fit this many of the shapes that look best and keep what loses least on held-out text", 1, least=1
+    )
+    metric: str | None = option(
+        "how units are scored: random, magnitude, activation, wanda, taylor …, with parameters where it has any, as in "
+        "obs:damping=0.1 (default: what measured best for each axis)",
+        None,
+    )
+    depth_metric: str | None = option(
+        "how layers are chosen (default: fold where there is text, angular with --no-refit, else the metric)", None
+    )
+    hidden_method: str | None = option(
+        "how hidden units are cut (default: rotate where there is text, what stays is re-fitted and the model allows it, else select)",
+        None,
+        choices=HIDDEN_METHODS,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions(AllocationOptions, BudgetOptions, ShapeOptions, MethodOptions):
+    """The shape to reach, or a budget to keep to, and how units are chosen; or a plan."""
+
+    uniform: bool = option(
+        "turn a plan whose layers differ (--plan) into the shape with layers alike and as many parameters", False, group="shape"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EffortOptions:
+    """Whether and how long what stays is re-fitted."""
 
     refit: bool | None = option("re-fit what stays by least squares (default: where there is text)", None)
+    reconstruct: int = option(
+        "passes over the text in which all matrices of a cut block are fitted together; 0 leaves it at least squares", 4, least=0
+    )
+    quick: bool = option(
+        "cheap settings for what is not set otherwise: "
+        + " ".join(f"{flag(name)} {value}" for name, value in QUICK.items() if value is not False)
+        + " --no-sequential; several times faster (docs/quality.md says what it costs)",
+        False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostOptions(AllocationOptions, BudgetOptions, ShapeOptions, ServeOptions, MethodOptions, AmountOptions, EffortOptions):
+    """What the shape, the time and the memory of a pruning follow from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivisionOptions:
+    """How ranks share the pruned model, and as what it is to be written."""
+
+    prune_type: str = option("which units each tensor-parallel rank keeps", "balance", choices=PRUNE_TYPES)
+    target_family: str | None = option("Hugging Face family the result will be exported as", None, group="model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions(CalibrationOptions, EffortOptions):
+    """How what stays is re-fitted on the text."""
+
     sequential: bool | None = option(
         "fit every block to mend what the pruned ones before it left, or to the dense model's own stream (default: the stream; "
         "where that leaves a model far from the dense one, both ways, and the better one stays)",
@@ -151,21 +197,12 @@ class FitOptions(CalibrationOptions):
     reader_ridge: float | None = option(
         "the same for q, k, v, gate and up, where hidden units are cut", None, least=0, group="expert"
     )
-    reconstruct: int = option(
-        "passes over the text in which all matrices of a cut block are fitted together; 0 leaves it at least squares", 4, least=0
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChoosingOptions(TargetOptions, ServeOptions, FitOptions):
+class ChoosingOptions(CostOptions, TargetOptions, FitOptions):
     """What stays, and what it is chosen by."""
 
-    quick: bool = option(
-        "cheap settings for what is not set otherwise: "
-        + " ".join(f"{flag(name)} {value}" for name, value in QUICK.items() if value is not False)
-        + " --no-sequential; several times faster (docs/quality.md says what it costs)",
-        False,
-    )
     scores: str | None = option("use these scores (of megatron-prune score) and their text", None, group="text", exists=True)
 
 

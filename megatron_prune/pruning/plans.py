@@ -13,8 +13,8 @@ from megatron_prune.planning.loss_estimate import loss_estimate
 from megatron_prune.planning.loss_weights import rank_candidates
 from megatron_prune.planning.make import make_plan
 from megatron_prune.planning.plan import Plan
-from megatron_prune.planning.selection import Scores, keep_layers, needed_scores
-from megatron_prune.planning.target import Target
+from megatron_prune.planning.selection import Scores, keep_layers
+from megatron_prune.planning.target import Target, needed_scores
 from megatron_prune.pruning.measure import Subject
 from megatron_prune.pruning.request import Request
 from megatron_prune.pruning.scored import Scored

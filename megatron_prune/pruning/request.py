@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
@@ -12,23 +13,22 @@ from megatron_prune.arch.tensors import parameter_count
 from megatron_prune.axes.axis import AXES, layer_axes
 from megatron_prune.config import check_limits, flag
 from megatron_prune.errors import InputError, PlanError
-from megatron_prune.importance.metric import METRICS, metric_named
-from megatron_prune.opening.opened import Opened
 from megatron_prune.planning.allocators.allocator import ALLOCATORS, Allocator, Bounds
 from megatron_prune.planning.budget import read_budget
 from megatron_prune.planning.check import check_plan, kept_tokens
 from megatron_prune.planning.loss_weights import cut_axes
-from megatron_prune.planning.make import whole_plan
 from megatron_prune.planning.multiples import check_multiples, parse_multiples
-from megatron_prune.planning.plan import Plan, load_plan
-from megatron_prune.planning.selection import needed_scores
+from megatron_prune.planning.plan import Plan, load_plan, whole_plan
 from megatron_prune.planning.shapes import check_budget, uniform_shapes
-from megatron_prune.planning.target import Target, check_kinds, check_target, resolve_target
+from megatron_prune.planning.target import NO_ROTATION, Target, check_kinds, check_target, needed_scores, resolve_target
 from megatron_prune.pruning.allocation import check_allocation, read_bounds
 from megatron_prune.pruning.asked import by_layer, metrics_of, vocab_alone
+from megatron_prune.pruning.metric_facts import check_scores_axis, metric_facts
 from megatron_prune.pruning.options import TargetOptions
 from megatron_prune.serving.demand import Demand
-from megatron_prune.surgery.basis import NO_ROTATION
+
+if TYPE_CHECKING:  # else torch: an estimate reads a request of a configuration alone
+    from megatron_prune.opening.opened import Opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class Request:
         """The axis of hidden units, where it will turn out with what is measured whether they are rotated or selected."""
         shapes = self.shapes or ((self.target.config,) if self.target else ())
         tied = any(shape.tie_embeddings and shape.hidden_size != config.hidden_size for shape in shapes)
-        scored = "hidden" in metric_named(self.metric_of["hidden"]).axes
+        scored = "hidden" in metric_facts(self.metric_of["hidden"]).axes
         return {"hidden"} if tied and scored and self.rotate and not self.by_name else set()
 
     def fallback_metrics(self, config: ModelConfig) -> set[str]:
@@ -100,7 +100,7 @@ class Request:
     def moments(self, config: ModelConfig) -> frozenset[str]:
         """Sites whose second moments those metrics read."""
         axes = self.axes(config) | self.fallback(config)
-        kinds = ((axis, metric_named(self.metric_of[axis])) for axis in axes)
+        kinds = ((axis, metric_facts(self.metric_of[axis])) for axis in axes)
         return frozenset(kind.moments[axis] for axis, kind in kinds if axis in kind.moments)
 
 
@@ -133,9 +133,9 @@ def read_request(
     check_limits(options)
     by_name = options.hidden_method == "rotate"
     if by_name and not has_text:
-        raise InputError("--hidden_method rotate needs text to find the subspace", do="name some with --data, or use select")
+        raise InputError("--hidden-method rotate needs text to find the subspace", do="name some with --data, or use select")
     if by_name and config.after_norms:
-        raise InputError("--hidden_method rotate", got=NO_ROTATION, do="use select, or leave it out")
+        raise InputError("--hidden-method rotate", got=NO_ROTATION, do="use select, or leave it out")
     rotate = by_name or (options.hidden_method is None and has_text and refit and not config.after_norms)
     metric_of = metrics_of(options, has_text=has_text, held=held, refit=refit)
     common = {"metric_of": metric_of, "rotate": rotate, "by_name": by_name}
@@ -223,7 +223,7 @@ def _by_layer_plan(options: TargetOptions, model: Opened) -> ModelConfig:
     plan = load_plan(Path(options.plan))
     check_plan(plan, model.config, options.plan)
     if plan.vocab is not None and not options.vocab_plan:
-        do = f"name its tokens with --vocab_plan {options.plan}"
+        do = f"name its tokens with --vocab-plan {options.plan}"
         raise PlanError(f"--uniform: {options.plan} cuts the vocabulary too", do=do)
     tokens = load_plan(Path(options.vocab_plan)) if options.vocab_plan else None
     new = plan.with_tokens_of(tokens).new_config(model.config)
@@ -258,7 +258,7 @@ def _uniform_shapes(
     Args:
         twin_of: a model whose layers differ: its axes alone are cut, and FFN channels, which use up what is left.
     """
-    able = [axis for axis in AXES.names() if axis in metric_named(common["metric_of"][axis]).axes]
+    able = [axis for axis in AXES.names() if axis in metric_facts(common["metric_of"][axis]).axes]
     if twin_of is not None:
         able = [axis for axis in able if axis == "ffn" or axis in cut_axes(bounds.config, twin_of)]
 
@@ -269,9 +269,8 @@ def _check_axes(config: ModelConfig, target: Target, common: dict) -> None:
     """Refuse a cut along an axis that the metric cannot score."""
     for axis, _ in needed_scores(config, target):
         name = common["metric_of"][axis]
-        if axis not in metric_named(name).axes and not (axis == "hidden" and common["rotate"]):
-            able = [other for other in METRICS.names() if axis in METRICS.get(other).axes]
-            raise InputError(f"metric {name} cannot score the axis {axis}", needed="one of " + ", ".join(able))
+        if not (axis == "hidden" and common["rotate"]):
+            check_scores_axis(name, axis)
 
 
 def _read(
@@ -286,7 +285,7 @@ def _read(
         flag(item.name) for item in fields(TargetOptions) if item.name != "plan" and getattr(options, item.name) != item.default
     ]
     if prune_type != "balance":
-        extra.append("--prune_type")
+        extra.append("--prune-type")
     if extra:
         raise InputError(f"--plan and {', '.join(extra)} both say what stays", do="give one of the two")
     plan, config = load_plan(Path(options.plan)), model.config

@@ -14,6 +14,7 @@ from megatron_prune.importance.scoring import score
 from megatron_prune.importance.statistics import Statistics
 from megatron_prune.planning.selection import Scores
 from megatron_prune.pruning.measure import Subject
+from megatron_prune.pruning.options import ChoosingOptions
 from megatron_prune.pruning.request import Request
 from megatron_prune.runtime.reporting import progress_bar
 
@@ -75,3 +76,12 @@ def check_scores(kept: Path, request: Request, subject: Subject) -> None:
             raise InputError(
                 f"{kept} holds no scores of {name}", got=", ".join(manifest.metrics), do=f"score with --metrics {name}"
             )
+
+
+def kept_metrics(options: ChoosingOptions) -> list[str] | None:
+    """Metrics of the scores that were named.
+
+    Raises:
+        InputError: if the directory holds no finished scores.
+    """
+    return ScoresManifest.load(Path(options.scores)).metrics if options.scores else None

@@ -47,7 +47,7 @@ def stream_basis(plan: Plan, subject: Subject, statistics: Statistics | None) ->
             f"{TOO_VARIED} for a rotation that keeps the head tied to the embedding",
             got=f"norms disturbed by {spread:.3f} at full width, before any cut",
             needed=f"at most {LARGEST_SPREAD}",
-            do="store the head as a matrix of its own with --untie, or cut channels as they are with --hidden_method select",
+            do="store the head as a matrix of its own with --untie, or cut channels as they are with --hidden-method select",
         )
     return tied_rotation(moment, _final_norm(subject), width)
 

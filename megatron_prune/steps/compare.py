@@ -20,8 +20,8 @@ from megatron_prune.files.documents import read_json
 from megatron_prune.opening.facts import describe
 from megatron_prune.opening.opened import open_either
 from megatron_prune.planning.plan import shown_size
-from megatron_prune.runtime.stock_model import load_stock_model
 from megatron_prune.runtime.reporting import print_table
+from megatron_prune.runtime.stock_model import load_stock_model
 from megatron_prune.runtime.world import World
 from megatron_prune.text.encoder import load_tokenizer
 from megatron_prune.text.template import ChatTemplate

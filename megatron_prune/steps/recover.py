@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from megatron_prune.opening.opened import open_megatron
 from megatron_prune.recovery.options import filled_options
 from megatron_prune.runtime.layout import run_layout

@@ -15,6 +15,7 @@ from megatron_prune.importance.scoring import all_scores
 from megatron_prune.opening.opened import open_to_run
 from megatron_prune.opening.source import PARAM_DTYPES
 from megatron_prune.planning.plan import shape_of
+from megatron_prune.pruning.asked import metrics_of
 from megatron_prune.pruning.costs import measured_costs, needed_moments
 from megatron_prune.pruning.engines.choice import engine_of
 from megatron_prune.pruning.measure import (
@@ -25,7 +26,6 @@ from megatron_prune.pruning.measure import (
     obtain_calibration,
     request_key,
 )
-from megatron_prune.pruning.asked import metrics_of
 from megatron_prune.pruning.options import TargetOptions
 from megatron_prune.runtime.reporting import log
 from megatron_prune.runtime.world import World

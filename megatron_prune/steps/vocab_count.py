@@ -14,11 +14,11 @@ from megatron_prune.opening.opened import open_with_vocabulary
 from megatron_prune.runtime.reporting import log, progress_bar, shown_bytes, shown_time
 from megatron_prune.runtime.world import World
 from megatron_prune.text.contents import check_read_once, summary
+from megatron_prune.text.data_specs import split_weight
 from megatron_prune.text.documents import DocumentReader, check_split, open_begun
 from megatron_prune.text.encoder import Encoder
 from megatron_prune.text.pair import open_pair
 from megatron_prune.text.reader import reader_kind, stamps
-from megatron_prune.text.sources import split_weight
 from megatron_prune.text.workers import check_workers, cores
 from megatron_prune.verbs.vocab_count import VocabCountOptions
 from megatron_prune.vocabulary.counting import Tally, count_documents, count_pair

@@ -15,10 +15,6 @@ from torch import Tensor
 
 from megatron_prune.surgery.maps import SpaceMap
 
-
-NO_ROTATION = "a model with a norm after its blocks: its weight stands between what writes to the stream and the stream"
-"""Why no rotation of such a stream is exact: diag(g) after the division by the root mean square does not commute with it."""
-
 FINAL_SHARE = 3.0
 """What the final norm counts in the subspace, where each norm inside the layers counts 1."""
 

@@ -7,13 +7,12 @@ from typing import ClassVar
 
 from megatron_prune.config import option
 from megatron_prune.opening.options import ForeignOptions
-from megatron_prune.planning.target import PRUNE_TYPES
-from megatron_prune.pruning.options import ChoosingOptions
+from megatron_prune.pruning.options import ChoosingOptions, DivisionOptions
 from megatron_prune.runtime.options import LayoutOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(ChoosingOptions, ForeignOptions, LayoutOptions):
+class PlanOptions(ChoosingOptions, DivisionOptions, ForeignOptions, LayoutOptions):
     """Choose what stays of a model of either kind and write it as a plan, a JSON file to read and edit; no model is written."""
 
     EXAMPLES: ClassVar = {
@@ -28,6 +27,4 @@ class PlanOptions(ChoosingOptions, ForeignOptions, LayoutOptions):
         positional=True,
     )
     save: str = option("plan to write: a JSON file", group="model")
-    prune_type: str = option("which units each tensor-parallel rank keeps", "balance", choices=PRUNE_TYPES)
     tokenizer: str | None = option("Hugging Face directory of the tokenizer (default: the model's own)", None, group="model")
-    target_family: str | None = option("Hugging Face family the result will be exported as", None, group="model")

@@ -8,14 +8,13 @@ from typing import Any, ClassVar
 from megatron_prune.checkpoint.options import FORMATS, TRANSFORMER_IMPLS
 from megatron_prune.config import option
 from megatron_prune.opening.options import ForeignOptions
-from megatron_prune.planning.target import PRUNE_TYPES
-from megatron_prune.pruning.options import PruningOptions
+from megatron_prune.pruning.options import DivisionOptions, PruningOptions
 from megatron_prune.runtime.megatron_flags import MegatronFlags
 from megatron_prune.runtime.options import LayoutOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneOptions(PruningOptions, ForeignOptions, LayoutOptions):
+class PruneOptions(PruningOptions, DivisionOptions, ForeignOptions, LayoutOptions):
     """Prune a Megatron checkpoint to a smaller shape, by scores or by a plan, and re-fit what stays."""
 
     FOREIGN: ClassVar = MegatronFlags()
@@ -29,7 +28,6 @@ class PruneOptions(PruningOptions, ForeignOptions, LayoutOptions):
 
     load: str = option("Megatron checkpoint: its root, or an iteration directory", group="model", exists=True, positional=True)
     save: str = option("pruned Megatron checkpoint to write", group="model")
-    prune_type: str = option("which units each tensor-parallel rank keeps", "balance", choices=PRUNE_TYPES)
     tokenizer: str | None = option(
         "Hugging Face directory of the tokenizer (default: kept in the checkpoint)", None, group="model"
     )
@@ -40,5 +38,4 @@ class PruneOptions(PruningOptions, ForeignOptions, LayoutOptions):
         choices=TRANSFORMER_IMPLS,
         group="expert",
     )
-    target_family: str | None = option("Hugging Face family the result will be exported as", None, group="model")
     megatron: dict[str, Any] = field(default_factory=dict)

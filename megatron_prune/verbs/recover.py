@@ -4,5 +4,4 @@ from __future__ import annotations
 
 from megatron_prune.recovery.options import RecoverOptions
 
-
 __all__ = ["RecoverOptions"]

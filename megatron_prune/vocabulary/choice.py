@@ -19,8 +19,7 @@ from megatron_prune.arch.tensors import EMBEDDING, parameter_count
 from megatron_prune.errors import InputError, PlanError
 from megatron_prune.opening.opened import Opened
 from megatron_prune.planning.check import kept_tokens
-from megatron_prune.planning.make import whole_plan
-from megatron_prune.planning.plan import Plan, load_plan
+from megatron_prune.planning.plan import Plan, load_plan, whole_plan
 from megatron_prune.runtime.reporting import print_table
 from megatron_prune.vocabulary import report as reports
 from megatron_prune.vocabulary.request import SelectOptions, held_out_lines, read_counts, wanted_tokens

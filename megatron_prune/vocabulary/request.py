@@ -15,8 +15,8 @@ from megatron_prune.files.documents import read_bytes, read_text, shorten
 from megatron_prune.files.hidden import located
 from megatron_prune.runtime.reporting import log
 from megatron_prune.text.contents import summary
+from megatron_prune.text.data_specs import split_weight
 from megatron_prune.text.documents import open_documents
-from megatron_prune.text.sources import split_weight
 from megatron_prune.text.splits import TRAIN
 from megatron_prune.vocabulary.counts import Counts, load_counts, merged
 from megatron_prune.vocabulary.options import SelectOptions

@@ -10,8 +10,8 @@ import torch
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.checkpoint.options import TRANSFORMER_IMPLS
 from megatron_prune.checkpoint.megatron_lm_flags import contradictions, megatron_lm_flags, unknown_there
+from megatron_prune.checkpoint.options import TRANSFORMER_IMPLS
 
 log = logging.getLogger("megatron_prune")
 

@@ -21,8 +21,7 @@ from megatron_prune.importance.artifact import ScoresManifest, load_calibration_
 from megatron_prune.importance.metric import METRICS
 from megatron_prune.planning.make import make_plan
 from megatron_prune.planning.plan import load_plan, shape_of
-from megatron_prune.planning.selection import needed_scores
-from megatron_prune.planning.target import resolve_target
+from megatron_prune.planning.target import needed_scores, resolve_target
 from megatron_prune.pruning.options import BEST
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert

@@ -23,7 +23,7 @@ from megatron_prune.checkpoint import megatron
 from megatron_prune.cli.main import main
 from megatron_prune.families.family import FAMILIES
 from megatron_prune.importance.artifact import load_scores
-from megatron_prune.planning.make import whole_plan
+from megatron_prune.planning.plan import whole_plan
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 from megatron_prune.steps.evaluate import EvaluateOptions, evaluate

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from megatron_prune.planning.check import check_plan
 from megatron_prune.planning.make import make_plan
-from megatron_prune.planning.selection import best, keep_heads, keep_units, needed_scores, shard_counts
-from megatron_prune.planning.target import resolve_target
+from megatron_prune.planning.selection import best, keep_heads, keep_units, shard_counts
+from megatron_prune.planning.target import needed_scores, resolve_target
 
 SCORES = st.lists(st.integers(0, 5), min_size=1, max_size=24).map(lambda values: torch.tensor(values, dtype=torch.float64))
 

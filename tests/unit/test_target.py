@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.errors import InputError
 from megatron_prune.planning.make import make_plan
-from megatron_prune.planning.selection import needed_scores
-from megatron_prune.planning.target import check_parallel, resolve_target
+from megatron_prune.planning.target import check_parallel, needed_scores, resolve_target
 
 KEYS = ["hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "num_layers"]
 

@@ -50,7 +50,7 @@ class Free:
             raise InputError(
                 "no sizes by layer meet the budget",
                 got=f"at most {bounds.budget.describe(bounds.budget.limit(bounds.config))}",
-                do="allow more, a smaller --min_layer_ratio, or smaller multiples",
+                do="allow more, a smaller --min-layer-ratio, or smaller multiples",
             )
         return [*found, *uniform]
 

@@ -22,9 +22,8 @@ from megatron_prune.planning.check import check_plan
 from megatron_prune.planning.layer_sizes import dropped, read_layer_sizes
 from megatron_prune.planning.make import make_plan
 from megatron_prune.planning.plan import LayerPlan, Plan, shape_of
-from megatron_prune.planning.selection import needed_scores
 from megatron_prune.planning.shapes import candidates
-from megatron_prune.planning.target import PRUNE_TYPES, Target, check_kinds, check_target, resolve_target
+from megatron_prune.planning.target import check_kinds, check_target, needed_scores, PRUNE_TYPES, resolve_target, Target
 from megatron_prune.pruning.request import read_request
 from megatron_prune.pruning.options import TargetOptions
 from megatron_prune.serving.demand import Demand

@@ -58,7 +58,8 @@ def served(monkeypatch):
 @pytest.fixture
 def load(folder):
     """``load("a.txt:1", nsamples=4, …)`` → Calibration with the sizes of the tiny model."""
-    from megatron_prune.text.sources import load_calibration, parse_data
+    from megatron_prune.text.data_specs import parse_data
+    from megatron_prune.text.sources import load_calibration
 
     def run(*specs, **changes):
         options = {"tokenizer_dir": folder, "seq_length": 8, "nsamples": 4, "seed": 0}

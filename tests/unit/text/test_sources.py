@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from random_words import words
 
 from megatron_prune.errors import InputError
-from megatron_prune.text.sources import DataSpec, load_calibration, parse_data
+from megatron_prune.text.data_specs import DataSpec, parse_data
+from megatron_prune.text.sources import load_calibration
 
 
 def parsed(*specs: str) -> dict[str, float]:
