@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
 
+from megatron_prune.arch.blocks.block import BLOCKS
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
 from megatron_prune.axes.axis import AXES
@@ -50,6 +51,9 @@ class Setup:
         width: bytes of a number that this computes with.
         itemsize: bytes of a stored weight.
         passes: of joint fits over the text.
+        fits: models that are fitted and compared.
+        sites: what second moments are taken of (``"stream"``, or what is inside a block); ``None``: what the default metrics and a
+            rotation want.
         run: how the recovery would run.
         train_tokens: of the recovery.
     """
@@ -63,6 +67,8 @@ class Setup:
     width: int = 4
     itemsize: int = 2
     passes: int = 4
+    fits: int = 1
+    sites: frozenset[str] | None = None
     run: Training = Training()
     train_tokens: float = 0.0
 
@@ -79,10 +85,14 @@ class Setup:
 
     @property
     def moments(self) -> list[int]:
-        """Features of the sites whose second moments the default metrics and a rotation want."""
+        """Features of the sites whose second moments are taken."""
         config, target = self.config, self.target
+        if self.sites is not None:
+            widths = {kind.inside: _widest(config, kind.inside_space) for kind in map(BLOCKS.get, config.blocks)}
+            widths["stream"] = config.hidden_size
+            return [widths[site] for site in sorted(self.sites & set(widths))]
         fewer = lambda axis: min(AXES.get(axis).count(target.of_layer(n)) for n in range(target.num_layers)) < _most(config, axis)
-        heads = [max(config.of_layer(layer).size("head") for layer in range(config.num_layers))]
+        heads = [_widest(config, "head")]
         stream = [config.hidden_size] if target.hidden_size < config.hidden_size else []
         return stream + (heads if fewer("head") or fewer("kv_head") else [])
 
@@ -90,6 +100,10 @@ class Setup:
     def drops_layers(self) -> bool:
         """Whether whole layers go."""
         return self.target.num_layers < self.config.num_layers
+
+
+def _widest(config: ModelConfig, space: str) -> int:
+    return max(config.of_layer(layer).size(space) for layer in range(config.num_layers))
 
 
 def _most(config: ModelConfig, axis: str) -> int:
@@ -101,14 +115,12 @@ class Step(NamedTuple):
 
     Attributes:
         disk: bytes that it leaves there.
-        when: in words, what asks for it; empty for a step of every pruning.
     """
 
     name: str
     memory: Callable[[Setup], Memory]
     work: Callable[[Setup], Work]
     disk: Callable[[Setup], int]
-    when: str = ""
 
 
 def _streaming(config: Callable[[Setup], ModelConfig], buffers: int = 1) -> Callable[[Setup], Memory]:
@@ -139,6 +151,11 @@ def recovery_work(setup: Setup) -> Work:
     return products(flops, 2 if setup.run.mixed_precision else 4)
 
 
+def _refit_work(setup: Setup) -> Work:
+    once = refit_work(setup.config, setup.target, setup.layout, setup.text, setup.passes)
+    return Work(*(setup.fits * amount for amount in once))
+
+
 def _stored(config: ModelConfig, setup: Setup) -> int:
     return weight_bytes(config, setup.itemsize)
 
@@ -155,7 +172,6 @@ STEPS = (
         lambda setup: sampling_memory(setup.config, setup.layout, setup.text),
         lambda setup: sampling_work(setup.config, setup.layout, setup.text, setup.data_parallel),
         lambda setup: 8 * setup.samples * setup.sample_length,
-        "own text, --data self",
     ),
     Step(
         "measuring",
@@ -168,20 +184,18 @@ STEPS = (
         lambda setup: gradient_memory(setup.config, setup.layout, setup.text),
         lambda setup: gradient_work(setup.config, setup.layout, setup.text, setup.data_parallel),
         lambda setup: 0,
-        "feed-forward channels",
     ),
     Step(
         "costs of blocks",
         lambda setup: probing_memory(setup.config, setup.layout, setup.text),
         lambda setup: probing_work(setup.config, setup.layout, setup.text),
         lambda setup: 0,
-        "--allocate free",
     ),
     Step(
         "re-fitting",
         lambda setup: refit_memory(setup.config, setup.target, setup.layout, setup.text),
-        lambda setup: refit_work(setup.config, setup.target, setup.layout, setup.text, setup.passes),
-        lambda setup: weight_bytes(setup.target, 4),
+        _refit_work,
+        lambda setup: setup.fits * weight_bytes(setup.target, 4),
     ),
     Step(
         "cutting",

@@ -12,7 +12,7 @@ from megatron_prune.planning.words import cut_in_words
 from megatron_prune.pruning.asked import sample_length
 from megatron_prune.pruning.forecast import Forecast
 from megatron_prune.pruning.job import Job
-from megatron_prune.pruning.passes import PASSES, Reading, passes_of
+from megatron_prune.pruning.passes import PASSES, Reading, passes_of, sites_of
 from megatron_prune.runtime.reporting import log, watched
 from megatron_prune.text.data_specs import parse_data
 
@@ -100,4 +100,5 @@ def setup_of(job: Job, shape: ModelConfig) -> Setup:
         sample_length=sample_length(options, job.subject.config),
         width=PARAM_DTYPES[options.dtype].itemsize,
         passes=job.fit.reconstruct if job.fit else 0,
+        sites=sites_of(job.request, job.subject.config, _reading(job)),
     )

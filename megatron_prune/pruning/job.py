@@ -22,8 +22,8 @@ from megatron_prune.pruning.request import Request, read_request
 from megatron_prune.pruning.scored import check_scores, kept_metrics
 from megatron_prune.pruning.tokens import kept_vocabulary
 from megatron_prune.runtime.reporting import log
-from megatron_prune.serving.demand import Demand, warnings
-from megatron_prune.serving.options import ServeOptions, parse_serve
+from megatron_prune.serving.demand import Demand, demanded, warnings
+from megatron_prune.serving.options import ServeOptions
 from megatron_prune.serving.runtime import RUNTIMES
 from megatron_prune.text.sources import check_seed
 from megatron_prune.vocabulary.trimmed import Trimmed
@@ -83,8 +83,7 @@ def settle(options: ChoosingOptions, subject: Subject, family: Family, *, prune_
     config, layout, text = subject.config, subject.layout, wants_text(options)
     options = quickened(options, config, text=text)
     refit = text and options.refit is not False
-    runtimes, ranks = parse_serve(options.serve) if options.serve else ((), ())
-    demand = Demand(family=family, template=subject.model.template, runtimes=runtimes, ranks=ranks)
+    demand = demanded(options.serve, family, subject.model.template)
     request = read_request(
         options,
         subject.model,

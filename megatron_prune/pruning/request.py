@@ -235,7 +235,7 @@ def _by_layer_plan(options: TargetOptions, model: Opened) -> ModelConfig:
 
 
 def _check_model(plan: Plan, path: str, model: Opened) -> None:
-    if plan.content_id is not None and plan.content_id != model.identity:
+    if None not in (plan.content_id, model.identity) and plan.content_id != model.identity:
         raise PlanError(
             f"{path} was made from another model of the same shape",
             got=plan.content_id,

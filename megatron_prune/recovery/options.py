@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.config import check_limits, option
+from megatron_prune.config import check_limits, flag, option
 from megatron_prune.errors import InputError
 from megatron_prune.opening.options import ForeignOptions
 from megatron_prune.recovery.flags import SEPARATE_DATA, Needs, filled
@@ -33,6 +33,7 @@ class PassOptions:
     sequence_parallel: bool = option(
         "split activations between the tensor-parallel regions over the ranks too", False, group="expert"
     )
+    recompute: bool = option("the same as --recompute-granularity full", False, group="expert")
     recompute_activations: bool = option("the same as --recompute-granularity selective", False, group="expert")
     recompute_granularity: str | None = option(
         "work out activations again: of attention, or of all", None, choices=["selective", "full"], group="expert"
@@ -123,7 +124,7 @@ FREE = {
     *("load", "save", "data_cache_path", "micro_batch_size", "save_interval", "keep", "eval_interval", "eval_iters"),
     *("early_stop", "log_interval", "wandb_project", "sequence_parallel", "tensor_model_parallel_size"),
     *("pipeline_model_parallel_size", "overwrite", "no_check", "megatron"),
-    *(item.name for item in dataclasses.fields(RecoverOptions) if item.name.startswith("recompute_")),
+    *(item.name for item in dataclasses.fields(RecoverOptions) if item.name.startswith("recompute")),
     *(item.name for item in dataclasses.fields(ForeignOptions)),
 }
 """What may change when a run goes on; the rest is what the run is."""
@@ -168,12 +169,20 @@ def filled_options(options: RecoverOptions, config: ModelConfig) -> RecoverOptio
 
 
 def recomputation(options: PassOptions) -> dict[str, Any]:
-    """What is worked out again, by the names of the options, with the defaults that depend on others."""
-    if options.recompute_granularity == "full":
+    """What is worked out again, by the names of the options, with the defaults that depend on others.
+
+    Raises:
+        InputError: if two options say how much, whether they agree or not.
+    """
+    said = [name for name in ("recompute", "recompute_activations", "recompute_granularity") if getattr(options, name)]
+    if len(said) > 1:
+        raise InputError(f"{' and '.join(map(flag, said))} both say what is worked out again", do="give one of the two")
+    short = dict.fromkeys(("recompute", "recompute_activations"), False)  # said by the other from here on
+    if options.recompute or options.recompute_granularity == "full":
         method, layers = options.recompute_method or "uniform", options.recompute_num_layers or 1
-        return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
+        return {**short, "recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
     selective = options.recompute_granularity or ("selective" if options.recompute_activations else None)
-    return {"recompute_granularity": selective}
+    return {**short, "recompute_granularity": selective}
 
 
 def check_passes(options: PassOptions, layout: ParallelLayout, layers: int) -> None:
@@ -194,8 +203,6 @@ def check_passes(options: PassOptions, layout: ParallelLayout, layers: int) -> N
         raise InputError("--sequence-parallel has no effect at one tensor-parallel rank", do="leave it out")
     if options.bf16 and options.fp16:
         raise InputError("--bf16 and --fp16", do="choose one")
-    if options.recompute_activations and options.recompute_granularity == "full":
-        raise InputError("--recompute-activations and --recompute-granularity full", do="choose one")
     how, stage = (options.recompute_method, options.recompute_num_layers), layers // layout.pipeline
     if options.recompute_granularity != "full" and how != (None, None):
         raise InputError("--recompute-method and --recompute-num-layers", do="pass --recompute-granularity full with them")

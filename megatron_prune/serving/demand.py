@@ -11,6 +11,7 @@ from megatron_prune.families.family import Family
 from megatron_prune.families.form import Refused, commonest, is_plain
 from megatron_prune.serving import tensor_parallel
 from megatron_prune.serving.nearest import nearest_shapes, sizes_in_words
+from megatron_prune.serving.options import parse_serve
 from megatron_prune.serving.runtime import RUNTIMES, Written
 
 
@@ -75,6 +76,16 @@ class Demand:
         others = self.family.others(config).items()
         able = [name for name, family in others if not replace(self, family=family, template=None).problems(config)]
         return [sizes_in_words(shape, config) for shape in shapes], [f"--target-family {name}" for name in able]
+
+
+def demanded(serve: str | None, family: Family, template: dict[str, Any] | None) -> Demand:
+    """What ``--serve`` asks of what is written as that.
+
+    Raises:
+        InputError: if it is not what :func:`parse_serve` reads.
+    """
+    runtimes, ranks = parse_serve(serve) if serve else ((), ())
+    return Demand(family=family, template=template, runtimes=runtimes, ranks=ranks)
 
 
 def _differing(layer: ModelConfig) -> ModelConfig:

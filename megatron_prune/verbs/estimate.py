@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from megatron_prune.config import option
 from megatron_prune.opening.options import ForeignOptions
-from megatron_prune.pruning.options import BudgetOptions
+from megatron_prune.pruning.options import CostOptions, DivisionOptions
 from megatron_prune.recovery.options import PassOptions
 from megatron_prune.runtime.options import DTYPES
 
@@ -29,13 +29,13 @@ class RateOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EstimateOptions(ForeignOptions, BudgetOptions, PassOptions, RateOptions):
-    """Say what steps would need of memory, disk and time, without reading weights."""
+class EstimateOptions(CostOptions, DivisionOptions, ForeignOptions, PassOptions, RateOptions):
+    """Say what steps would need of memory, disk and time, without reading weights; flags of prune and of recover mean the same here."""
 
     EXAMPLES: ClassVar = {
         "all": "megatron-prune estimate meta-llama/Llama-3.1-8B --target-tensor-parallel-size 4 --num-layers-remain 24 "
         "--device-memory 80GiB",
-        "shape": "--num-layers-remain 24, or a budget: --ratio 0.25 --multiple-of hidden=64,ffn=128",
+        "shape": "--num-layers-remain 24, or a budget: --ratio 0.25 --multiple-of hidden=64,ffn=128 --serve vllm,tp=4",
         "run": "--bf16 --device-memory 80GiB --disk-bandwidth 3",
     }
 
@@ -49,22 +49,12 @@ class EstimateOptions(ForeignOptions, BudgetOptions, PassOptions, RateOptions):
         "the padded vocabulary is a multiple of this × the tensor-parallel size", 128, least=1
     )
     target_params_dtype: str = option("element type of checkpoints", "bf16", choices=DTYPES)
-    dtype: str = option("what measuring and re-fitting compute in", "fp32", choices=DTYPES)
-    hidden_size_remain: int | None = option("residual channels that stay", None, group="shape")
-    ffn_hidden_size_remain: int | None = option("feed-forward channels that stay", None, group="shape")
-    num_attention_heads_remain: int | None = option("query heads that stay", None, group="shape")
-    num_query_groups_remain: int | None = option("KV groups that stay", None, group="shape")
-    num_layers_remain: int | None = option("layers that stay", None, group="shape")
-    layer_sizes: str | None = option("JSON file of sizes by layer, as that of prune", None, group="shape", exists=True)
-    nsamples: int = option("samples of calibration text, of all sources together", 256, least=1, group="text")
     sample_length: int | None = option(
-        "tokens in a sample of calibration text (default: 512, or the model's context where that is shorter)",
+        "tokens in a sample of calibration text: prune's --seq-length (default: 512, or the model's context where that is shorter)",
         None,
         least=2,
         group="text",
     )
-    reconstruct: int = option("passes over the text in which all matrices of a cut block are fitted together", 4, least=0)
-    recompute: bool = option("the same as --recompute-granularity full", False, group="expert")
     distill: bool = option("recovery is distilled from the unpruned model beside it", False)
     train_tokens: float = option("tokens of the recovery", 12e9, least=1)
     json: bool = option("print JSON", False, group="run")

@@ -86,10 +86,11 @@ def test_measuring_and_refitting_take_what_the_estimate_says(tmp_path, capsys):
     dense = str(tmp_path / "dense")
     convert(ConvertOptions(load=str(tmp_path / "m"), save=dense), World())
     (tmp_path / "text.txt").write_text("".join(f"{number} boxers chase {number * 7}. " for number in range(4000)))
-    asked = ["--ffn-hidden-size-remain", "2048"]
+    asked, steps = ["--ffn-hidden-size-remain", "2048"], {}
     capsys.readouterr()
-    main(["estimate", dense, *asked, "--nsamples", "8", "--sample-length", "128", "--json"])
-    steps = json.loads(capsys.readouterr().out)["steps"]
+    for shape in (["--ratio", "0.05", "--allocate", "free"], asked):
+        main(["estimate", dense, *shape, "--nsamples", "8", "--sample-length", "128", "--json"])
+        steps |= json.loads(capsys.readouterr().out)["steps"]
     text = ["--nsamples", "8", "--seq-length", "128"]
     given = ["--data", f"{tmp_path / 'text.txt'}:1", *text]
     peaks = {
@@ -266,7 +267,7 @@ def test_estimate_needs_no_weights(tiny, tmp_path, capsys):
     )
     facts = json.loads(capsys.readouterr().out)
     config = huggingface.open_model(source).config
-    assert facts["steps"]["sampling text"]["disk"] == 8 * 256 * 64  # the context is 64
+    assert facts["steps"]["sampling text"]["disk"] == 8 * 128 * 64  # the context is 64
     assert facts["parameters"] == parameter_count(config)
     assert facts["target_parameters"] == parameter_count(config) - 4 * 3 * 48 * 48
     assert facts["steps"]["cutting"]["disk"] == 2 * facts["target_parameters"]
@@ -309,13 +310,14 @@ def test_of_several_shapes_within_a_budget_it_says_so(tiny, capsys):
 
 def test_what_does_not_fit_a_device_is_said_with_what_would(tiny, estimated):
     source = tiny("llama")
-    whole = estimated(source, "--device-memory", "80GiB")["steps"]
+    cut = ("--ffn-hidden-size-remain", "64")
+    whole = estimated(source, *cut, "--device-memory", "80GiB")["steps"]
     assert all(need["fits"] for need in whole.values())
     need = whole["recovery"]["device_memory_per_rank"]
-    small = estimated(source, "--device-memory", str(need - 1))["steps"]["recovery"]
+    small = estimated(source, *cut, "--device-memory", str(need - 1))["steps"]["recovery"]
     assert not small["fits"] and small["would_fit_with"]
     words = small["would_fit_with"].replace(",", "").split()
-    assert estimated(source, *words, "--device-memory", str(need - 1))["steps"]["recovery"]["fits"]
+    assert estimated(source, *cut, *words, "--device-memory", str(need - 1))["steps"]["recovery"]["fits"]
     for name, step in whole.items():
         if name in ("conversion", "cutting", "export"):
             assert step["device_memory_per_rank"] == 0  # streamed through the host
@@ -338,7 +340,9 @@ def test_a_recovery_is_estimated_with_the_flags_that_recover_gets(tiny, estimate
 
 def test_time_follows_from_the_rates(tiny, estimated):
     source = tiny("llama")
-    seconds = lambda *flags: {name: step["seconds"] for name, step in estimated(source, *flags)["steps"].items()}
+    seconds = lambda *flags: {
+        name: step["seconds"] for name, step in estimated(source, "--num-layers-remain", 3, *flags)["steps"].items()
+    }
     plain, disk, device = seconds(), seconds("--disk-bandwidth", "2"), seconds("--mfu", "0.2")
     assert all(time > 0 for time in plain.values())
     for name in ("conversion", "cutting", "export"):

@@ -111,7 +111,7 @@ NUMBERS = [
     ("score --load {m} --save {out} --seq-length 1", "--seq-length.*: 1 is not at least 2"),
     ("verify --load-dir {m} --hf-dir {hf} --tolerance nan", "--tolerance: 'nan' is not"),
     ("verify --load-dir {m} --hf-dir {hf} --tolerance=-1", "--tolerance: -1.0 is not at least 0"),
-    ("estimate {hf} --mfu 0", "--mfu: 0.0 is not at least"),
+    ("estimate {hf} --mfu 0", "--mfu: 0.0 is not above 0 and at most 1"),
     ("estimate {hf} --device_tflops inf", "is not a finite number"),
     (f"estimate {{hf}} --target-tensor-parallel-size {2**62}", "at most 1048576"),
     ("convert --load-dir {hf} --save-dir {out} --target-pipeline-parallel-size 0", "target_pipeline_parallel_size.*positive"),

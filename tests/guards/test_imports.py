@@ -62,7 +62,7 @@ def test_an_estimate_of_a_configuration_waits_for_no_torch(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
     said = {"model_type": "llama", "num_hidden_layers": 4, "vocab_size": 512, "max_position_embeddings": 64, **sizes}
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, **said}))
-    asked = [str(tmp_path / "config.json"), "--ratio", "0.2", "--device-memory", "1MB"]
+    asked = [str(tmp_path / "config.json"), "--ratio", "0.2", "--device-memory", "1GiB"]
     code = (
         f"import sys\nfrom megatron_prune.cli.main import main\nmain(['estimate', *{asked!r}])\n"
         "print(*sorted({'torch', 'transformers', 'megatron', 'datasets', 'pandas'} & set(sys.modules)))"
