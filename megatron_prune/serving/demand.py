@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from math import lcm
+from typing import Any, Callable
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.errors import InputError
@@ -60,6 +61,8 @@ class Demand:
         if not refused and not problems:
             return
         shapes, families = self.ways_out(config, before)
+        if not refused and config.vocab_size != self.period and not self.problems(replace(config, vocab_size=self.period)):
+            families = ["choose the tokens again with megatron-prune vocab select --serve"]
         said = refused or Refused("--serve: the requested shape cannot be served so", got="; ".join(problems))
         nearest = f"{' or '.join(shapes)} (the nearest)" if shapes else None
         raise InputError(
@@ -68,6 +71,23 @@ class Demand:
             needed="; ".join(filter(None, (said.needed, nearest))) or None,
             do=" or ".join(families) if families else "choose other sizes" if refused or shapes else "ask less of --serve",
         )
+
+    @property
+    def period(self) -> int:
+        """A number of tokens that every tensor-parallel size can share; what of a vocabulary can be shared repeats after it."""
+        return tensor_parallel.PADDED * lcm(1, *self.ranks)
+
+    def check_but_tokens(self, config: ModelConfig) -> None:
+        """Refuse a model that cannot be served whatever its number of tokens.
+
+        Raises:
+            InputError: as :meth:`check`.
+        """
+        self.check(replace(config, vocab_size=self.period))
+
+    def token_problems(self, config: ModelConfig) -> Callable[[int], list[str]]:
+        """What of a model with so many tokens cannot be served, in words."""
+        return lambda tokens: self.problems(replace(config, vocab_size=tokens))
 
     def ways_out(self, config: ModelConfig, before: ModelConfig | None) -> tuple[list[str], list[str]]:
         """The nearest shapes that can be served, in words, and the flags that write the same shape as what can be."""

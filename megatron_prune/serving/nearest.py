@@ -42,6 +42,18 @@ def nearest_shapes(
     return list(islice((shape for shape in shapes if not problems(shape) and legal(shape)), SHOWN))
 
 
+def nearest_counts(asked: int, counts: range, problems: Callable[[int], list[str]], reach: int) -> list[int]:
+    """The next numbers of tokens, down and up, that have no problem.
+
+    Args:
+        counts: those that are possible.
+        reach: how far is looked on each side.
+    """
+    below = (count for count in range(min(asked, counts[-1]), max(counts[0], asked - reach) - 1, -1) if not problems(count))
+    above = (count for count in range(max(asked, counts[0]), min(counts[-1], asked + reach) + 1) if not problems(count))
+    return sorted({*islice(below, 1), *islice(above, 1)})
+
+
 def sizes_in_words(shape: ModelConfig, asked: ModelConfig) -> str:
     """The sizes of a shape that were not asked for."""
     return ", ".join(f"{field} {getattr(shape, field)}" for field in SIZES if getattr(shape, field) != getattr(asked, field))

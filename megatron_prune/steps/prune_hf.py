@@ -20,10 +20,10 @@ from megatron_prune.files import staging
 from megatron_prune.files.documents import STRICT, read_json
 from megatron_prune.opening.opened import open_huggingface
 from megatron_prune.opening.side_files import say_links
+from megatron_prune.pruning.asked import SHAPE, check_asked
 from megatron_prune.pruning.engines.huggingface import HuggingFaceEngine
 from megatron_prune.pruning.measure import Subject
 from megatron_prune.pruning.options import TargetOptions
-from megatron_prune.pruning.asked import SHAPE, check_asked
 from megatron_prune.pruning.procedure import prune_model
 from megatron_prune.runtime.world import World
 from megatron_prune.verbs.prune_hf import PruneHfOptions

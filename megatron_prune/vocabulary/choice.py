@@ -22,8 +22,8 @@ from megatron_prune.planning.check import kept_tokens
 from megatron_prune.planning.plan import Plan, load_plan, whole_plan
 from megatron_prune.runtime.reporting import print_table
 from megatron_prune.vocabulary import report as reports
-from megatron_prune.vocabulary.request import SelectOptions, held_out_lines, read_counts, wanted_tokens
-from megatron_prune.vocabulary.selection import Selection, select
+from megatron_prune.vocabulary.request import SelectOptions, held_out_lines, read_counts, served_tokens, wanted_tokens
+from megatron_prune.vocabulary.selection import Selection, Wanted, select
 from megatron_prune.vocabulary.trimmed import Trimmed
 from megatron_prune.vocabulary.vocabulary import Vocabulary
 
@@ -47,16 +47,18 @@ def choose(options: SelectOptions, model: Opened, vocabulary: Vocabulary, plan_p
     Raises:
         InputError: if that cannot be done.
     """
+    served = served_tokens(options, model)
     texts = held_out_lines(options)
     counts = read_counts(options.counts, vocabulary)
     total = None if counts is None else _of_rows(counts.total(), vocabulary.rows)
     selection: Selection | None = None
     if plan_path:
         trimmed, made_by = _of_plan(plan_path, model, vocabulary)
+        Wanted(**served).check_served(len(trimmed.rows), len(vocabulary.pinned), vocabulary.rows)
     else:
-        selection = select(vocabulary, total, wanted_tokens(options, vocabulary, model.layout))
+        selection = select(vocabulary, total, wanted_tokens(options, vocabulary, model.layout, served))
         trimmed = Trimmed(vocabulary=vocabulary, rows=selection.rows)
-        asked = {name: getattr(options, name) for name in (*SelectOptions.CRITERIA, "multiple_of")}
+        asked = {name: getattr(options, name) for name in (*SelectOptions.CRITERIA, "multiple_of", "serve")}
         made_by = {name: value for name, value in asked.items() if value is not None}
         made_by |= {"prior": options.prior} if counts else {}
         made_by |= {"corpora": [dataclasses.asdict(corpus) for corpus in counts.corpora]} if counts else {}

@@ -7,11 +7,12 @@ from typing import ClassVar
 
 from megatron_prune.config import option
 from megatron_prune.opening.options import ForeignOptions
+from megatron_prune.serving.options import ServeOptions
 from megatron_prune.vocabulary.selection import PRIOR
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectOptions(ForeignOptions):
+class SelectOptions(ForeignOptions, ServeOptions):
     """Which tokens stay."""
 
     load: str = option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,10 @@ from megatron_prune.errors import InputError, reason
 from megatron_prune.files import staging
 from megatron_prune.files.documents import read_bytes, read_text, shorten
 from megatron_prune.files.hidden import located
+from megatron_prune.opening.opened import Opened
 from megatron_prune.runtime.reporting import log
+from megatron_prune.serving.demand import demanded
+from megatron_prune.serving.options import parse_serve
 from megatron_prune.text.contents import summary
 from megatron_prune.text.data_specs import split_weight
 from megatron_prune.text.documents import open_documents
@@ -34,6 +38,8 @@ def check_select(options: SelectOptions) -> None:
         InputError: naming the option.
     """
     check_limits(options)
+    if options.serve:
+        parse_serve(options.serve)
     sizes = [name for name in ("remain_vocab_size", "min_count", "coverage") if getattr(options, name) is not None]
     if len(sizes) > 1:
         raise InputError(" and ".join(flag(name) for name in sizes) + " both say how many tokens stay", do="give one of the two")
@@ -134,11 +140,29 @@ def held_out_lines(options: SelectOptions) -> list[str]:
     return found[:LINES]
 
 
-def wanted_tokens(options: SelectOptions, vocabulary: Vocabulary, layout: ParallelLayout | None) -> Wanted:
+def served_tokens(options: SelectOptions, model: Opened) -> dict[str, Any]:
+    """What of a vocabulary --serve asks for, as fields of :class:`Wanted`.
+
+    Raises:
+        InputError: of a tokenizer alone, or a model that cannot be served whatever its number of tokens.
+    """
+    if not options.serve:
+        return {}
+    if model.config is None:
+        raise InputError("--serve", got=f"a tokenizer alone, {model.path}", needed="a model, which is what is served")
+    demand = demanded(options.serve, model.family, model.template)
+    demand.check_but_tokens(model.config)
+    return {"unserved": demand.token_problems(model.config), "period": demand.period}
+
+
+def wanted_tokens(
+    options: SelectOptions, vocabulary: Vocabulary, layout: ParallelLayout | None, served: dict[str, Any] | None = None
+) -> Wanted:
     """What the options ask for.
 
     Args:
         layout: of a Megatron checkpoint, which pads the vocabulary.
+        served: of :func:`served_tokens`.
 
     Raises:
         InputError: if they ask for nothing, or a file or script is not what it should be.
@@ -169,4 +193,5 @@ def wanted_tokens(options: SelectOptions, vocabulary: Vocabulary, layout: Parall
         multiple_of=multiple,
         prior=options.prior,
         keep=keep,
+        **(served or {}),
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Iterable, Sequence
+from typing import Callable, Iterable, Sequence
 
 import numpy
 import regex
 
 from megatron_prune.errors import InputError
+from megatron_prune.serving.nearest import nearest_counts
 from megatron_prune.vocabulary.vocabulary import Vocabulary
 
 PRIOR = 0.02
@@ -30,6 +31,8 @@ class Wanted:
         multiple_of: the size is rounded up to a multiple of this, filled with tokens.
         prior: weight of the prior against the counts, 0 to 1.
         keep: further ids that stay → why.
+        unserved: what of a vocabulary of so many tokens cannot be served as was asked, in words.
+        period: number of tokens after which that repeats.
     """
 
     size: int | None = None
@@ -38,6 +41,23 @@ class Wanted:
     multiple_of: int = 1
     prior: float = PRIOR
     keep: dict[int, str] = field(default_factory=dict)
+    unserved: Callable[[int], list[str]] = lambda tokens: []
+    period: int = 1
+
+    def check_served(self, size: int, least: int, most: int) -> None:
+        """Refuse a size that cannot be served.
+
+        Args:
+            least, most: the sizes that there could be.
+
+        Raises:
+            InputError: naming the nearest that can.
+        """
+        if problems := self.unserved(size):
+            near = nearest_counts(size, range(least, most + 1), self.unserved, self.period)
+            needed = f"{' or '.join(map(str, near))} (the nearest)" if near else None
+            do = None if near else "ask less of --serve"
+            raise InputError(f"--serve: {size} tokens cannot be served so", got="; ".join(problems), needed=needed, do=do)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,7 +87,7 @@ def select(vocabulary: Vocabulary, counts: numpy.ndarray | None, wanted: Wanted)
         counts: float64 [rows], occurrences by id; ``None``: the prior alone decides.
 
     Raises:
-        InputError: if fewer tokens are asked for than must stay, or more than there are.
+        InputError: if fewer tokens are asked for than must stay, or more than there are, or a number that cannot be served.
     """
     ids = vocabulary.derivations
     prior = 1.0 / (numpy.arange(vocabulary.rows) + _PRIOR_OFFSET) * vocabulary.ids_of_rows()
@@ -115,7 +135,13 @@ def _size(
         size = max(len(must), int(enough[0]) + 1)
     else:
         size = len(must)
-    return min(-(-size // wanted.multiple_of) * wanted.multiple_of, vocabulary.rows)
+    step = wanted.multiple_of
+    rounded = min(-(-size // step) * step, vocabulary.rows)
+    if wanted.size is None or step > 1:  # it may become larger
+        able = range(rounded, min(rounded + wanted.period * step, vocabulary.rows) + 1, step)
+        rounded = next((count for count in able if not wanted.unserved(count)), rounded)
+    wanted.check_served(rounded, len(must), vocabulary.rows)
+    return rounded
 
 
 def tokens_of_texts(vocabulary: Vocabulary, texts: Iterable[str]) -> set[int]:

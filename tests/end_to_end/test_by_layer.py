@@ -245,7 +245,7 @@ REFUSED = {
         ["--drop_mlp", "1", "--target_family", "qwen3"],
         "layers that are alike.*qwen3-per-layer",
     ),
-    "a plan and sizes": ("alike", ["--plan", "{plan}", "--drop_mlp", "1"], "--plan and --drop_mlp both say what stays"),
+    "a plan and sizes": ("alike", ["--plan", "{plan}", "--drop_mlp", "1"], "--plan and --drop-mlp both say what stays"),
     "a plan that contradicts itself": ("alike", ["--plan", "{plan}"], "layer 1: kv_head.*units, and a block that is none"),
 }
 

@@ -40,7 +40,7 @@ def home(tiny, tmp_path_factory) -> Path:
         convert(ConvertOptions(load=str(tiny("qwen2")), save=save, no_check=True, **layout), World())
     (home / "text.txt").write_text(TEXT)
     reference.write_pair(home / "pair", reference.documents(40))
-    words = f"prune --load {home}/torch_dist-1 --save {home}/cut --hidden_size_remain 40 --metric random"
+    words = f"prune --load {home}/torch_dist-1 --save {home}/cut --hidden-size-remain 40 --metric random"
     assert ended(words + f" --save-plan {home}/plan.json --no-check") == 0
     return home
 
@@ -102,12 +102,12 @@ READERS = {
     "export": "export --load-dir {m} --save-dir {out}",
     "transfer": "transfer --load-dir {m} --save-dir {out} --target-params-dtype fp32",
     "prune by a plan": "prune --load {m} --save {out} --plan {home}/plan.json " + TP,
-    "prune by scores": "prune --load {m} --save {out} --hidden_size_remain 40 --metric obs --data {home}/text.txt --nsamples 2 "
-    "--seq_length 16 " + TP,
-    "prune by weights": "prune --load {m} --save {out} --ffn_hidden_size_remain 60 --metric magnitude " + TP,
-    "score": "score --load {m} --save {out} --data {home}/text.txt --nsamples 2 --seq_length 16 " + TP,
-    "sample": "sample --load {m} --save {out}.safetensors --nsamples 1 --seq_length 8 " + TP,
-    "evaluate": "evaluate --load-dir {m} --data {home}/text.txt --seq_length 16 --windows 1 " + TP,
+    "prune by scores": "prune --load {m} --save {out} --hidden-size-remain 40 --metric obs --data {home}/text.txt --nsamples 2 "
+    "--seq-length 16 " + TP,
+    "prune by weights": "prune --load {m} --save {out} --ffn-hidden-size-remain 60 --metric magnitude " + TP,
+    "score": "score --load {m} --save {out} --data {home}/text.txt --nsamples 2 --seq-length 16 " + TP,
+    "sample": "sample --load {m} --save {out}.safetensors --nsamples 1 --seq-length 8 " + TP,
+    "evaluate": "evaluate --load-dir {m} --data {home}/text.txt --seq-length 16 --windows 1 " + TP,
     "verify": "verify --load-dir {m} --hf-dir {hf} " + TP,
     "recover": "recover --load {m} --save {out} --data-path {home}/pair --seq-length 16 --train-iters 1 --global-batch-size 2 "
     + TP,
@@ -359,7 +359,7 @@ WRITERS = {
     "export": "export --load-dir {home}/torch_dist-3 --save-dir {out}",
     "prune": "prune --load {home}/torch_dist-1 --save {out} --plan {home}/plan.json",
     "vocab trim": "vocab trim --load-dir {home}/torch_dist-1 --remain-vocab-size 290 --save-dir {out}",
-    "prune-hf": "prune-hf --model_name_or_path {hf} --output_path {out} --ffn_hidden_size_remain 60 --metric random",
+    "prune-hf": "prune-hf --model-name-or-path {hf} --output-path {out} --ffn-hidden-size-remain 60 --metric random",
 }
 
 

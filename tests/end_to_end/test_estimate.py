@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
+import re
 import subprocess
 import sys
 
@@ -31,6 +33,7 @@ from megatron_prune.planning.resources import (
 )
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
+from megatron_prune.verbs.table import options_of
 
 CHILD = """
 import sys
@@ -366,3 +369,187 @@ def test_prune_says_first_what_it_will_do(tiny, tmp_path, capsys):
     assert said[2] == "steps: measuring, scoring by gradients, re-fitting, cutting and writing, checking what was written"
     for label in ("measuring", "gradients", "re-fitting"):
         assert len([line for line in said[3:] if line.startswith(f"{label}: about ")]) == 1
+
+
+# ------------------------------------------------------------------------------------------------ what prune is asked
+
+
+WITHOUT_COST = {
+    *("load", "save", "tokenizer", "ckpt_format", "transformer_impl", "megatron", "overwrite", "strict", "no_check", "save_plan"),
+    *("seed", "data_field", "seq_length", "scores", "uniform", "sequential", "ridge", "reader_ridge"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+}
+"""Options of prune that an estimate does not take: --seq-length is recover's there (prune's is --sample-length), sizes of ranks have
+names of their own, and --sequential may fit once or twice, as the loss then says."""
+
+
+def test_an_estimate_takes_what_prune_takes_from_the_same_fields():
+    ours, theirs = ({item.name: item for item in dataclasses.fields(options_of(verb))} for verb in ("estimate", "prune"))
+    assert set(theirs) - set(ours) == WITHOUT_COST - {"load", "seq_length"}
+    for name in set(ours) & set(theirs) - {"load", "seq_length"}:
+        assert (ours[name].metadata, ours[name].default) == (theirs[name].metadata, theirs[name].default), name
+
+
+BUDGET = ["--ratio", "0.2", *ONE_SHAPE]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        BUDGET,
+        [*BUDGET, "--quick"],
+        [*BUDGET, "--metric", "wanda", "--no-refit"],
+        ["--num-layers-remain", "3", "--nsamples", "4"],
+        ["--hidden-size-remain", "36", "--data", "{text}:1", "--nsamples", "4"],
+        ["--ffn-hidden-size-remain", "64", "--data", "{text}", "--quick"],
+        ["--drop-mlp", "1", "--quick", "--target-family", "llama-per-layer"],
+    ],
+    ids=lambda words: " ".join(words[-2:]),
+)
+def test_the_steps_and_the_text_are_those_that_prune_announces(tiny, tmp_path, estimated, capsys, asked):
+    """Of a real run: the text and the passes that it says before it begins."""
+    source, text = tiny("llama"), tmp_path / "text.txt"
+    text.write_text("".join(f"{number} boxers chase {number * 7}. " for number in range(2000)))
+    asked = [word.format(text=text) for word in asked]
+    foreseen = estimated(source, *asked)
+    main(["prune-hf", "--load", str(source), "--save", str(tmp_path / "p"), *asked])
+    said = capsys.readouterr().err
+    steps = re.search(r"INFO: steps: (.*), cutting and writing", said)[1].split(", ")
+    assert [name for name in foreseen["steps"] if name not in ("conversion", "cutting", "export", "recovery")] == steps
+    names, each, length = re.search(r"INFO: text: (.*): (\d+) samples each of (\d+) tokens", said).groups()
+    assert foreseen["text"] == {"samples": int(each) * len(names.split(" and ")), "sample_length": int(length)}
+    config = huggingface.open_model(tmp_path / "p").config
+    assert foreseen["target_parameters"] == parameter_count(config)
+
+
+def test_quick_is_quicker(tiny, estimated):
+    source = tiny("llama")
+    passes = ("sampling text", "measuring", "scoring by gradients", "re-fitting")
+    seconds = lambda steps: sum(steps[name]["seconds"] for name in passes if name in steps)
+    slow = ["--device-tflops", "0.01", "--device-tflops-full", "0.01", "--device-bandwidth", "0.01"]  # else reading is most of it
+    plain, quick = (estimated(source, *BUDGET, *slow, *more)["steps"] for more in ([], ["--quick"]))
+    assert seconds(quick) < 0.3 * seconds(plain)
+    assert "scoring by gradients" in plain and "scoring by gradients" not in quick
+    assert quick["re-fitting"]["seconds"] < plain["re-fitting"]["seconds"]
+    for kept in ("conversion", "recovery"):
+        assert quick[kept] == plain[kept]
+
+
+def test_every_fit_of_a_search_is_counted(tiny, estimated):
+    source = tiny("llama")
+    one, three = (estimated(source, "--ratio", "0.3", "--search", count)["steps"]["re-fitting"] for count in (1, 3))
+    assert three["seconds"] == pytest.approx(3 * one["seconds"]) and three["disk"] == 3 * one["disk"]
+
+
+SMALL_QWEN = {"hidden_size": 192, "num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 16, "intermediate_size": 384}
+
+
+def test_a_budget_searches_shapes_that_are_served_alone(tiny, estimated):
+    source = tiny("qwen2", **SMALL_QWEN)
+    free, served = (estimated(source, "--ratio", "0.3", *more) for more in ([], ["--serve", "vllm,tp=4"]))
+    sizes = served["shape"]
+    assert 0 < served["shapes_within_budget"] < free["shapes_within_budget"]
+    assert sizes["ffn_hidden_size"] % 4 == sizes["num_attention_heads"] % 4 == 0
+    assert sizes["hidden_size"] // sizes["num_attention_heads"] == 16  # what vLLM takes for Qwen2's head_dim
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["--ffn-hidden-size-remain", "61", "--serve", "tp=2"],
+        ["--ratio", "0.2", "--serve", "tensorrt"],
+        ["--ratio", "0.2", "--num-layers-remain", "3"],
+        ["--num-layers-remain", "3", "--search", "2"],
+        ["--num-layers-remain", "3", "--allocate", "free"],
+        ["--num-layers-remain", "3", "--metric", "magnitude", "--quick"],
+        ["--num-attention-heads-remain", "5"],
+        ["--ratio", "0.2", "--metric", "obz"],
+        ["--multiple-of", "ffn=0", "--ratio", "0.2"],
+    ],
+    ids=" ".join,
+)
+def test_what_prune_refuses_an_estimate_refuses_in_the_same_words(tiny, tmp_path, capsys, asked):
+    source, said = str(tiny("llama")), []
+    for words in (["estimate", source], ["prune-hf", "--load", source, "--save", str(tmp_path / "p")]):
+        with pytest.raises(SystemExit) as stop:
+            main([*words, *asked])
+        said.append((stop.value.code, capsys.readouterr().err.partition(": ")[2]))
+    assert said[0] == said[1] and said[0][0] == 2 and said[0][1]
+
+
+def test_where_no_shape_is_named_only_what_has_a_meaning_is_said(tiny, estimated, capsys):
+    source = str(tiny("llama"))
+    facts = estimated(source)
+    assert not facts["shape_named"] and list(facts["steps"]) == ["conversion", "export", "recovery"]
+    assert facts["target_parameters"] == facts["parameters"] and facts["text"] is None
+    main(["estimate", source])
+    said = capsys.readouterr().out
+    assert "no shape is named" in said and "re-fitting" not in said and "%)" not in said
+    for idle in (["--quick"], ["--serve", "vllm"], ["--nsamples", "4"], ["--sample-length", "8"], ["--dtype", "bf16"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["estimate", source, *idle])
+        assert stop.value.code == 2 and f"{idle[0]} without a shape" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--mfu", "2"], "--mfu: 2.0 is not above 0 and at most 1"),
+        (["--mfu", "40"], "--mfu: 40.0 is not above 0"),
+        (["--device-memory", "80"], "got: 80: 80 bytes\n  needed: a size with its unit, such as 80GiB; at least 1.0 GiB"),
+        (["--device-memory", "0.5GiB"], "--device-memory"),
+        (["--device-memory", "-1GiB"], "--device-memory\n  got: '-1GiB'\n  needed: a size"),
+        (["--device-tflops", "-3"], "--device-tflops: -3.0 is not a positive number"),
+        (["--disk-bandwidth", "0"], "--disk-bandwidth: 0.0 is not a positive number"),
+        (["--train-tokens", "-1"], "--train-tokens: -1.0 is not a positive number"),
+        (["--micro-batch-size", "0"], "--micro-batch-size: 0 is not a positive number"),
+        (["--lora-r", "-2"], "--lora-r: -2 is not a positive number"),
+        (["--ratio", "1.5"], "--ratio: 1.5 is not above 0 and below 1"),
+        (["--nsamples", "1GiB"], "--nsamples: '1GiB' is not a whole number"),
+        (["--nsamples", "-1GiB"], "--nsamples: '-1GiB' is not a whole number"),
+        (["--memory", "-2GiB"], "--memory\n  got: '-2GiB'"),
+    ],
+)
+def test_nonsense_is_refused_naming_what_is_wrong_with_it(tiny, capsys, flags, said):
+    with pytest.raises(SystemExit) as stop:
+        main(["estimate", str(tiny("llama")), *flags])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+AGAIN = [["--recompute"], ["--recompute-activations"], ["--recompute-granularity", "full"]]
+
+
+@pytest.mark.parametrize("first, second", itertools.combinations(AGAIN, 2))
+def test_what_is_worked_out_again_is_said_once_in_both_verbs(tiny, tmp_path, capsys, first, second):
+    convert(ConvertOptions(load=str(tiny("llama")), save=str(tmp_path / "m")), World())
+    run = ["recover", "--load", str(tmp_path / "m"), "--save", str(tmp_path / "run"), "--train-iters", "1", "--data-path", "x"]
+    for words in (["estimate", str(tmp_path / "m")], run):
+        with pytest.raises(SystemExit) as stop:
+            main([*words, *first, *second])
+        assert stop.value.code == 2
+        assert f"{first[0]} and {second[0]} both say what is worked out again" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def large(folder) -> str:
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
+    said = {"num_hidden_layers": 80, "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, **sizes}
+    said |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(said))
+    return str(folder / "config.json")
+
+
+@pytest.mark.parametrize("columns", ["80", None])
+def test_the_table_of_a_large_model_is_read_on_80_columns_and_whole_without_a_terminal(tmp_path, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns) if columns else monkeypatch.delenv("COLUMNS", raising=False)
+    spread = ["--target-tensor-parallel-size", "8", "--data-parallel-size", "64"]
+    main(["estimate", large(tmp_path), "--ratio", "0.25", *spread, "--device-memory", "80GiB"])
+    lines = capsys.readouterr().out.partition("\nfeed-forward")[0].splitlines()
+    assert columns is None or max(map(len, lines)) <= 80
+    body = "\n".join(lines)
+    for word in ("conversion", "sampling text", "measuring", "re-fitting", "cutting", "export", "recovery", "device", "fits"):
+        assert word in body
+    assert "…" not in body
+    row = next(line for line in lines if line.lstrip().startswith("recovery"))
+    assert re.search(r"\d\.\d GiB .*TiB .* GB +\d+ d \d+ h +no$", row.rstrip())
+    assert columns or re.search("scoring by gradients +[0-9]", body)

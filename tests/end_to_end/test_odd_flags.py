@@ -10,7 +10,7 @@ from megatron_prune.cli.main import main
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.convert import ConvertOptions, convert
 
-CUT = "--ffn_hidden_size_remain 48 --metric magnitude"
+CUT = "--ffn-hidden-size-remain 48 --metric magnitude"
 TEXT = "--data {text}:1 --nsamples 2 --seq-length 16"
 
 
@@ -58,10 +58,10 @@ def refused(made, tmp_path, capsys):
         ("--plan {plan} --dtype bf16", "--dtype where no text is read"),
         (f"{CUT} {TEXT} --no-refit --reconstruct 2", "--reconstruct where nothing is re-fitted"),
         (f"{CUT} --sequential", "--sequential where nothing is re-fitted"),
-        (f"{CUT} --memory_batch 4", "--memory_batch without --memory"),
-        (f"{CUT} --depth_metric magnitude", "--depth_metric where scores choose no layer"),
-        ("--drop_layers 1 --metric magnitude --depth_metric magnitude", "--depth_metric where scores choose no layer"),
-        (f"{CUT} --hidden_method select", "--hidden_method where no hidden unit is cut"),
+        (f"{CUT} --memory-batch 4", "--memory-batch without --memory"),
+        (f"{CUT} --depth-metric magnitude", "--depth-metric where scores choose no layer"),
+        ("--drop-layers 1 --metric magnitude --depth-metric magnitude", "--depth-metric where scores choose no layer"),
+        (f"{CUT} --hidden-method select", "--hidden-method where no hidden unit is cut"),
         (f"{CUT} --search 3", "--search compares re-fitted models"),
     ],
 )
@@ -97,22 +97,22 @@ NUMBERS = [
     ("prune --load {m} --save {out} --params=-5", "--params\n  got: '-5'"),
     (f"prune --load {{m}} --save {{out}} --params {'9' * 5000}", "--params\n  got: '9999"),
     (f"prune --load {{m}} --save {{out}} --memory {'9' * 5000}GB", "--memory\n  got: '9999"),
-    (f"prune --load {{m}} --save {{out}} --ffn_hidden_size_remain {10**20}", "is larger than 9223372036854775807"),
-    (f"prune --load {{m}} --save {{out}} --ffn_hidden_size_remain {'1' * 9999}", "is not a whole number"),
-    ("prune --load {m} --save {out} --ffn_hidden_size_remain ٣", "is not a whole number"),
-    ("prune --load {m} --save {out} --drop_layers 1,1", "layer 1 twice"),
-    ("prune --load {m} --save {out} --drop_layers=-1", "layer -1"),
-    (f"prune --load {{m}} --save {{out}} --drop_layers {10**30}", "is not a list of whole numbers"),
+    (f"prune --load {{m}} --save {{out}} --ffn-hidden-size-remain {10**20}", "is larger than 9223372036854775807"),
+    (f"prune --load {{m}} --save {{out}} --ffn-hidden-size-remain {'1' * 9999}", "is not a whole number"),
+    ("prune --load {m} --save {out} --ffn-hidden-size-remain ٣", "is not a whole number"),
+    ("prune --load {m} --save {out} --drop-layers 1,1", "layer 1 twice"),
+    ("prune --load {m} --save {out} --drop-layers=-1", "layer -1"),
+    (f"prune --load {{m}} --save {{out}} --drop-layers {10**30}", "is not a list of whole numbers"),
     (f"prune --load {{m}} --save {{out}} {CUT} --seed=-1", "--seed\n  got: -1"),
     (f"prune --load {{m}} --save {{out}} {CUT} --seed {2**64}", "--seed: 18446744073709551616 is larger"),
     (f"prune --load {{m}} --save {{out}} {CUT} {TEXT} --ridge nan", "--ridge: 'nan' is not a finite number"),
-    (f"prune --load {{m}} --save {{out}} {CUT} --multiple_of ffn={'9' * 99}", "--multiple_of"),
+    (f"prune --load {{m}} --save {{out}} {CUT} --multiple-of ffn={'9' * 99}", "--multiple-of"),
     ("score --load {m} --save {out} --nsamples 0", "--nsamples: 0 is not a positive number"),
     ("score --load {m} --save {out} --seq-length 1", "--seq-length.*: 1 is not at least 2"),
     ("verify --load-dir {m} --hf-dir {hf} --tolerance nan", "--tolerance: 'nan' is not"),
     ("verify --load-dir {m} --hf-dir {hf} --tolerance=-1", "--tolerance: -1.0 is not at least 0"),
     ("estimate {hf} --mfu 0", "--mfu: 0.0 is not above 0 and at most 1"),
-    ("estimate {hf} --device_tflops inf", "is not a finite number"),
+    ("estimate {hf} --device-tflops inf", "is not a finite number"),
     (f"estimate {{hf}} --target-tensor-parallel-size {2**62}", "at most 1048576"),
     ("convert --load-dir {hf} --save-dir {out} --target-pipeline-parallel-size 0", "target_pipeline_parallel_size.*positive"),
     (f"export --load-dir {{m}} --save-dir {{out}} --max-shard-size {'9' * 5000}GB", "--max-shard-size"),
@@ -120,7 +120,7 @@ NUMBERS = [
     ("vocab remap --input {text} --map {hf} --output-prefix .", "--output-prefix\n  got: .\n  needed: what the names"),
     ("preprocess --input {text} --tokenizer {hf} --output-prefix / --workers 1", "--output-prefix\n  got: /\n  needed"),
     ("vocab count --tokenizer {hf} --input {text} --output {out} --text {loop}", "loop"),
-    ("prune --load {m} --save {out} --ffn_hidden_size_remain 32 --data {loop}", "loop"),
+    ("prune --load {m} --save {out} --ffn-hidden-size-remain 32 --data {loop}", "loop"),
     ("convert --load-dir ~nobody_of_this_name/hf --save-dir {out}", "no such model directory: ~nobody_of_this_name/hf"),
     ("preprocess --input {text} --tokenizer ~nobody_of_this_name --output-prefix {out} --workers 1", "~nobody_of_this_name"),
     ("vocab select --load-dir ~nobody_of_this_name --remain-vocab-size 300", "~nobody_of_this_name"),

@@ -860,7 +860,7 @@ def test_a_directory_that_holds_something_else_is_left_alone(run, tmp_path):
         ("--context-parallel-size 2", "--context-parallel-size 2"),
         ("--lr fast", "--lr"),
         ("--lr-decay-style sudden", "sudden.*cosine"),
-        ("--data_pth x", "data_pth"),
+        ("--data-pth x", "data_pth"),
     ],
 )
 def test_the_command_line_refuses_what_it_does_not_follow(home, tmp_path, capsys, words, pattern):

@@ -19,7 +19,8 @@ from megatron_prune.importance.parameters import read, separate, written
 from megatron_prune.importance.scoring import all_scores
 from megatron_prune.planning.plan import shape_of
 from megatron_prune.pruning.asked import metrics_of
-from megatron_prune.pruning.options import TargetOptions
+from megatron_prune.pruning.metric_facts import KNOWN, metric_facts
+from megatron_prune.pruning.options import BEST, QUICK, TargetOptions
 from megatron_prune.runtime.world import World
 from megatron_prune.steps.score import metric_names
 
@@ -144,3 +145,13 @@ def manifest(config: ModelConfig, metrics: list[str]) -> ScoresManifest:
         dtype="fp32",
         parallel={"tensor": 1},
     )
+
+
+def test_what_is_known_of_metrics_without_loading_them_is_what_they_say():
+    """And it covers what is taken where none is named."""
+    for name, facts in KNOWN.items():
+        metric = metric_named(name)
+        said = (metric.spelling, metric.axes, metric.needs, metric.moments, metric.block_wise)
+        assert (facts.spelling, facts.axes, facts.needs, facts.moments, facts.block_wise) == said, name
+    assert {*BEST.values(), QUICK["metric"], "angular"} <= set(KNOWN)
+    assert metric_facts("obs:damping=0.1") == KNOWN["obs"]._replace(spelling="obs:damping=0.1")

@@ -140,7 +140,7 @@ def test_what_the_field_does_not_mean_is_refused_by_layer_and_name(change, words
 
 def test_code_of_others_is_refused_beside_the_field():
     hf = FAMILIES.get("llama").hf_config(mixed("llama"), None)
-    for value in ("modeling_evil.PerLayerLlamaForCausalLM", "x/y--modeling_per_layer.PerLayerLlamaForCausalLM"):
+    for value in ("modeling_evil.PerLayerLlamaForCausalLM", "x/y--modeling-per-layer.PerLayerLlamaForCausalLM"):
         with pytest.raises(CheckpointError, match="code of its own"):
             FAMILIES.get("llama").model_config({**hf, "auto_map": {"AutoModelForCausalLM": value}})
 
@@ -219,8 +219,8 @@ def nvidias(**changes) -> dict:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "auto_map": {
-            "AutoConfig": "nvidia/Llama-3_3-Nemotron-Super-49B-v1--configuration_decilm.DeciLMConfig",
-            "AutoModelForCausalLM": "nvidia/Llama-3_3-Nemotron-Super-49B-v1--modeling_decilm.DeciLMForCausalLM",
+            "AutoConfig": "nvidia/Llama-3_3-Nemotron-Super-49B-v1--configuration-decilm.DeciLMConfig",
+            "AutoModelForCausalLM": "nvidia/Llama-3_3-Nemotron-Super-49B-v1--modeling-decilm.DeciLMForCausalLM",
         },
         "block_configs": [block(8, 2.625), block(None, 2.625), block(8, 5.25), block(None, 3.28125), block(16, 1.3125)],
         "bos_token_id": 128000,

@@ -169,7 +169,7 @@ def test_a_shape_is_accepted_exactly_where_the_prune_type_can_deal_it_out(prune_
         (dataclasses.replace(SMALL, ffn_hidden_size=10), "global", 3, r"legal: \[3, 6, 9, 12, 15, 18, 21, 24\]"),
         (shape(8, 4), "balance", 3, r"num_query_groups_remain 4 does not divide over 3 ranks; legal: \[3, 6\]"),
         (shape(8, 4), "balance", 3, r"num_attention_heads_remain 8 does not divide over 3 ranks; legal: \[3, 6, 9, 12\]"),
-        (shape(6, 6), "balance", 12, "no rank holds whole groups; use --prune_type global"),
+        (shape(6, 6), "balance", 12, "no rank holds whole groups; use --prune-type global"),
         (shape(6, 6), "unbalance", 4, "no rank holds whole groups"),
         (shape(4, 4), "global", 3, "4 attention heads do not divide over 3 ranks"),
     ],

@@ -166,8 +166,8 @@ def test_a_file_of_sizes_is_read_by_layer_and_axis(tmp_path):
     assert read_layer_sizes(path) == by_layer(ffn={3: 8, 0: 0}, kv_head={3: 2}, head={1: 6})
     path.write_text('{"2": {"attention": "none"}}')
     assert read_layer_sizes(path) == by_layer(kv_head={2: 0}, head={2: 0})
-    assert dropped((2,), "attention", "--drop_attention") == by_layer(kv_head={2: 0}, head={2: 0})
-    assert dropped(None, "mlp", "--drop_mlp") == {}
+    assert dropped((2,), "attention", "--drop-attention") == by_layer(kv_head={2: 0}, head={2: 0})
+    assert dropped(None, "mlp", "--drop-mlp") == {}
 
 
 @pytest.mark.parametrize(
@@ -213,8 +213,8 @@ def test_sizes_that_a_layer_cannot_have_are_refused_naming_it(config, sizes, wor
 
 
 def test_a_layer_that_two_options_name_or_one_names_twice_is_refused(tmp_path):
-    with pytest.raises(InputError, match="(?s)--drop_mlp.*layer 3 stands twice"):
-        dropped((3, 1, 3), "mlp", "--drop_mlp")
+    with pytest.raises(InputError, match="(?s)--drop-mlp.*layer 3 stands twice"):
+        dropped((3, 1, 3), "mlp", "--drop-mlp")
     (tmp_path / "sizes.json").write_text('{"1": {"ffn_hidden_size": 4}}')
     with pytest.raises(InputError, match="layer 1 is named by two options"):
         request(SMALL, drop_mlp=(1,), drop_attention=(0, 1), layer_sizes=str(tmp_path / "sizes.json"))
@@ -273,7 +273,7 @@ def test_a_half_that_no_layer_keeps_is_refused_in_options_and_in_a_plan():
 
 
 def test_layers_that_scores_choose_are_refused_beside_sizes_by_layer():
-    with pytest.raises(InputError, match="(?s)sizes by layer, and layers that scores choose.*--drop_layers"):
+    with pytest.raises(InputError, match="(?s)sizes by layer, and layers that scores choose.*--drop-layers"):
         resolve_target(SMALL, num_layers=3, by_layer=by_layer(ffn={1: 6}))
 
 
@@ -410,9 +410,9 @@ def test_the_twin_of_an_untied_plan_is_untied(tmp_path):
     [
         (lambda said: None, {"params": "100"}, "--uniform and --params both say how large"),
         (lambda said: None, {"allocate": "free"}, "--uniform and --allocate free"),
-        (lambda said: None, {"ffn_hidden_size_remain": 12}, "a budget and --ffn_hidden_size_remain both say what stays"),
+        (lambda said: None, {"ffn_hidden_size_remain": 12}, "a budget and --ffn-hidden-size-remain both say what stays"),
         (lambda said: said.update(layers=said["layers"][:1]), {}, "the layers of .* are alike.*leave --uniform out"),
-        (lambda said: said.update(vocab=[0, 1, 5]), {}, "cuts the vocabulary too.*--vocab_plan"),
+        (lambda said: said.update(vocab=[0, 1, 5]), {}, "cuts the vocabulary too.*--vocab-plan"),
         (lambda said: said["old"].update(hidden_size=21), {}, "made for hidden_size 21, the checkpoint has 20"),
     ],
 )

@@ -339,8 +339,8 @@ def test_options_make_a_budget_or_none():
         (dict(ratio=math.nan), "--ratio"),
         (dict(params=0), "--params"),
         (dict(memory=-1), "--memory"),
-        (dict(memory=1, seq_length=0), "--memory_seq_length"),
-        (dict(memory=1, batch=0), "--memory_batch"),
+        (dict(memory=1, seq_length=0), "--memory-seq-length"),
+        (dict(memory=1, batch=0), "--memory-batch"),
     ],
 )
 def test_a_budget_is_one_number_in_range(ask, word):
@@ -391,7 +391,7 @@ def test_no_legal_shape_is_told():
 
 
 def test_a_budget_and_exact_sizes_are_refused_together():
-    with pytest.raises(InputError, match="a budget and --hidden_size_remain, --drop_layers both say what stays"):
+    with pytest.raises(InputError, match="a budget and --hidden-size-remain, --drop-layers both say what stays"):
         find(SMOL, Budget(ratio=0.5), fixed={"hidden_size_remain": 512, "drop_layers": (1,), "num_layers_remain": None})
     assert find(SMOL, Budget(ratio=0.5), fixed={"hidden_size_remain": None})
 
