@@ -19,6 +19,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch.utils.data import Dataset
 
+from megatron_prune.config import flag
 from megatron_prune.errors import InputError, PruneError
 from megatron_prune.recovery import index_cache
 from megatron_prune.runtime.world import World
@@ -119,7 +120,7 @@ def check_data(options: DataOptions, vocab_size: int) -> dict[str, Pair]:
     else:
         if not options.valid_data_path:
             raise InputError("--train-data-path without --valid-data-path", do="name what the held-out loss is measured on")
-        blends = {f"--{split}-data-path": words for split, words in zip(SPLITS, options.separate) if words}
+        blends = {flag(f"{split}_data_path"): words for split, words in zip(SPLITS, options.separate) if words}
         pairs = {prefix: open_pair(prefix) for flag, words in blends.items() for prefix in parse_blend(words, flag)[0]}
     for prefix, pair in pairs.items():
         _check_pair(prefix, pair, options.seq_length, vocab_size)

@@ -93,7 +93,7 @@ def _check(options: PreprocessOptions, world: World) -> None:
     if len(set(keys)) < len(keys) or any(not key or "/" in key for key in keys):
         raise InputError("--json-keys", got=" ".join(keys), needed="different names that can be part of a file's name")
     if options.save.endswith("/"):
-        raise InputError("--output-prefix", got=options.save, needed="a directory and the start of a file's name")
+        raise InputError("--save", got=options.save, needed="a directory and the start of a file's name")
     for key in keys:
         for files in _pairs(options, key):
             for file in files.values():

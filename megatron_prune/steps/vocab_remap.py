@@ -43,7 +43,7 @@ def vocab_remap(options: VocabRemapOptions, world: World) -> None:
             do="tokenise its text again with the trimmed tokenizer: megatron-prune preprocess --answers-only",
         )
     if os.path.realpath(f"{source.prefix}.bin") == os.path.realpath(pair_files(prefix)["bin"]):
-        raise InputError(f"output {prefix} is the input", do="name another --output-prefix")
+        raise InputError(f"output {prefix} is the input", do="name another --save")
     ids = load_map(folder if Path(options.map).is_dir() else Path(options.map))
     lowest, highest = source.extremes()
     if lowest < 0 or highest >= len(ids.starts) - 1:

@@ -222,7 +222,7 @@ def check_prefix(prefix: Path) -> None:
         InputError: saying so.
     """
     if prefix.name in ("", ".."):
-        raise InputError("--output-prefix", got=prefix, needed="what the names of the files begin with, such as data/train")
+        raise InputError("--save", got=prefix, needed="what the names of the files begin with, such as data/train")
 
 
 def pair_files(prefix: Path) -> dict[str, Path]:

@@ -201,8 +201,8 @@ def check_pair(files: Mapping[str, Path], unfinished: bool, overwrite: bool) -> 
         return
     file = next(iter(there.values()))
     if not overwrite:
-        raise InputError(f"output {file} exists", do="name another --output-prefix, or pass --overwrite to replace it")
-    do = "name another --output-prefix, or remove it yourself"
+        raise InputError(f"output {file} exists", do="name another --save, or pass --overwrite to replace it")
+    do = "name another --save, or remove it yourself"
     if ("bin" in there) != ("idx" in there) or "idx" in there and not is_index(there["idx"]):
         lone = there.get("bin", there.get("idx"))
         raise InputError(f"output {lone} is not replaced", got="no pair of Megatron's .bin and .idx", do=do)

@@ -635,3 +635,81 @@ def test_counts_of_a_model_serve_its_tokenizer_alone(model, counts, tmp_path):
     out = trim(tokenizer, tmp_path / "out", counts, remain_vocab_size=SIZE)
     expected = trim(model, tmp_path / "expected", counts, remain_vocab_size=SIZE)
     assert (out / "tokenizer.json").read_bytes() == (expected / "tokenizer.json").read_bytes()
+
+
+# --------------------------------------------------------------------------------------------------------------- --serve
+
+
+def shared_by(ranks: int, tokens: int) -> bool:
+    """Whether as many ranks share the rows, padded to 64s as vLLM pads them."""
+    return (tokens + (-tokens % 64)) % ranks == 0
+
+
+def chosen_size(model: Path, folder: Path, **options) -> int:
+    plan = folder / "plan.json"
+    plan.unlink(missing_ok=True)
+    vocab_select(VocabSelectOptions(load=str(model), save_plan=str(plan), **options), World())
+    return len(load_plan(plan).vocab)
+
+
+@pytest.mark.parametrize("multiple", [None, 10])
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.999])
+def test_a_size_that_is_not_exact_is_the_next_that_can_be_served(model, counts, tmp_path, share, multiple):
+    asked = {"counts": (str(counts),), "coverage": share, "multiple_of": multiple}
+    plain, served = chosen_size(model, tmp_path, **asked), chosen_size(model, tmp_path, serve="vllm,tp=3", **asked)
+    step = multiple or 1
+    able = [size for size in range(plain, ROWS + 1, step) if shared_by(3, size)]
+    assert served == able[0] >= plain and served % step == 0
+    record = load_plan(tmp_path / "plan.json").vocab_record()
+    assert record["serve"] == "vllm,tp=3"
+
+
+@pytest.mark.parametrize("verb", ["select", "trim", "trim by a plan"])
+def test_an_exact_size_that_cannot_be_served_is_refused_with_the_nearest(model, counts, tmp_path, verb):
+    asked = {"counts": (str(counts),), "remain_vocab_size": SIZE}
+    assert not shared_by(3, SIZE)
+    below = max(size for size in range(SIZE) if shared_by(3, size))
+    above = min(size for size in range(SIZE, ROWS + 1) if shared_by(3, size))
+    if verb == "trim by a plan":
+        chosen_size(model, tmp_path, **asked)
+        asked = {"plan": str(tmp_path / "plan.json")}
+    with pytest.raises(InputError, match=f"(?s)--serve: {SIZE} tokens.*tp=3: vocab_size {SIZE}.*{below} or {above} .the nearest"):
+        if verb == "select":
+            vocab_select(
+                VocabSelectOptions(load=str(model), serve="tp=3", save_plan=str(tmp_path / "new.json"), **asked), World()
+            )
+        else:
+            vocab_trim(VocabTrimOptions(load=str(model), save=str(tmp_path / "small"), serve="tp=3", **asked), World())
+    assert not (tmp_path / "small").exists() and not (tmp_path / "new.json").exists()
+
+
+def test_what_is_trimmed_for_a_place_is_served_there_and_pruned_by_the_same_words(model, counts, tmp_path):
+    small = trim(model, tmp_path / "small", counts, min_count=3.0, serve="vllm,tp=3")
+    size = json.loads((small / "config.json").read_text())["vocab_size"]
+    assert shared_by(3, size) and state_dict(small)["model.embed_tokens.weight"].shape[0] == size
+    chosen_size(model, tmp_path, counts=(str(counts),), remain_vocab_size=SIZE)
+    cut = {"load": str(model), "save": str(tmp_path / "p"), "vocab_plan": str(tmp_path / "plan.json"), "serve": "tp=3"}
+    with pytest.raises(
+        InputError, match=f"(?s)tp=3: vocab_size {SIZE}.*choose the tokens again with megatron-prune vocab select"
+    ):
+        prune_hf(PruneHfOptions(**cut), World())
+
+
+@pytest.mark.parametrize(
+    "serve, said",
+    [
+        ("tp=5", "(?s)--serve: the requested shape.*num_attention_heads 12, which does not divide by 5"),
+        ("tensorrt", "--serve tensorrt"),
+        ("tp=", "--serve tp="),
+    ],
+)
+def test_a_place_that_no_number_of_tokens_makes_do_is_refused_before_anything_is_counted(model, tmp_path, serve, said):
+    asked = {"load": str(model), "remain_vocab_size": SIZE, "held_out": (str(tmp_path / "nowhere.txt"),)}
+    with pytest.raises(InputError, match=said):
+        vocab_select(VocabSelectOptions(serve=serve, **asked), World())
+
+
+def test_a_tokenizer_alone_is_not_served(model, tmp_path):
+    shutil.copytree(model, tmp_path / "t", ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))
+    with pytest.raises(InputError, match="--serve\n  got: a tokenizer alone"):
+        vocab_select(VocabSelectOptions(load=str(tmp_path / "t"), remain_vocab_size=SIZE, serve="tp=2"), World())

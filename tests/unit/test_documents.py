@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -46,14 +47,6 @@ def page_id(page: Path) -> str:
 
 def parser_for(verb: str) -> Parser:
     return parser_of(options_of(verb), verb)
-
-
-@pytest.fixture(scope="module")
-def known() -> set[str]:
-    """Every flag, with dashes."""
-    ours = {flag for verb in VERBS for flag in parser_for(verb)._option_string_actions}
-    measures = {flag for path in MEASURES for flag in FLAG.findall(path.read_text(encoding="utf-8"))}
-    return {flag.replace("_", "-") for flag in ours | measures} | OTHERS | {"--order", "--version"}
 
 
 def said_here(page: Path) -> str:
@@ -121,10 +114,81 @@ def test_every_command_is_one(page, monkeypatch):
             assert not flag.startswith("--") or flag in parser._option_string_actions, f"{verb}: {word}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_every_flag_exists(page, known):
+def shown_flags(verb: str) -> set[str]:
+    """Flags as the help of a verb spells them: of each the first of its names."""
+    actions = [action for action in parser_for(verb)._actions if action.option_strings]
+    switched = {name for action in actions for name in action.option_strings if name.startswith("--no-")}
+    return {action.option_strings[0] for action in actions} | switched | {"--help"}
+
+
+@pytest.fixture(scope="module")
+def canonical() -> set[str]:
+    """Every flag, in the one spelling in which it is shown."""
+    measures = {flag for path in MEASURES for flag in FLAG.findall(path.read_text(encoding="utf-8"))}
+    return {flag for verb in VERBS for flag in shown_flags(verb)} | measures | OTHERS | {"--order", "--version"}
+
+
+QUOTING = {"from-other-tools.md", "CHANGELOG.md"}
+"""Pages that quote commands as users of other tools have them, and name what flags were called before."""
+
+TOLD = [
+    *(page for page in PAGES if page.name not in QUOTING),
+    *ROOT.glob("scripts/*.sh"),
+    *ROOT.glob("tools/**/*.sh"),
+    *ROOT.glob("examples/*"),
+    *ROOT.glob("*.py"),
+]
+SHELL = {
+    *("--export", "--job-name", "--kill-on-bad-exit", "--ntasks-per-node"),  # Slurm
+    *("--line-buffered",),  # sed
+    *("--local-addr", "--nnodes", "--node-rank", "--rdzv-backend", "--rdzv-conf", "--rdzv-endpoint", "--rdzv-id", "--standalone"),
+}
+"""Flags in scripts, of programs that these start (the last: torchrun)."""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name in QUOTING], ids=page_id)
+def test_every_flag_that_is_quoted_exists(page, canonical):
+    taken = {flag for verb in VERBS for flag in parser_for(verb)._option_string_actions}
     for flag in FLAG.findall(said_here(page)):
-        assert flag.replace("_", "-").rstrip("-") in known, flag
+        assert flag.replace("_", "-").rstrip("-") in canonical | taken, flag
+
+
+@pytest.mark.parametrize("page", TOLD, ids=page_id)
+def test_every_flag_is_spelled_as_the_help_spells_it(page, canonical):
+    if page.suffix == ".ipynb" or page.is_dir():
+        pytest.skip("no text")
+    odd = {flag for flag in FLAG.findall(page.read_text(encoding="utf-8")) if flag.rstrip("-") not in canonical | SHELL}
+    assert not odd
+
+
+IN_MESSAGES = {
+    *("--no", "--flag", "--seq_length"),  # of a switch; of any flag, and that underscores are taken (cli/parser.py)
+    *("--private", "--no-private"),  # hf
+    *("--rotary-seq-len-interpolation-factor", "--window-size"),  # Megatron-LM
+}
+
+
+def test_every_flag_in_a_message_is_spelled_as_the_help_spells_it(canonical):
+    """In all strings of the package; and no message makes a flag of a name but by ``config.flag``."""
+    odd = []
+    for path in sorted((ROOT / "megatron_prune").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                flags = [flag for flag in FLAG.findall(node.value) if flag.rstrip("-") not in canonical | IN_MESSAGES]
+                odd += [f"{path.relative_to(ROOT)}:{node.lineno} {flag}" for flag in flags]
+            elif isinstance(node, ast.JoinedStr):
+                parts = zip(node.values, node.values[1:])
+                made = [
+                    text.value for text, after in parts if isinstance(text, ast.Constant) and _makes_a_flag(text.value, after)
+                ]
+                odd += [f"{path.relative_to(ROOT)}:{node.lineno} {text}…" for text in made if path.name not in ("config.py",)]
+    assert not odd, "\n".join(odd)
+
+
+def _makes_a_flag(text: str, after: ast.expr) -> bool:
+    """Whether a name is put behind dashes."""
+    whole = isinstance(after, ast.FormattedValue) and isinstance(after.value, (ast.Name, ast.Attribute))
+    return whole and re.search(r"(?<![\w-])--$", text) is not None
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs"], ids=page_id)
