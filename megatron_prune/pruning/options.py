@@ -83,13 +83,13 @@ class BudgetOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeOptions:
-    """The shape to reach, size by size, or a plan's."""
+    """The shape to reach, size by size (one that is none is refused with all others: ``resolve_target``), or a plan's."""
 
-    hidden_size_remain: int | None = option("residual channels that stay", None, least=1, group="shape")
-    ffn_hidden_size_remain: int | None = option("feed-forward channels that stay in every layer", None, least=1, group="shape")
-    num_attention_heads_remain: int | None = option("query heads that stay in every layer", None, least=1, group="shape")
-    num_query_groups_remain: int | None = option("KV groups that stay in every layer", None, least=1, group="shape")
-    num_layers_remain: int | None = option("layers that stay, chosen by the depth metric", None, least=1, group="shape")
+    hidden_size_remain: int | None = option("residual channels that stay", None, group="shape")
+    ffn_hidden_size_remain: int | None = option("feed-forward channels that stay in every layer", None, group="shape")
+    num_attention_heads_remain: int | None = option("query heads that stay in every layer", None, group="shape")
+    num_query_groups_remain: int | None = option("KV groups that stay in every layer", None, group="shape")
+    num_layers_remain: int | None = option("layers that stay, chosen by the depth metric", None, group="shape")
     drop_layers: tuple[int, ...] | None = option("layers that go, 0-based, such as 7,13", None, group="shape")
     drop_attention: tuple[int, ...] | None = option(
         "layers whose attention goes alone, 0-based, such as 3,7", None, group="shape"
