@@ -12,7 +12,7 @@ from megatron_prune.errors import InputError, raise_all
 from megatron_prune.planning.amounts import SEQ_LENGTH
 from megatron_prune.planning.layer_sizes import Sizes, dropped, read_layer_sizes
 from megatron_prune.pruning.metric_facts import metric_facts
-from megatron_prune.pruning.options import BEST, QUICK, CalibrationOptions, ChoosingOptions, TargetOptions
+from megatron_prune.pruning.options import BEST, QUICK, CalibrationOptions, ChoosingOptions, ShapeOptions, TargetOptions
 
 
 def metrics_of(options: TargetOptions, *, has_text: bool, held: list[str] | None = None, refit: bool = True) -> dict[str, str]:
@@ -59,13 +59,18 @@ SHAPE = (*TargetOptions.SIZES, *TargetOptions.BY_LAYER, *TargetOptions.BUDGETS, 
 """Options that say what is to stay."""
 
 
+def names_shape(options: ShapeOptions) -> bool:
+    """Whether anything says what is to stay."""
+    return options.untie or any(getattr(options, name) is not None for name in SHAPE)
+
+
 def check_asked(options: TargetOptions) -> None:
     """Refuse a pruning of which nothing says what is to stay; nothing is opened for that.
 
     Raises:
         InputError: naming the options that say it.
     """
-    if options.untie or any(getattr(options, name) is not None for name in SHAPE):
+    if names_shape(options):
         return
     flags = list(map(flag, SHAPE))
     raise InputError(

@@ -68,12 +68,6 @@ class Foreseen(NamedTuple):
     fits: int
 
 
-def names_shape(asked: CostOptions) -> bool:
-    """Whether anything is to be cut."""
-    names = (*CostOptions.SIZES, *CostOptions.BY_LAYER, "params", "ratio", "memory", "plan", "vocab_plan")
-    return asked.untie or any(getattr(asked, name) is not None for name in names)
-
-
 def check_idle(options: CostOptions) -> None:
     """Refuse what is asked of a pruning of which no shape is named.
 

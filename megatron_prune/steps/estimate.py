@@ -28,7 +28,8 @@ from megatron_prune.planning.remedies import remedy
 from megatron_prune.planning.resources import Training, saving_memory, training_memory
 from megatron_prune.planning.words import cut_in_words
 from megatron_prune.planning.work import Rates
-from megatron_prune.pruning.foreseen import Described, ElementType, Foreseen, check_idle, foresee, names_shape
+from megatron_prune.pruning.asked import names_shape
+from megatron_prune.pruning.foreseen import Described, ElementType, Foreseen, check_idle, foresee
 from megatron_prune.pruning.options import ChoosingOptions, CostOptions
 from megatron_prune.pruning.passes import PASSES
 from megatron_prune.recovery.options import check_passes, recomputation

@@ -114,7 +114,10 @@ NUMBERS = [
     ("estimate {hf} --mfu 0", "--mfu: 0.0 is not above 0 and at most 1"),
     ("estimate {hf} --device-tflops inf", "is not a finite number"),
     (f"estimate {{hf}} --target-tensor-parallel-size {2**62}", "at most 1048576"),
-    ("convert --load-dir {hf} --save-dir {out} --target-pipeline-parallel-size 0", "--target-pipeline-parallel-size: 0 is not a positive"),
+    (
+        "convert --load-dir {hf} --save-dir {out} --target-pipeline-parallel-size 0",
+        "--target-pipeline-parallel-size: 0 is not a positive",
+    ),
     (f"export --load-dir {{m}} --save-dir {{out}} --max-shard-size {'9' * 5000}GB", "--max-shard-size"),
     ("recover --load {m} --save {out} --train-iters 1 --lr nan", "--lr: 'nan' is not a finite number"),
     ("vocab remap --input {text} --map {hf} --output-prefix .", "--save\n  got: .\n  needed: what the names"),
