@@ -70,7 +70,7 @@ def check_asked(options: TargetOptions) -> None:
     Raises:
         InputError: naming the options that say it.
     """
-    if names_shape(options):
+    if names_shape(options) or options.uniform:  # which says itself what it needs
         return
     flags = list(map(flag, SHAPE))
     raise InputError(

@@ -241,7 +241,7 @@ def test_a_loss_that_is_not_finite_is_refused(tmp_path, monkeypatch):
         ({"ratio": None, "ffn_hidden_size_remain": 48}, "--allocate without a budget"),
         ({"refit": False, "reconstruct": 4}, "measures on text(.|\n)*got: --no-refit"),
         ({"min_layer_ratio": 0.7, "max_layer_ratio": 0.4}, "--max-layer-ratio\\s+got: 0.7, 0.4\\s+needed: shares"),
-        ({"min_layer_ratio": float("nan")}, "got: nan, 1"),
+        ({"min_layer_ratio": float("nan")}, "--min-layer-ratio\n  got: nan"),
         ({"allocate": "uniform", "min_layer_ratio": 0.3}, "--min-layer-ratio without --allocate free"),
         ({"metric": "perplexity"}, "cannot score the axis ffn|needs losses"),
         ({"drop_mlp": (1,)}, "a budget and --drop-mlp both say"),

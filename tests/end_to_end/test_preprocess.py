@@ -391,7 +391,7 @@ def test_bad_input_is_refused_by_name(refused, folder, tokenizer, tmp_path):
         (["--input", good, "--split", "nope"], "--split nope has no effect"),
         (["--input", good, good], "--input: .*good.jsonl would be read twice"),
         (["--input", good, "--output-prefix", tmp_path / "taken"], "taken_text_document.bin exists.*--overwrite"),
-        (["--input", good, "--output-prefix", f"{tmp_path}/"], "--output-prefix.*start of a file's name"),
+        (["--input", good, "--output-prefix", f"{tmp_path}/"], "--save.*start of a file's name"),
         (["--input", good, "--output-prefix", good / "x"], "x_text_document.json cannot be written"),
         (["--input", tmp_path / "y_text_document.json", "--output-prefix", tmp_path / "y", "--overwrite"], "is the input"),
         (["--input", tmp_path, "--output-prefix", tmp_path / "nothing" / "x"], "lies in it"),

@@ -91,7 +91,7 @@ def test_megatrons_arguments_must_agree_with_the_checkpoint(tiny, tmp_path):
 
 
 def test_an_unknown_argument_is_refused():
-    with pytest.raises(InputError, match="--hidden-size-remian is no flag of prune; did you mean --hidden-size-remain?"):
+    with pytest.raises(InputError, match="--hidden_size_remian is no flag of prune; did you mean --hidden-size-remain?"):
         parse(PruneOptions, ["--load", "a", "--save", "b", "--hidden_size_remian", "3"], prog="prune")
 
 

@@ -138,10 +138,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_losses(home, taught, tmp_pat
 
 LESSONS = {
     "more tokens than there are": ({"top_k": 308}, "--top-k.*308.*307"),
-    "no tokens": ({"top_k": 0}, "top_k.*0"),
+    "no tokens": ({"top_k": 0}, "--top-k.*0"),
     "a temperature of zero": ({"distill_temperature": 0.0}, "--distill-temperature"),
     "longer than the context": ({"seq_length": 65}, "--seq-length.*65.*64"),
-    "no steps": ({"train_iters": 0}, "train_iters.*0"),
+    "no steps": ({"train_iters": 0}, "--train-iters.*0"),
     "data that is not there": ({"data_path": ("gone",)}, "gone.bin"),
     "no data": ({"data_path": ()}, "--data-path"),
     "no such checkpoint": ({"load": "nothing"}, "nothing"),

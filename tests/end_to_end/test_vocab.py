@@ -434,7 +434,7 @@ def test_a_tokenizer_without_a_model(tmp_path):
         ({}, "nothing says which tokens stay"),
         ({"remain_vocab_size": 12}, "(?s)must stay.*at least 29"),
         ({"remain_vocab_size": 721}, "720 rows"),
-        ({"remain_vocab_size": 0}, "remain_vocab_size"),
+        ({"remain_vocab_size": 0}, "--remain-vocab-size"),
         ({"remain_vocab_size": 500, "min_count": 3.0}, "give one of the two"),
         ({"coverage": 0.9}, "needs counts"),
         ({"coverage": 1.5}, "--coverage"),
