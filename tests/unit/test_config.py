@@ -65,7 +65,7 @@ def test_a_number_outside_of_what_an_option_takes_is_refused_by_its_flag(name, v
     with pytest.raises(InputError, match=f"--{name}: .* is not {needed}|is not a finite number"):
         parse(Numbers, [f"--{name}", str(value)], prog="prog")
     with pytest.raises(InputError, match=f"{name}: .* is not {needed}|is not a finite number"):
-        made_of(Numbers, {name: value})
+        made_of(Numbers, {name: value}, of="numbers()")
 
 
 def test_the_ends_of_a_range_are_taken():
