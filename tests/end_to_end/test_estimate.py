@@ -553,3 +553,30 @@ def test_the_table_of_a_large_model_is_read_on_80_columns_and_whole_without_a_te
     row = next(line for line in lines if line.lstrip().startswith("recovery"))
     assert re.search(r"\d\.\d GiB .*TiB .* GB +\d+ d \d+ h +no$", row.rstrip())
     assert columns or re.search("scoring by gradients +[0-9]", body)
+
+
+def test_a_plan_is_estimated_as_it_is_applied(tiny, tmp_path, estimated):
+    """Without text nothing is fitted; with text it is."""
+    source, plan = str(tiny("llama")), str(tmp_path / "plan.json")
+    cut = ["--ffn-hidden-size-remain", "64", "--num-layers-remain", "3", "--metric", "magnitude"]
+    main(["prune-hf", "--load", source, "--save", str(tmp_path / "p"), *cut, "--save-plan", plan])
+    held = parameter_count(huggingface.open_model(tmp_path / "p").config)
+    applied, fitted = estimated(source, "--plan", plan), estimated(source, "--plan", plan, "--data", "self")
+    assert applied["target_parameters"] == fitted["target_parameters"] == held
+    assert list(applied["steps"]) == ["conversion", "cutting", "export", "recovery"] and applied["text"] is None
+    assert {"sampling text", "re-fitting"} <= set(fitted["steps"])
+
+
+def test_a_vocabulary_that_is_cut_counts(tiny, tmp_path, estimated):
+    from megatron_prune.planning.plan import whole_plan
+
+    source = tiny("llama", tie_word_embeddings=False)
+    config = huggingface.open_model(source).config
+    plan = whole_plan(config, {}, None)
+    kept = list(range(0, config.vocab_size, 2))
+    (tmp_path / "v.json").write_text(dataclasses.replace(plan, new={**plan.new, "vocab_size": len(kept)}, vocab=kept).dumps())
+    alone = estimated(source, "--vocab-plan", tmp_path / "v.json")
+    assert alone["parameters"] - alone["target_parameters"] == 2 * config.hidden_size * (config.vocab_size - len(kept))
+    assert "re-fitting" not in alone["steps"]
+    both = estimated(source, "--vocab-plan", tmp_path / "v.json", "--ffn-hidden-size-remain", "64")
+    assert both["target_parameters"] < alone["target_parameters"] and "re-fitting" in both["steps"]
