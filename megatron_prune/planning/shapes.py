@@ -79,13 +79,17 @@ class _Grid:
     legal: Callable[[ModelConfig], bool]
     least: dict[str, float]
 
-    def allowed(self, shape: ModelConfig) -> bool:
-        """Whether ranks can share the shape and a family can express it."""
+    def shared(self, shape: ModelConfig) -> bool:
+        """Whether ranks can share the shape."""
         try:
             check_parallel(self.config, shape, self.layout, self.prune_type)
         except InputError:
             return False
-        return self.legal(shape)
+        return True
+
+    def allowed(self, shape: ModelConfig) -> bool:
+        """Whether ranks can share the shape and a family can express it."""
+        return self.shared(shape) and self.legal(shape)
 
     def sizes(self, axis: str, step: int) -> list[int]:
         """The model's own size and smaller multiples of ``step``, descending."""
@@ -114,6 +118,8 @@ class _Grid:
     def hidden_sizes(self, pair: tuple[int, int]) -> list[int]:
         """Sizes of hidden that are legal with these heads (asked with the model's own layers and ffn)."""
         base, step = replace(self.config, num_attention_heads=pair[0], num_query_groups=pair[1]), self.step("hidden")
+        if not self.shared(base):  # no size of hidden mends heads that do not divide
+            return []
         while True:
             sizes = [size for size in self.sizes("hidden", step) if self.allowed(replace(base, hidden_size=size))]
             fixed = "hidden" in self.steps or "hidden" not in self.axes
