@@ -148,7 +148,7 @@ def plan(
 def _asked(target: Any, verb: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """What ``target`` says, and the options beside it."""
     check_beside(options)
-    return {**options_of_target(target, options_of(verb)), **options}
+    return {**options_of_target(target, options_of(verb), options), **options}
 
 
 @overload

@@ -170,11 +170,12 @@ def nearest_keys(name: str) -> list[str]:
     return holding[:3] or difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
 
 
-def options_of_target(target: Any, kind: type) -> dict[str, Any]:
+def options_of_target(target: Any, kind: type, beside: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a pruning that ``target`` says.
 
     Args:
         kind: the options of the verb.
+        beside: what stands beside it: a head that is untied, or tokens that stay, are something to do by themselves.
 
     Raises:
         InputError: if it says nothing, or is neither sizes nor a budget nor a plan; naming a key that there is not, and the
@@ -195,17 +196,19 @@ def options_of_target(target: Any, kind: type) -> dict[str, Any]:
         near = f"; did you mean {' or '.join(map(repr, meant))}?" if meant else ""
         raise InputError(f"{key!r} is no key of target={near}", needed="some of " + ", ".join(KEYS))
     said = {KEYS[key]: value for key, value in target.items() if value is not None}
-    if not said:
+    if not said and not (beside.get("untie") or beside.get("vocab_plan")):
         raise InputError("target= says nothing", got=shown(target), needed=NEEDED)
     return said
 
 
 def check_beside(options: Mapping[str, Any]) -> None:
-    """Refuse what belongs into ``target`` and stands beside it.
+    """Refuse what belongs into ``target`` and stands beside it, and a metric that is not named.
 
     Raises:
         InputError: naming the key.
     """
+    if callable(options.get("metric")):
+        raise InputError("metric=", got=shown(options["metric"]), needed="a name", do='give it one: @mp.metric("mine")')
     for name in options:
         if (key := _KEY_OF.get(name, name)) in KEYS:
             raise InputError(f"{name}= is no argument of its own", do=f'say it in target=: {{"{key}": {shown(options[name])}}}')

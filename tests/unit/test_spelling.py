@@ -129,15 +129,17 @@ def test_errors_and_the_log_are_said_in_other_words():
 def test_a_key_that_there_is_not_names_the_nearest(key, meant):
     assert meant in nearest_keys(key) and set(nearest_keys(key)) <= set(KEYS)
     with pytest.raises(InputError, match=f"{key!r} is no key of target=; did you mean .*{meant!r}"):
-        options_of_target({key: 3}, PruneHfOptions)
+        options_of_target({key: 3}, PruneHfOptions, {})
 
 
 def test_what_target_says():
-    assert options_of_target({"ffn_hidden_size": 48, "ratio": None, "drop_layers": [1]}, PruneHfOptions) == {
+    assert options_of_target({"ffn_hidden_size": 48, "ratio": None, "drop_layers": [1]}, PruneHfOptions, {}) == {
         "ffn_hidden_size_remain": 48,
         "drop_layers": [1],
     }
-    assert options_of_target("plan.json", PruneHfOptions) == {"plan": "plan.json"}
+    assert options_of_target("plan.json", PruneHfOptions, {}) == {"plan": "plan.json"}
+    for beside in ({"untie": True}, {"vocab_plan": "tokens.json"}):  # something to do by themselves
+        assert options_of_target({}, PruneHfOptions, beside) == {}
     assert set(KEYS.values()) == {*TargetOptions.SIZES, *TargetOptions.BY_LAYER, *TargetOptions.BUDGETS}
 
 
@@ -157,7 +159,7 @@ def test_what_target_says():
 )
 def test_a_target_that_says_nothing_is_refused(target, said):
     with pytest.raises(InputError, match=said):
-        options_of_target(target, PruneHfOptions)
+        options_of_target(target, PruneHfOptions, {})
 
 
 def test_what_belongs_into_target_is_not_said_beside_it():
@@ -165,3 +167,5 @@ def test_what_belongs_into_target_is_not_said_beside_it():
     for name in ("ratio", "num_layers", "num_layers_remain"):
         with pytest.raises(InputError, match=f'(?s){name}= is no argument.*target=: {{"{name.removesuffix("_remain")}": 3}}'):
             check_beside({name: 3})
+    with pytest.raises(InputError, match="(?s)metric=.*needed: a name.*@mp.metric"):
+        check_beside({"metric": lambda weight: weight})
