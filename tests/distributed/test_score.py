@@ -325,7 +325,7 @@ def test_text_that_does_not_do(home, tmp_path, refused, verb, text, more, messag
             "fluctuation cannot score the axis hidden.*wanda",
         ),
         ("--metric angular --ffn-hidden-size-remain 48", "angular cannot score the axis ffn.*activation"),
-        ("--ratio 0.25 --ffn-hidden-size-remain 48", "ffn_hidden_size_remain"),
+        ("--ratio 0.25 --ffn-hidden-size-remain 48", "a budget and --ffn-hidden-size-remain"),
         ("--ratio 0.25 --params 100K", "ratio.*params|params.*ratio"),
         ("--ratio 1.5", "ratio.*1.5"),
         ("--params 10", "no shape meets the budget.*at least .*smallest shape is hidden"),
@@ -339,7 +339,7 @@ def test_text_that_does_not_do(home, tmp_path, refused, verb, text, more, messag
         ("--ffn-hidden-size-remain 48 --metric random --seed -1", "--seed.*-1"),
         ("--metric magnitude --hidden-method rotate --hidden-size-remain 36", "rotate needs text.*--data"),
         (f"--plan {__file__} --ratio 0.25", "--plan and --ratio both say what stays"),
-        (f"--plan {__file__} --ffn-hidden-size-remain 48 --metric wanda", "--plan and .*ffn_hidden_size_remain.*--metric"),
+        (f"--plan {__file__} --ffn-hidden-size-remain 48 --metric wanda", "--plan and --metric, --ffn-hidden-size-remain"),
     ],
 )
 def test_a_request_that_cannot_be_met(home, tmp_path, refused, more, message):

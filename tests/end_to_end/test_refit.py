@@ -369,7 +369,7 @@ def test_selected_channels_are_the_dense_model_without_the_others(tmp_path, tied
 
 def test_a_rotation_that_is_asked_for_by_name_is_refused_where_norms_follow_blocks(tmp_path):
     model = build_tiny(tmp_path / "model", "gemma3_text", dtype="float32")
-    with pytest.raises(InputError, match="(?s)hidden_method rotate.*norm after its blocks.*select"):
+    with pytest.raises(InputError, match="(?s)--hidden-method rotate.*norm after its blocks.*select"):
         run(model, tmp_path / "out", {"hidden_size_remain": 36}, hidden_method="rotate")
     out = run(model, tmp_path / "out", {"hidden_size_remain": 36})
     assert "norm after its blocks" in json.loads((out / "plan.json").read_text())["made_by"]["hidden_method"]

@@ -134,8 +134,8 @@ def test_a_unit_with_broken_weights_goes_first(tiny, tmp_path):
     "extra, word",
     [
         (["--plan", "{plan}", "--metric", "magnitude"], "metric"),
-        (["--plan", "{plan}", "--prune_type", "global"], "prune_type"),
-        (["--plan", "{plan}", "--drop_layers", "1"], "drop_layers"),
+        (["--plan", "{plan}", "--prune_type", "global"], "--prune-type"),
+        (["--plan", "{plan}", "--drop_layers", "1"], "--drop-layers"),
         (["--ffn_hidden_size_remain", "48", "--save-plan", "{save}"], "is the output"),
         (["--ffn_hidden_size_remain", "48", "--save-plan", "{save}/plan.json"], "lies in it"),
         (["--ffn_hidden_size_remain", "48", "--rotary-percent", "0.5"], "rotary-percent"),
