@@ -17,7 +17,7 @@ from megatron_prune.arch.tensors import TensorId, full_shape, layer_roles, tenso
 from megatron_prune.checkpoint.safetensors_file import read_header
 from megatron_prune.checkpoint.tensor_map import TensorMap
 from megatron_prune.errors import CheckpointError
-from megatron_prune.files.tensor_file import open_tensors, save_tensors
+from megatron_prune.files.tensor_file import open_tensors, require_finite, save_tensors
 
 _AGAIN = "remove the directory that it is in, and start again"
 
@@ -36,7 +36,12 @@ class RoleStore:
         return self.folder / ("outer.safetensors" if layer is None else f"layer_{layer:04}.safetensors")
 
     def save(self, layer: int | None, weights: dict[str, torch.Tensor]) -> None:
-        """File full role tensors by role."""
+        """File full role tensors by role.
+
+        Raises:
+            InputError: if one is not finite.
+        """
+        require_finite(weights, "what was fitted" + ("" if layer is None else f" of layer {layer}"))
         partial = self.path(layer).with_suffix(".partial")
         save_tensors(partial, weights)
         os.replace(partial, self.path(layer))

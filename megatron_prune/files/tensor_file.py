@@ -25,6 +25,18 @@ _DTYPES = {
 }
 
 
+def require_finite(tensors: dict[str, Tensor], what: str) -> None:
+    """Refuse to keep numbers that are none: whoever goes on from them would not get further.
+
+    Raises:
+        InputError: naming the tensors.
+    """
+    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        do = "look for broken weights with megatron-prune inspect --weights, or compute with --dtype fp32"
+        raise InputError(f"{what} is not finite (NaN or infinity)", got=", ".join(broken), do=do)
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a file, readable for whom any new file is: ``save_file`` alone makes one for its owner, whatever the umask says."""
     path.touch()

@@ -105,7 +105,7 @@ class SiteSums:
         self._vectors += torch.einsum("s,vsd->vd", each, sums.double())
         if self._moment is not None:
             full = self._stage.gather(value) if self._local else value
-            even = weights if written is None else weights / written.float().square().mean(dim=-1)
+            even = weights if written is None else walk.evened(weights, written)
             self._moment.add(full, even)
 
     def finish(self) -> SiteStatistics:

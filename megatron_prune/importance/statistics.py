@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_prune.arch.blocks.block import BLOCKS, BlockKind, kind_of
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import FINAL_NORM, HEAD
-from megatron_prune.files.tensor_file import TensorFile, open_tensors, save_tensors
+from megatron_prune.files.tensor_file import TensorFile, open_tensors, require_finite, save_tensors
 
 STREAM = "stream"
 """Asks for the second moment of the normalised stream at a layer's norms (:attr:`LayerStatistics.stream`)."""
@@ -102,7 +102,11 @@ class LayerStatistics:
     rows: SampledRows | None = None
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file, whole or not at all.
+
+        Raises:
+            InputError: if a sum is not finite.
+        """
         tensors = {"similarity": torch.tensor(self.similarity, dtype=torch.float64), "last": self.last}
         tensors |= {} if self.stream is None else {"stream": self.stream}
         if self.rows is not None:
@@ -111,6 +115,7 @@ class LayerStatistics:
             tensors[f"{name}.tokens"] = torch.tensor(site.tokens, dtype=torch.float64)
             parts = {"total": site.total, "squares": site.squares, "sample_means": site.sample_means, "moment": site.moment}
             tensors |= {f"{name}.{part}": value for part, value in parts.items() if value is not None}
+        require_finite(tensors, f"what was measured for {path.name}")
         replace_file(path, tensors)
 
     @classmethod

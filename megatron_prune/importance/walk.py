@@ -79,7 +79,12 @@ class Walk:
 
     def even(self, batch: slice | Tensor) -> Tensor:
         """Weights of tokens that make them count alike, whatever the size of the stream where they are now."""
-        return self.on_device(self.weights[batch] / self.stream[batch].float().square().mean(dim=-1))
+        return self.evened(self.on_device(self.weights[batch]), self.on_device(self.stream[batch]))
+
+    def evened(self, weights: Tensor, stream: Tensor) -> Tensor:
+        """Weights [...] of tokens over the mean square of a stream [..., hidden], at least the epsilon of a norm: what is smaller
+        a norm does not make larger either, and an embedding's row may be all zeros."""
+        return weights / stream.float().square().mean(dim=-1).clamp(min=self._tensors.config.norm_epsilon)
 
     def opened(self, layer: int) -> OpenLayer:
         """A layer with its weights."""

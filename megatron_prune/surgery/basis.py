@@ -133,7 +133,8 @@ def denominator_spread(scale: Tensor, streams: list[Tensor]) -> float:
         over the norms. SmolLM2: 0.004, where the full-width model loses 1 % of perplexity; 0.020, where nothing is left
         alone and it loses 29 %.
     """
-    ratios = [(stream.double() * scale).norm(dim=-1) / stream.double().norm(dim=-1) for stream in streams]
+    lengths = [((stream.double() * scale).norm(dim=-1), stream.double().norm(dim=-1)) for stream in streams]
+    ratios = [(scaled / plain)[plain > 0] for scaled, plain in lengths]  # a token without a stream has no direction
     return float(sum(ratio.std() / ratio.mean() for ratio in ratios) / len(ratios))
 
 

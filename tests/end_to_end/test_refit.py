@@ -12,12 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from per_layer import like_tiny
+from safetensors.torch import load_file, save_file
 from tiny import build_tiny, logits, state_dict
 
 from megatron_prune.arch.blocks.block import spaces
-from megatron_prune.arch.tensors import tensor_ids
+from megatron_prune.arch.tensors import TensorId, full_shape, layer_roles, tensor_ids
 from megatron_prune.checkpoint import huggingface
+from megatron_prune.checkpoint.role_store import RoleStore
 from megatron_prune.errors import InputError
 from megatron_prune.pruning import fit
 from megatron_prune.runtime.world import World
@@ -373,3 +375,35 @@ def test_a_rotation_that_is_asked_for_by_name_is_refused_where_norms_follow_bloc
         run(model, tmp_path / "out", {"hidden_size_remain": 36}, hidden_method="rotate")
     out = run(model, tmp_path / "out", {"hidden_size_remain": 36})
     assert "norm after its blocks" in json.loads((out / "plan.json").read_text())["made_by"]["hidden_method"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+def test_a_token_whose_embedding_is_all_zeros_spoils_no_fit(tmp_path, family):
+    """As that of a padding token is, which may begin a text: nothing is in the stream there, in some families to the last layer."""
+    model = build_tiny(tmp_path / "model", family, dtype="float32")
+    weights = load_file(model / "model.safetensors")
+    first = {int(SAMPLES[0, 0]), json.loads((model / "config.json").read_text())["bos_token_id"]}
+    weights["model.embed_tokens.weight"][list(first)] = 0
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    lost = {}
+    for name, sizes in {
+        "ffn": {"ffn_hidden_size_remain": 64},
+        "hidden": {"hidden_size_remain": 36},
+        "fold": {"drop_layers": [2]},
+    }.items():
+        out = run(model, tmp_path / name, sizes, reconstruct=1)
+        losses = json.loads((out / "megatron_prune_recipe.json").read_text())["recipe"][-1]["held_out_loss"]
+        lost[name] = losses["after"] - losses["before"]
+        assert logits(out, SAMPLES[:1]).isfinite().all()
+    assert all(abs(nats) < 1 for nats in lost.values()), lost
+    ratio = run(model, tmp_path / "ratio", None, ratio=0.2, metric=None)
+    assert logits(ratio, SAMPLES[:1]).isfinite().all()
+
+
+def test_numbers_that_are_none_are_not_kept_for_the_next_run(tmp_path):
+    config = like_tiny("llama")
+    weights = {role: torch.zeros(full_shape(TensorId(role, 0), config)) for role in layer_roles(config.of_layer(0))}
+    weights["down"][3, 4] = float("nan")
+    with pytest.raises(InputError, match=r"(?s)fitted of layer 0 is not finite.*down"):
+        RoleStore(tmp_path, config).save(0, weights)
+    assert not list(tmp_path.iterdir())

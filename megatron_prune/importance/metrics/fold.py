@@ -54,12 +54,16 @@ class Fold(Metric):
         if start > 0:
             left = (self._leave_one_out(start - 1) @ left.float()).double()
         weights = rows(start).weights
-        return (weights * left.square().sum(dim=1) / after.square().sum(dim=1)).sum() / weights.sum()
+        return (weights * left.square().mean(dim=1) / self._mean_square(after)).sum() / weights.sum()
+
+    def _mean_square(self, stream: Tensor) -> Tensor:
+        """Of every token, float64 [tokens]; at least a norm's epsilon, since an embedding's row may be all zeros."""
+        return stream.double().square().mean(dim=1).clamp(min=self.statistics.config.norm_epsilon)
 
     def _leave_one_out(self, layer: int) -> Tensor:
         """The matrix that takes d to r, float32 [tokens, tokens]."""
         kernel, stream = self.statistics.rows(layer).kernel, self.statistics.rows(layer + 1).stream
-        root = (self.statistics.rows(layer).weights / stream.double().square().mean(dim=1)).sqrt()
+        root = (self.statistics.rows(layer).weights / self._mean_square(stream)).sqrt()
         weighted = root[:, None] * kernel.double() * root
         config = self.statistics.config.of_layer(layer)
         damping = self.parameters.ridge * weighted.diagonal().sum() / config.size(config.kinds[-1].inside_space)
