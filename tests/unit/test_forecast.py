@@ -13,32 +13,34 @@ class Clock:
         return self.now
 
 
-def test_the_first_layer_tells_of_the_whole_and_of_what_follows():
+def test_the_second_layer_tells_of_the_whole_and_of_what_follows():
     clock, said = Clock(), []
     forecast = Forecast({"measuring": 100.0, "re-fitting": 450.0}, 10, said.append, clock)
     forecast("measuring", 0, 1000)
-    clock.now = 5.0
-    forecast("measuring", 99, 1000)  # less than a layer
+    for at, done in ((9.0, 99), (10.0, 100), (15.0, 199)):  # what is done once, and less than a second layer
+        clock.now = at
+        forecast("measuring", done, 1000)
     assert not said
-    clock.now = 6.0
-    forecast("measuring", 100, 1000)
+    clock.now = 16.0
+    forecast("measuring", 200, 1000)
     clock.now = 60.0
     forecast("measuring", 1000, 1000)
-    assert said == ["measuring: about 1 min 00 s in all, by how it begins; at its rate about 4 min 30 s for re-fitting"]
+    assert said == ["measuring: about 1 min 04 s in all, by how it begins; at its rate about 4 min 48 s for re-fitting"]
     forecast("re-fitting", 0, 50)
-    clock.now = 90.0
-    forecast("re-fitting", 5, 50)
-    assert said[1:] == ["re-fitting: about 5 min 00 s in all, by how it begins"]
+    for at, done in ((61.0, 5), (91.0, 10)):  # the first layer is counted before it is fitted
+        clock.now = at
+        forecast("re-fitting", done, 50)
+    assert said[1:] == ["re-fitting: about 4 min 31 s in all, by how it begins"]
 
 
 def test_sampling_says_nothing_of_other_passes_and_other_work_is_left_alone():
     clock, said = Clock(), []
-    forecast = Forecast({"sampling": 1.0, "re-fitting": 9.0}, 2, said.append, clock)
-    for label in ("sampling", "scoring"):
-        forecast(label, 0, 10)
-        clock.now += 3.0
-        forecast(label, 5, 10)
-    assert said == ["sampling: about 6.0 s in all, by how it begins"]
+    forecast = Forecast({"measuring": 5.0, "sampling": 1.0}, 2, said.append, clock)
+    for label in ("measuring", "sampling", "scoring"):
+        for done in (0, 5, 10):
+            forecast(label, done, 10)
+            clock.now += 3.0
+    assert said == ["measuring: about 6.0 s in all, by how it begins", "sampling: about 6.0 s in all, by how it begins"]
 
 
 def test_progress_that_is_shown_is_watched():
