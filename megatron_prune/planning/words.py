@@ -23,6 +23,8 @@ def cut_in_words(config: ModelConfig, target: ModelConfig) -> str:
         old, new = (_sizes(axis, model) for model in (config, target))
         if old != new:
             parts.append(f"{CALLED[axis]} {old} → {new}")
+    if config.vocab_size != target.vocab_size:
+        parts.append(f"tokens {config.vocab_size:,} → {target.vocab_size:,}")
     before, after = parameter_count(config), parameter_count(target)
     parts.append(f"parameters {before:,} → {after:,} ({after / before - 1:+.1%})")
     return ", ".join(parts)

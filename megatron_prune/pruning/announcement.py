@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Iterator
 
 from megatron_prune.arch.model import ModelConfig
@@ -54,6 +55,8 @@ def assumed_shape(job: Job) -> ModelConfig:
 def cut_of(job: Job, shape: ModelConfig) -> str:
     """The cut in words."""
     request, config, parts = job.request, job.subject.config, []
+    if request.vocab_plan is not None:
+        shape = dataclasses.replace(shape, vocab_size=len(request.vocab_plan.vocab))
     if request.bounds is not None:
         limit = request.bounds.budget.describe(request.bounds.budget.limit(request.bounds.config))
         shapes = f", one of {len(request.shapes)} shapes by the scores" if len(request.shapes) > 1 else ""
@@ -61,8 +64,6 @@ def cut_of(job: Job, shape: ModelConfig) -> str:
     if shape != config:
         words = cut_in_words(config, shape)
         parts.append(f"the largest: {words}" if request.bounds is not None and len(request.shapes) > 1 else words)
-    if request.vocab_plan is not None:
-        parts.append(f"tokens {config.vocab_size:,} → {len(request.vocab_plan.vocab):,}")
     return "; ".join(parts) or "nothing of the shape"
 
 
