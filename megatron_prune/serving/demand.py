@@ -69,8 +69,16 @@ class Demand:
             said.what,
             got=said.got,
             needed="; ".join(filter(None, (said.needed, nearest))) or None,
-            do=" or ".join(families) if families else "choose other sizes" if refused or shapes else "ask less of --serve",
+            do=" or ".join(families) if families else "choose other sizes" if refused or shapes else self._less(config),
         )
+
+    def _less(self, config: ModelConfig) -> str:
+        """What may be asked of a shape instead: the runtimes that load it, and the tensor-parallel sizes that can share it."""
+        alone = lambda **asked: not replace(self, **{"runtimes": (), "ranks": (), **asked}).problems(config)
+        words = [name for name in self.runtimes if alone(runtimes=(name,))]
+        able = [ranks for ranks in range(1, max(self.ranks, default=0) + 1) if alone(ranks=(ranks,))]
+        words += ["tp=" + ",".join(map(str, able))] if able else []
+        return "ask less" + (f", such as --serve {','.join(words)}" if words else " of --serve")
 
     @property
     def period(self) -> int:

@@ -171,6 +171,12 @@ def test_a_shape_that_cannot_be_served_is_refused_with_the_nearest(serve, asked,
     assert all(re.search(word, str(refused.value), re.DOTALL) for word in words), refused.value
 
 
+def test_a_model_that_cannot_be_cut_to_what_is_asked_says_what_may_be_asked():
+    odd = model(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=4864, hidden_size=256)
+    with pytest.raises(InputError, match=r"what to do: ask less, such as --serve vllm,tp=1,2,4$"):
+        demand(serve="vllm,tp=4,6").check(odd)
+
+
 @settings(max_examples=8)
 @given(
     heads=st.sampled_from([2, 6, 10, 14]),
