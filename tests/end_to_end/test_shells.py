@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -183,7 +184,9 @@ def test_bad_input_is_not_tried_again(tmp_path, machines):
     done = [agent.result() for agent in agents]
     said = "".join(each.stderr for each in done)
     assert done[0].returncode == 2 and all(each.returncode for each in done), said
-    assert said.count("none: no such file or directory") == 1, said
+    told = re.findall(r"\[rank (\d)\] .*none: no such file or directory", said)
+    # Once a rank: no rank was started again. How many but the first come to say it depends on how soon torchrun ends them.
+    assert "0" in told and len(told) == len(set(told)), said
 
 
 def test_a_process_that_is_lost_is_started_again_as_often_as_was_asked(tmp_path):
