@@ -106,12 +106,12 @@ def read_budget(
 
 
 def parse_count(text: str, flag: str = "--params") -> int:
-    """``"90M"``, ``"1.5B"``, ``"123456"`` → that many; a broken number is rounded down.
+    """``"90M"``, ``"1.5B"``, ``"12e9"``, ``"123456"`` → that many; a broken number is rounded down.
 
     Raises:
         InputError: if it is not such a count, or zero.
     """
-    match = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([KMBT]?)", text.strip().upper())
+    match = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?(?:E\+?[0-9]{1,2})?)\s*([KMBT]?)", text.strip().upper())
     count = floor(Fraction(match[1]) * 1000 ** " KMBT".index(match[2] or " ")) if match else 0
     if count < 1:
         raise InputError(flag, got=repr(text[:40]), needed="a count such as 90M, 1.5B or 123456")

@@ -247,6 +247,7 @@ def describe(options: RecoverOptions, model: Opened, layout: ParallelLayout, pos
     """The manifest of a checkpoint of the run; its id says what it was made from and how, until the weights are read again."""
     before = model.checkpoint.manifest
     settings = {name: value for name, value in run_settings(options, model).items() if value not in (None, [], False)}
+    settings = {name: value for name, value in settings.items() if options.lora_r or not name.startswith("lora_")}
     entry = {
         "step": STEP_NAME,
         **dataclasses.asdict(position),

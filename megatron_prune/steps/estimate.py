@@ -21,7 +21,7 @@ from megatron_prune.config import check_limits, flag
 from megatron_prune.errors import InputError
 from megatron_prune.families.family import family_of
 from megatron_prune.opening.foreign import told
-from megatron_prune.planning.budget import parse_bytes
+from megatron_prune.planning.budget import parse_bytes, parse_count
 from megatron_prune.planning.needs import STEPS, Setup
 from megatron_prune.planning.passes import CONTEXT_BYTES
 from megatron_prune.planning.remedies import remedy
@@ -142,7 +142,7 @@ def read_setup(
         width=ITEM_BYTES[options.dtype],
         itemsize=ITEM_BYTES[options.target_params_dtype],
         run=run,
-        train_tokens=options.train_tokens,
+        train_tokens=parse_count(options.train_tokens, "--train-tokens"),
         **pruning,
     )
 
@@ -216,7 +216,7 @@ def show(facts: dict[str, Any], config: ModelConfig, target: ModelConfig, option
     parts = ", ".join(f"{name} {shown_memory(amount)}" for name, amount in recovery["parts"].items())
     print(f"a recovery rank: {parts}; it saves through {shown_memory(recovery['host_memory_to_save'])} of host memory")
     print(
-        f"recovery on {options.train_tokens:,.0f} tokens, {processes} device{'s' if processes > 1 else ''} at {options.mfu:.0%} of "
+        f"recovery on {parse_count(options.train_tokens):,} tokens, {processes} device{'s' if processes > 1 else ''} at {options.mfu:.0%} of "
         f"{options.device_tflops:g} TFLOP/s ({options.device_tflops_full:g} in fp32), disk at {options.disk_bandwidth:g} GB/s; "
         "without a device all memory is the host's. GiB are of 1024³ bytes, GB of 1000³"
     )

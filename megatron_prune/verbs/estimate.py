@@ -42,8 +42,8 @@ class EstimateOptions(CostOptions, DivisionOptions, ForeignOptions, PassOptions,
     load: str = option(
         "Hugging Face directory, config.json, hub id, or Megatron checkpoint", group="model", former=("path",), positional=True
     )
-    target_tensor_parallel_size: int = option("tensor-parallel ranks", 1, least=1)
-    target_pipeline_parallel_size: int = option("pipeline stages", 1, least=1)
+    target_tensor_parallel_size: int = option("tensor-parallel ranks", 1, least=1, former=("tensor_model_parallel_size",))
+    target_pipeline_parallel_size: int = option("pipeline stages", 1, least=1, former=("pipeline_model_parallel_size",))
     data_parallel_size: int = option("data-parallel copies in scoring, re-fitting and recovery", 1, least=1)
     make_vocab_size_divisible_by: int = option(
         "the padded vocabulary is a multiple of this × the tensor-parallel size", 128, least=1
@@ -56,5 +56,5 @@ class EstimateOptions(CostOptions, DivisionOptions, ForeignOptions, PassOptions,
         group="text",
     )
     distill: bool = option("recovery is distilled from the unpruned model beside it", False)
-    train_tokens: float = option("tokens of the recovery", 12e9, least=1)
+    train_tokens: str = option("tokens of the recovery, such as 12B", "12B")
     json: bool = option("print JSON", False, group="run")

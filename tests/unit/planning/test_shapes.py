@@ -278,6 +278,7 @@ def test_multiples_read_back_what_was_written(steps):
 
 def test_broken_numbers_are_exact_and_rounded_down():
     assert (parse_count("1.5B"), parse_count("0.1M"), parse_count("1.0009K")) == (1_500_000_000, 100_000, 1000)
+    assert (parse_count("12e9"), parse_count("1.25E+3")) == (12_000_000_000, 1250)
     assert (parse_bytes("1.5GiB"), parse_bytes("2.3MB"), parse_bytes("1.0009KB")) == (
         1_610_612_736,
         2_300_000,
@@ -285,7 +286,7 @@ def test_broken_numbers_are_exact_and_rounded_down():
     )
 
 
-@pytest.mark.parametrize("text", ["", "M", "-1M", "0", "0.0B", "1e6", "90MB", "1,5B", "1.5.B", "٣M", "nan", "0.5"])
+@pytest.mark.parametrize("text", ["", "M", "-1M", "0", "0.0B", "1e", "1e-6", "e6", "90MB", "1,5B", "1.5.B", "٣M", "nan", "0.5"])
 def test_what_is_no_count_is_refused(text):
     with pytest.raises(InputError, match="--params\n.*got: "):
         parse_count(text)
