@@ -308,6 +308,7 @@ def test_a_recovered_model_is_a_finetune_and_says_its_losses(home, tmp_path):
     shown = [" → ".join(f"{loss:.4f}" for loss in losses), " → ".join(f"{math.exp(loss):.4g}" for loss in losses)]
     said = f"3 steps, 96 tokens of `x_text_document`; held-out loss {shown[0]} nats a token (perplexity {shown[1]})"
     assert said in card.text and "pruned and trained with megatron-prune" in card.text
+    assert "lora_" not in (tmp_path / "hf/README.md").read_text()  # nothing of adapters where there were none
     assert str(tmp_path) not in card.text
     measured = ("--data", home / "t.txt", "--seq-length", 32, "--windows", 4, "--output")
     assert run("export", "--load", tmp_path / "run", "--save", tmp_path / "half", "--target-params-dtype", "bf16") == 0
