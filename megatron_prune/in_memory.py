@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from megatron_prune.config import shown
 from megatron_prune.errors import InputError
+from megatron_prune.files import hidden
 from megatron_prune.runtime.reporting import no_bars
 from megatron_prune.runtime.world import World
 from megatron_prune.spelling import reworded
@@ -63,10 +65,25 @@ def placed(save: str | Path | None, name: str, words: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def standing_for(path: str, words: str) -> Iterator[None]:
-    """What is said of a temporary file or directory meanwhile is said of what it stands for."""
+    """What is said of a temporary file or directory meanwhile is said of what it stands for; that it, or what is made beside it
+    (``files/hidden.py``), is to be removed is not said: it goes by itself."""
+    places = {Path(path), hidden.located(Path(path))}
+    place = "|".join(re.escape(str(each)) for each in places)
+    beside = "|".join(re.escape(str(each.with_name(f".{each.name}."))) for each in places)
+    part = rf"/(?:{hidden.CONTENT}|{hidden.OLD})\b"
+    inside = rf"(?:{beside})(?:{hidden.WORK}|{hidden.PARTIAL})(?:-\d+)?(?:{part})?(?!{part}|[\w-])"
     name = Path(path).name
-    alone = name if name.startswith(tempfile.gettempprefix()) else path  # a directory may be called by its last name
-    with reworded(lambda text: text.replace(f"{path}/", f"{words}: ").replace(path, words).replace(alone, words)):
+    # a directory may be called by its last name
+    alone = rf"\b{re.escape(name)}\b" if name.startswith(tempfile.gettempprefix()) else place
+    said = {
+        rf"\n  what to do: remove (?:{inside}|{place})[^\n]*": "",
+        f"{inside}/": f"work on {words}: ",
+        inside: f"work on {words}",
+        f"(?:{place})/": f"{words}: ",
+        place: words,
+        alone: words,
+    }
+    with reworded(lambda text: functools.reduce(lambda so_far, how: re.sub(how, lambda _: said[how], so_far), said, text)):
         yield
 
 

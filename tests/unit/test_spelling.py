@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from megatron_prune.errors import CheckpointError, InputError
+from megatron_prune.files import staging
+from megatron_prune.importance.statistics import read_all
+from megatron_prune.in_memory import placed, standing_for
 from megatron_prune.pruning.options import TargetOptions
 from megatron_prune.runtime.reporting import log
 from megatron_prune.spelling import KEYS, Arguments, check_beside, nearest_keys, options_of_target, reworded
@@ -99,6 +104,26 @@ def test_errors_and_the_log_are_said_in_other_words():
     assert heard == ["it is there", "here again"]
     with pytest.raises(KeyError), reworded(str.upper):
         raise KeyError("of others")
+
+
+def test_no_temporary_place_is_named_nor_its_removal_advised(tmp_path, monkeypatch):
+    """Neither what stands for something in memory nor what is made beside it, also where the way there is a link."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "link"))
+
+    with pytest.raises(CheckpointError) as found, placed(None, "pruned", "memory") as place:
+        with staging.work(Path(place), "any", main=True, agree=lambda error: None) as folder:
+            (folder / "gradients.safetensors").write_bytes(b"no tensors")
+            read_all(folder / "gradients.safetensors")
+    broken = str(found.value)
+    assert broken.startswith("work on memory: gradients.safetensors ") and "remove" not in broken and "tmp" not in broken
+    assert str(tmp_path) not in broken and "content" not in broken
+    with pytest.raises(InputError) as found, standing_for("/tmp/tmp_12345", "M in memory"):
+        raise InputError("/tmp/.tmp_12345.partial-2/old and tmp_12345", do="remove /tmp/tmp_12345/x, and more")
+    assert str(found.value) == "work on M in memory and M in memory"
+    with pytest.raises(InputError, match="/tmp/.tmp_123456.work is"), standing_for("/tmp/tmp_12345", "it"):
+        raise InputError("/tmp/.tmp_123456.work is another's")
 
 
 # ------------------------------------------------------------------------------------------------------------- target
