@@ -320,13 +320,15 @@ def metric(name: str, *, axes: Sequence[str] = ("hidden", "ffn", "head", "kv_hea
         axes: that a function can score.
 
     Raises:
-        InputError: on a name that is taken (one's own may be filed again) or none, an axis that there is not; and, when a function
-            is called, if what it returns is no tensor of its weights' shape.
+        InputError: on a name that is taken (one's own may be filed again) or none, an axis that there is not, a class that is no
+            metric or lacks a method; and, when a function is called, if what it returns is no tensor of its weights' shape.
     """
     from megatron_prune.axes.axis import AXES
     from megatron_prune.importance.metric import METRICS
     from megatron_prune.importance.metric import Metric as Base
 
+    if not isinstance(name, str):  # @mp.metric above a function or a class
+        raise InputError("mp.metric", got=shown(name), needed='the name of the metric: @mp.metric("name")')
     axes = (axes,) if isinstance(axes, str) else tuple(axes)
     if not re.fullmatch(r"[A-Za-z]\w*", name):
         raise InputError("the name of a metric", got=repr(name), needed="a letter, then letters, digits and underscores")
@@ -336,11 +338,15 @@ def metric(name: str, *, axes: Sequence[str] = ("hidden", "ffn", "head", "kv_hea
         raise InputError(f"a metric {name!r} is there already", do="choose another name")
 
     def filed(given: Any) -> Any:
+        _check_metric(name, given, Base)
         if name in _OWN:  # a cell of a notebook that runs again
             METRICS.forget(name)
         _OWN.add(name)
         if isinstance(given, type):
-            return METRICS.register(name)(given)
+            try:
+                return METRICS.register(name)(given)
+            except TypeError as error:
+                raise InputError(str(error)) from None
 
         class OfWeights(Base):
             __doc__ = given.__doc__
@@ -364,6 +370,23 @@ def metric(name: str, *, axes: Sequence[str] = ("hidden", "ffn", "head", "kv_hea
         return given
 
     return filed
+
+
+def _check_metric(name: str, given: Any, base: type) -> None:
+    """Refuse what is no metric before anything looks for it: one that cannot be made would fail where another was asked for."""
+    if not isinstance(given, type):
+        if not callable(given):
+            raise InputError(
+                f"metric {name}", got=shown(given), needed="a function of weights, or a class derived from mp.Metric"
+            )
+        return
+    if not issubclass(given, base):
+        raise InputError(f"metric {name}", got=f"the class {given.__name__}", needed="one derived from mp.Metric")
+    read = {"reads_weights": "per_weight", "reads_units": "per_unit"}
+    missing = {method for reads, method in read.items() if getattr(given, reads) and vars(base)[method] is getattr(given, method)}
+    missing |= set(given.__abstractmethods__) | ({"sums"} if "gradients" in given.needs and not hasattr(given, "sums") else set())
+    if missing:
+        raise InputError(f"metric {name}: {given.__name__} lacks {', '.join(sorted(missing))}", do="define it, as mp.Metric says")
 
 
 def __getattr__(name: str) -> Any:

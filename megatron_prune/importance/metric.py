@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_prune.arch.tensors import TensorId
 from megatron_prune.axes.axis import AXES
+from megatron_prune.errors import InputError
 from megatron_prune.importance.parameters import read, split, written
 from megatron_prune.importance.statistics import CROSS_ENTROPY, Statistics
 from megatron_prune.planning.selection import Scores
@@ -194,9 +195,14 @@ def metric_named(spelling: str, *, seed: int = 0, statistics: Statistics | None 
     """The metric that is written as ``spelling``: a name, and parameters if wanted (``obs:damping=0.1``).
 
     Raises:
-        InputError: if there is no such metric, or it has no such parameter, or none of such a value.
+        InputError: if there is no such metric, or it has no such parameter, or none of such a value, or its ``__init__`` fails.
     """
     name, words = split(spelling)
     kind = METRICS.get(name)
-    parameters = read(kind.Parameters, words, f"metric {name}")
-    return kind(seed=seed, statistics=statistics, **vars(parameters))
+    parameters = vars(read(kind.Parameters, words, f"metric {name}"))
+    try:
+        return kind(seed=seed, statistics=statistics, **parameters)
+    except InputError:
+        raise
+    except Exception as error:  # of whoever wrote it
+        raise InputError(f"metric {name} cannot be made: its __init__ fails", got=f"{type(error).__name__}: {error}") from error

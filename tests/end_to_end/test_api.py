@@ -165,6 +165,51 @@ def test_a_metric_of_ones_own(folder):
         METRICS.forget("largest_squares"), METRICS.forget("by_class")
 
 
+def test_a_class_that_is_no_metric_is_refused_where_it_is_filed(folder, tmp_path):
+    """By what it lacks; one that cannot be made is reported where it is named, and nowhere else."""
+
+    class Unfinished(mp.Metric):
+        reads_weights = True
+
+    class Unsummed(mp.Metric):
+        needs, finish = frozenset({"gradients"}), lambda self, axis, layer, total: total
+
+    class Spread(mp.Metric):
+        reads_units = True
+        finish, per_unit = (lambda self, axis, layer, total: total), (lambda self, axis, layer, parts, samples: samples)
+
+    class Raises(mp.Metric):
+        finish = lambda self, axis, layer, total: total
+
+        def __init__(self, **given):
+            raise RuntimeError("no file of mine")
+
+    for given, said in (
+        (Unfinished, "metric c1: Unfinished lacks finish, per_weight"),
+        (Unsummed, "metric c1: Unsummed lacks sums"),
+        (Spread, "metric c1: units of hidden, layer are on all ranks"),
+        (dict, "metric c1\n  got: the class dict\n  needed: one derived from mp.Metric"),
+        (3, "metric c1\n  got: 3\n  needed: a function of weights, or a class"),
+    ):
+        with pytest.raises(mp.InputError, match=said):
+            mp.metric("c1")(given)
+        assert "c1" not in METRICS.names()
+    for bare in (Raises, lambda weight: weight):
+        with pytest.raises(mp.InputError, match=r'mp.metric\n.*\n  needed: .* @mp.metric\("name"\)'):
+            mp.metric(bare)
+    try:
+        mp.metric("c1")(Raises)
+        mp.prune(folder, FFN, save=tmp_path / "o", metric="magnitude", data=SAMPLES, reconstruct=0)
+        with pytest.raises(
+            mp.InputError, match="metric c1 cannot be made: its __init__ fails\n  got: RuntimeError: no file of mine"
+        ):
+            mp.prune(folder, FFN, save=tmp_path / "p", metric="c1")
+        with pytest.raises(mp.InputError, match="(?s)metric perplexity needs .*one of .*c1"):
+            mp.prune(folder, {"num_layers": 2}, save=tmp_path / "p", depth_metric="perplexity")
+    finally:
+        METRICS.forget("c1")
+
+
 TEMPORARY = r"temporary|\btmp[a-z0-9_]{8}\b"
 """The directory of temporary files in these tests, and how those in it are called."""
 

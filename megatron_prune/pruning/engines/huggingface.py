@@ -39,9 +39,9 @@ class HuggingFaceEngine:
         Raises:
             InputError: naming the metric and what it needs.
         """
-        able = [name for name in METRICS.names() if not _lacking(metric_named(name))]
         for name in names:
             if wanted := _lacking(metric_named(name)):
+                able = [other for other in METRICS.names() if not _lacking(METRICS.get(other))]
                 raise InputError(
                     f"metric {name} needs {wanted}, which this route does not compute",
                     needed="one of " + ", ".join(able),
@@ -72,7 +72,7 @@ class HuggingFaceEngine:
             collect_gates(metrics, self._model.path, tensors.config, calibration, found, dtype=dtype, progress=advance)
 
 
-def _lacking(metric: Metric) -> str | None:
+def _lacking(metric: Metric | type[Metric]) -> str | None:
     if "losses" in metric.needs:
         return "losses of the whole model without each of its layers"
     if "gradients" in metric.needs and metric.sums != {GATES}:
