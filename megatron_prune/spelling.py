@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_prune.config import shown
 from megatron_prune.errors import InputError, PruneError
+from megatron_prune.opening.options import ForeignOptions
 from megatron_prune.pruning.options import TargetOptions
 from megatron_prune.runtime.reporting import log
 
@@ -156,6 +157,10 @@ _MEANT = {
 }
 """Names of Hugging Face's configurations and of other pruners → the keys that mean this."""
 
+_NOT_BESIDE = {"load", *_KEY_OF, *(item.name for item in fields(ForeignOptions))}
+"""Options that are no answer to a key that there is not: what is read, what ``target`` says, and what is said of the checkpoints
+of others."""
+
 NEEDED = 'sizes (target={"ffn_hidden_size": 1152, "num_layers": 24}), a budget (target={"ratio": 0.25}), a plan, or its file'
 
 
@@ -190,7 +195,10 @@ def options_of_target(target: Any, kind: type, beside: Mapping[str, Any]) -> dic
             continue
         if key == "plan":
             raise InputError("'plan' is no key of target=", do="give the plan, or its file, as target= itself")
-        if key in {item.name for item in fields(kind)} - set(_KEY_OF):
+        if key in ("vocab_size", "vocab", "vocabulary"):
+            do = f"mp.trim_vocabulary(…, size={shown(target[key])}), or say vocab_plan= beside"
+            raise InputError(f"{key!r} is no key of target=: tokens that stay are chosen by themselves", do=do)
+        if key in {item.name for item in fields(kind) if "group" in item.metadata} - _NOT_BESIDE:
             raise InputError(f"{key!r} is no key of target=", do=f"say it beside: {key}={shown(target[key])}")
         meant = nearest_keys(str(key))
         near = f"; did you mean {' or '.join(map(repr, meant))}?" if meant else ""

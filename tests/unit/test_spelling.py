@@ -180,6 +180,8 @@ def test_what_target_says():
         ({3: 1}, "3 is no key of target=\n"),
         ({"plan": "p.json"}, "(?s)'plan' is no key.*as target= itself"),
         ({"ratio": 0.2, "metric": "obs"}, "(?s)'metric' is no key.*say it beside: metric='obs'"),
+        ({"vocab_size": 100}, "(?s)'vocab_size' is no key.*mp.trim_vocabulary\\(…, size=100\\), or say vocab_plan= beside$"),
+        *(({name: 3}, f"(?s)^{name!r} is no key(?!.*beside).*needed") for name in ("hf_dir", "believe", "rotary_base", "load")),
     ],
 )
 def test_a_target_that_says_nothing_is_refused(target, said):
