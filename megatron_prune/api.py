@@ -32,7 +32,7 @@ from megatron_prune.in_memory import (
 )
 from megatron_prune.runtime.reporting import log, quiet_libraries
 from megatron_prune.runtime.world import World
-from megatron_prune.spelling import Arguments, check_beside, options_of_target, reworded
+from megatron_prune.spelling import Arguments, check_beside, check_named, options_of_target, reworded
 from megatron_prune.verbs.table import module_of, options_of
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def score(load: Source, save: Source, *, data: Any = None, texts: Sequence[str] 
     Returns:
         ``save``: the directory of scores.
     """
+    check_named(options)
     given = {"load": place_of(load, "load"), "save": place_of(save, "save"), **options}
     with named_text(data, texts) as named:
         _call("score", "score", {**given, **named})

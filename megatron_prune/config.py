@@ -244,6 +244,8 @@ def _fitted(item: Field, annotation: Any, value: Any) -> Any:
         return value
     if isinstance(annotation, types.UnionType):
         annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+    if annotation == tuple[int, ...] and isinstance(value, str):
+        raise InputError(item.name, got=shown(value), needed="a list of whole numbers, such as [7, 13]")
     if annotation in (tuple[str, ...], tuple[int, ...]):
         several = (value,) if isinstance(value, (str, Path, Mapping)) or not isinstance(value, Iterable) else value
         return tuple(_one(item, typing.get_args(annotation)[0], each) for each in several)
@@ -258,17 +260,36 @@ def _one(item: Field, annotation: type, value: Any) -> Any:
     fits = {int: numbers.Integral, float: numbers.Real, str: (str, Path, numbers.Integral)}[annotation]
     is_place = item.metadata["exists"] or item.metadata["group"] == "model"
     if isinstance(value, bool) or not isinstance(value, fits) or (is_place and isinstance(value, numbers.Integral)):
-        needed = {
-            int: "a whole number",
-            float: "a number",
-            str: "a name, or a path" if is_place else "a text, or a whole number",
-        }[annotation]
-        choices = item.metadata["choices"]
-        raise InputError(item.name, got=shown(value), needed="one of " + ", ".join(map(str, choices)) if choices else needed)
+        choices, text = item.metadata["choices"], "a name, or a path" if is_place else _text_of(item)
+        needed = (
+            "one of " + ", ".join(map(str, choices))
+            if choices
+            else {int: "a whole number", float: "a number", str: text}[annotation]
+        )
+        raise InputError(item.name, got=shown(value), needed=needed, do=None if choices or is_place else _written(item, value))
     try:
         return reader(item, annotation)(str(value) if annotation is not float else repr(float(value)))
     except argparse.ArgumentTypeError as error:
         raise InputError(f"{item.name}: {error}") from None
+
+
+def _text_of(item: Field) -> str:
+    """What an option of a text takes, with the example that its help has."""
+    found = re.search(r"such as ([^\s;:)]+)", item.metadata["help"])
+    example = found.group(1).rstrip(",") if found else ""
+    amount = re.match(r"\d", str(item.default or example))
+    return ("a text, or a whole number" if amount else "a text") + (f', such as {item.name}="{example}"' if example else "")
+
+
+def _written(item: Field, value: Any) -> str | None:
+    """How several things are written as one text, where a program gave them as several."""
+    if isinstance(value, Mapping):
+        words = [f"{name}={each}" for name, each in value.items()]
+    elif isinstance(value, (list, tuple)) and all(isinstance(each, (str, int)) for each in value):
+        words = list(map(str, value))
+    else:
+        return None
+    return f'write it as one text: {item.name}="{",".join(words)}"' if words else None
 
 
 def check_there(options: Any) -> None:

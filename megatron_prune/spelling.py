@@ -209,14 +209,26 @@ def options_of_target(target: Any, kind: type, beside: Mapping[str, Any]) -> dic
     return said
 
 
+def check_named(options: Mapping[str, Any]) -> None:
+    """Refuse a metric that is not named.
+
+    Raises:
+        InputError: saying how it gets a name.
+    """
+    for name in ("metric", "depth_metric", "metrics"):
+        given = options.get(name)
+        for each in given if isinstance(given, (list, tuple)) else (given,):
+            if callable(each):
+                raise InputError(f"{name}=", got=shown(each), needed="a name", do='give it one: @mp.metric("mine")')
+
+
 def check_beside(options: Mapping[str, Any]) -> None:
     """Refuse what belongs into ``target`` and stands beside it, and a metric that is not named.
 
     Raises:
         InputError: naming the key.
     """
-    if callable(options.get("metric")):
-        raise InputError("metric=", got=shown(options["metric"]), needed="a name", do='give it one: @mp.metric("mine")')
+    check_named(options)
     for name in options:
         if (key := _KEY_OF.get(name, name)) in KEYS:
             raise InputError(f"{name}= is no argument of its own", do=f'say it in target=: {{"{key}": {shown(options[name])}}}')

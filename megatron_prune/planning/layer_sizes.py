@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,7 +19,7 @@ Sizes = dict[tuple[str, int], int]
 """(axis, layer before pruning) → units that stay; 0 drops the block."""
 
 _Size = Annotated[int, Field(ge=1)] | None
-_DO = 'name a JSON file of sizes by layer, such as {"3": {"ffn_hidden_size": 800, "num_query_groups": 2}, "5": {"mlp": "none"}}'
+_DO = 'write sizes by layer so: {"3": {"ffn_hidden_size": 800, "num_query_groups": 2}, "5": {"mlp": "none"}}'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ def read_layer_sizes(path: Path) -> Sizes:
     Raises:
         InputError: if it is not such a file, or says two things of a block.
     """
+    _check_fields(path)
     found: Sizes = {}
     for word, entry in read_json(path, dict[str, _LayerSizes], error=InputError, do=_DO, once=True).items():
         if len(word) > 6 or not word.isdecimal() or str(int(word)) != word:
@@ -53,6 +55,16 @@ def read_layer_sizes(path: Path) -> Sizes:
     if not found:
         raise InputError(f"{path} names no size", do=_DO)
     return found
+
+
+def _check_fields(path: Path) -> None:
+    known = [item.name for item in fields(_LayerSizes)]
+    for word, entry in read_json(path, error=InputError, do=_DO).items():
+        if isinstance(entry, dict) and (unknown := [name for name in entry if name not in known]):
+            near = get_close_matches(unknown[0], known, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            what = f"{path}: layer {word[:20]}: there is no field {unknown[0][:40]!r}{meant}"
+            raise InputError(what, needed="some of " + ", ".join(known))
 
 
 def dropped(layers: tuple[int, ...] | None, half: str, flag: str) -> Sizes:

@@ -233,7 +233,7 @@ REFUSED = {
     ),
     "a layer by two spellings": ("alike", ["--layer_sizes", '{"1": {"ffn_hidden_size": 4}, "01": {"mlp": "none"}}'], "got: '01'"),
     "a digit of another script": ("alike", ["--layer_sizes", '{"١": {"ffn_hidden_size": 4}}'], 'numbers of layers, such as "3"'),
-    "a file that is none": ("m", ["--layer_sizes", '{"1": {"width": 4}}'], "width.*no field of that name"),
+    "a file that is none": ("m", ["--layer_sizes", '{"1": {"width": 4}}'], "no field 'width'.*some of ffn_hidden_size"),
     "an odd multiple": (
         "alike",
         ["--layer_sizes", '{"2": {"ffn_hidden_size": 33}}', "--multiple_of", "ffn=8"],
