@@ -13,6 +13,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -75,6 +76,14 @@ def _call(function: str, verb: str, given: Mapping[str, Any], **renamed: str) ->
         return run(verb, made_of(kind, said, of=f"mp.{function}"))
 
 
+def _check_twice(function: str, verb: str, options: Mapping[str, Any], renamed: Mapping[str, str]) -> None:
+    """Refuse, among further options, one that an argument of the function says already: under its name, or a former one."""
+    former = {old: item.name for item in fields(options_of(verb)) for old in item.metadata.get("former", ())}
+    for name in options:
+        if argument := renamed.get(former.get(name, name)):
+            raise InputError(f"{name} is no argument of mp.{function}", do=f"say {argument}=")
+
+
 def convert(load: Source, save: Source, *, tensor_parallel: int = 1, pipeline_parallel: int = 1, **options: Any) -> Path:
     """Turn a Hugging Face directory or hub id into a Megatron checkpoint.
 
@@ -85,9 +94,10 @@ def convert(load: Source, save: Source, *, tensor_parallel: int = 1, pipeline_pa
     Returns:
         ``save``.
     """
+    names = {"target_tensor_parallel_size": "tensor_parallel", "target_pipeline_parallel_size": "pipeline_parallel"}
+    _check_twice("convert", "convert", options, names)
     sizes = {"target_tensor_parallel_size": tensor_parallel, "target_pipeline_parallel_size": pipeline_parallel}
     given = {"load": place_of(load, "load"), "save": place_of(save, "save"), **sizes, **options}
-    names = {"target_tensor_parallel_size": "tensor_parallel", "target_pipeline_parallel_size": "pipeline_parallel"}
     _call("convert", "convert", given, **names)
     return Path(save)
 
@@ -143,12 +153,18 @@ def plan(
     """
     load, given = place_of(load, "load"), _asked(target, "plan", options)
     with named_text(data, texts) as named, named_plan(given) as given, placed(save, "plan.json", "the plan") as file:
-        return _call("plan", "plan", {"load": load, "save": file, **named, **given}, plan="target")
+        return _call("plan", "plan", {"load": load, "save": file, **named, **given}, **_PLAN)
+
+
+_PLAN, _PRUNE = {"plan": "target"}, {"plan": "target", "load": "model"}
+"""Option → the argument of :func:`plan`, and of those that prune, which it is."""
 
 
 def _asked(target: Any, verb: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """What ``target`` says, and the options beside it."""
     check_beside(options)
+    function, renamed = ("plan", _PLAN) if verb == "plan" else ("prune", _PRUNE)
+    _check_twice(function, verb, options, renamed)
     return {**options_of_target(target, options_of(verb), options), **options}
 
 
@@ -208,10 +224,10 @@ def prune(
             if save is None:
                 raise InputError("save=", got="nothing", needed="a directory to write the pruned model to")
             asked = {"load": model, "save": place_of(save, "save"), "tokenizer": tokenizer, **named, **given}
-            _call("prune", "prune" if is_megatron(model) else "prune-hf", asked, load="model", plan="target")
+            _call("prune", "prune" if is_megatron(model) else "prune-hf", asked, **_PRUNE)
             return Path(save)
         with placed(save, "pruned", "memory") as place:
-            _call("prune", "prune-hf", {"load": folder, "save": place, **named, **given}, load="model", plan="target")
+            _call("prune", "prune-hf", {"load": folder, "save": place, **named, **given}, **_PRUNE)
             return loaded(place, model, save)
 
 
@@ -256,6 +272,7 @@ def trim_vocabulary(
     Returns:
         ``save``.
     """
+    _check_twice("trim_vocabulary", "vocab trim", options, {"remain_vocab_size": "size"})
     load, named, corpora = place_of(load, "load"), several(counts, "counts"), several(data, "data")
     given = {"load": load, "save": place_of(save, "save"), "remain_vocab_size": size, **options}
     with tempfile.TemporaryDirectory() as work, standing_for(f"{work}/counts", "counts of data"):
@@ -268,23 +285,35 @@ def trim_vocabulary(
 
 
 def evaluate(
-    model: PreTrainedModel | Source, data: Source, *, tokenizer: Tokenizer | None = None, **options: Any
+    model: PreTrainedModel | Source,
+    data: Source | None = None,
+    *,
+    texts: Sequence[str] | None = None,
+    tokenizer: Tokenizer | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Perplexity of a model of either kind, or of one in memory, on a text.
 
     Args:
         data: a source as on the command line.
+        texts: texts in memory, instead.
         tokenizer: that it is read with (default: the model's own; a model in memory has none): itself beside a model in memory,
             or its directory or hub id.
         options: further ones of ``megatron-prune evaluate``, such as ``seq_length`` and ``windows``.
 
     Returns:
-        The facts, ``"perplexity"`` among them.
+        The facts, ``"perplexity"`` among them; ``"content_id"`` is what the model records of itself, else ``None``, unless
+        ``output`` names a file: then all weights are read for it.
     """
-    source = str(place_of(data, "data"))
-    with folder_of(model, tokenizer) as folder:
-        named = {"checkpoint": called(model)} if folder else {"tokenizer": tokenizer}
-        return _call("evaluate", "evaluate", {"load": folder or model, "data": source, **named, **options}, load="model")
+    _check_twice("evaluate", "evaluate", options, {"load": "model"})
+    if data is None and texts is None:
+        raise InputError("data= or texts=", got="neither", needed="one of the two")
+    if not isinstance(data, (str, Path, type(None))):
+        raise InputError("data=", got=shown(data), needed="a name, or a path", do="give texts in memory as texts=")
+    with named_text(data, texts) as named, folder_of(model, tokenizer) as folder:
+        who = {"checkpoint": called(model)} if folder else {"tokenizer": tokenizer}
+        given = {"load": folder or model, "data": named["data"][0], "text": None if texts is None else "texts", **who, **options}
+        return _call("evaluate", "evaluate", given, load="model")
 
 
 def recover(load: Source, save: Source, data_path: Source | Sequence[Any], *, train_iters: int, **options: Any) -> Path:

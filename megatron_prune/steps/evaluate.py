@@ -57,7 +57,7 @@ def evaluate(options: EvaluateOptions, world: World) -> dict[str, Any]:
             "the tokenizer is not the model's", got=f"token {windows.max()}", needed=f"below {model.config.vocab_size}"
         )
 
-    identity = model.identity if options.output else None  # every process reads: before the model runs
+    identity = model.identity if options.output else model.recorded_identity  # every process reads: before the model runs
     from megatron_prune.evaluation.perplexity import perplexity
     from megatron_prune.runtime.model import build_model, stop_parallel
 
@@ -74,7 +74,7 @@ def evaluate(options: EvaluateOptions, world: World) -> dict[str, Any]:
         "checkpoint": options.checkpoint or str(options.load),
         "content_id": identity,
         "perplexity": value,
-        "text": str(options.data),
+        "text": options.text or str(options.data),
         **{name: value for name, value in drawn.facts.items() if name in ("split", "files", "passed_over")},
         "windows": len(windows),
         "seq_length": length,

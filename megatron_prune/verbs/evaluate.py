@@ -37,3 +37,4 @@ class EvaluateOptions(ForeignOptions, LayoutOptions):
     dtype: str = option("what to compute in", "fp32", choices=DTYPES, group="run")
     output: str | None = option("also write the result to this JSON file", None, group="model")
     checkpoint: str | None = None  # what the result calls the model, if not by its place; no flag
+    text: str | None = None  # and the text

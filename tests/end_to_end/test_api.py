@@ -110,6 +110,22 @@ def test_perplexity_is_that_of_stock_transformers(folder, model, tmp_path):
         assert found["windows"] == 3
 
 
+def test_perplexity_on_texts_in_memory_is_that_on_a_file_of_them(folder, model, tmp_path):
+    """And what a model records of itself is told, where nothing is written too; weights are not read for it."""
+    texts, settings = [TEXT * 20, TEXT * 30], {"seq_length": 16, "windows": 3}
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    named = mp.evaluate(folder, tmp_path / "t.jsonl", **settings)
+    found = mp.evaluate(folder, texts=texts, output=tmp_path / "e.json", **settings)
+    assert found["text"] == "texts" and json.loads((tmp_path / "e.json").read_text()) == found
+    assert not re.search(TEMPORARY, repr(found))
+    assert {**found, "text": 0, "content_id": None} == {**named, "text": 0} and named["content_id"] is None
+    held = mp.evaluate(model, texts=iter(texts), tokenizer=folder, **settings)
+    assert held["perplexity"] == named["perplexity"] and held["text"] == "texts"
+    mp.convert(folder, tmp_path / "m")
+    told = mp.evaluate(tmp_path / "m", texts=texts, **settings)["content_id"]
+    assert told and told == found["content_id"]
+
+
 def test_a_vocabulary_and_a_recovery(folder, tmp_path):
     (tmp_path / "t.txt").write_text(TEXT * 60)
     small = mp.trim_vocabulary(folder, tmp_path / "small", size=280, data=tmp_path / "t.txt")
@@ -246,7 +262,10 @@ def talk(file: Path) -> Path:
         ),
         (lambda m, f, t: mp.plan(m, FFN), "load=\\s+got: LlamaForCausalLM\\s.*save_pretrained"),
         (lambda m, f, t: mp.convert(m, t / "o"), "load=\\s+got: LlamaForCausalLM\\s"),
-        (lambda m, f, t: mp.evaluate(m, [TEXT]), "data=\\s+got: list of 1|data=\\s+got: .'A small"),
+        (lambda m, f, t: mp.evaluate(m, [TEXT]), "data=\\s+got: (list of 1|.'A small).*texts in memory as texts=$"),
+        (lambda m, f, t: mp.evaluate(f), "^data= or texts=\\s+got: neither"),
+        (lambda m, f, t: mp.evaluate(f, __file__, texts=[TEXT]), "^data= and texts="),
+        (lambda m, f, t: mp.evaluate(f, texts=["a"]), "texts"),
         (lambda m, f, t: mp.prune(m, FFN, data={"input_ids": SAMPLES}), "data=\\s+got: dict of 1\\s.*texts="),
         (lambda m, f, t: mp.prune(m, FFN, data=SAMPLES.float()), "data=\\s+got: float32 .12, 24.\\s.*int64 .samples, tokens."),
         (lambda m, f, t: mp.prune(m, FFN, data=SAMPLES[0]), "data=\\s+got: int64 .24.\\s"),
@@ -285,6 +304,18 @@ def talk(file: Path) -> Path:
         (lambda m, f, t: mp.prune(m, FFN, refit=False, ridge=1.0), "ridge= where nothing.*data=, without refit=False"),
         (lambda m, f, t: mp.trim_vocabulary(f, t / "o"), "one of size=, min_count="),
         (lambda m, f, t: mp.convert(f, t / "o", tensor_parallel=0), "^tensor_parallel: 0 is not a positive number"),
+        (
+            lambda m, f, t: mp.convert(f, t / "o", tensor_parallel=1, target_tensor_parallel_size=2),
+            "^target_tensor_parallel_size is no argument of mp.convert.*say tensor_parallel=$",
+        ),
+        (
+            lambda m, f, t: mp.trim_vocabulary(f, t / "o", size=280, remain_vocab_size=290),
+            "^remain_vocab_size is no argument of mp.trim_vocabulary.*say size=$",
+        ),
+        (lambda m, f, t: mp.prune(f, FFN, save=t / "o", plan="p.json"), "^plan is no argument of mp.prune.*say target=$"),
+        (lambda m, f, t: mp.prune(f, FFN, save=t / "o", load="other"), "^load is no argument of mp.prune.*say model=$"),
+        (lambda m, f, t: mp.prune(m, FFN, model_name_or_path="other"), "is no argument of mp.prune.*say model=$"),
+        (lambda m, f, t: mp.evaluate(f, __file__, load="other"), "^load is no argument of mp.evaluate.*say model=$"),
         (
             lambda m, f, t: mp.prune(f, FFN, save=t / "o", metrik="obs"),
             "metrik is no argument of mp.prune; did you mean metric?",
