@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import megatron_prune as mp
+from megatron_prune import api
 from megatron_prune.cli.main import main
 from megatron_prune.importance.metric import METRICS
+from megatron_prune.verbs.table import VERBS, options_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = torch.randint(300, (12, 24), generator=torch.Generator().manual_seed(3))
@@ -485,6 +487,14 @@ def test_numbers_of_a_metric_that_are_none_are_its_own(folder, tmp_path, caplog)
         assert "ffn in layer 1: units [7] have weights that are not finite" in caplog.text and 7 not in plan.layers[1].ffn
     finally:
         [METRICS.forget(name) for name in names]
+
+
+def test_verbs_without_a_function_are_named_in_the_documentation_and_run(folder, capsys):
+    functions = {"convert", "export", "score", "plan", "prune", "prune-hf", "evaluate", "recover", "vocab trim"}
+    words = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    said = re.search(r"\*\*Verbs without a function\*\* are (.*?):", words, re.DOTALL).group(1)
+    assert set(re.findall(r"`([a-z -]+)`", said)) == set(VERBS) - functions
+    assert api.run("inspect", options_of("inspect")(load=str(folder))) == 0 and "parameters" in capsys.readouterr().out
 
 
 def test_the_names_are_there_without_torch():
