@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -37,7 +36,6 @@ from megatron_prune.spelling import Arguments, check_beside, check_named, option
 from megatron_prune.verbs.table import module_of, options_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from megatron_prune.importance.metric import Metric as Metric
@@ -336,10 +334,6 @@ def recover(load: Source, save: Source, data_path: Source | Sequence[Any], *, tr
     return Path(save) / "best"
 
 
-_OWN: set[str] = set()
-"""Metrics that callers filed."""
-
-
 def metric(name: str, *, axes: Sequence[str] = ("hidden", "ffn", "head", "kv_head", "layer")) -> Callable[[Any], Any]:
     """Decorator: file a metric of one's own under a name that ``metric=`` and ``metrics=`` take.
 
@@ -353,70 +347,9 @@ def metric(name: str, *, axes: Sequence[str] = ("hidden", "ffn", "head", "kv_hea
         InputError: on a name that is taken (one's own may be filed again) or none, an axis that there is not, a class that is no
             metric or lacks a method; and, when a function is called, if what it returns is no tensor of its weights' shape.
     """
-    from megatron_prune.axes.axis import AXES
-    from megatron_prune.importance.metric import METRICS
-    from megatron_prune.importance.metric import Metric as Base
+    from megatron_prune.importance.own import filed
 
-    if not isinstance(name, str):  # @mp.metric above a function or a class
-        raise InputError("mp.metric", got=shown(name), needed='the name of the metric: @mp.metric("name")')
-    axes = (axes,) if isinstance(axes, str) else tuple(axes)
-    if not re.fullmatch(r"[A-Za-z]\w*", name):
-        raise InputError("the name of a metric", got=repr(name), needed="a letter, then letters, digits and underscores")
-    for axis in axes:
-        AXES.get(axis)
-    if name not in _OWN and name in METRICS.names():
-        raise InputError(f"a metric {name!r} is there already", do="choose another name")
-
-    def filed(given: Any) -> Any:
-        _check_metric(name, given, Base)
-        if name in _OWN:  # a cell of a notebook that runs again
-            METRICS.forget(name)
-        _OWN.add(name)
-        if isinstance(given, type):
-            try:
-                return METRICS.register(name)(given)
-            except TypeError as error:
-                raise InputError(str(error)) from None
-
-        class OfWeights(Base):
-            __doc__ = given.__doc__
-            reads_weights = True
-
-            def per_weight(self, axis: str, tensor: Any, weight: Tensor, cols: range) -> Tensor:
-                found = given(weight.float())
-                shape = list(getattr(found, "shape", ()))
-                if not hasattr(found, "double") or shape != list(weight.shape):
-                    got = f"a tensor {shape}" if hasattr(found, "double") else type(found).__name__
-                    raise InputError(
-                        f"metric {name}: what it says of weights", got=got, needed=f"a tensor {list(weight.shape)}, as they are"
-                    )
-                return found.double()
-
-            def finish(self, axis: str, layer: int | None, total: Tensor) -> Tensor:
-                return total
-
-        OfWeights.axes = frozenset(axes)
-        METRICS.register(name)(OfWeights)
-        return given
-
-    return filed
-
-
-def _check_metric(name: str, given: Any, base: type) -> None:
-    """Refuse what is no metric before anything looks for it: one that cannot be made would fail where another was asked for."""
-    if not isinstance(given, type):
-        if not callable(given):
-            raise InputError(
-                f"metric {name}", got=shown(given), needed="a function of weights, or a class derived from mp.Metric"
-            )
-        return
-    if not issubclass(given, base):
-        raise InputError(f"metric {name}", got=f"the class {given.__name__}", needed="one derived from mp.Metric")
-    read = {"reads_weights": "per_weight", "reads_units": "per_unit"}
-    missing = {method for reads, method in read.items() if getattr(given, reads) and vars(base)[method] is getattr(given, method)}
-    missing |= set(given.__abstractmethods__) | ({"sums"} if "gradients" in given.needs and not hasattr(given, "sums") else set())
-    if missing:
-        raise InputError(f"metric {name}: {given.__name__} lacks {', '.join(sorted(missing))}", do="define it, as mp.Metric says")
+    return filed(name, axes)
 
 
 def __getattr__(name: str) -> Any:
