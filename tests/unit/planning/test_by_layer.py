@@ -182,7 +182,7 @@ def test_a_file_of_sizes_is_read_by_layer_and_axis(tmp_path):
         ('{"1": {"ffn_hidden_size": 0}}', "ffn_hidden_size.*got: 0.*greater than or equal to 1"),
         ('{"1": {"ffn_hidden_size": 8.0}}', "ffn_hidden_size.*8.0.*integer"),
         ('{"1": {"ffn_hidden_size": true}}', "ffn_hidden_size.*True.*integer"),
-        ('{"1": {"hidden_size": 8}}', "hidden_size.*no field of that name"),
+        ('{"1": {"hidden_size": 8}}', "no field 'hidden_size'.*some of ffn_hidden_size"),
         ('{"1": {"mlp": "all"}}', "mlp.*'all'.*'none'"),
         ('{"1": {"mlp": "none", "ffn_hidden_size": 8}}', 'layer 1.*sizes of a block, and "mlp": "none".*one of the two'),
         ('{"2": {"attention": "none", "num_attention_heads": 2}}', 'layer 2.*"attention": "none"'),
