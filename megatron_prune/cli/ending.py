@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from megatron_prune.checkpoint import model_folder
+from megatron_prune.config import flag
 from megatron_prune.files.hidden import kept_parts
 from megatron_prune.runtime.reporting import log, shown_bytes, shown_time
 from megatron_prune.runtime.world import World
+from megatron_prune.verbs.table import options_of
 
 
 def _under(ranks: int, command: str) -> str:
@@ -17,21 +21,34 @@ def _under(ranks: int, command: str) -> str:
     return f"torchrun --nproc-per-node {ranks} -m megatron_prune {command}" if ranks > 1 else f"megatron-prune {command}"
 
 
-def _pruner(load: str) -> str:
-    """The verb that prunes a model of its kind."""
-    path = Path(load)
-    return "prune" if path.is_dir() and not model_folder.is_huggingface(path) else "prune-hf"
+CARRIED = ("tokenizer", "hf_dir", "believe", "vocab_size", "rotary_base", "ignore_args")
+CARRIED += ("tensor_model_parallel_size", "pipeline_model_parallel_size", "prune_type", "target_family", "serve")
+"""What is said of a model, its layout and the place of the result: a pruning that follows is to be told the same."""
+
+
+def _pruning(options: Any, ranks: int, rest: str) -> str:
+    """The pruning of a model of its kind, with what the verb before it was told of the model."""
+    path = Path(options.load)
+    verb = "prune" if path.is_dir() and not model_folder.is_huggingface(path) else "prune-hf"
+    command = f"{verb} --load {options.load} --save … {rest}"
+    known = {item.name for item in fields(options_of(verb))}
+    defaults = {item.name: item.default for item in fields(options)}
+    for name in CARRIED:
+        if name in known and name in defaults and (value := getattr(options, name)) != defaults[name]:
+            words = value if isinstance(value, tuple) else (value,)
+            command += f" {flag(name)} {shlex.join(map(str, words))}"
+    return _under(ranks if verb == "prune" else 1, command)
 
 
 NEXT = {
     "convert": lambda o, ranks: _under(
         o.target_tensor_parallel_size * o.target_pipeline_parallel_size, f"verify --load {o.save} --hf-dir {o.load}"
     ),
-    "export": lambda o, ranks: f"megatron-prune inspect {o.save}",
+    "export": lambda o, ranks: None if o.adapter_only else f"megatron-prune inspect {o.save}",
     "transfer": lambda o, ranks: f"megatron-prune inspect {o.save}",
-    "sample": lambda o, ranks: _under(ranks, f"prune --load {o.load} --save … --ratio 0.25 --data {o.save}"),
-    "score": lambda o, ranks: _under(ranks, f"prune --load {o.load} --save … --ratio 0.25 --scores {o.save}"),
-    "plan": lambda o, ranks: _under(ranks, f"{_pruner(o.load)} --load {o.load} --save … --plan {o.save} --data …"),
+    "sample": lambda o, ranks: _pruning(o, ranks, f"--ratio 0.25 --data {o.save}"),
+    "score": lambda o, ranks: _pruning(o, ranks, f"--ratio 0.25 --scores {o.save}"),
+    "plan": lambda o, ranks: _pruning(o, ranks, f"--plan {o.save} --data …"),
     "prune": lambda o, ranks: f"megatron-prune export --load {o.save} --save …",
     "prune-hf": lambda o, ranks: f"megatron-prune compare --before {o.load} --after {o.save}",
     "preprocess": lambda o, ranks: (
@@ -44,7 +61,7 @@ NEXT = {
     "vocab trim": lambda o, ranks: f"megatron-prune inspect {o.save}",
     "vocab remap": lambda o, ranks: f"megatron-prune recover --load … --save … --train-iters 100 --data-path {o.save}",
 }
-"""Verb that writes → the command that most users give after it, of its options and the number of ranks that run."""
+"""Verb that writes → the command that most users give after it, of its options and the number of ranks that run; ``None``: none."""
 
 
 class Ending:
@@ -65,7 +82,8 @@ class Ending:
         log.info("%s: %s in %s", save, shown_bytes(size), shown_time(seconds))
         if kept := kept_parts(Path(save)):
             log.info("%s holds what a stopped run of another request had finished: give that again, or remove it", kept)
-        log.info("next: %s", NEXT[self._verb](self._options, self._world.size))
+        if following := NEXT[self._verb](self._options, self._world.size):
+            log.info("next: %s", following)
 
 
 def _files(save: Path) -> list[Path]:

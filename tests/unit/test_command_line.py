@@ -261,22 +261,57 @@ def test_every_verb_that_writes_says_what_comes_next():
     assert set(NEXT) == writing
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("verb", NEXT)
-def test_what_comes_next_is_a_command_of_ours(verb, ranks, monkeypatch):
-    monkeypatch.setattr("megatron_prune.cli.parser.check_there", lambda options: None)
-    kind = options_of(verb)
-    needed = [word for item in dataclasses.fields(kind) if item.default is dataclasses.MISSING for word in needed_words(item)]
-    said = NEXT[verb](parse(kind, needed, prog="x"), ranks)
+def following(verb: str, given: list[str], ranks: int = 1) -> tuple[str, object]:
+    """The verb that is proposed after ``verb``, and its options as they are read."""
+    said = NEXT[verb](parse(options_of(verb), given, prog="x"), ranks)
     words = shlex.split(said.replace("…", "there"))
     words = words[words.index("megatron_prune" if "-m" in words else "megatron-prune") + 1 :]
-    following = next(other for other in VERBS if " ".join(words).startswith(f"{other} "))
-    argv = words[len(following.split()) :]
-    argv += ["--global-batch-size", "8"] if following == "recover" else []
-    parse(options_of(following), argv, prog="x")
+    found = max((other for other in VERBS if " ".join(words).startswith(f"{other} ")), key=len)
+    argv = words[len(found.split()) :] + (["--global-batch-size", "8"] if found == "recover" else [])
     assert ("torchrun --nproc-per-node 3" in said) == (
-        ranks == 3 and following in ("prune", "prune-hf", "recover") and verb != "preprocess" and verb != "vocab remap"
+        ranks == 3 and found in ("prune", "recover") and verb not in ("preprocess", "vocab remap")
     )
+    return found, parse(options_of(found), argv, prog="x")
+
+
+@pytest.fixture
+def a_model_of_each_kind(tmp_path, monkeypatch):
+    """Names of a Hugging Face directory and of a checkpoint; other files need not be there."""
+    monkeypatch.setattr("megatron_prune.cli.parser.check_there", lambda options: None)
+    for name, file in (("hf", "config.json"), ("megatron", "latest_checkpointed_iteration.txt")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+    return {name: str(tmp_path / name) for name in ("hf", "megatron")}
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("kind", ["hf", "megatron"])
+@pytest.mark.parametrize("verb", NEXT)
+def test_what_comes_next_is_a_command_of_ours_for_a_model_of_this_kind(verb, kind, ranks, a_model_of_each_kind):
+    needed = [
+        word
+        for item in dataclasses.fields(options_of(verb))
+        if item.default is dataclasses.MISSING
+        for word in ([f"--{item.name}", a_model_of_each_kind[kind]] if item.name == "load" else needed_words(item))
+    ]
+    found, _ = following(verb, needed, ranks)
+    if verb in ("score", "plan"):
+        assert found == {"hf": "prune-hf", "megatron": "prune"}[kind]
+
+
+@pytest.mark.parametrize("kind", ["hf", "megatron"])
+def test_the_pruning_of_a_plan_is_told_what_the_plan_was(kind, a_model_of_each_kind):
+    said = ["--target-family", "mistral", "--serve", "vllm,tp=4", "--prune-type", "unbalance", "--tokenizer", "a tokenizer"]
+    found, options = following("plan", ["--load", a_model_of_each_kind[kind], "--save", "p.json", *said, "--hf-dir", "h"])
+    assert (options.target_family, options.serve, options.tokenizer) == ("mistral", "vllm,tp=4", "a tokenizer")
+    if kind == "megatron":
+        assert (found, options.prune_type, options.hf_dir) == ("prune", "unbalance", "h")
+
+
+def test_after_an_adapter_no_command_is_proposed_that_refuses_it(a_model_of_each_kind):
+    given = ["--load", a_model_of_each_kind["megatron"], "--save", "adapter"]
+    assert NEXT["export"](parse(options_of("export"), [*given, "--adapter-only"], prog="x"), 1) is None
+    assert following("export", given)[0] == "inspect"
 
 
 def test_the_ending_says_where_how_large_and_how_long(tmp_path, caplog, monkeypatch):
