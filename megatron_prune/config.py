@@ -55,6 +55,80 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+MEANT = {
+    "budget": ("ratio", "params"),
+    "sparsity": ("ratio",),
+    "pruning_ratio": ("ratio",),
+    "prune_ratio": ("ratio",),
+    "parameters": ("params",),
+    "num_parameters": ("params",),
+    "target_params": ("params",),
+    "intermediate_size": ("ffn_hidden_size_remain",),
+    "n_inner": ("ffn_hidden_size_remain",),
+    "d_ff": ("ffn_hidden_size_remain",),
+    "ffn": ("ffn_hidden_size_remain",),
+    "mlp": ("ffn_hidden_size_remain", "drop_mlp"),
+    "hidden": ("hidden_size_remain",),
+    "d_model": ("hidden_size_remain",),
+    "n_embd": ("hidden_size_remain",),
+    "dim": ("hidden_size_remain",),
+    "width": ("hidden_size_remain", "ffn_hidden_size_remain"),
+    "layers": ("num_layers_remain",),
+    "num_hidden_layers": ("num_layers_remain",),
+    "n_layer": ("num_layers_remain",),
+    "n_layers": ("num_layers_remain",),
+    "depth": ("num_layers_remain", "drop_layers"),
+    "heads": ("num_attention_heads_remain",),
+    "n_head": ("num_attention_heads_remain",),
+    "n_heads": ("num_attention_heads_remain",),
+    "num_heads": ("num_attention_heads_remain",),
+    "num_key_value_heads": ("num_query_groups_remain",),
+    "num_kv_heads": ("num_query_groups_remain",),
+    "n_kv_heads": ("num_query_groups_remain",),
+    "kv_heads": ("num_query_groups_remain",),
+    "kv_groups": ("num_query_groups_remain",),
+    "model": ("load",),
+    "model_path": ("load",),
+    "model_dir": ("load",),
+    "model_name_or_path": ("load",),
+    "input_model": ("load",),
+    "checkpoint": ("load",),
+    "o": ("save",),
+    "out": ("save",),
+    "output": ("save",),
+    "output_dir": ("save",),
+    "output_path": ("save",),
+    "save_path": ("save",),
+    "data_path": ("data",),
+    "dataset": ("data", "data_path"),
+    "calibration_data": ("data",),
+    "calib_data": ("data",),
+    "calib_dataset": ("data",),
+    **dict.fromkeys(
+        ("tp", "tp_size", "tensor_parallel", "tensor_parallel_size", "tensor_model_parallel_size", "target_tensor_parallel_size"),
+        ("target_tensor_parallel_size", "tensor_model_parallel_size"),
+    ),
+    **dict.fromkeys(
+        ("pp", "pp_size", "pipeline_parallel", "pipeline_parallel_size")
+        + ("pipeline_model_parallel_size", "target_pipeline_parallel_size"),
+        ("target_pipeline_parallel_size", "pipeline_model_parallel_size"),
+    ),
+}
+"""Words of other tools, and of Hugging Face's configurations → the options that mean this, as far as a verb has them."""
+
+
+def nearest(name: str, spellings: Mapping[str, str]) -> list[str]:
+    """Options that a name which is none may have been meant for: what other tools call so, or the one that is spelled most alike.
+
+    Args:
+        spellings: every spelling of an option, former ones too → the option.
+    """
+    name = name.lower().lstrip("-").replace("-", "_")
+    if meant := [found for found in MEANT.get(name, ()) if found in spellings]:
+        return meant
+    return [spellings[near] for near in difflib.get_close_matches(name, spellings, n=1)]
+
+
 def option(
     help: str,
     default: Any = MISSING,
@@ -224,8 +298,8 @@ def made_of(kind: type, values: Mapping[str, Any], *, of: str) -> Any:
     for name, value in values.items():
         field_name = former.get(name, name)
         if field_name not in known:
-            near = difflib.get_close_matches(name, [*known, *former], n=1)
-            raise InputError(f"{name} is no argument of {of}" + (f"; did you mean {near[0]}?" if near else ""))
+            near = " or ".join(nearest(name, {**{each: each for each in known}, **former}))
+            raise InputError(f"{name} is no argument of {of}" + (f"; did you mean {near}?" if near else ""))
         found[field_name] = _fitted(known[field_name], hints[field_name], value)
     if missing := [item.name for item in known.values() if _is_needed(item) and item.name not in found]:
         raise InputError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed")

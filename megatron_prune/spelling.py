@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.config import shown
+from megatron_prune.config import MEANT, shown
 from megatron_prune.errors import InputError, PruneError
 from megatron_prune.opening.options import ForeignOptions
 from megatron_prune.pruning.options import TargetOptions
@@ -129,34 +129,6 @@ _KEY_OF = {name: name.removesuffix("_remain") for name in (*TargetOptions.SIZES,
 KEYS = {key: name for name, key in _KEY_OF.items()}
 """Key of ``target`` → the option that it is."""
 
-_MEANT = {
-    "intermediate_size": ("ffn_hidden_size",),
-    "mlp": ("ffn_hidden_size", "drop_mlp"),
-    "n_inner": ("ffn_hidden_size",),
-    "d_ff": ("ffn_hidden_size",),
-    "d_model": ("hidden_size",),
-    "n_embd": ("hidden_size",),
-    "dim": ("hidden_size",),
-    "width": ("hidden_size", "ffn_hidden_size"),
-    "num_hidden_layers": ("num_layers",),
-    "n_layer": ("num_layers",),
-    "n_layers": ("num_layers",),
-    "depth": ("num_layers", "drop_layers"),
-    "n_head": ("num_attention_heads",),
-    "n_heads": ("num_attention_heads",),
-    "num_heads": ("num_attention_heads",),
-    "num_key_value_heads": ("num_query_groups",),
-    "num_kv_heads": ("num_query_groups",),
-    "n_kv_heads": ("num_query_groups",),
-    "kv_heads": ("num_query_groups",),
-    "kv_groups": ("num_query_groups",),
-    "sparsity": ("ratio",),
-    "pruning_ratio": ("ratio",),
-    "parameters": ("params",),
-    "num_parameters": ("params",),
-}
-"""Names of Hugging Face's configurations and of other pruners → the keys that mean this."""
-
 _NOT_BESIDE = {"load", *_KEY_OF, *(item.name for item in fields(ForeignOptions))}
 """Options that are no answer to a key that there is not: what is read, what ``target`` says, and what is said of the checkpoints
 of others."""
@@ -169,8 +141,8 @@ def nearest_keys(name: str) -> list[str]:
     name = name.lower()
     if name.removesuffix("_remain") in KEYS:
         return [name.removesuffix("_remain")]
-    if meant := _MEANT.get(name):
-        return list(meant)
+    if meant := [_KEY_OF[option] for option in MEANT.get(name, ()) if option in _KEY_OF]:
+        return meant
     holding = [key for key in KEYS if name in key.split("_") or f"_{name}_" in f"_{key}_" or (len(name) > 2 and name in key)]
     return holding[:3] or difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
 

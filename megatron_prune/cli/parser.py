@@ -6,7 +6,6 @@ A flag may be written with dashes or underscores (``--seq-length``, ``--seq_leng
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import sys
 import types
@@ -14,7 +13,7 @@ import typing
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar
 
-from megatron_prune.config import GROUPS, check_there, flag, nonempty, reader
+from megatron_prune.config import GROUPS, check_there, flag, nearest, nonempty, reader
 from megatron_prune.errors import InputError
 
 Options = TypeVar("Options")
@@ -87,8 +86,13 @@ class Parser(argparse.ArgumentParser):
         name = word.partition("=")[0]
         if not name.startswith("-"):
             return f"{word!r} follows no flag that takes it"
-        near = difflib.get_close_matches("--" + name.lstrip("-").replace("_", "-"), self._option_string_actions, n=1)
-        return f"{name} is no flag of {self.prog}" + (f"; did you mean {near[0]}?" if near else "")
+        known = {
+            spelling[2:].replace("-", "_"): spelling if spelling.startswith("--no-") else action.option_strings[0]
+            for spelling, action in self._option_string_actions.items()
+            if spelling.startswith("--")
+        }
+        near = " or ".join(flag(found.lstrip("-")) for found in nearest(name, known))
+        return f"{name} is no flag of {self.prog}" + (f"; did you mean {near}?" if near else "")
 
     def _where(self) -> str:
         return f"see {self.prog} --help"

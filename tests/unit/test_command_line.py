@@ -20,7 +20,7 @@ from megatron_prune.cli.config_file import set_defaults, text_of
 from megatron_prune.cli.ending import NEXT, Ending
 from megatron_prune.cli.main import main
 from megatron_prune.cli.parser import made, parse, parser_of
-from megatron_prune.config import GROUPS, made_of, option
+from megatron_prune.config import GROUPS, MEANT, made_of, option
 from megatron_prune.errors import InputError
 from megatron_prune.files import staging
 from megatron_prune.runtime.reporting import log
@@ -94,6 +94,43 @@ def test_a_bad_command_line_is_refused_naming_what_was_mistyped(argv, said):
     with pytest.raises(InputError) as refused:
         read(*argv)
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "verb, given, meant",
+    [
+        *(("prune-hf", word, "--load") for word in ("--model", "--model-path", "--input-model", "--laod")),
+        *(("prune-hf", word, "--save") for word in ("--output", "--out", "--output-dir", "-o", "--output_pat")),
+        *(("prune", word, "--tensor-model-parallel-size") for word in ("--tp", "--tensor-parallel", "--tensor-parallel-size")),
+        *(("convert", word, "--target-tensor-parallel-size") for word in ("--tp", "--tensor_model_parallel_size")),
+        ("prune", "--pp", "--pipeline-model-parallel-size"),
+        ("convert", "--pp", "--target-pipeline-parallel-size"),
+        *(("prune", word, "--ratio") for word in ("--pruning-ratio", "--sparsity", "--Ratio")),
+        ("prune", "--budget", "--ratio or --params"),
+        ("plan", "--layers", "--num-layers-remain"),
+        ("plan", "--num-hidden-layers", "--num-layers-remain"),
+        ("plan", "--intermediate-size", "--ffn-hidden-size-remain"),
+        *(("score", word, "--data") for word in ("--dataset", "--calibration-data")),
+        ("recover", "--dataset", "--data-path"),
+        ("prune", "--no-refti", "--no-refit"),
+        ("export", "--sparsity", None),
+        ("prune", "--xyzzy", None),
+    ],
+)
+def test_words_of_other_tools_are_answered_with_ours(verb, given, meant):
+    said = parser_of(options_of(verb), verb).unknown(given)
+    assert said == f"{given} is no flag of {verb}" + (f"; did you mean {meant}?" if meant else "")
+
+
+def test_every_word_of_other_tools_means_an_option_of_some_verb():
+    options = {verb: {item.name for item in dataclasses.fields(options_of(verb))} for verb in VERBS}
+    assert {name for names in MEANT.values() for name in names} <= set().union(*options.values())
+
+
+def test_from_python_the_same_words_are_known():
+    for word, meant in (("model", "load"), ("tp", "tensor_model_parallel_size"), ("budget", "ratio or params")):
+        with pytest.raises(InputError, match=f"^{word} is no argument of f; did you mean {re.escape(meant)}\\?$"):
+            made_of(options_of("prune"), {word: 1}, of="f")
 
 
 def test_the_help_has_groups_with_an_example_and_every_flag_with_its_text_choices_and_default(capsys):
