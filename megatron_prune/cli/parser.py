@@ -42,18 +42,21 @@ class Parser(argparse.ArgumentParser):
             if re.fullmatch(r"--?[^=]+=--", word):
                 self.error(f"{word.removesuffix('=--')}: '--' is no value")
         namespace, unknown = self.parse_known_args(words)
-        if unknown:
-            values = {after for flag, after in zip(words, words[1:]) if flag in unknown and flag.startswith("-")}
-            told = [
-                word for word in unknown if word.startswith("-") or word not in values
-            ]  # what a bad flag was given is not bad
-            raise InputError("\n".join(map(self.unknown, told)), do=self._where())
         missing = [action.option_strings[0] for action in self.needed if getattr(namespace, action.dest) is None]
         missing = [name for name in missing if getattr(namespace, name[2:] + ALONE, None) is None]
+        if unknown:
+            self._refuse(unknown, missing)
         self._merge_alone(namespace)
         if missing and not getattr(namespace, "print_config", False):
             raise InputError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed", do=self._where())
         return namespace
+
+    def _refuse(self, unknown: list[str], missing: list[str]) -> typing.NoReturn:
+        """Say of flags that there are not what is near; of words without a flag, where all flags are good, what is missing."""
+        if said := [self.unknown(word) for word in unknown if word.startswith("-")]:
+            raise InputError("\n  and: ".join(said), do=self._where())
+        stray = f"{' and '.join(map(repr, unknown))} {'stands' if len(unknown) == 1 else 'stand'} without a flag"
+        raise InputError(stray, needed=" and ".join(missing) or None, do=self._where())
 
     def _merge_alone(self, namespace: argparse.Namespace) -> None:
         """Put values that stand without their flag where those with it are."""
@@ -82,10 +85,8 @@ class Parser(argparse.ArgumentParser):
         return dashed + equals + value if dashed in self._option_string_actions else word
 
     def unknown(self, word: str) -> str:
-        """What is wrong with a word that no flag takes, with the flag that is nearest."""
+        """What is wrong with a flag that there is not, with the one that is nearest."""
         name = word.partition("=")[0]
-        if not name.startswith("-"):
-            return f"{word!r} follows no flag that takes it"
         known = {
             spelling[2:].replace("-", "_"): spelling if spelling.startswith("--no-") else action.option_strings[0]
             for spelling, action in self._option_string_actions.items()

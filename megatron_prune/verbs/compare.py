@@ -12,10 +12,10 @@ from megatron_prune.config import option
 class CompareOptions:
     """Print a before/after table of two Hugging Face models, with a sample generation of each by stock transformers."""
 
-    EXAMPLES: ClassVar = {"all": "megatron-prune compare --before model --after pruned_hf"}
+    EXAMPLES: ClassVar = {"all": "megatron-prune compare model pruned_hf"}
 
-    before: str = option("Hugging Face model: a directory, or a hub id", group="model")
-    after: str = option("Hugging Face model: a directory, or a hub id", group="model")
+    before: str = option("Hugging Face model: a directory, or a hub id", group="model", positional=True)
+    after: str = option("Hugging Face model: a directory, or a hub id", group="model", positional=True)
     before_evaluation: str | None = option("JSON file of `evaluate --output` for the first", None, group="model", exists=True)
     after_evaluation: str | None = option("JSON file of `evaluate --output` for the second", None, group="model", exists=True)
     prompt: str = option(

@@ -72,9 +72,17 @@ def test_every_type_is_read():
         (["--load", "x", "--siz", "1"], "--siz is no flag of prog; did you mean --size?\n  what to do: see prog --help"),
         (["--laod", "x"], "--laod is no flag of prog; did you mean --load?"),
         (["--load", "x", "--Strict"], "--Strict is no flag of prog; did you mean --strict?"),
-        (["--load", "x", "--rat=2", "--sied", "2"], "--rat is no flag of prog; did you mean --rate?\n--sied is no flag"),
+        (
+            ["--load", "x", "--rat=2", "--sied", "2"],
+            "--rat is no flag of prog; did you mean --rate?\n  and: --sied is no flag of prog",
+        ),
         (["--load", "x", "stray"], "--load x and stray"),
-        (["x", "stray"], "'stray' follows no flag that takes it"),
+        (["x", "stray"], "'stray' stands without a flag\n  what to do: see prog --help"),
+        (["x", "stray", "other"], "'stray' and 'other' stand without a flag\n  what"),
+        (
+            ["--size", "1", "--rat", "2", "x", "stray"],
+            "--rat is no flag of prog; did you mean --rate?\n  what",
+        ),
         (["--size", "1"], "--load is needed"),
         (["--load", "x", "--size", "1.5"], "--size: '1.5' is not a whole number"),
         (["--load", "x", "--size"], "--size: expected one argument"),
@@ -131,6 +139,28 @@ def test_from_python_the_same_words_are_known():
     for word, meant in (("model", "load"), ("tp", "tensor_model_parallel_size"), ("budget", "ratio or params")):
         with pytest.raises(InputError, match=f"^{word} is no argument of f; did you mean {re.escape(meant)}\\?$"):
             made_of(options_of("prune"), {word: 1}, of="f")
+
+
+@pytest.mark.parametrize(
+    "verb, words, said",
+    [
+        ("compare", ["a", "b", "c"], "'c' stands without a flag\n  what to do: see compare --help"),
+        ("preprocess", ["t.txt"], "'t.txt' stands without a flag\n  needed: --save and --tokenizer and --input\n"),
+        ("vocab count", ["m/llama"], "'m/llama' stands without a flag\n  needed: --tokenizer and --save and --input\n"),
+        ("export", ["A", "B"], "'B' stands without a flag\n  needed: --save\n"),
+        ("compare", ["a"], "--after is needed"),
+    ],
+)
+def test_a_word_without_a_flag_is_answered_with_the_flags_that_are_missing(verb, words, said):
+    with pytest.raises(InputError) as refused:
+        parse(options_of(verb), words, prog=verb)
+    assert str(refused.value).startswith(said)
+
+
+@pytest.mark.parametrize("words", ["a b", "--before a --after b", "a --after b", "--after b a", "--prompt hm a b"])
+def test_two_models_are_compared_in_the_order_in_which_they_are_named(words):
+    options = parse(options_of("compare"), words.split(), prog="compare")
+    assert (options.before, options.after) == ("a", "b")
 
 
 def test_the_help_has_groups_with_an_example_and_every_flag_with_its_text_choices_and_default(capsys):
