@@ -34,6 +34,7 @@ class Parser(argparse.ArgumentParser):
         )
         self._negative_number_matcher = re.compile(r"-\.?[0-9]")  # also -1GiB, which is a value: what is wrong with it is said
         self.needed: list[argparse.Action] = []
+        self.single: set[str] = set()  # options that name one thing, not words with commas
 
     def parse_args(self, args: list[str] | None = None) -> argparse.Namespace:
         """The values of all flags."""
@@ -164,6 +165,8 @@ def _add(parser: Parser, group: argparse._ArgumentGroup, item: Field, annotation
     else:
         metavar = "{" + ",".join(map(str, choices)) + "}" if choices else metavar
         action = group.add_argument(*spellings, type=reader(item, annotation), choices=choices, metavar=metavar, **common)
+        if choices or item.metadata["exists"] or item.metadata["group"] == "model":
+            parser.single.add(item.name)
     if item.default is MISSING:
         parser.needed.append(action)
     if item.metadata["positional"]:
@@ -185,7 +188,11 @@ def _text(item: Field) -> str:
 def _add_common(group: argparse._ArgumentGroup) -> None:
     """What every verb takes."""
     group.add_argument(
-        "--config", type=nonempty, action="append", metavar="FILE", help="YAML file of options; flags go before it"
+        "--config",
+        type=nonempty,
+        action="append",
+        metavar="FILE",
+        help="YAML file of options; what stands on the command line counts before it",
     )
     group.add_argument("--print-config", action="store_true", help="print the options as such a file, and do nothing")
     group.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")

@@ -207,7 +207,9 @@ def test_a_file_says_what_flags_say_and_the_command_line_goes_before_it(tmp_path
     [
         ("laod: x", "c.yaml: --laod is no flag of prog; did you mean --load?"),
         ("load: x\nload_dir: y", "says load and load_dir, which are the same"),
-        ("load: x\nload: y", "says load and load, which are the same"),
+        ("load: x\nload: y", "c.yaml says load twice"),
+        ("load: [a, b]", "c.yaml: --load takes one value, not 2"),
+        ("kind: [alpha, b]", "c.yaml: --kind takes one value, not 2"),
         ("load: {a: b}", "values within values"),
         ("load: [[a]]", "values within values"),
         ("size: 1.5", "c.yaml: --size: '1.5' is not a whole number"),
@@ -225,6 +227,43 @@ def test_a_file_that_says_something_else_is_refused(text, said, tmp_path):
     with pytest.raises(InputError) as refused:
         from_file(text, tmp_path)
     assert said in str(refused.value) and "c.yaml" in str(refused.value)
+
+
+def test_a_file_of_another_verb_is_read_but_for_what_it_says_of_that_verb_alone(tmp_path, capsys):
+    def printed(*words: str) -> dict:
+        with pytest.raises(SystemExit) as stop:
+            main([*words, "--print-config"])
+        said = capsys.readouterr()
+        assert stop.value.code == 0, said.err
+        return yaml.safe_load(said.out)
+
+    file = tmp_path / "q.yaml"
+    for more in ([], ["--max-shard-size", "1GB"]):
+        with pytest.raises(SystemExit):
+            main(["prune-hf", "--load", "m", "--ratio", "0.25", *more, "--print-config"])
+        file.write_text(capsys.readouterr().out, encoding="utf-8")
+        if not more:
+            assert (found := printed("estimate", "--config", str(file)))["ratio"] == 0.25
+            assert found["load"] == "m" and "push_public" not in found
+    for text in (file.read_text(), "max_shard_size: 1GB"):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(SystemExit) as stop:
+            main(["estimate", "--config", str(file)])
+        verb = "prune-hf" if text.startswith("#") else "export"
+        said = f"{file}: max_shard_size is an option of megatron-prune {verb}, not of megatron-prune estimate"
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+    file.write_text("# options of megatron-prune prune-hf\npush_publik: false", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["estimate", "--config", str(file)])
+    assert "--push_publik is no flag of megatron-prune estimate" in capsys.readouterr().err
+
+
+def test_words_with_commas_may_stand_as_a_list_in_a_file(tmp_path):
+    parser = parser_of(options_of("plan"), "plan")
+    (tmp_path / "c.yaml").write_text("load: [m]\nsave: p\nserve: [vllm, tp=4]\nmultiple_of: [hidden=64, ffn=128]\n")
+    set_defaults(parser, tmp_path / "c.yaml")
+    options = made(options_of("plan"), parser.parse_args([]))
+    assert (options.load, options.serve, options.multiple_of) == ("m", "vllm,tp=4", "hidden=64,ffn=128")
 
 
 TEXTS = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1).filter(
