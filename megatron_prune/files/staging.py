@@ -12,6 +12,7 @@ checkpoint out first and in last.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from pathlib import Path
 from typing import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from megatron_prune.files.placement import check_file, check_output, check_room,
 from megatron_prune.files.region import close_files
 
 __all__ = ["check_file", "check_output", "check_room", "sync", "unfinished", "write_bytes", "write_text"]
+
+log = logging.getLogger("megatron_prune")
 
 _SIGNS = ("latest_checkpointed_iteration.txt", "config.json", "scores.json", "teacher.json", "adapter_config.json")
 """What makes a directory a checkpoint, a model, or something else that is whole."""
@@ -144,13 +147,15 @@ def work(path: Path, key: str, *, main: bool, agree: Callable[[Exception | None]
         InputError: if another run is at work on the same output.
         PruneError: if the disk refuses something while the run is at work.
     """
-    error = None
+    error, goes_on = None, False
     if main:
         try:
-            _take_up(work_path(path).parent, key)
+            goes_on = _take_up(work_path(path).parent, key)
         except (InputError, OSError) as found:
             error = found
     agree(error)
+    if goes_on:
+        log.info("%s: going on from what a stopped run of the same command had finished", path)
     folder = work_path(path)
     box = folder.parent
     try:
@@ -159,9 +164,12 @@ def work(path: Path, key: str, *, main: bool, agree: Callable[[Exception | None]
         agree(None)
         if main:
             hidden.leave(box)
-    except BaseException:
-        if main and folder.is_dir() and not os.listdir(folder):
-            hidden.leave(box)  # nothing was done yet: a refused run leaves nothing
+    except BaseException as stopped:
+        if main and folder.is_dir():
+            if not os.listdir(folder):
+                hidden.leave(box)  # nothing was done yet: a refused run leaves nothing
+            elif isinstance(stopped, KeyboardInterrupt):
+                log.info("%s: finished parts are kept; the same command goes on from them", path)
         raise
     finally:
         if main:
@@ -173,8 +181,12 @@ def work_path(path: Path) -> Path:
     return hidden_path(path, WORK) / CONTENT
 
 
-def _take_up(box: Path, key: str) -> None:
-    """Lock a work directory, emptied of what another request left, and of what an output was exchanged for."""
+def _take_up(box: Path, key: str) -> bool:
+    """Lock a work directory, emptied of what another request left, and of what an output was exchanged for.
+
+    Returns:
+        Whether it holds something to go on from.
+    """
     _take(box)
     note, placed = box / REQUEST, any(source == box / CONTENT for source, _, _ in moves.noted(box))
     same = not placed and note.is_file() and note.read_text(encoding="utf-8") == key
@@ -182,6 +194,7 @@ def _take_up(box: Path, key: str) -> None:
     (box / CONTENT).mkdir(exist_ok=True)
     if not same:
         write_text(note, key)
+    return bool(os.listdir(box / CONTENT))
 
 
 def finish_work(folder: Path, path: Path) -> None:
