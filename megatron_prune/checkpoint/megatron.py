@@ -97,8 +97,8 @@ def iteration_directory(path: Path) -> Path:
             raise CheckpointError(
                 f"{path} is not a Megatron checkpoint",
                 got="a Hugging Face directory",
-                do=f"make a checkpoint of it: megatron-prune convert --load {path} --save CHECKPOINT (or cut it as it is: megatron-prune "
-                "prune-hf)",
+                do=f"make a checkpoint of it: megatron-prune convert --load {path} --save CHECKPOINT (as it is, it is taken by score, "
+                "plan, prune-hf and evaluate)",
             )
         raise CheckpointError(
             f"{path} is not a Megatron checkpoint",

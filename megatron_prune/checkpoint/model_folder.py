@@ -30,7 +30,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """``config.json`` of a directory (or that very file) as it stands.
 
     Raises:
-        CheckpointError: if it is missing or not a JSON object.
+        CheckpointError: if it is missing or not a JSON object; or if a file that is named by itself describes no model.
     """
     file = path if path.is_file() else path / CONFIG
     if path.is_dir() and not file.exists():
@@ -44,7 +44,16 @@ def read_config(path: Path) -> dict[str, Any]:
                 "prune, and brought to another layout by transfer)",
             )
         raise CheckpointError(f"{path} has no {CONFIG}", needed="a Hugging Face model directory")
-    return read_json(file, do="fetch it again" if file.name == CONFIG else f"name a model's directory, or its {CONFIG}")
+    do = "fetch it again" if file.name == CONFIG else f"name a model's directory, or its {CONFIG}"
+    config = read_json(file, do=do)
+    if path.is_file() and "model_type" not in config:
+        said = str(config.get("format", ""))
+        raise CheckpointError(
+            f"{path} is no configuration of a model",
+            got=f"a file of {said[:80]!r}" if said.startswith("megatron-prune") else "no model_type",
+            needed=f"a model's directory, or its {CONFIG}",
+        )
+    return config
 
 
 def check_no_adapter(path: Path) -> None:

@@ -143,7 +143,7 @@ def summary(name: str, facts: dict[str, Any]) -> str | None:
     """One line about a folder, of its ``facts``; ``None`` for what is no folder of files."""
     if "files" not in facts:
         return None
-    read = f"{name}: read {_count(facts['files'])} ({_some(facts['files'])})"
+    read = f"{name}: read {_count(facts['files'])}" + (f" ({_some(facts['files'])})" if facts["files"] else "")
     passed = facts["passed_over"]
     if not passed:
         return f"{read}; passed over nothing"

@@ -9,7 +9,7 @@ VERBS = {
     "export": "Megatron → Hugging Face",
     "transfer": "change TP, PP, format or dtype of a Megatron checkpoint",
     "verify": "compare logits of a Megatron checkpoint under TP with the Hugging Face model",
-    "sample": "text that a model makes itself, kept as calibration data",
+    "sample": "text that a Megatron checkpoint makes itself, kept as calibration data",
     "score": "measure a model of either kind on text and keep the scores of every axis",
     "plan": "choose what stays of a model of either kind, as a file to read and edit",
     "prune": "score, plan and cut a Megatron checkpoint",

@@ -129,12 +129,24 @@ def test_a_model_of_the_other_kind_is_answered_with_what_makes_one_and_what_take
     hf, checkpoint = tiny("qwen2"), shared / "qwen2"
     for verb, more in (("prune", ["--ratio", 0.2]), ("export", []), ("transfer", []), ("sample", [])):
         words = [verb, hf, "--save", tmp_path / "out.safetensors", *more]
-        refused(words, f"a Hugging Face directory.*convert --load {hf}.*prune-hf")
+        assert "cut" not in refused(
+            words, f"a Hugging Face directory.*convert --load {hf}.*as it is, it is taken by score.*prune-hf"
+        )
     for verb, more in (("prune-hf", ["--ratio", 0.2]), ("convert", [])):
         for path in (checkpoint, checkpoint / "release", shared / "legacy"):
             refused(
                 [verb, path, "--save", tmp_path / "out", *more], f"a Megatron checkpoint.*export --load {path}.*prune.*transfer"
             )
+
+
+def test_a_file_that_is_no_models_configuration_is_named_for_what_it_is(tmp_path, refused):
+    for name, content, said in (
+        ("plan.json", {"format": "megatron-prune plan", "version": 3}, "got: a file of 'megatron-prune plan'"),
+        ("other.json", {"a": 1}, "got: no model_type"),
+    ):
+        (tmp_path / name).write_text(json.dumps(content))
+        for verb in ("inspect", "estimate"):
+            refused([verb, tmp_path / name], f"{name} is no configuration of a model\n  {said}\n  needed: a model's directory")
 
 
 @pytest.mark.parametrize("verb", ["prune", "prune-hf", "plan"])

@@ -81,7 +81,8 @@ class Folder(TextReader, DocumentReader):
             return True
         if not found.passed:
             raise InputError(f"{folder} is empty", needed="files of text or data in it")
-        raise InputError(summary(self.name, found.facts()), needed="a file that is read: " + ", ".join(_READ))
+        passed = summary(self.name, found.facts())
+        raise InputError(f"there is no text in {folder}", got=passed, needed="a file that is read: " + ", ".join(_READ))
 
     @cached_property
     def _split_and_contents(self) -> tuple[str | None, Contents]:
