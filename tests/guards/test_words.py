@@ -45,6 +45,8 @@ def test_no_role_stands_in_quotes_but_where_blocks_families_and_metrics_say_what
 
 OTHER_WORDS = {
     "megatron_prune.checkpoint.torch_dist:v",  # the ending of a name
+    "megatron_prune.config:o",  # of flags of other tools
+    "megatron_prune.config:output",
     "megatron_prune.verbs.vocab_count:output",  # of a flag
 }
 """Where the same word means something else."""
