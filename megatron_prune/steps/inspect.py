@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from rich.table import Table
 from rich.text import Text
 
@@ -44,7 +45,7 @@ def inspect(options: InspectOptions, world: World) -> int:
     table = Table(show_header=False, title=Text(options.load))  # no markup: names may hold brackets
     for key, value in facts.items():
         if key == "recipe":
-            value = "\n".join(_recipe_line(entry) for entry in value) or "-"
+            value = ", ".join(entry["step"] for entry in value) or "-"
         elif key == "serving":
             value = "\n".join(f"{RUNTIMES.get(name).title}: {said}" for name, said in value.items())
         elif isinstance(value, bool):
@@ -59,6 +60,8 @@ def inspect(options: InspectOptions, world: World) -> int:
             value = "none"
         table.add_row(key.replace("_", " "), Text(plain(value)))
     print_table(table)
+    if facts.get("recipe"):
+        print(recipe_text(facts["recipe"]))
     return int(differs)
 
 
@@ -98,16 +101,19 @@ def compare(report: StreamReport, tensors: TensorMap) -> dict[str, Any]:
     return {"compared_with": "the content id", "changed_weights": changed}
 
 
-def _recipe_line(entry: dict[str, Any]) -> str:
-    """One step of a recipe, its shape change in short."""
-    plain = [f"{key} {value}" for key, value in entry.items() if key not in ("step", "old", "new")]
-    old, new = entry.get("old", {}), entry.get("new", {})
-    changes = [f"{key} {_short(old[key])} → {_short(new[key])}" for key in new if old.get(key) != new[key]]
-    return f"{entry['step']}: " + ", ".join(plain + changes)
+def recipe_text(recipe: list[dict[str, Any]]) -> str:
+    """The steps that made a model as YAML, oldest first, each with its name first and with the sizes that it changed as ``old → new``."""
+    steps = []
+    for entry in json.loads(json.dumps(recipe)):  # nothing in it is one object twice
+        old, new = entry.pop("old", {}), entry.pop("new", {})
+        changed = {key: f"{_short(old.get(key))} → {_short(size)}" for key, size in new.items() if old.get(key) != size}
+        steps.append({"step": entry["step"], **entry, **({"sizes": changed} if changed else {})})
+    text = yaml.safe_dump({"recipe": steps}, sort_keys=False, allow_unicode=True, width=130, default_flow_style=None)
+    return plain(text, 1 << 20).rstrip()
 
 
-def _short(size: int | list[int]) -> str:
-    return str(size) if isinstance(size, int) else f"{min(size)} to {max(size)} by layer"
+def _short(size: int | list[int] | None) -> str:
+    return f"{min(size)} to {max(size)} by layer" if isinstance(size, list) and size else str(size)
 
 
 def _picture(layers: dict[str, list[int]]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tiny import TEXT, logits, state_dict
 
@@ -106,7 +108,18 @@ def test_a_pruned_directory_tells_how_it_came_to_be_also_after_another_conversio
     prune(PruneOptions(load=str(m), save=str(tmp_path / "p"), ffn_hidden_size_remain=48, metric="random"), World())
     export(ExportOptions(load=str(tmp_path / "p"), save=str(tmp_path / "back")), World())
     main(["inspect", str(tmp_path / "back"), "--json"])
-    assert [entry["step"] for entry in json.loads(capsys.readouterr().out)["recipe"]] == ["convert", "prune"]
+    recipe = json.loads(capsys.readouterr().out)["recipe"]
+    assert [entry["step"] for entry in recipe] == ["convert", "prune"]
+    main(["inspect", str(tmp_path / "back")])
+    table, _, below = capsys.readouterr().out.partition("\nrecipe:\n")
+    assert re.search("recipe +│ convert, prune +│", table) and max(map(len, table.splitlines())) <= 160
+    steps = yaml.safe_load("recipe:\n" + below)["recipe"]
+    assert max(map(len, below.splitlines())) <= 140 and "{'" not in below
+    for entry, told in zip(recipe, steps, strict=True):
+        assert (
+            next(iter(told)) == "step" and {key: told[key] for key in entry if key not in ("old", "new")}.items() <= entry.items()
+        )
+    assert steps[1]["sizes"]["ffn_hidden_size"] == f"{recipe[1]['old']['ffn_hidden_size']} → 48"
     again = megatron.open_checkpoint(converted(tmp_path / "back", tmp_path / "again")).manifest
     assert [entry["step"] for entry in again.recipe] == ["convert", "prune", "convert"]
     assert not (tiny("mistral") / RECIPE_FILE).exists()
