@@ -251,16 +251,16 @@ def test_work_stays_when_it_is_stopped_and_goes_when_it_ends(tmp_path):
     assert list(out.parent.iterdir()) == []
 
 
-def test_a_stopped_run_says_that_the_same_command_goes_on_and_that_one_that_it_does(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(staging.log, "propagate", True)
-    caplog.set_level("INFO", staging.log.name)
+def test_a_stopped_run_says_that_the_same_command_goes_on_and_that_one_that_it_does(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(staging.log, "info", lambda text, *values: said.append(text % values))
 
     def stopped(key, does, main=True) -> list[str]:
-        caplog.clear()
+        said.clear()
         with pytest.raises(KeyboardInterrupt), work(tmp_path / "out", key, main) as folder:
             does(folder)
             raise KeyboardInterrupt
-        return [message.removeprefix(f"{tmp_path / 'out'}: ") for message in caplog.messages]
+        return [message.removeprefix(f"{tmp_path / 'out'}: ") for message in said]
 
     nothing, part = lambda folder: None, lambda folder: (folder / "part").write_text("done")
     goes_on = "going on from what a stopped run of the same command had finished"
