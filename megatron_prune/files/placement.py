@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
+import threading
 import shutil
 from pathlib import Path
 from typing import Iterable, Iterator
@@ -123,6 +125,11 @@ def _try(place: Path, *, directory: bool) -> None:
     if not base.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(base))
     before = os.stat(base)
+    with _leaving_when_terminated():
+        _probe(base, missing, place, before, directory=directory)
+
+
+def _probe(base: Path, missing: list[str], place: Path, before: os.stat_result, *, directory: bool) -> None:
     probe = hidden.temporary(base)
     try:
         folder = probe.joinpath(*reversed(missing))
@@ -136,6 +143,23 @@ def _try(place: Path, *, directory: bool) -> None:
         hidden.leave(probe)
         with contextlib.suppress(OSError):
             os.utime(base, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if nobody had been there
+
+
+@contextlib.contextmanager
+def _leaving_when_terminated() -> Iterator[None]:
+    """A process that torchrun ends meanwhile, because another has failed, cleans up first."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    unheeded = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if unheeded:
+        signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        if unheeded:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _try_to_rename(place: Path, taken: Path) -> None:

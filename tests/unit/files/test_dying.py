@@ -6,6 +6,9 @@ import builtins
 import fnmatch
 import io
 import os
+import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -302,3 +305,23 @@ def test_a_file_that_became_something_else_while_we_worked_keeps_all_as_it_was(t
     staging.abandon(tmp_path / "out")
     assert state(tmp_path) == {name: text for name, text in OLD.items() if name.startswith("out/")}
     assert sorted(os.listdir(tmp_path)) == ["out", "plan.json"]
+
+
+TERMINATED = """
+import os, signal, sys
+from pathlib import Path
+from megatron_prune.files import staging
+rename = os.rename
+def ended(*paths):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return rename(*paths)
+os.rename = ended
+staging.check_output(Path(sys.argv[1]), overwrite=False)
+"""
+
+
+def test_a_process_that_is_terminated_while_it_tries_a_place_leaves_nothing_there(tmp_path):
+    """As torchrun ends all others where one rank refuses its input."""
+    done = subprocess.run([sys.executable, "-c", TERMINATED, tmp_path / "out"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert not list(tmp_path.iterdir())
