@@ -89,7 +89,7 @@ class Parser(argparse.ArgumentParser):
         """What is wrong with a flag that there is not, with the one that is nearest."""
         name = word.partition("=")[0]
         known = {
-            spelling[2:].replace("-", "_"): spelling if spelling.startswith("--no-") else action.option_strings[0]
+            spelling[2:].replace("-", "_"): spelling if spelling.startswith("--no-") else _long(action)
             for spelling, action in self._option_string_actions.items()
             if spelling.startswith("--")
         }
@@ -98,6 +98,11 @@ class Parser(argparse.ArgumentParser):
 
     def _where(self) -> str:
         return f"see {self.prog} --help"
+
+
+def _long(action: argparse.Action) -> str:
+    """The flag as it is suggested: not one letter."""
+    return next(spelling for spelling in action.option_strings if spelling.startswith("--"))
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

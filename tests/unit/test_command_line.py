@@ -111,6 +111,7 @@ def test_a_bad_command_line_is_refused_naming_what_was_mistyped(argv, said):
         *(("prune-hf", word, "--save") for word in ("--output", "--out", "--output-dir", "-o", "--output_pat")),
         *(("prune", word, "--tensor-model-parallel-size") for word in ("--tp", "--tensor-parallel", "--tensor-parallel-size")),
         *(("convert", word, "--target-tensor-parallel-size") for word in ("--tp", "--tensor_model_parallel_size")),
+        ("convert", "--hlep", "--help"),
         ("prune", "--pp", "--pipeline-model-parallel-size"),
         ("convert", "--pp", "--target-pipeline-parallel-size"),
         *(("prune", word, "--ratio") for word in ("--pruning-ratio", "--sparsity", "--Ratio")),
