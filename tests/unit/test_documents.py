@@ -31,7 +31,7 @@ OTHERS = {
     *("--use-checkpoint-args", "--dist-ckpt-strictness"),  # Megatron-LM
     *("--build-arg", "--entrypoint", "--file", "--gpus", "--ipc", "--rm", "--tag", "--user", "--volume"),  # docker
     *("--bind", "--nv"),  # Apptainer
-    *("--trust-remote-code", "--tensor-parallel-size", "--outfile"),  # vLLM, llama.cpp
+    *("--trust-remote-code", "--tensor-parallel-size", "--outfile", "--model-path", "--tp"),  # vLLM, llama.cpp, SGLang
 }
 """Flags of programs that are not ours."""
 
