@@ -16,12 +16,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from megatron_prune.checkpoint import model_folder
 from megatron_prune.config import made_of, shown
 from megatron_prune.errors import InputError
 from megatron_prune.in_memory import (
     called,
     folder_of,
-    is_megatron,
     loaded,
     named_plan,
     named_text,
@@ -222,7 +222,7 @@ def prune(
             if save is None:
                 raise InputError("save=", got="nothing", needed="a directory to write the pruned model to")
             asked = {"load": model, "save": place_of(save, "save"), "tokenizer": tokenizer, **named, **given}
-            _call("prune", "prune" if is_megatron(model) else "prune-hf", asked, **_PRUNE)
+            _call("prune", "prune" if model_folder.is_megatron(Path(model)) else "prune-hf", asked, **_PRUNE)
             return Path(save)
         with placed(save, "pruned", "memory") as place:
             _call("prune", "prune-hf", {"load": folder, "save": place, **named, **given}, **_PRUNE)

@@ -45,14 +45,6 @@ def place_of(name: Any, argument: str) -> Path:
     raise InputError(f"{argument}=", got=shown(name), needed="a name, or a path", do=do)
 
 
-def is_megatron(name: Any) -> bool:
-    """Whether a name is that of a Megatron checkpoint."""
-    from megatron_prune.checkpoint import model_folder
-
-    path = Path(name)
-    return path.is_dir() and not model_folder.is_huggingface(path)
-
-
 @contextlib.contextmanager
 def placed(save: str | Path | None, name: str, words: str) -> Iterator[str]:
     """Where something is written: the place that was named, or one that goes, which messages call ``words``."""

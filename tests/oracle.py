@@ -9,7 +9,7 @@ from torch.nn.functional import gelu, silu
 
 from megatron_prune.arch.model import ModelConfig
 from megatron_prune.arch.tensors import EMBEDDING, FINAL_NORM, HEAD, TensorId, full_shape, tensor_ids
-from megatron_prune.checkpoint import huggingface, megatron
+from megatron_prune.checkpoint import huggingface, megatron, model_folder
 from megatron_prune.checkpoint.manifest import Manifest
 from megatron_prune.checkpoint.stream import content_id, stream
 from megatron_prune.files.region import Scratch
@@ -34,7 +34,7 @@ def random_model(config: ModelConfig, seed: int = 0) -> Model:
 
 def model_of(path: Path) -> tuple[ModelConfig, Model]:
     """What a directory or a checkpoint of ours holds."""
-    opened = megatron.open_checkpoint(path) if megatron.is_megatron(path) else huggingface.open_model(path)
+    opened = megatron.open_checkpoint(path) if model_folder.is_megatron(path) else huggingface.open_model(path)
     whole = lambda tensor: opened.tensors.read_block(tensor, range(opened.tensors.shape(tensor)[0]))
     return opened.config, {tensor: whole(tensor) for tensor in tensor_ids(opened.config)}
 

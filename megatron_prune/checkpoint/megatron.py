@@ -78,11 +78,6 @@ class MegatronCheckpoint:
         return edited_files(self.path, self.manifest)
 
 
-def is_megatron(path: Path) -> bool:
-    """Whether ``path`` looks like a Megatron checkpoint: its root, or an iteration directory."""
-    return (path / TRACKER).is_file() or torch_dist.is_torch_dist(path) or legacy.is_legacy(path)
-
-
 def iteration_directory(path: Path) -> Path:
     """The directory that holds the checkpoint which ``path`` (a root or the directory itself) means.
 

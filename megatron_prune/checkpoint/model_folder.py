@@ -23,7 +23,7 @@ def is_huggingface(path: Path) -> bool:
 
 def is_megatron(path: Path) -> bool:
     """Whether ``path`` looks like a Megatron checkpoint: its root, or an iteration directory."""
-    return (path / TRACKER).is_file() or (path / "metadata.json").is_file() or any(path.glob("mp_rank_*"))
+    return any((path / name).exists() for name in (TRACKER, "metadata.json", ".metadata")) or any(path.glob("mp_rank_*"))
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -28,8 +28,7 @@ CARRIED += ("tensor_model_parallel_size", "pipeline_model_parallel_size", "prune
 
 def _pruning(options: Any, ranks: int, rest: str) -> str:
     """The pruning of a model of its kind, with what the verb before it was told of the model."""
-    path = Path(options.load)
-    verb = "prune" if path.is_dir() and not model_folder.is_huggingface(path) else "prune-hf"
+    verb = "prune" if model_folder.is_megatron(Path(options.load)) else "prune-hf"
     command = f"{verb} --load {options.load} --save … {rest}"
     known = {item.name for item in fields(options_of(verb))}
     defaults = {item.name: item.default for item in fields(options)}

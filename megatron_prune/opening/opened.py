@@ -289,7 +289,7 @@ def open_with_vocabulary(name: str, world: World, *, tokenizer: str | None = Non
         InputError: if there is none, or something is said of what it is not.
     """
     path = Path(os.path.expanduser(name))
-    if megatron.is_megatron(path):
+    if model_folder.is_megatron(path):
         checkpoint = megatron.open_checkpoint(path, beside)
         return Opened(path=checkpoint.path, checkpoint=checkpoint, world=world, named_tokenizer=tokenizer)
     if beside != Told():

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_prune.arch.sharding import ParallelLayout
-from megatron_prune.checkpoint import both_versions, huggingface, megatron
+from megatron_prune.checkpoint import both_versions, huggingface, model_folder
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint
 from megatron_prune.checkpoint.tied_copy import check_tied_copy
 from megatron_prune.config import flag
@@ -50,7 +50,7 @@ def vocab_trim(options: VocabTrimOptions, world: World) -> None:
         raise InputError("--plan and what else says which tokens stay", do="give one of the two")
     _check_fold(options)
     source = Path(options.load) if Path(options.load).exists() else None
-    kind = MEGATRON if source and megatron.is_megatron(source) and not options.tokenizer_only else HUGGING_FACE
+    kind = MEGATRON if source and model_folder.is_megatron(source) and not options.tokenizer_only else HUGGING_FACE
     if options.tokenizer:
         staging.check_output(save, overwrite=options.overwrite, source=Path(options.tokenizer))
     check_output(save, kind, overwrite=options.overwrite, source=source)
